@@ -1,0 +1,49 @@
+"""Configuration: frozen dataclasses by theme, and ``load``. Never imports jax."""
+
+from jaxrlhf.config.algorithm import (
+    Aggregation,
+    AlgorithmConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
+from jaxrlhf.config.model import (
+    CriticConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RopeScaling,
+)
+from jaxrlhf.config.run import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    OptimConfig,
+    RewardConfig,
+    SampleConfig,
+)
+
+__all__ = [
+    "Aggregation",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "CriticConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PPOConfig",
+    "ReferenceConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RopeScaling",
+    "SFTConfig",
+    "SampleConfig",
+]

@@ -1,0 +1,140 @@
+"""A whole run, and its parts that are neither networks nor algorithms."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxrlhf.config.algorithm import AlgorithmConfig, PPOConfig
+from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One source of reward; a run's reward is the weighted sum of its sources."""
+
+    function: str = ""
+    """A built-in (sentiment) or a Python function by its dotted path, package.module:function."""
+    model: str = ""
+    """The output folder of a reward-model run."""
+    weight: float = 1.0
+    """What its score is multiplied with."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from. Formats: JSONL and Parquet, with TRL's column names."""
+
+    train: str = ""
+    """A .jsonl or .parquet file; package:path names one inside an installed package."""
+    eval: str = ""
+    """Held-out rows of the same kind."""
+    batch_size: int = 8
+    """Rows of the data (prompts, pairs) an iteration."""
+    max_prompt_tokens: int = 64
+    """Width that prompts are padded to; a longer prompt is an error."""
+    max_tokens: int = 128
+    """Width that whole rows (prompt and answer) are padded to, offline; longer is an error."""
+    skip_bad_rows: bool = False
+    """Skip malformed or overlong rows and count them, instead of stopping at the first."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How responses are drawn."""
+
+    max_new_tokens: int = 24
+    """Most tokens of a response, stop token included."""
+    temperature: float = 1.0
+    """Logits are divided by this; 0 is greedy (evaluation only)."""
+    n: int = 4
+    """G, samples a prompt."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens with at least this probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the likeliest."""
+    stop: tuple[int, ...] = ()
+    """Token ids that end a response; the tokenizer's end-of-sequence is added by a run."""
+    pad: int = 0
+    """Token id written after the end; masks, not ids, say what is padding."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (arXiv:1711.05101; eps outside the square root) with global-norm clipping."""
+
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay to 0 over the run's optimizer steps."""
+    warmup: int = 0
+    """Optimizer steps of linear rise from 0."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Per step, relative to the learning rate; norms, biases and heads are spared."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    microbatches: int = 1
+    """Pieces that a minibatch is computed in, for memory; the result is the same."""
+    max_skipped: int = 10
+    """Stop with an error after this many updates in a row with a gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1, which means the rest."""
+
+    data: int = -1
+    """Copies of the model; rows are split over data × fsdp."""
+    fsdp: int = 1
+    """Pieces that parameters are split into by their embed axis."""
+    tensor: int = 1
+    """Pieces that heads, mlp and vocabulary are split into."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Orbax checkpoints under output/checkpoints; a run resumes from the newest by itself."""
+
+    every: int = 20
+    """Iterations between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What held-out rows are measured with before and after training, and in between."""
+
+    every: int = 0
+    """Iterations between evaluations besides the first and the last; 0: only those."""
+    n: int = 2
+    """Completions a held-out prompt."""
+    batch_size: int = 32
+    """Held-out rows a step."""
+    gold: tuple[RewardConfig, ...] = ()
+    """Rewards that are measured and never trained on."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. YAML, command line and this class have the same fields."""
+
+    algorithm: AlgorithmConfig = field(default_factory=PPOConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    rewards: tuple[RewardConfig, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    steps: int = 100
+    """Iterations: rollouts on policy, optimizer steps offline."""
+    seed: int = 0
+    """Every draw follows from seed and step."""
+    output: str = "runs/run"
+    """Folder of the run: config.yaml, metrics.jsonl, samples.jsonl, summary.json, checkpoints/."""

@@ -1,0 +1,119 @@
+"""What flows between the steps: arrays, and the key to their axes.
+
+Array names carry their axes as a suffix, one letter an axis, in order:
+
+    Q  prompts                      T  tokens of a row (prompt and response)
+    G  samples a prompt             P  prompt tokens (left-padded)
+    B  rows = Q·G, prompt-major:    D  embed          V  vocabulary
+       row = q·G + g                N  query heads    L  layers
+    K  key/value heads              H  head_dim       F  mlp
+    S  slots of the KV cache        C  candidate responses of one prompt (2 for a pair)
+
+All log-probs are in nats, float32. Masks are float32 or bool with 1 for "counts".
+
+Alignment, everywhere: column t of a per-token array speaks of the *action* that wrote token t.
+``logp_BT[:, t] = log π(token t | tokens < t)`` and ``value_BT[:, t] = V(tokens < t)``, both 0 in
+column 0 and wherever the attention mask is 0 at t or t−1.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+Array = jax.Array
+Params = Any
+"""A nested dict of arrays."""
+
+
+@struct.dataclass
+class Rollout:
+    """Prompts and the responses that the policy sampled for them.
+
+    T = P + max_new_tokens; the prompt is left-padded to P, the response starts in column P.
+    """
+
+    token_BT: Array
+    """int32. Prompt, response up to and including its stop token, then padding."""
+    attention_mask_BT: Array
+    """int32, 1 on real tokens of prompt and response."""
+    mask_BT: Array
+    """float32, 1 on the response's tokens, stop token included; from the sampler's own stop
+    position, never from ``token != pad``."""
+    logp_BT: Array
+    """log π of each token, full vocabulary, at the sampling temperature; 0 where mask is 0."""
+    sample_logp_BT: Array
+    """log-prob under the distribution that was drawn from (after top-k, top-p, min-p);
+    equal to ``logp_BT`` bit for bit when nothing is truncated."""
+    ended_B: Array
+    """bool, True where the response ended with a stop token, False where it was cut off."""
+    value_BT: Array | None = None
+    """V(tokens < t) where the critic shares the policy's trunk, else None."""
+
+
+@struct.dataclass
+class Batch:
+    """What one policy update reads: a rollout with its targets. Rows may be sliced and permuted."""
+
+    token_BT: Array
+    attention_mask_BT: Array
+    mask_BT: Array
+    """float32, 1 on the tokens that learn: response tokens of rows whose reward is known."""
+    old_logp_BT: Array
+    """log-probs under the policy that sampled: the denominator of the ratio."""
+    advantage_BT: Array
+    weight_BT: Array
+    """Σ weight·x over the minibatch is the mean that the config asks for (masked.weights)."""
+    return_BT: Array | None = None
+    old_value_BT: Array | None = None
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """C candidate responses to each prompt; candidate 0 of a pair is the chosen one."""
+
+    token_BCT: Array
+    """int32 [B, C, T]."""
+    attention_mask_BCT: Array
+    margin_B: Array
+    """Wanted score difference, in reward units; 0 unless the data says otherwise."""
+    weight_B: Array
+    """float32; 1/B on real rows, 0 on rows that only fill the batch, so that sums are means."""
+
+
+@struct.dataclass
+class TokenBatch:
+    """Rows to imitate (SFT)."""
+
+    token_BT: Array
+    attention_mask_BT: Array
+    weight_BT: Array
+    """Σ weight·x is the mean over the tokens that are trained on; 0 on prompt and padding."""
+
+
+@struct.dataclass
+class Outputs:
+    """What one forward pass yields; see ``forward``."""
+
+    logp_BT: Array
+    entropy_BT: Array | None = None
+    """Entropy, in nats, of the distribution that token t was drawn from."""
+    value_BT: Array | None = None
+
+
+@struct.dataclass
+class TrainState:
+    """All that training one set of parameters carries from step to step: arrays only."""
+
+    params: Params
+    opt_state: Any
+    step: Array
+    """int32, optimizer steps taken."""
+    skipped: Array
+    """int32, updates skipped in a row because a gradient was not finite; 0 after a good one."""
+
+    @classmethod
+    def create(cls, params: Params, tx: Any) -> "TrainState":
+        """A fresh state for ``params`` under the optax transformation ``tx``."""
+        zero = jax.numpy.zeros((), jax.numpy.int32)
+        return cls(params=params, opt_state=tx.init(params), step=zero, skipped=zero)
