@@ -1,0 +1,1 @@
+"""Rows on disk → checked text → token ids → padded arrays: host side, numpy only."""

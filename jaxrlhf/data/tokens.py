@@ -1,0 +1,276 @@
+"""Text → token ids → padded arrays, on the host: numpy in, numpy out.
+
+Prompt and answer are tokenised apart, in training as in sampling, where the prompt stands alone:
+a training row's first ids are exactly what the sampler would have been given.
+
+The end-of-sequence rule. A response that the sampler finished carries its stop token, as its last
+id. So does every answer to be trained on, exactly once: whatever a chat template writes after a
+stop token of the answer's end (a line break) is cut, and an answer without one gets the
+tokenizer's end-of-sequence. A tokenizer that has none stops no sampler, and none is added. Answers
+that were cut off say so: ``chosen_ended`` or ``rejected_ended`` false in the row, and they get
+none. Reward models therefore see in training what they see in scoring.
+
+Masks follow lengths, never ``token != pad``: padding and end-of-sequence may share an id.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from jaxrlhf.data.formats import Completion, Pair, Prompt
+from jaxrlhf.data.rows import Rows, shown, transform
+from jaxrlhf.errors import InputError
+from jaxrlhf.types import PreferenceBatch, TokenBatch
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as token ids."""
+
+    prompt: Ids
+    answers: tuple[Ids, ...]
+    """None for a prompt, the completion, or chosen and rejected; each ends in its stop token."""
+    source: Prompt | Completion | Pair
+
+
+def encode_rows(
+    rows: Rows[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    vocab: int,
+    limit: int,
+    stop: Sequence[int] = (),
+    skip_bad_rows: bool = False,
+) -> Rows[Encoded]:
+    """The token ids of Prompt, Completion or Pair rows, checked.
+
+    Args:
+      vocab: rows of the model's embedding table.
+      limit: most tokens: of the prompt (data.max_prompt_tokens) for Prompt rows, of prompt and
+        answer together (data.max_tokens) for the others.
+      stop: ids that end a response besides the tokenizer's end-of-sequence.
+      skip_bad_rows: leave out rows that are too long or do not tokenise, and say so in
+        ``Rows.skipped``.
+
+    Raises:
+      InputError: such a row, with ``path:line``, length and limit; or an id outside ``vocab``,
+        which no choice of rows can mend.
+    """
+    encode = partial(_encode_row, tokenizer=tokenizer, limit=limit, stop=tuple(stop))
+    encoded = transform(rows, encode, skip_bad_rows)
+    for row in encoded.items:
+        for ids in (row.prompt, *row.answers):
+            check_ids(ids, vocab, row.source.where)
+    return encoded
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> Ids:
+    """Ids of a rendered prompt.
+
+    It starts with the beginning-of-sequence token, once, if the tokenizer is one that adds it or
+    if the text has no token of its own.
+
+    Raises:
+      InputError: no token, and no beginning-of-sequence token to stand in.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and (not ids or tokenizer.encode("")[:1] == [bos]):
+        ids = [bos, *ids]
+    if not ids:
+        raise InputError(f"{where}: prompt {shown(text)} has no token; fill it or drop the row")
+    return ids
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    where: str,
+    stop: Sequence[int] = (),
+    ended: bool = True,
+) -> Ids:
+    """Ids of a rendered answer, with the stop token that a finished response carries.
+
+    Args:
+      stop: ids that end a response besides the tokenizer's end-of-sequence.
+      ended: False for a response that was cut off, which carries none.
+
+    Raises:
+      InputError: the text has no token.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise InputError(f"{where}: answer {shown(text)} has no token; fill it or drop the row")
+    if not ended:
+        return ids
+    eos: Any = tokenizer.eos_token_id
+    stops = {*stop, eos} - {None}
+    last = max((at for at, token in enumerate(ids) if token in stops), default=-1)
+    if last >= 0 and not str(tokenizer.decode(ids[last + 1 :])).strip():
+        while last > 0 and ids[last - 1] in stops:
+            last -= 1
+        return ids[: last + 1]
+    return ids if eos is None else [*ids, eos]
+
+
+def check_ids(ids: Sequence[int], vocab: int, where: str) -> None:
+    """Raise InputError unless 0 ≤ id < ``vocab`` for every id.
+
+    On the host, because a device would not complain: an index past the end reads NaN or another
+    row, −1 the last row.
+    """
+    for at, token in enumerate(ids):
+        if not 0 <= token < vocab:
+            raise InputError(
+                f"{where}: token {at} has id {token}, outside the model's vocabulary of {vocab}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+
+def left_pad(
+    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts, padded on the left.
+
+    Args:
+      rows: Q lists of ids.
+      width: P, data.max_prompt_tokens.
+      pad: id to fill with.
+      where: the place of each row.
+
+    Returns:
+      token_QP int32 and mask_QP int32, 1 on real tokens.
+
+    Raises:
+      InputError: a row longer than ``width``.
+    """
+    for ids, place in zip(rows, where, strict=True):
+        _check_length(len(ids), width, "data.max_prompt_tokens", place)
+    return _pad(rows, width, pad, left=True)
+
+
+def right_pad(
+    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whole rows, padded on the right: token_BT and mask_BT, int32. As ``left_pad``, but T =
+    ``width`` is data.max_tokens."""
+    for ids, place in zip(rows, where, strict=True):
+        _check_length(len(ids), width, "data.max_tokens", place)
+    return _pad(rows, width, pad, left=False)
+
+
+def prompt_arrays(rows: Sequence[Encoded], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """token_QP and mask_QP of Prompt rows, left-padded to P = ``width``; int32."""
+    return left_pad([row.prompt for row in rows], width, pad, [row.source.where for row in rows])
+
+
+def token_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> TokenBatch:
+    """Completion rows as a TokenBatch of numpy arrays, right-padded to T = ``width``.
+
+    weight_BT is 1/n on the n tokens of completions, stop tokens included, 0 elsewhere.
+
+    Args:
+      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
+      real_B: False on rows that only fill the batch; they get weight 0.
+    """
+    where = [row.source.where for row in rows]
+    token_BT, mask_BT = right_pad([row.prompt + row.answers[0] for row in rows], width, pad, where)
+    learn_BT = mask_BT.copy()
+    for index, row in enumerate(rows):
+        learn_BT[index, : len(row.prompt)] = 0
+    if real_B is not None:
+        learn_BT = learn_BT * real_B[:, None]
+    arrays: dict[str, Any] = {
+        "token_BT": token_BT,
+        "attention_mask_BT": mask_BT,
+        "weight_BT": _mean_weights(learn_BT),
+    }
+    return TokenBatch(**arrays)
+
+
+def preference_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> PreferenceBatch:
+    """Pair rows as a PreferenceBatch of numpy arrays, right-padded to T = ``width``; C = 2.
+
+    Args:
+      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
+      real_B: False on rows that only fill the batch; they get weight 0.
+    """
+    flat = [row.prompt + answer for row in rows for answer in row.answers]
+    where = [row.source.where for row in rows for _ in row.answers]
+    token_RT, mask_RT = right_pad(flat, width, pad, where)
+    real_B = np.ones(len(rows)) if real_B is None else real_B
+    arrays: dict[str, Any] = {
+        "token_BCT": token_RT.reshape(len(rows), 2, width),
+        "attention_mask_BCT": mask_RT.reshape(len(rows), 2, width),
+        "margin_B": np.array([getattr(row.source, "margin", 0.0) for row in rows], np.float32),
+        "weight_B": _mean_weights(real_B),
+    }
+    return PreferenceBatch(**arrays)
+
+
+def _encode_row(
+    row: Prompt | Completion | Pair,
+    tokenizer: PreTrainedTokenizerFast,
+    limit: int,
+    stop: tuple[int, ...],
+) -> Encoded:
+    ended = True, True
+    match row:
+        case Prompt():
+            text, texts, field = row.text, (), "data.max_prompt_tokens"
+        case Completion():
+            text, texts, field = row.prompt, (row.completion,), "data.max_tokens"
+        case Pair():
+            text, texts, field = row.prompt, (row.chosen, row.rejected), "data.max_tokens"
+            ended = tuple(_ended(row, f"{name}_ended") for name in ("chosen", "rejected"))
+    prompt = encode_prompt(tokenizer, text, row.where)
+    answers = tuple(
+        encode_answer(tokenizer, answer, row.where, stop, whole)
+        for answer, whole in zip(texts, ended, strict=False)
+    )
+    longest = len(prompt) + max(map(len, answers), default=0)
+    _check_length(longest, limit, field, row.where)
+    if len(answers) == 2 and answers[0] == answers[1]:
+        message = f"{row.where}: chosen and rejected have the same tokens; drop the row"
+        raise InputError(message)
+    return Encoded(prompt, answers, row)
+
+
+def _ended(row: Pair, name: str) -> bool:
+    value = row.columns.get(name, True)
+    if not isinstance(value, bool):
+        raise InputError(f"{row.where}: {name}={shown(value)}: true, false, or leave it out")
+    return value
+
+
+def _check_length(length: int, limit: int, field: str, where: str) -> None:
+    if length > limit:
+        raise InputError(
+            f"{where}: {length} tokens, and {field} is {limit}; "
+            "raise it, shorten the row, or set data.skip_bad_rows"
+        )
+
+
+def _pad(rows: Sequence[Ids], width: int, pad: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    token_BT = np.full((len(rows), width), pad, np.int32)
+    mask_BT = np.zeros((len(rows), width), np.int32)
+    for index, ids in enumerate(rows):
+        real = slice(width - len(ids), width) if left else slice(len(ids))
+        token_BT[index, real] = ids
+        mask_BT[index, real] = 1
+    return token_BT, mask_BT
+
+
+def _mean_weights(mask: np.ndarray) -> np.ndarray:
+    """What masked.weights gives by token, without sending the batch to a device."""
+    mask = (mask != 0).astype(np.float32)
+    return mask / np.maximum(mask.sum(), np.float32(1))

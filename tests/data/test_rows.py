@@ -1,0 +1,157 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxrlhf.data.rows import Row, Rows, locate, read_rows, shown, transform
+from jaxrlhf.errors import InputError
+
+GOOD = {"prompt": "a"}
+
+
+def test_read_rows_jsonl_keeps_line_numbers(jsonl):
+    path = jsonl(GOOD, b"", b"  ", {"prompt": "b", "topic": 3})
+    rows = read_rows(path)
+    assert rows.items == (
+        Row({"prompt": "a"}, f"{path}:1"),
+        Row({"prompt": "b", "topic": 3}, f"{path}:4"),
+    )
+    assert rows.skipped == ()
+
+
+def test_read_rows_accepts_bom_and_crlf(jsonl):
+    path = jsonl(b'\xef\xbb\xbf{"prompt": "a"}\r', b'{"prompt": "b"}\r')
+    assert [row.values["prompt"] for row in read_rows(path).items] == ["a", "b"]
+
+
+def test_read_rows_last_line_without_line_end(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}')
+    assert len(read_rows(str(path))) == 2
+
+
+def test_read_rows_parquet_counts_rows_over_row_groups(tmp_path):
+    path = str(tmp_path / "x.parquet")
+    chats = [[{"role": "user", "content": str(i)}] for i in range(5)]
+    table = pa.table({"prompt": chats, "n": list(range(5))})
+    pq.write_table(table, path, row_group_size=2)
+    rows = read_rows(path)
+    assert [row.where for row in rows.items] == [f"{path}:{i}" for i in range(1, 6)]
+    assert rows.items[3].values == {"prompt": [{"role": "user", "content": "3"}], "n": 3}
+
+
+def test_read_rows_inside_a_package():
+    rows = read_rows("jaxrlhf:demo/openings_eval.jsonl")
+    assert rows.items[1].where == "jaxrlhf:demo/openings_eval.jsonl:2"
+
+
+BAD_LINES = {
+    "truncated": (b'{"prompt": "a"', "not JSON"),
+    "array": (b'["a"]', "is no object"),
+    "number": (b"3", "is no object"),
+    "null": (b"null", "is no object"),
+    "raw NUL": (b'{"prompt": "a\0b"}', "not JSON"),
+    "NUL": (b'{"prompt": "a\\u0000b"}', "a NUL at character 2"),
+    "NUL in a chat": (b'{"prompt": [{"role": "user", "content": "\\u0000"}]}', "a NUL"),
+    "NUL in a key": (b'{"pro\\u0000mpt": "a"}', "a NUL"),
+    "surrogate": (b'{"prompt": "a\\ud800"}', "a lone surrogate '\\ud800' at character 2"),
+    "raw surrogate": (b'{"prompt": "\xed\xa0\x80"}', "not UTF-8"),
+    "latin-1": (b'{"prompt": "caf\xe9"}', "not UTF-8"),
+    "nested": (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+    "long number": (b'{"x": ' + b"9" * 5000 + b"}", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_read_rows_bad_line_names_its_place(jsonl, name):
+    line, message = BAD_LINES[name]
+    path = jsonl(GOOD, line, GOOD)
+    with pytest.raises(InputError) as caught:
+        read_rows(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}:2: ")
+    assert message in text
+    assert "\n" not in text
+    assert len(text) < 300
+
+
+def test_read_rows_skips_and_counts_bad_lines(jsonl):
+    path = jsonl(*(line for line, _ in BAD_LINES.values()), GOOD)
+    rows = read_rows(path, skip_bad_rows=True)
+    assert [row.where for row in rows.items] == [f"{path}:{len(BAD_LINES) + 1}"]
+    assert len(rows.skipped) == len(BAD_LINES)
+    assert rows.skipped[1].startswith(f"{path}:2: ")
+
+
+def test_read_rows_a_pair_of_surrogates_is_a_character(jsonl):
+    rows = read_rows(jsonl(b'{"prompt": "\\ud83d\\ude00"}'))
+    assert rows.items[0].values == {"prompt": "😀"}
+
+
+def test_read_rows_ten_megabyte_row(jsonl):
+    rows = read_rows(jsonl({"prompt": "a " * 5_000_000}))
+    assert len(rows.items[0].values["prompt"]) == 10_000_000
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_read_rows_empty_dataset(tmp_path, content):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.jsonl: no rows"):
+        read_rows(str(path))
+
+
+def test_read_rows_all_bad_is_an_error_even_when_skipping(jsonl):
+    path = jsonl(b"{", b"[")
+    with pytest.raises(
+        InputError, match=r"none of its 2 rows is usable; the first: .*:1: not JSON"
+    ):
+        read_rows(path, skip_bad_rows=True)
+
+
+def test_read_rows_files_that_are_none(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "x.csv").write_text("prompt\na\n")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
+    cases = {
+        "absent.jsonl": "no such file",
+        "folder.jsonl": "no such file",
+        "x.csv": r"unknown extension '\.csv'; give a \.jsonl or \.parquet file",
+        "x.parquet": "cannot be read",
+    }
+    for name, message in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            read_rows(str(tmp_path / name), skip_bad_rows=True)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_locate_package_that_is_none():
+    with pytest.raises(InputError, match="no package 'jaxrlhg' is installed"):
+        locate("jaxrlhg:demo/x.jsonl")
+    with pytest.raises(InputError, match="no such file"):
+        locate("jaxrlhf:demo/absent.jsonl")
+
+
+def test_locate_prefers_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jaxrlhf:x.jsonl").write_text(json.dumps(GOOD))
+    assert locate("jaxrlhf:x.jsonl").is_file()
+
+
+def test_transform_adds_to_what_was_skipped():
+    def half(item):
+        if item % 2:
+            raise InputError(f"x:{item}: odd")
+        return item // 2
+
+    rows = Rows((2, 3, 4), "x", ("before",))
+    assert transform(rows, half, True) == Rows((1, 2), "x", ("before", "x:3: odd"))
+    with pytest.raises(InputError, match="x:3: odd"):
+        transform(rows, half)
+
+
+def test_shown_is_one_short_line():
+    assert shown("a\nb") == r"'a\nb'"
+    assert len(shown("x" * 1000)) == 60

@@ -1,0 +1,224 @@
+"""The tiny vocabulary: <eos> 0 (also padding), <bos> 1, <unk> 2, <stop> 3, … a 8, b 9, c 10."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import masked
+from jaxrlhf.data.formats import (
+    Completion,
+    Pair,
+    Prompt,
+    read_completions,
+    read_pairs,
+    read_prompts,
+    render,
+)
+from jaxrlhf.data.rows import Rows, read_rows
+from jaxrlhf.data.tokens import (
+    Encoded,
+    check_ids,
+    encode_answer,
+    encode_prompt,
+    encode_rows,
+    left_pad,
+    preference_batch,
+    prompt_arrays,
+    right_pad,
+    token_batch,
+)
+from jaxrlhf.errors import InputError
+
+EOS, BOS, STOP, A, B, C = 0, 1, 3, 8, 9, 10
+VOCAB = 16
+
+
+def completion(prompt, answer):
+    return Encoded(prompt, (answer,), Completion("", "", {}, "x:1"))
+
+
+def pair(prompt, chosen, rejected, margin=0.0):
+    return Encoded(prompt, (chosen, rejected), Pair("", "", "", margin, {}, "x:1"))
+
+
+def test_encode_prompt_adds_bos_once_if_the_tokenizer_does(make_tokenizer):
+    adds = make_tokenizer(adds_bos=True, bos_token="<bos>")
+    has = make_tokenizer(bos_token="<bos>")
+    assert encode_prompt(adds, "a b", "x:1") == [BOS, A, B]
+    assert encode_prompt(adds, "<bos> a", "x:1") == [BOS, A]
+    assert encode_prompt(has, "a b", "x:1") == [A, B]
+
+
+def test_encode_prompt_without_tokens(make_tokenizer, tokenizer):
+    assert encode_prompt(make_tokenizer(bos_token="<bos>"), " ", "x:1") == [BOS]
+    with pytest.raises(InputError, match="x:1: prompt ' ' has no token"):
+        encode_prompt(tokenizer, " ", "x:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a b", [A, B, EOS]),
+        ("a b <eos>", [A, B, EOS]),
+        ("a b <eos>\n", [A, B, EOS]),
+        ("a <eos> <eos>", [A, EOS]),
+        ("a <eos> b", [A, EOS, B, EOS]),
+        ("<eos>", [EOS]),
+        ("a <stop>", [A, STOP]),
+    ],
+)
+def test_encode_answer_ends_in_one_stop_token(tokenizer, text, ids):
+    assert encode_answer(tokenizer, text, "x:1", stop=(STOP,)) == ids
+
+
+def test_encode_answer_cut_off_carries_none(tokenizer):
+    assert encode_answer(tokenizer, "a b", "x:1", ended=False) == [A, B]
+
+
+def test_encode_answer_without_eos_in_the_tokenizer(make_tokenizer):
+    bare = make_tokenizer(eos_token=None, pad_token=None)
+    assert encode_answer(bare, "a b", "x:1") == [A, B]
+
+
+def test_encode_answer_empty(tokenizer):
+    with pytest.raises(InputError, match="x:1: answer '' has no token"):
+        encode_answer(tokenizer, "", "x:1")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_encode_rows_training_row_is_what_the_sampler_finishes(chat, chat_tokenizer, jsonl):
+    """A reward model trained with the stop token and scored without it (or the reverse) loses
+    accuracy without a word: ids of both paths must be equal."""
+    prompt = [{"role": "user", "content": "c"}] if chat else "c"
+    answer = [{"role": "assistant", "content": "a b"}] if chat else "a b"
+    other = [{"role": "assistant", "content": "b"}] if chat else "b"
+    path = jsonl({"prompt": prompt, "chosen": answer, "rejected": other, "completion": answer})
+    text, _ = render(chat_tokenizer, prompt, (), "")
+    sampled = [*encode_prompt(chat_tokenizer, text, ""), A, B, EOS]
+    for read in (read_pairs, read_completions):
+        rows = read(read_rows(path), chat_tokenizer)
+        (row,) = encode_rows(rows, chat_tokenizer, VOCAB, limit=20).items
+        assert row.prompt + row.answers[0] == sampled
+    (row,) = encode_rows(
+        read_prompts(read_rows(path), chat_tokenizer), chat_tokenizer, 16, 20
+    ).items
+    assert row.prompt == sampled[:-3]
+
+
+def test_encode_rows_too_long_names_place_length_limit_and_remedy(tokenizer):
+    prompts = Rows((Prompt("a b c", {}, "x:7"),), "x")
+    assert encode_rows(prompts, tokenizer, VOCAB, 3).items[0].prompt == [A, B, C]
+    message = "x:7: 3 tokens, and data.max_prompt_tokens is 2; raise it, .* data.skip_bad_rows"
+    with pytest.raises(InputError, match=message):
+        encode_rows(prompts, tokenizer, VOCAB, 2)
+
+
+def test_encode_rows_length_counts_prompt_longest_answer_and_eos(tokenizer):
+    rows = Rows((Pair("a", "b", "b c", 0.0, {}, "x:1"),), "x")
+    assert len(encode_rows(rows, tokenizer, VOCAB, 4)) == 1
+    with pytest.raises(InputError, match=r"x:1: 4 tokens, and data\.max_tokens is 3"):
+        encode_rows(rows, tokenizer, VOCAB, 3)
+
+
+def test_encode_rows_skips_and_counts(tokenizer):
+    prompts = Rows((Prompt("a b c", {}, "x:1"), Prompt("b", {}, "x:2")), "x", ("x:0: earlier",))
+    rows = encode_rows(prompts, tokenizer, VOCAB, 2, skip_bad_rows=True)
+    assert [row.prompt for row in rows.items] == [[B]]
+    assert len(rows.skipped) == 2
+    assert rows.skipped[1].startswith("x:1: 3 tokens")
+
+
+def test_encode_rows_same_tokens_in_chosen_and_rejected(tokenizer):
+    rows = Rows((Pair("a", "q", "z", 0.0, {}, "x:1"),), "x")  # both <unk>
+    with pytest.raises(InputError, match="x:1: chosen and rejected have the same tokens"):
+        encode_rows(rows, tokenizer, VOCAB, 9)
+
+
+def test_encode_rows_id_outside_the_vocabulary_is_never_skipped(tokenizer):
+    rows = Rows((Completion("a", "c", {}, "x:3"), Completion("a", "b", {}, "x:4")), "x")
+    with pytest.raises(InputError, match=r"x:3: token 0 has id 10, outside .* of 10"):
+        encode_rows(rows, tokenizer, 10, 9, skip_bad_rows=True)
+
+
+def test_check_ids_edges():
+    check_ids([0, 4], 5, "x:1")
+    check_ids([], 5, "x:1")
+    with pytest.raises(InputError, match="x:1: token 1 has id 5, outside"):
+        check_ids([0, 5], 5, "x:1")
+    with pytest.raises(InputError, match="x:1: token 0 has id -1, outside"):
+        check_ids([-1], 5, "x:1")
+
+
+def test_left_pad_by_hand():
+    token_QP, mask_QP = left_pad([[A], [EOS, B, EOS]], 3, EOS, ["x:1", "x:2"])
+    np.testing.assert_array_equal(token_QP, [[EOS, EOS, A], [EOS, B, EOS]])
+    np.testing.assert_array_equal(mask_QP, [[0, 0, 1], [1, 1, 1]])
+    assert token_QP.dtype == mask_QP.dtype == np.int32
+
+
+def test_left_pad_too_long():
+    with pytest.raises(InputError, match=r"x:2: 3 tokens, and data\.max_prompt_tokens is 2"):
+        left_pad([[A], [A, B, C]], 2, EOS, ["x:1", "x:2"])
+
+
+def test_right_pad_by_hand():
+    token_BT, mask_BT = right_pad([[A, EOS], [A, B, C]], 3, 7, ["x:1", "x:2"])
+    np.testing.assert_array_equal(token_BT, [[A, EOS, 7], [A, B, C]])
+    np.testing.assert_array_equal(mask_BT, [[1, 1, 0], [1, 1, 1]])
+    with pytest.raises(InputError, match=r"x:2: 3 tokens, and data\.max_tokens is 2"):
+        right_pad([[A], [A, B, C]], 2, EOS, ["x:1", "x:2"])
+
+
+def test_prompt_arrays_pads_left():
+    rows = [Encoded([A], (), Prompt("", {}, "x:1")), Encoded([B, C], (), Prompt("", {}, "x:2"))]
+    token_QP, mask_QP = prompt_arrays(rows, 2, 7)
+    np.testing.assert_array_equal(token_QP, [[7, A], [B, C]])
+    np.testing.assert_array_equal(mask_QP, [[0, 1], [1, 1]])
+
+
+def test_token_batch_weighs_completions_with_their_eos():
+    """Padding has the id of end-of-sequence: a mask from ids would lose the answer's end."""
+    batch = token_batch([completion([A, B], [C, EOS]), completion([A], [EOS])], 5, pad=EOS)
+    np.testing.assert_array_equal(batch.token_BT, [[A, B, C, EOS, EOS], [A, EOS, EOS, EOS, EOS]])
+    np.testing.assert_array_equal(batch.attention_mask_BT, [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    expected = np.array([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]) / 3
+    np.testing.assert_allclose(batch.weight_BT, expected, rtol=1e-6)
+    assert batch.weight_BT.dtype == np.float32
+
+
+def test_token_batch_rows_that_only_fill_weigh_nothing():
+    rows = [completion([A, B], [C, EOS]), completion([A], [EOS])]
+    batch = token_batch(rows, 4, EOS, np.array([True, False]))
+    np.testing.assert_allclose(batch.weight_BT, [[0, 0, 0.5, 0.5], [0, 0, 0, 0]])
+    assert batch.attention_mask_BT[1].sum() == 2
+    nothing = token_batch(rows, 4, EOS, np.array([False, False]))
+    np.testing.assert_array_equal(nothing.weight_BT, 0)
+
+
+def test_token_batch_weights_are_those_of_masked():
+    rows = [completion([A] * i, [B] * (7 - i)) for i in range(1, 7)]
+    batch = token_batch(rows, 8, EOS)
+    expected = masked.weights(jnp.asarray(batch.weight_BT != 0))
+    np.testing.assert_array_equal(batch.weight_BT, expected)
+
+
+def test_preference_batch_by_hand():
+    rows = [pair([A], [B, EOS], [C, C, EOS], 0.7), pair([A, B], [C], [EOS])]
+    batch = preference_batch(rows, 4, pad=EOS, real_B=np.array([True, False]))
+    np.testing.assert_array_equal(
+        batch.token_BCT,
+        [[[A, B, EOS, EOS], [A, C, C, EOS]], [[A, B, C, EOS], [A, B, EOS, EOS]]],
+    )
+    np.testing.assert_array_equal(
+        batch.attention_mask_BCT,
+        [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 0]]],
+    )
+    np.testing.assert_allclose(batch.margin_B, [0.7, 0])  # whole numbers would lose it
+    np.testing.assert_array_equal(batch.weight_B, [1, 0])
+    assert batch.token_BCT.dtype == np.int32
+    assert batch.margin_B.dtype == batch.weight_B.dtype == np.float32
+
+
+def test_preference_batch_weights_are_means():
+    batch = preference_batch([pair([A], [B], [C])] * 4, 3, EOS)
+    np.testing.assert_array_equal(batch.weight_B, [0.25] * 4)
