@@ -1,0 +1,1 @@
+"""Rewards that are Python functions: find them, call them, check and combine what they say."""

@@ -1,0 +1,150 @@
+"""Reward functions: ``(prompts, completions, **columns) → list of floats``, one a completion.
+
+``prompts`` and ``completions`` are lists of text, special tokens removed; each further column of
+the data arrives as a list under its own name, so a function names those it wants and takes the
+rest as ``**columns``. A score that is not a finite number (None, a string, NaN, inf) says "no
+reward for this row": the row is then left out of learning. It is never read as 0.
+"""
+
+import difflib
+import importlib
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from jaxrlhf.config import RewardConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards import sentiment
+
+RewardFunction = Callable[..., Sequence[float]]
+
+BUILTIN: dict[str, Callable[[], RewardFunction]] = {"sentiment": sentiment.make}
+"""Name → maker of the function."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One source of a run's reward."""
+
+    name: str
+    """The function's name as configured, or the path of the model."""
+    weight: float
+    function: RewardFunction | None
+    """None where the source is a reward model."""
+
+
+def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tuple[Reward, ...]:
+    """The sources of reward that a config names, in its order.
+
+    Raises:
+      InputError: none at all, an entry with neither or both of function and model, a weight that
+        is not finite, or a function that cannot be had.
+    """
+    if not configs:
+        raise InputError(f"{field}: none given; add one, such as [{{function: sentiment}}]")
+    rewards = []
+    for index, config in enumerate(configs):
+        if bool(config.function) == bool(config.model):
+            raise InputError(
+                f"{field}[{index}]: function={config.function!r} and model={config.model!r}; "
+                "give exactly one of them"
+            )
+        if not math.isfinite(config.weight):
+            raise InputError(f"{field}[{index}].weight={config.weight}: give a finite number")
+        function = resolve(config.function) if config.function else None
+        rewards.append(Reward(config.function or config.model, config.weight, function))
+    return tuple(rewards)
+
+
+def resolve(dotted: str) -> RewardFunction:
+    """The reward function of a built-in name or of ``package.module:function``.
+
+    Raises:
+      InputError: there is none; the message names close ones.
+    """
+    if dotted in BUILTIN:
+        return BUILTIN[dotted]()
+    module_name, colon, name = dotted.partition(":")
+    if not colon:
+        raise InputError(
+            f"reward function {dotted!r} is unknown{_suggest(dotted, BUILTIN)}; "
+            f"choose {', '.join(BUILTIN)} or give package.module:function"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            f"reward function {dotted!r}: importing {module_name!r} raised {_describe(error)}; "
+            "mend it, install it, or put its folder on PYTHONPATH"
+        ) from error
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise InputError(
+            f"reward function {dotted!r}: {module_name} has no function {name!r}"
+            f"{_suggest(name, known)}; mend the name"
+        )
+    return cast(RewardFunction, function)
+
+
+def call(
+    name: str,
+    function: RewardFunction,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> np.ndarray:
+    """Scores of a batch, checked.
+
+    Args:
+      name: of the function, for errors.
+      prompts, completions: B texts.
+      columns: B values each.
+
+    Returns:
+      float64 [B], in reward units; NaN where the function gave no finite number.
+
+    Raises:
+      InputError: the result is not a list of B scores.
+      RuntimeError: the function raised; its error is the cause.
+    """
+    try:
+        # Copies: what one function does to its arguments does not reach the next.
+        lists = {key: list(values) for key, values in columns.items()}
+        result = function(list(prompts), list(completions), **lists)
+    except (Exception, SystemExit) as error:
+        raise RuntimeError(f"reward function {name!r} raised {_describe(error)}") from error
+    is_list = hasattr(result, "__len__") and not isinstance(result, str | bytes | Mapping)
+    got = f"{len(result)} scores" if is_list else type(result).__name__
+    if not is_list or len(result) != len(completions):
+        raise InputError(
+            f"reward function {name!r} returned {got} for {len(completions)} completions; "
+            "return a list with one number for each"
+        )
+    return np.array([_number(score) for score in result], np.float64)
+
+
+def _number(score: Any) -> float:
+    """``score`` if it is a finite number (a 0-d array will do), else NaN."""
+    if getattr(score, "shape", None) == () and hasattr(score, "item"):
+        score = score.item()
+    if not isinstance(score, numbers.Real):
+        return math.nan
+    try:
+        value = float(score)
+    except OverflowError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known))
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

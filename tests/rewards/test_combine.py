@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.combine import combine
+
+
+def test_combine_weighted_sum_by_hand():
+    reward_B, valid_B = combine([np.array([1.0, 2.0]), np.array([0.5, -1.0])], [2.0, 0.1])
+    np.testing.assert_allclose(reward_B, [2.05, 3.9], rtol=1e-6)
+    assert reward_B.dtype == np.float32
+    np.testing.assert_array_equal(valid_B, [True, True])
+
+
+def test_combine_row_is_valid_only_if_every_part_is():
+    nan = np.nan
+    parts = [np.array([1.0, nan, 1.0, nan]), np.array([1.0, 1.0, nan, nan])]
+    reward_B, valid_B = combine(parts, [1.0, 0.0])
+    np.testing.assert_array_equal(valid_B, [True, False, False, False])
+    np.testing.assert_array_equal(reward_B, [1.0, nan, nan, nan])
+
+
+def test_combine_fractions_survive_whole_numbers():
+    reward_B, _ = combine([np.array([1, 0]), np.array([0.7, 0.7])], [1, 1])
+    np.testing.assert_allclose(reward_B, [1.7, 0.7], rtol=1e-6)
+    reward_B, _ = combine([np.array([1, 2])], [0.7])
+    np.testing.assert_allclose(reward_B, [0.7, 1.4], rtol=1e-6)
+
+
+def test_combine_sum_beyond_float32_is_no_reward():
+    reward_B, valid_B = combine([np.array([1e300, 1.0, np.inf])], [1.0])
+    np.testing.assert_array_equal(valid_B, [False, True, False])
+    np.testing.assert_array_equal(reward_B, [np.nan, 1.0, np.nan])
+
+
+def test_combine_nothing_is_an_error():
+    with pytest.raises(InputError, match="rewards: none given; add one"):
+        combine([], [])
+
+
+def test_combine_shapes_that_differ():
+    for scores, weights in [
+        ([np.zeros(2), np.zeros(3)], [1, 1]),
+        ([np.zeros(2)], [1, 1]),
+        ([np.zeros((2, 1))], [1]),
+    ]:
+        with pytest.raises(ValueError, match="do not combine"):
+            combine(scores, weights)

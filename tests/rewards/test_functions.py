@@ -1,0 +1,166 @@
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import RewardConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.functions import call, load_rewards, resolve
+
+MODULE = """
+constant = 3
+def length(prompts, completions, **columns):
+    return [len(text) for text in completions]
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module of reward functions; returns its name."""
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return name
+
+    return write
+
+
+def score(function, completions=("a", "b"), columns=None):
+    return call("own", function, ["p"] * len(completions), list(completions), columns or {})
+
+
+def test_resolve_dotted(module):
+    function = resolve(f"{module('own_rewards', MODULE)}:length")
+    assert function(["p"], ["abc"]) == [3]
+
+
+def test_resolve_unknown_name_suggests():
+    message = r"'sentimnet' is unknown: did you mean sentiment\?; choose sentiment or give package"
+    with pytest.raises(InputError, match=message):
+        resolve("sentimnet")
+
+
+def test_resolve_missing_module_keeps_the_cause():
+    with pytest.raises(
+        InputError, match=r"importing 'absent_module' raised Module.*PYTHONPATH"
+    ) as e:
+        resolve("absent_module:f")
+    assert isinstance(e.value.__cause__, ModuleNotFoundError)
+
+
+def test_resolve_module_that_raises(module):
+    with pytest.raises(InputError, match="raised ZeroDivisionError"):
+        resolve(f"{module('broken_rewards', '1 / 0')}:f")
+
+
+def test_resolve_missing_function_suggests(module):
+    name = module("own_rewards_2", MODULE)
+    with pytest.raises(InputError, match=r"no function 'lenght': did you mean length\?"):
+        resolve(f"{name}:lenght")
+    with pytest.raises(InputError, match="no function 'constant'"):
+        resolve(f"{name}:constant")
+    with pytest.raises(InputError, match="no function ''"):
+        resolve(f"{name}:")
+
+
+def test_load_rewards_keeps_order_and_weights():
+    configs = (RewardConfig(model="runs/rm", weight=2.0), RewardConfig(function="sentiment"))
+    model, function = load_rewards(configs)
+    assert (model.name, model.weight, model.function) == ("runs/rm", 2.0, None)
+    assert (function.name, function.weight) == ("sentiment", 1.0)
+    assert callable(function.function)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ((), "rewards: none given; add one"),
+        ((RewardConfig(),), r"rewards\[0\]: function='' and model=''; give exactly one"),
+        ((RewardConfig("sentiment", "runs/rm"),), r"rewards\[0\]: .* exactly one"),
+        ((RewardConfig("sentiment", weight=float("nan")),), r"rewards\[0\]\.weight=nan"),
+    ],
+)
+def test_load_rewards_bad_config(configs, message):
+    with pytest.raises(InputError, match=message):
+        load_rewards(configs)
+
+
+def test_call_passes_prompts_completions_and_columns():
+    seen = []
+
+    def function(prompts, completions, answer, **columns):
+        seen.append((prompts, completions, answer, columns))
+        return [0.7, 1]
+
+    scores = call("own", function, ("p", "q"), ("a", "b"), {"answer": [1, 2], "id": [3, 4]})
+    assert seen == [(["p", "q"], ["a", "b"], [1, 2], {"id": [3, 4]})]
+    np.testing.assert_array_equal(scores, [0.7, 1.0])
+
+
+def test_call_arguments_are_copies():
+    completions = ["a", "b"]
+
+    def function(prompts, completions):
+        completions.clear()
+        return [1.0, 2.0]
+
+    call("own", function, ["p", "q"], completions, {})
+    assert completions == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "bad", [None, "0.5", float("nan"), float("inf"), -float("inf"), [1.0], {}, 1j, 10**400]
+)
+def test_call_score_that_is_no_finite_number_is_missing_not_zero(bad):
+    np.testing.assert_array_equal(score(lambda prompts, completions: [bad, 0.5]), [np.nan, 0.5])
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [1, 0.5],
+        (1, 0.5),
+        np.array([1, 0.5], np.float32),
+        jnp.array([1, 0.5]),
+        [True, jnp.float32(0.5)],
+    ],
+)
+def test_call_takes_lists_and_arrays_of_numbers(result):
+    scores = score(lambda prompts, completions: result)
+    np.testing.assert_array_equal(scores, [1.0, 0.5])
+    assert scores.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        ([1.0], "1 scores"),
+        ([1.0, 2.0, 3.0], "3 scores"),
+        (None, "NoneType"),
+        (0.5, "float"),
+        ("ab", "str"),
+        ({"a": 1.0, "b": 2.0}, "dict"),
+        ((x for x in (1.0, 2.0)), "generator"),
+    ],
+)
+def test_call_wrong_result_names_the_function(result, got):
+    with pytest.raises(InputError, match=f"function 'own' returned {got} for 2 completions"):
+        score(lambda prompts, completions: result)
+
+
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), SystemExit(3)])
+def test_call_function_that_raises_keeps_the_cause(error):
+    def function(prompts, completions):
+        raise error
+
+    with pytest.raises(RuntimeError, match=f"'own' raised {type(error).__name__}") as caught:
+        score(function)
+    assert caught.value.__cause__ is error
+    assert "\n" not in str(caught.value)
+
+
+def test_call_empty_completions_are_scored():
+    np.testing.assert_array_equal(score(resolve("sentiment"), ["", "good"])[0], 0.0)
