@@ -1,0 +1,128 @@
+"""One mesh, and one table that says which logical axis lies along which of its axes.
+
+A weight, a batch and a KV cache name their logical axes where their shape is stated; ``RULES`` maps
+the names to mesh axes, and everything else follows from it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrlhf.config import MeshConfig, resolve_mesh
+from jaxrlhf.types import Array, TrainState
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "rank": None,
+    "length": None,
+    "activation": None,
+}
+"""Logical axis → mesh axes. ``activation`` is the embed axis of hidden states, whose rows are
+already split over fsdp."""
+
+DECODE: Rules = {**RULES, "embed": None}
+"""Weights for sampling: gathered over fsdp once a rollout instead of once a token."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh data × fsdp × tensor over ``devices`` (default: all).
+
+    Raises:
+      InputError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dataclasses.asdict(resolve_mesh(config, len(devices)))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+    """The partition of an array with these logical axes; an unknown name raises KeyError."""
+    return PartitionSpec(*(None if name is None else rules[name] for name in axes))
+
+
+def shardings(axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A tree of axis-name tuples → the same tree of NamedShardings."""
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, spec(names, rules)),
+        axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Array:
+    """Lay ``x`` out by its logical axes; the identity where no mesh is set (``jax.set_mesh``)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, rules))
+
+
+def constrain_tree(tree: Any, axes: Any, rules: Rules = RULES) -> Any:
+    """``constrain`` over a tree of arrays and the matching tree of axis-name tuples."""
+    return jax.tree.map(lambda x, names: constrain(x, names, rules), tree, axes)
+
+
+def row_shards() -> int:
+    """Pieces that the batch axis is split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def devices_in_mesh() -> int:
+    """Devices of the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, the same on every process, → global arrays split by rows."""
+    sharding = NamedSharding(mesh, spec(("batch",)))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i, x=x: np.asarray(x)[i]),
+        tree,
+    )
+
+
+def put(tree: Any, layout: Any) -> Any:
+    """Host arrays → global arrays, each with its sharding of the tree ``layout``."""
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: np.asarray(x)[i]),
+        tree,
+        layout,
+    )
+
+
+def train_state_shardings(tx: Any, params: Any, layout: Any, mesh: Mesh) -> TrainState:
+    """Shardings of a TrainState: optimizer moments lie where their parameters do.
+
+    Args:
+      params: the parameters' shapes (ShapeDtypeStruct or arrays).
+      layout: their shardings, the same tree.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        layout,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(params=layout, opt_state=moments, step=replicated, skipped=replicated)  # type: ignore[arg-type]
