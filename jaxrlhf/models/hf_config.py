@@ -1,0 +1,164 @@
+"""config.json of a Hugging Face checkpoint ↔ DecoderConfig."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config.model import DecoderConfig, RopeScaling
+from jaxrlhf.errors import InputError
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def read_config(path: Path) -> DecoderConfig:
+    """The decoder that a config.json describes.
+
+    Fields that are left out take the defaults of transformers. ``rope_scaling`` with
+    ``rope_theta`` (transformers 4) and ``rope_parameters`` (5) are both read.
+
+    Raises:
+      InputError: the file is missing or malformed, or says something that the decoder cannot do.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; give a folder with config.json") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object; download it again")
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise InputError(f"{path}: model_type={family!r}; supported are {', '.join(_FAMILIES)}")
+    _refuse_unsupported(path, config)
+
+    heads = _number(path, config, "num_attention_heads")
+    embed = _number(path, config, "hidden_size")
+    if config.get("head_dim") is None and embed % heads:
+        raise InputError(f"{path}: hidden_size={embed} % num_attention_heads={heads}; add head_dim")
+    theta, scaling = _rope(path, config)
+    return DecoderConfig(
+        vocab=_number(path, config, "vocab_size"),
+        embed=embed,
+        layers=_number(path, config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=_number(path, config, "num_key_value_heads", heads),
+        head_dim=_number(path, config, "head_dim", embed // heads),
+        mlp=_number(path, config, "intermediate_size"),
+        context=_number(path, config, "max_position_embeddings", 2048),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=_number(path, config, "rms_norm_eps", 1e-6, float),
+        tied=config.get("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def _number(path: Path, table: dict, key: str, default: Any = None, kind: type = int) -> Any:
+    """A positive number; ``default`` where it is missing or null."""
+    value = table.get(key)
+    value = default if value is None else value
+    ok = isinstance(value, int) or (kind is float and isinstance(value, float))
+    if not ok or isinstance(value, bool) or value <= 0:
+        raise InputError(f"{path}: {key}={value!r}; it must be a positive {kind.__name__}")
+    return kind(value)
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    """Raises InputError for the first field that asks for what the decoder does not do."""
+    only = {
+        "hidden_act": "silu",
+        "attention_bias": False,  # of Llama and Qwen3: biases on q, k, v and o
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
+    for key, value in only.items():
+        if config.get(key) is not None and config[key] != value:
+            raise InputError(f"{path}: {key}={config[key]!r} is not supported, only {value!r}")
+    if not isinstance(config.get("tie_word_embeddings", False), bool):
+        raise InputError(f"{path}: tie_word_embeddings must be true or false")
+    for architecture in config.get("architectures") or []:
+        if not str(architecture).endswith("ForCausalLM"):
+            raise InputError(f"{path}: architectures={architecture!r}; give a …ForCausalLM model")
+    for layer in config.get("layer_types") or []:
+        if layer != "full_attention":
+            raise InputError(f"{path}: layer_types has {layer!r}; supported is full_attention")
+    if config["model_type"] == "mistral":
+        window = config.get("sliding_window", 4096)
+        context = _number(path, config, "max_position_embeddings", 131_072)
+        if window is not None and window < context:  # a window as wide as any row hides nothing
+            raise InputError(
+                f"{path}: sliding_window={window} is not supported; set it to null and "
+                f"max_position_embeddings to at most {window} if rows are no longer than that"
+            )
+
+
+def _rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary frequencies, from either generation of transformers."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_scaling={rope!r}; it must be an object or null")
+    default = _number(path, config, "rope_theta", 10_000.0, float)
+    theta = _number(path, rope, "rope_theta", default, float)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(
+            f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported"
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(f"{path}: rope_type={kind!r}; supported are default and llama3")
+    context = _number(path, config, "max_position_embeddings", 2048)
+    return theta, RopeScaling(
+        factor=_number(path, rope, "factor", None, float),
+        low_freq_factor=_number(path, rope, "low_freq_factor", None, float),
+        high_freq_factor=_number(path, rope, "high_freq_factor", None, float),
+        original_context=_number(path, rope, "original_max_position_embeddings", context),
+    )
+
+
+def write_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of ``decoder``, in the words of transformers 4, which 5 reads too.
+
+    Raises:
+      InputError: no architecture of transformers has this combination of features.
+    """
+    if decoder.qkv_bias and decoder.qk_norm:
+        raise InputError("decoder: no Hugging Face architecture has both qkv_bias and qk_norm")
+    family = "qwen3" if decoder.qk_norm else "qwen2" if decoder.qkv_bias else "llama"
+    if family == "llama" and decoder.embed % decoder.heads:
+        raise InputError(
+            f"decoder: embed={decoder.embed} % heads={decoder.heads}: LlamaForCausalLM refuses it"
+        )
+    scaling = decoder.rope_scaling
+    return {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.embed,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "intermediate_size": decoder.mlp,
+        "hidden_act": "silu",
+        "max_position_embeddings": decoder.context,
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": scaling
+        and {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        },
+        "rms_norm_eps": decoder.norm_eps,
+        "tie_word_embeddings": decoder.tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": dtype,
+    }

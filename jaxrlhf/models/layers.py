@@ -1,0 +1,214 @@
+"""The decoder block: weights with their axes, and what they compute. Flax NNX, nothing else.
+
+Every module holds float32 weights with their logical axes as metadata and computes in the dtype of
+its input. Einsum letters are the axis key of types.py.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrlhf.config import DecoderConfig, LoraConfig, RopeScaling
+from jaxrlhf.sharding import constrain
+from jaxrlhf.types import Array
+
+
+class Linear(nnx.Module):
+    """x·W (+ bias) (+ (alpha/rank)·x·A·B), contracting the last axes of x with the first of W."""
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        lora: LoraConfig | None = None,
+    ):
+        ins, outs = tuple(inputs.values()), tuple(outputs.values())
+        scale = math.prod(ins) ** -0.5
+        self.contract = len(ins)
+        self.lora_scale = lora.alpha / lora.rank if lora else 0.0
+
+        def normal(shape: tuple[int, ...]) -> Array:
+            return scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+        self.kernel = nnx.Param(normal(ins + outs), axes=(*inputs, *outputs))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outs, jnp.float32), axes=tuple(outputs))
+        if lora:
+            rank = lora.rank
+            self.lora_a = nnx.Param(normal((*ins, rank)), axes=(*inputs, "rank"))
+            self.lora_b = nnx.Param(jnp.zeros((rank, *outs), jnp.float32), axes=("rank", *outputs))
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contract)
+        if self.lora_scale:
+            low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.contract)
+            y += self.lora_scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + eps) · scale over the last axis, in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, axis: str, size: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_angles(position_BT: Array, config: DecoderConfig) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, H/2] of the rotary embedding (arXiv:2104.09864), float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling is not None:
+        frequency = stretch(frequency, config.rope_scaling)
+    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def stretch(frequency: Array, scaling: RopeScaling) -> Array:
+    """Llama 3.1: low frequencies divided by ``factor``, high ones kept, a ramp in between."""
+    turns = scaling.original_context * frequency / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequency * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
+    """Rotate the pairs (i, i + H/2) of the last axis of x [B, T, heads, H], in float32."""
+    cos, sin = angles
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
+        def adapter(name: str) -> LoraConfig | None:
+            return lora if lora and name in lora.targets else None
+
+        embed = {"embed": c.embed}
+        query = {"heads": c.heads, "head_dim": c.head_dim}
+        key = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        self.q = Linear(embed, query, rngs, c.qkv_bias, adapter("q"))
+        self.k = Linear(embed, key, rngs, c.qkv_bias, adapter("k"))
+        self.v = Linear(embed, key, rngs, c.qkv_bias, adapter("v"))
+        self.o = Linear(query, embed, rngs, False, adapter("o"))
+        if c.qk_norm:
+            self.q_norm = RMSNorm("head_dim", c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm("head_dim", c.head_dim, c.norm_eps)
+
+    def project(self, x: Array, angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated."""
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = constrain(query, ("batch", "length", "heads", "head_dim"))
+        key = constrain(key, ("batch", "length", "kv_heads", "head_dim"))
+        return rotate(query, angles), rotate(key, angles), value
+
+    def attend(self, query: Array, key: Array, value: Array, allowed_BTS: Array) -> Array:
+        """Softmax attention of T queries over S keys where ``allowed``, and the output map."""
+        mixed = jax.nn.dot_product_attention(
+            query, key.astype(query.dtype), value.astype(query.dtype), mask=allowed_BTS[:, None]
+        )
+        return self.o(mixed)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
+        def adapter(name: str) -> LoraConfig | None:
+            return lora if lora and name in lora.targets else None
+
+        embed, hidden = {"embed": c.embed}, {"mlp": c.mlp}
+        self.gate = Linear(embed, hidden, rngs, lora=adapter("gate"))
+        self.up = Linear(embed, hidden, rngs, lora=adapter("up"))
+        self.down = Linear(hidden, embed, rngs, lora=adapter("down"))
+
+    def __call__(self, x: Array) -> Array:
+        wide = constrain(jax.nn.silu(self.gate(x)) * self.up(x), ("batch", "length", "mlp"))
+        return self.down(wide)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None = None):
+        self.attention_norm = RMSNorm("embed", c.embed, c.norm_eps)
+        self.attention = Attention(c, rngs, lora)
+        self.mlp_norm = RMSNorm("embed", c.embed, c.norm_eps)
+        self.mlp = GatedMLP(c, rngs, lora)
+
+    def feed_forward(self, x: Array) -> Array:
+        """The second half of the block: x + mlp(norm(x))."""
+        return constrain(x + self.mlp(self.mlp_norm(x)), ("batch", "length", "activation"))
+
+
+class Embed(nnx.Module):
+    """Token embedding, float32 [V, D]."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        table = c.embed**-0.5 * jax.random.normal(rngs.params(), (c.vocab, c.embed), jnp.float32)
+        self.table = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, token: Array, dtype: str) -> Array:
+        table = constrain(self.table[...].astype(dtype), ("vocab", None))
+        return table[token]
+
+    def logits(self, x: Array) -> Array:
+        """x [..., D] · tableᵀ → [..., V], float32."""
+        dims = (((x.ndim - 1,), (1,)), ((), ()))
+        table = self.table[...].astype(x.dtype)
+        return jax.lax.dot_general(x, table, dims, preferred_element_type=jnp.float32)
+
+
+class Unembed(nnx.Module):
+    """Output projection of models whose embedding is not tied to it, float32 [D, V]."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        kernel = c.embed**-0.5 * jax.random.normal(rngs.params(), (c.embed, c.vocab), jnp.float32)
+        self.kernel = nnx.Param(kernel, axes=("embed", "vocab"))
+
+    def logits(self, x: Array) -> Array:
+        """x [..., D] · W → [..., V], float32."""
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        kernel = self.kernel[...].astype(x.dtype)
+        return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+
+
+class Head(nnx.Module):
+    """hidden·w + b: a scalar for values and rewards, in float32; starts at zero."""
+
+    def __init__(self, c: DecoderConfig):
+        self.kernel = nnx.Param(jnp.zeros(c.embed, jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
+
+    def __call__(self, x: Array) -> Array:
+        return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
+
+
+class Ends(nnx.Module):
+    """What lies before and after the layers: embedding, last norm, output projection, head."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, head: bool):
+        self.embed = Embed(c, rngs)
+        self.norm = RMSNorm("embed", c.embed, c.norm_eps)
+        if not c.tied:
+            self.unembed = Unembed(c, rngs)
+        if head:
+            self.head = Head(c)
+
+    def logits(self, x: Array) -> Array:
+        """Hidden states [..., D] → logits [..., V], float32."""
+        return (self.unembed if hasattr(self, "unembed") else self.embed).logits(x)

@@ -1,0 +1,90 @@
+"""Tokenizers: from a Hugging Face folder, a GGUF file, or a few words."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxrlhf.config.model import DecoderConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.gguf import gguf_tokenizer, smollm2_path
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer; nothing is downloaded and no code from the folder is run.
+
+    Args:
+      path: ``smollm2``; a .gguf file; a Hugging Face folder with tokenizer.json; or
+        ``words:TEXT``, whose vocabulary is <pad>, <eos> and the distinct words of TEXT (for tiny
+        models; a word that is not in TEXT cannot be encoded).
+
+    Returns:
+      A tokenizer that pads on the left and has a pad token. Where the source names none it is the
+      end-of-sequence token: masks say what is padding, ids never do.
+
+    Raises:
+      InputError: no tokenizer is there, it cannot be read, or it has neither pad nor eos.
+    """
+    path = os.fspath(path)
+    if path.startswith("words:"):
+        return _words(path.removeprefix("words:"))
+    if path == "smollm2":
+        tokenizer = gguf_tokenizer(smollm2_path())
+    elif path.endswith(".gguf"):
+        tokenizer = gguf_tokenizer(path)
+    else:
+        tokenizer = _from_folder(Path(path))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"{path}: the tokenizer has neither pad_token nor eos_token; "
+                "name one in tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder}: no tokenizer.json; give smollm2, a .gguf file, a Hugging Face folder with "
+            "a fast tokenizer, or words:TEXT"
+        )
+    try:
+        # Not AutoTokenizer: some of its classes rebuild what tokenizer.json says.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust parser raises bare Exception
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: tokenizer cannot be read ({reason})") from None
+
+
+def _words(text: str) -> PreTrainedTokenizerFast:
+    words = dict.fromkeys(["<pad>", "<eos>", *text.split()])
+    if len(words) == 2:
+        raise InputError("words:: no words; write words: and the words, separated by spaces")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> None:
+    """Makes sure that every token has a row in the embedding.
+
+    Raises:
+      InputError: the tokenizer has an id that is not below ``decoder.vocab``: jax would silently
+        read another token's row.
+    """
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > decoder.vocab:
+        raise InputError(
+            f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
+            "use the model's own tokenizer"
+        )

@@ -1,0 +1,285 @@
+"""One decoder for every family: a static description, and pure functions of its parameters.
+
+``Model`` holds no arrays. Parameters are a nested dict of float32 arrays whose ``layers`` are
+stacked along a leading axis and run under ``lax.scan``:
+
+    {"embed": {"table"}, "layers": {...}, "norm": {"scale"}, "unembed"?: {"kernel"}, "head"?: {...}}
+
+Adapters (LoRA) are a tree of their own beside it; with and without them is the same ``Model``.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from jaxrlhf.config import DecoderConfig, LoraConfig
+from jaxrlhf.models.layers import Block, Ends, rotary_angles
+from jaxrlhf.sharding import constrain
+from jaxrlhf.types import Array, Params
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens so far, [L, B, S, K, H]."""
+
+    key_LBSKH: Array
+    value_LBSKH: Array
+    mask_BS: Array
+    """1 where a slot holds a real token."""
+    index_B: Array
+    """int32, the slot that the row's next token goes to."""
+
+
+class Declared(NamedTuple):
+    """A module as NNX declares it: its graph, and the shapes and axes of its weights."""
+
+    graph: Any
+    shapes: Params
+    axes: Any
+
+
+def declare(make: Any) -> Declared:
+    """The structure of ``make(rngs)``, without computing a weight."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    axes = jax.tree.map(
+        lambda v: v.get_metadata()["axes"], state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+    return Declared(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
+
+
+@functools.lru_cache(maxsize=64)
+def block(decoder: DecoderConfig, lora: LoraConfig | None) -> Declared:
+    """One layer, with or without adapters."""
+    return declare(lambda rngs: Block(decoder, rngs, lora))
+
+
+@functools.lru_cache(maxsize=64)
+def ends(decoder: DecoderConfig, head: bool) -> Declared:
+    """Embedding, last norm, output projection, and the scalar head if asked for."""
+    return declare(lambda rngs: Ends(decoder, rngs, head))
+
+
+def stacked(tree: Any, axes: bool, layers: int) -> Any:
+    """Put the layer axis in front of every shape (or tuple of axis names)."""
+    if axes:
+        return jax.tree.map(lambda a: ("layers", *a), tree, is_leaf=lambda a: isinstance(a, tuple))
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((layers, *s.shape), s.dtype), tree)
+
+
+def merge(left: Params, right: Params) -> Params:
+    """Two nested dicts as one; a leaf that stands in both is taken from ``right``."""
+    both = {k: merge(left[k], right[k]) for k in left if k in right and isinstance(left[k], dict)}
+    return {**left, **right, **both}
+
+
+def adapters_of(tree: Any) -> Any:
+    """The part of a layer's tree that is LoRA."""
+    picked = {}
+    for name, child in tree.items():
+        if name.startswith("lora_"):
+            picked[name] = child
+        elif isinstance(child, dict) and (inner := adapters_of(child)):
+            picked[name] = inner
+    return picked
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer: static and hashable, no arrays."""
+
+    decoder: DecoderConfig
+    dtype: str = "float32"
+    """What the layers compute in; float32 or bfloat16."""
+    lora: LoraConfig | None = None
+    remat: bool = False
+
+    def init(self, key: Array, head: bool = False) -> Params:
+        """Random float32 parameters; ``head`` adds the scalar head (zeros)."""
+        outer, inner = jax.random.split(key)
+        layer = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(self.decoder, nnx.Rngs(k)))))
+        params = nnx.to_pure_dict(nnx.state(Ends(self.decoder, nnx.Rngs(outer), head)))
+        return {**params, "layers": layer(jax.random.split(inner, self.decoder.layers))}
+
+    def init_lora(self, key: Array) -> Params:
+        """Fresh adapters, float32: A normal, B zero, so that they change nothing at first."""
+
+        def layer(key: Array) -> Params:
+            module = Block(self.decoder, nnx.Rngs(key), self.lora)
+            return adapters_of(nnx.to_pure_dict(nnx.state(module)))
+
+        return jax.vmap(layer)(jax.random.split(key, self.decoder.layers))
+
+    def shapes(self, head: bool = False) -> Params:
+        """The parameters as ShapeDtypeStructs."""
+        layers = stacked(block(self.decoder, None).shapes, False, self.decoder.layers)
+        return {**ends(self.decoder, head).shapes, "layers": layers}
+
+    def axes(self, head: bool = False) -> Any:
+        """The parameters' logical axes: the same tree with tuples of names."""
+        layers = stacked(block(self.decoder, None).axes, True, 0)
+        return {**ends(self.decoder, head).axes, "layers": layers}
+
+    def lora_axes(self) -> Any:
+        """The adapters' logical axes."""
+        return adapters_of(stacked(block(self.decoder, self.lora).axes, True, 0))
+
+    def cast(self, params: Params) -> Params:
+        """The parameters in the compute dtype; done once a step, master copies stay float32."""
+        return jax.tree.map(lambda x: x.astype(self.dtype), params)
+
+    def init_cache(self, rows: int, slots: int) -> Cache:
+        """An empty cache for ``rows`` sequences of up to ``slots`` tokens."""
+        c = self.decoder
+        shape = (c.layers, rows, slots, c.kv_heads, c.head_dim)
+        return Cache(
+            key_LBSKH=jnp.zeros(shape, self.dtype),
+            value_LBSKH=jnp.zeros(shape, self.dtype),
+            mask_BS=jnp.zeros((rows, slots), jnp.int32),
+            index_B=jnp.zeros(rows, jnp.int32),
+        )
+
+    def apply(
+        self,
+        params: Params,
+        token_BT: Array,
+        attention_mask_BT: Array,
+        lora: Params | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """Hidden states after the last norm, [B, T, D] in the compute dtype.
+
+        Positions count real tokens, so padding on either side changes nothing. With a ``cache``,
+        the T tokens follow those already in it, and the cache with them added is returned.
+
+        Raises:
+          ValueError: if ``params`` or ``lora`` is not the tree that this model declares; the
+            first difference is named.
+        """
+        declared = block(self.decoder, self.lora if lora is not None else None)
+        layers = params["layers"] if lora is None else merge(params["layers"], lora)
+        check_tree(layers, stacked(declared.shapes, False, self.decoder.layers), "layers")
+        outer = self._ends(params)
+        x = constrain(outer.embed(token_BT, self.dtype), ("batch", "length", "activation"))
+        layers = self.cast(layers)
+        if cache is None:
+            position = jnp.maximum(jnp.cumsum(attention_mask_BT, axis=1) - 1, 0)
+            x = self._run(declared, layers, x, position, attention_mask_BT)
+        else:
+            x, cache = self._run_cached(declared, layers, x, attention_mask_BT, cache)
+        return outer.norm(x), cache
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """Logits [..., V] of hidden states [..., D], float32."""
+        return self._ends(params).logits(hidden)
+
+    def scalar(self, params: Params, hidden: Array) -> Array:
+        """The scalar head on hidden states [..., D] → [...], float32.
+
+        Raises:
+          ValueError: if the parameters hold no head.
+        """
+        if "head" not in params:
+            raise ValueError("params hold no 'head': init(key, head=True), or load a reward model")
+        return self._ends(params).head(hidden)
+
+    def _ends(self, params: Params) -> Any:
+        outer = {name: child for name, child in params.items() if name != "layers"}
+        declared = ends(self.decoder, "head" in params)
+        check_tree(outer, declared.shapes, "params")
+        return nnx.merge(declared.graph, outer)
+
+    def _run(
+        self, declared: Declared, layers: Params, x: Array, position_BT: Array, mask_BT: Array
+    ) -> Array:
+        """All layers over whole rows."""
+        angles = rotary_angles(position_BT, self.decoder)
+        steps = jnp.arange(x.shape[1])
+        allowed = (steps[:, None] >= steps) & (mask_BT[:, None] != 0)
+
+        def layer(x: Array, weights: Params) -> tuple[Array, None]:
+            module = nnx.merge(declared.graph, weights)
+            query, key, value = module.attention.project(module.attention_norm(x), angles)
+            x = x + module.attention.attend(query, key, value, allowed)
+            return module.feed_forward(x), None
+
+        return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)[0]
+
+    def _run_cached(
+        self, declared: Declared, layers: Params, x: Array, mask_BT: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """All layers over the next tokens of rows whose earlier ones are in the cache."""
+        width = x.shape[1]
+        slots = jnp.arange(cache.mask_BS.shape[1])
+        slot_BT = cache.index_B[:, None] + jnp.arange(width)
+        mask_BS = write_rows(cache.mask_BS, mask_BT.astype(jnp.int32), cache.index_B)
+        seen_B = cache.mask_BS.sum(1, keepdims=True)
+        position = jnp.maximum(seen_B + jnp.cumsum(mask_BT, axis=1) - 1, 0)
+        angles = rotary_angles(position, self.decoder)
+        allowed = (slots <= slot_BT[..., None]) & (mask_BS[:, None] != 0)
+
+        def layer(carry: Any, item: Any) -> tuple[Any, None]:
+            x, keys, values = carry
+            weights, index = item
+            module = nnx.merge(declared.graph, weights)
+            query, key, value = module.attention.project(module.attention_norm(x), angles)
+            keys = write_layer(keys, key, index, cache.index_B)
+            values = write_layer(values, value, index, cache.index_B)
+            x = x + module.attention.attend(query, keys[index], values[index], allowed)
+            return (module.feed_forward(x), keys, values), None
+
+        start = (x, cache.key_LBSKH, cache.value_LBSKH)
+        items = (layers, jnp.arange(self.decoder.layers))
+        (x, keys, values), _ = jax.lax.scan(layer, start, items)
+        return x, Cache(keys, values, mask_BS, cache.index_B + width)
+
+
+def write_rows(old_BS: Array, new_BT: Array, index_B: Array) -> Array:
+    """Each row's T new entries written at its own index."""
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
+        old_BS, new_BT, index_B, 0
+    )
+
+
+def write_layer(old_LBSKH: Array, new_BTKH: Array, layer: Array, index_B: Array) -> Array:
+    """One layer's T new keys (or values) written at each row's own index, in place."""
+
+    def row(old_LSKH: Array, new_TKH: Array, index: Array) -> Array:
+        new = new_TKH.astype(old_LSKH.dtype)[None]
+        return jax.lax.dynamic_update_slice(old_LSKH, new, (layer, index, 0, 0))
+
+    return jax.vmap(row, (1, 0, 0), 1)(old_LBSKH, new_BTKH, index_B)
+
+
+def check_tree(params: Any, declared: Any, path: str) -> None:
+    """Compare names and shapes, which ``nnx.merge`` does not, and name the first difference."""
+    for name in [*declared, *params]:
+        where = f"{path}.{name}"
+        if name not in params:
+            raise ValueError(f"{where} is missing; the model declares it")
+        if name not in declared:
+            raise ValueError(f"{where} is not a parameter of this model")
+        if isinstance(declared[name], dict):
+            check_tree(params[name], declared[name], where)
+        elif params[name].shape != declared[name].shape:
+            raise ValueError(
+                f"{where} has shape {params[name].shape}, the model declares {declared[name].shape}"
+            )
+
+
+def merge_lora(model: Model, params: Params, lora: Params) -> Params:
+    """The weights with the adapters added in: W + (alpha/rank)·A·B, float32."""
+    assert model.lora is not None
+    scale = model.lora.alpha / model.lora.rank
+
+    def add(weights: Params, adapters: Params) -> Params:
+        if "lora_a" in adapters:
+            product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
+            change = scale * product(adapters["lora_a"], adapters["lora_b"])
+            return {**weights, "kernel": weights["kernel"] + change}
+        return {**weights, **{name: add(weights[name], child) for name, child in adapters.items()}}
+
+    return {**params, "layers": add(params["layers"], lora)}
