@@ -1,0 +1,208 @@
+"""Rollout sampling: prompts in, responses and their log-probs out, in one jitted loop."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.config import SampleConfig
+from jaxrlhf.models.transformer import Cache, Model
+from jaxrlhf.sharding import DECODE, constrain, constrain_tree, row_shards
+from jaxrlhf.steps.draws import draw, truncate
+from jaxrlhf.types import Array, Params, Rollout
+
+
+def sample(
+    model: Model,
+    params: Params,
+    prompt_QP: Array,
+    prompt_mask_QP: Array,
+    key: Array,
+    sample_config: SampleConfig,
+    lora: Params | None = None,
+    value: bool = False,
+) -> Rollout:
+    """Draw ``sample_config.n`` responses to each prompt from the policy.
+
+    The draw of row b's t-th response token uses ``fold_in(fold_in(key, b), t)``: it depends on
+    neither the mesh nor the padding nor the other rows. The loop ends as soon as every row has met
+    a stop token. Jit it with ``model`` and ``sample_config`` static.
+
+    Args:
+      prompt_QP: int32 [Q, P], **left-padded** prompts.
+      prompt_mask_QP: [Q, P], 1 on real tokens.
+      key: a key of this call alone, say ``fold_in(key(seed), step)``.
+      sample_config: static; ``temperature`` 0 is greedy, and then ``logp_BT`` is that of T = 1.
+      lora: adapters, or None for the weights as they are.
+      value: also return V of each state, from the head in ``params``.
+
+    Returns:
+      Rollout of B = Q·n rows, prompt-major; T = P + max_new_tokens columns. Log-probs in nats.
+
+    Raises:
+      ValueError: at trace time, if a setting is out of its range or the cache would not fit.
+    """
+    chex.assert_rank([prompt_QP, prompt_mask_QP], 2)
+    chex.assert_equal_shape([prompt_QP, prompt_mask_QP])
+    _check(model, sample_config, prompt_QP.shape[1])
+    rows = prompt_QP.shape[0] * sample_config.n
+    params, lora = decode_layout(model, params, lora)
+    hidden_BD, cache = _prefill(model, params, prompt_QP, prompt_mask_QP, sample_config, lora)
+    key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+    new = sample_config.max_new_tokens
+    stop = jnp.array(sample_config.stop, jnp.int32)
+
+    def choose(carry: dict[str, Any]) -> dict[str, Any]:
+        """Draw the t-th token of every row that has not ended, from the last hidden state."""
+        t, done_B = carry["t"], carry["done_B"]
+        logits_BV = constrain(model.logits(params, carry["hidden_BD"]), ("batch", "vocab"))
+        token_B, logp_B, sample_logp_B = _token(logits_BV, key_B, t, sample_config)
+        live_B = ~done_B
+        columns = {
+            "token_BN": jnp.where(live_B, token_B, sample_config.pad),
+            "mask_BN": live_B.astype(jnp.float32),
+            "logp_BN": jnp.where(live_B, logp_B, 0.0),
+            "sample_logp_BN": jnp.where(live_B, sample_logp_B, 0.0),
+        }
+        if value:
+            value_B = model.scalar(params, carry["hidden_BD"])
+            columns["value_BN"] = jnp.where(live_B, value_B, 0.0)
+        written = {name: carry[name].at[:, t].set(column) for name, column in columns.items()}
+        ended_B = live_B & (token_B[:, None] == stop).any(1)
+        return {**carry, **written, "t": t + 1, "done_B": done_B | ended_B}
+
+    def extend(carry: dict[str, Any]) -> dict[str, Any]:
+        """Run the policy on the token just drawn, then draw the next."""
+        t = carry["t"] - 1
+        token_B1 = jax.lax.dynamic_slice_in_dim(carry["token_BN"], t, 1, 1)
+        live_B1 = jax.lax.dynamic_slice_in_dim(carry["mask_BN"], t, 1, 1)
+        hidden, cache = model.apply(
+            params, token_B1, live_B1.astype(jnp.int32), lora, carry["cache"]
+        )
+        return choose({**carry, "hidden_BD": hidden[:, 0], "cache": cache})
+
+    floats = ["mask_BN", "logp_BN", "sample_logp_BN"] + ["value_BN"] * value
+    start = {
+        "t": jnp.zeros((), jnp.int32),
+        "done_B": jnp.zeros(rows, bool),
+        "hidden_BD": hidden_BD,
+        "cache": cache,
+        "token_BN": jnp.full((rows, new), sample_config.pad, jnp.int32),
+        **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
+    }
+    end = jax.lax.while_loop(
+        lambda carry: (carry["t"] < new) & ~carry["done_B"].all(), extend, choose(start)
+    )
+    return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
+
+
+def decode_layout(
+    model: Model, params: Params, lora: Params | None
+) -> tuple[Params, Params | None]:
+    """The weights as the decode loop wants them: compute dtype, gathered over fsdp, once.
+
+    The scalar head stays float32. Costs one copy of the weights, split over ``tensor`` alone.
+    """
+    head = params.get("head")
+    body = {name: child for name, child in params.items() if name != "head"}
+    body = constrain_tree(model.cast(body), model.axes(), DECODE)
+    if lora is not None:
+        lora = constrain_tree(model.cast(lora), model.lora_axes(), DECODE)
+    return (body if head is None else {**body, "head": head}), lora
+
+
+def _check(model: Model, config: SampleConfig, prompt_tokens: int) -> None:
+    context = model.decoder.context
+    checks = {
+        f"n={config.n}: at least 1": config.n >= 1,
+        f"max_new_tokens={config.max_new_tokens}: at least 1": config.max_new_tokens >= 1,
+        f"temperature={config.temperature}: 0 (greedy) or more": config.temperature >= 0,
+        f"top_k={config.top_k}: 0 (off) or more": config.top_k >= 0,
+        f"top_p={config.top_p}: above 0, at most 1": 0 < config.top_p <= 1,
+        f"min_p={config.min_p}: from 0 to below 1": 0 <= config.min_p < 1,
+        f"{prompt_tokens} prompt + {config.max_new_tokens} new tokens exceed context={context}": (
+            prompt_tokens + config.max_new_tokens <= context
+        ),
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise ValueError(f"sample: {message}")
+
+
+def _prefill(
+    model: Model,
+    params: Params,
+    prompt_QP: Array,
+    prompt_mask_QP: Array,
+    config: SampleConfig,
+    lora: Params | None,
+) -> tuple[Array, Cache]:
+    """Hidden state of each row's last prompt token, and the cache; prompts are run once each."""
+    slots = prompt_QP.shape[1] + config.max_new_tokens
+    once = prompt_QP.shape[0] % row_shards() == 0  # else rows, which do divide, are run
+    copies = 1 if once else config.n
+    prompt = jnp.repeat(prompt_QP, copies, axis=0)
+    mask = jnp.repeat(prompt_mask_QP, copies, axis=0)
+    cache = _laid_out(model.init_cache(prompt.shape[0], slots))
+    hidden, cache = model.apply(params, prompt, mask, lora, cache)
+    assert cache is not None
+    copies = config.n if once else 1
+    keys_BD = jnp.repeat(hidden[:, -1], copies, axis=0)
+    cache = Cache(
+        key_LBSKH=jnp.repeat(cache.key_LBSKH, copies, axis=1),
+        value_LBSKH=jnp.repeat(cache.value_LBSKH, copies, axis=1),
+        mask_BS=jnp.repeat(cache.mask_BS, copies, axis=0),
+        index_B=jnp.repeat(cache.index_B, copies, axis=0),
+    )
+    return constrain(keys_BD, ("batch", "activation")), _laid_out(cache)
+
+
+def _laid_out(cache: Cache) -> Cache:
+    axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+    return Cache(
+        key_LBSKH=constrain(cache.key_LBSKH, axes),
+        value_LBSKH=constrain(cache.value_LBSKH, axes),
+        mask_BS=constrain(cache.mask_BS, ("batch", "length")),
+        index_B=constrain(cache.index_B, ("batch",)),
+    )
+
+
+def _token(
+    logits_BV: Array, key_B: Array, t: Array, config: SampleConfig
+) -> tuple[Array, Array, Array]:
+    """The drawn token, its log-prob at the temperature, and that under the truncated draw."""
+    if config.temperature == 0.0:
+        token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+        return token_B, log_prob(logits_BV, token_B), jnp.zeros(token_B.shape)
+    logits_BV = logits_BV / config.temperature
+    allowed_BV = truncate(logits_BV, config)
+    token_B = draw(jax.vmap(lambda k: jax.random.fold_in(k, t))(key_B), allowed_BV)
+    return token_B, log_prob(logits_BV, token_B), log_prob(allowed_BV, token_B)
+
+
+def log_prob(logits_BV: Array, token_B: Array) -> Array:
+    """log softmax(logits)[token], float32 [B], without a second [B, V] array."""
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
+
+
+def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: int) -> Rollout:
+    """Prompt columns in front of what the loop wrote."""
+    prompt = jnp.repeat(prompt_QP, n, axis=0).astype(jnp.int32)
+    prompt_mask = jnp.repeat(prompt_mask_QP, n, axis=0).astype(jnp.int32)
+    nothing = jnp.zeros(prompt.shape, jnp.float32)
+
+    def after_prompt(x: Array) -> Array:
+        return jnp.concatenate([nothing, x], axis=1)
+
+    new_mask = end["mask_BN"].astype(jnp.int32)
+    return Rollout(
+        token_BT=jnp.concatenate([prompt, end["token_BN"]], axis=1),
+        attention_mask_BT=jnp.concatenate([prompt_mask, new_mask], axis=1),
+        mask_BT=after_prompt(end["mask_BN"]),
+        logp_BT=after_prompt(end["logp_BN"]),
+        sample_logp_BT=after_prompt(end["sample_logp_BN"]),
+        ended_B=end["done_B"],
+        value_BT=after_prompt(end["value_BN"]) if "value_BN" in end else None,
+    )

@@ -1,0 +1,258 @@
+"""One optimizer step as a pure function of a TrainState, and the losses it minimises."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.algorithms import Algorithm
+from jaxrlhf.config import OptimConfig
+from jaxrlhf.models.transformer import Model
+from jaxrlhf.steps.scoring import forward, reward, value
+from jaxrlhf.types import Array, Batch, Outputs, Params, PreferenceBatch, TokenBatch, TrainState
+
+Metrics = dict[str, Array]
+Loss = Callable[[Params, Any, Any], tuple[Array, Metrics]]
+"""loss(params, frozen, batch) → (scalar, metrics), both additive over rows."""
+
+
+def make_optimizer(config: OptimConfig, steps: int | None = None) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; eps is added outside the square root.
+
+    Args:
+      config: learning rate and its schedule, betas, weight decay (relative to the learning rate).
+      steps: optimizer steps of the whole run, over which a schedule decays.
+
+    Raises:
+      ValueError: if the schedule decays and ``steps`` is not given.
+    """
+    if config.schedule != "constant" and steps is None:
+        raise ValueError(f"optim.schedule={config.schedule}: make_optimizer needs steps")
+    decay = max((steps or 0) - config.warmup, 1)
+    peak = config.learning_rate
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(peak, decay),
+    }[config.schedule]
+    rise = optax.linear_schedule(peak / max(config.warmup, 1), peak, max(config.warmup - 1, 1))
+    rate = optax.join_schedules([rise, after], [config.warmup]) if config.warmup else after
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
+        ),
+    )
+
+
+def decays(params: Params) -> Any:
+    """True for the weights that decay: not for norms, biases and heads."""
+
+    def leaf(path: Any, _: Any) -> bool:
+        names = [getattr(entry, "key", "") for entry in path]
+        return "head" not in names and names[-1] not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def make_update(
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    microbatches: int = 1,
+    donate: bool = True,
+    layout: Any = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """update(state, batch, frozen=None) → (state, metrics), jitted.
+
+    The gradient of ``loss`` with respect to ``state.params`` is summed over ``microbatches``
+    pieces of the rows (the loss carries its normaliser in the batch's weights, so the split
+    changes nothing but rounding) and applied by ``tx``. If it is not finite, parameters and
+    optimizer stay as they are, ``state.skipped`` grows by one, and ``metrics["skipped"]`` is 1.
+
+    Args:
+      loss: loss(params, frozen, batch) → (scalar, metrics); both additive over rows. Metrics whose
+        name ends in _max or _min are combined so.
+      microbatches: static; must divide the number of rows.
+      donate: the old state's buffers are reused. Whatever else holds them (a reference policy that
+        is the same array) must be a copy.
+      layout: shardings of the new state (sharding.train_state_shardings), so that it lies where
+        the old one did; None leaves it to the compiler.
+
+    ``frozen`` is an argument, not a closure: it is neither donated nor differentiated.
+    """
+
+    def update(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
+        def value_and_grad(piece: Any) -> tuple[Array, Metrics, Params]:
+            (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+                state.params, frozen, piece
+            )
+            return total, metrics, grads
+
+        if microbatches == 1:
+            total, metrics, grads = value_and_grad(batch)
+        else:
+            total, metrics, grads = _accumulate(value_and_grad, _split(batch, microbatches))
+        return _apply(tx, state, total, metrics, grads)
+
+    return jax.jit(update, donate_argnums=(0,) if donate else (), out_shardings=(layout, None))
+
+
+def _split(batch: Any, pieces: int) -> Any:
+    """[B, …] → [pieces, B/pieces, …]; piece i takes rows i, i + pieces, …, so that rows stay on
+    their devices."""
+
+    def leaf(x: Array) -> Array:
+        if x.shape[0] % pieces:
+            raise ValueError(f"{x.shape[0]} rows % microbatches={pieces}: must be 0")
+        return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(leaf, batch)
+
+
+def _accumulate(value_and_grad: Any, pieces: Any) -> Any:
+    """Sum over pieces, one at a time."""
+
+    def add(total: Any, piece: Any) -> tuple[Any, None]:
+        value, metrics, grads = value_and_grad(piece)
+        both = {name: combine(name, total[1][name], metrics[name]) for name in metrics}
+        return (total[0] + value, both, jax.tree.map(jnp.add, total[2], grads)), None
+
+    first = jax.tree.map(lambda x: x[0], pieces)
+    rest = jax.tree.map(lambda x: x[1:], pieces)
+    return jax.lax.scan(add, value_and_grad(first), rest)[0]
+
+
+def combine(name: str, left: Array, right: Array) -> Array:
+    """How a metric of two parts becomes that of the whole: by its name."""
+    if name.endswith("_max"):
+        return jnp.maximum(left, right)
+    return jnp.minimum(left, right) if name.endswith("_min") else left + right
+
+
+def _apply(
+    tx: optax.GradientTransformation, state: TrainState, value: Array, metrics: Metrics, grads: Any
+) -> tuple[TrainState, Metrics]:
+    """The optimizer's step, unless the loss or a gradient is not finite."""
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(value)
+
+    def step(_: None) -> tuple[Params, Any]:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)
+    taken = finite.astype(jnp.int32)
+    state = TrainState(
+        params=params,
+        opt_state=opt_state,
+        step=state.step + taken,
+        skipped=(state.skipped + 1) * (1 - taken),
+    )
+    return state, {**metrics, "loss": value, "grad_norm": norm, "skipped": 1.0 - taken}
+
+
+def combine_params(params: Params, frozen: Params | None) -> tuple[Params, Params | None]:
+    """What a network is called with: (weights, adapters).
+
+    Full fine-tuning trains the weights themselves; with LoRA, ``params`` is
+    ``{"lora": adapters, "head"?: …}`` and ``frozen`` the weights.
+    """
+    if "lora" not in params:
+        return params, None
+    if frozen is None:
+        raise ValueError("adapters need the frozen weights: update(state, batch, frozen)")
+    rest = {name: child for name, child in params.items() if name != "lora"}
+    return {**frozen, **rest}, params["lora"]
+
+
+def policy_loss(
+    model: Model,
+    algorithm: Algorithm,
+    temperature: float = 1.0,
+    first: int = 1,
+    value_coef: float | None = None,
+) -> Loss:
+    """Join an algorithm's losses to a model: loss(params, frozen, batch) for ``make_update``.
+
+    Args:
+      temperature: that of the sampler.
+      first: static; the first response column (P), which saves the prompt's logits.
+      value_coef: if given, the head on the policy's trunk learns the value function too, with this
+        weight.
+    """
+    entropy = "entropy" in algorithm.needs
+
+    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen)
+        outputs = forward(
+            model,
+            weights,
+            batch.token_BT,
+            batch.attention_mask_BT,
+            temperature,
+            entropy=entropy,
+            value=value_coef is not None,
+            lora=lora,
+            first=first,
+        )
+        total, metrics = algorithm.loss(outputs, batch)
+        if value_coef is not None:
+            extra, more = algorithm.value_loss(outputs, batch)
+            total, metrics = total + value_coef * extra, {**metrics, **more}
+        return total, metrics
+
+    return loss
+
+
+def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> Loss:
+    """Join an algorithm's value loss to a critic.
+
+    ``head_only`` holds the trunk still: the warm-up of a head that shares the policy's trunk.
+    """
+
+    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen)
+        if head_only:
+            trunk = {name: child for name, child in weights.items() if name != "head"}
+            trunk, lora = jax.lax.stop_gradient((trunk, lora))
+            weights = {**trunk, "head": weights["head"]}
+        value_BT = value(model, weights, batch.token_BT, batch.attention_mask_BT, lora)
+        outputs = Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
+        return algorithm.value_loss(outputs, batch)
+
+    return loss
+
+
+def candidate_scores(
+    model: Model, params: Params, frozen: Params | None, batch: PreferenceBatch
+) -> Array:
+    """The reward of every candidate of a batch, [B, C]."""
+    weights, lora = combine_params(params, frozen)
+    rows, candidates, tokens = batch.token_BCT.shape
+    token = batch.token_BCT.reshape(rows * candidates, tokens)
+    mask = batch.attention_mask_BCT.reshape(rows * candidates, tokens)
+    return reward(model, weights, token, mask, lora).reshape(rows, candidates)
+
+
+def reward_model_loss(model: Model, algorithm: Algorithm) -> Loss:
+    """Join a reward-model loss to a model: scores [B, C] of the candidates."""
+
+    def loss(
+        params: Params, frozen: Params | None, batch: PreferenceBatch
+    ) -> tuple[Array, Metrics]:
+        return algorithm.loss(candidate_scores(model, params, frozen, batch), batch)
+
+    return loss
+
+
+def sft_loss(model: Model, algorithm: Algorithm) -> Loss:
+    """Join an imitation loss to a model."""
+
+    def loss(params: Params, frozen: Params | None, batch: TokenBatch) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen)
+        outputs = forward(model, weights, batch.token_BT, batch.attention_mask_BT, lora=lora)
+        return algorithm.loss(outputs, batch)
+
+    return loss
