@@ -1,0 +1,118 @@
+"""KL to the reference: estimators, the per-token reward, and the controllers of β."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import masked
+from jaxrlhf.errors import InputError
+from jaxrlhf.types import Array
+
+LIMIT = 20.0
+"""Nats up to which ``bounded_exp`` is exp itself."""
+
+
+def bounded_exp(x: Array) -> Array:
+    """eˣ up to x = 20 nats, beyond that its tangent there, e²⁰·(1 + x − 20).
+
+    Value and gradient stay finite and keep their sign for every finite x: an extreme ratio neither
+    overflows nor, as a clamped one would, stops pulling the policy back.
+    """
+    bounded = jnp.minimum(x, LIMIT)
+    return jnp.exp(bounded) * (1 + (x - bounded))
+
+
+def kl_estimate(logp: Array, ref_logp: Array, kind: Literal["k1", "k2", "k3"] = "k1") -> Array:
+    """Estimates of KL(π‖π_ref) from tokens drawn from π (http://joschu.net/blog/kl-approx.html).
+
+    With d = log π − log π_ref: k1 = d is unbiased, k2 = d²/2 is biased and has low variance,
+    k3 = e⁻ᵈ − 1 + d is unbiased and never negative. Exact for d ≥ −20; below, k3 goes on along
+    its tangent (``bounded_exp``), because e⁻ᵈ overflows float32 from d = −88 on.
+
+    As a reward any of them will do. As a loss, only the gradient of k2 is that of the KL; the
+    gradient of k1 is 0 on average.
+
+    Args:
+      logp: log π of each token, any shape, nats.
+      ref_logp: log π_ref of the same tokens, same shape; no gradient flows into it.
+
+    Returns:
+      float32 of the same shape, nats. For KL(old‖new) pass the old log-probs first.
+
+    Raises:
+      ValueError: if ``kind`` is not one of the three names.
+    """
+    chex.assert_equal_shape([logp, ref_logp])
+    d = logp.astype(jnp.float32) - jax.lax.stop_gradient(ref_logp).astype(jnp.float32)
+    match kind:
+        case "k1":
+            return d
+        case "k2":
+            return d**2 / 2
+        case "k3":  # expm1, because at small d the 1 would swallow d²/2
+            bounded = jnp.minimum(-d, LIMIT)
+            return jnp.expm1(bounded) + jnp.exp(bounded) * (-d - bounded) + d
+    raise ValueError(f"kind={kind!r}: choose k1, k2 or k3")
+
+
+def token_rewards(reward_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | float) -> Array:
+    """r_t = −β·kl_t, plus the score of the whole response on its last token (arXiv:1909.08593).
+
+    Args:
+      reward_B: [B], score of each response; integers are welcome. Unread in rows without a token.
+      kl_BT: [B, T], nats, an estimate of the KL at each token.
+      mask_BT: [B, T], non-zero on the response's tokens; the last of them gets the score.
+      beta: reward units a nat.
+
+    Returns:
+      float32 [B, T], 0 where the mask is 0.
+    """
+    chex.assert_rank([reward_B, kl_BT, mask_BT], [1, 2, 2])
+    mask_BT = mask_BT != 0
+    left_BT = jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1]  # tokens from here to the end
+    score_BT = jnp.broadcast_to(reward_B[:, None], mask_BT.shape)
+    return masked.fill(score_BT, mask_BT & (left_BT == 1)) - beta * masked.fill(kl_BT, mask_BT)
+
+
+def fixed_kl(beta: float, kl: float, target: float, count: int, horizon: float) -> float:
+    """β as it is: the controller that does not control."""
+    del kl, target, count, horizon
+    return beta
+
+
+def adaptive_kl(beta: float, kl: float, target: float, count: int, horizon: float) -> float:
+    """β·(1 + clip(kl/target − 1, −.2, .2)·count/horizon) (arXiv:1909.08593, equation 4).
+
+    Runs on the host, on Python numbers. A ``kl`` that is not finite, which comes with an update
+    that is skipped, leaves β as it is.
+
+    Args:
+      beta: the coefficient so far, reward units a nat.
+      kl: measured KL to the reference, nats a sequence.
+      target: wanted KL, nats a sequence.
+      count: sequences that ``kl`` was measured on.
+      horizon: sequences over which the controller acts.
+
+    Raises:
+      InputError: if the horizon is so short that a single step could make β negative.
+    """
+    if count >= 5 * horizon:
+        raise InputError(
+            f"algorithm.kl_horizon={horizon:g}: must exceed {count / 5:g}, a fifth of the "
+            f"{count} sequences of a rollout, or β changes sign; raise it"
+        )
+    if not math.isfinite(kl):
+        return beta
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * count / horizon)
+
+
+KL_CONTROLLERS: dict[str, Callable[[float, float, float, int, float], float]] = {
+    "fixed": fixed_kl,
+    "adaptive": adaptive_kl,
+}
+"""By ``PPOConfig.kl_controller``: (beta, kl, target, count, horizon) → beta."""

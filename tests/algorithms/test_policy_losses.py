@@ -1,0 +1,236 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrlhf import masked
+from jaxrlhf.algorithms import entropy_bonus, kl_estimate, policy_gradient_loss, ppo_policy_loss
+
+AGGREGATIONS = ["token", "sequence", "sequence_sum", "fixed"]
+BAD = jnp.array([jnp.nan, -jnp.inf, jnp.inf])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "wanted"),
+    [
+        ("token", -0.0439754),
+        ("sequence", 0.1710059),
+        ("sequence_sum", -0.1099385),
+        ("fixed", -0.0366462),
+    ],
+)
+def test_ppo_policy_loss_hand_computed(rows, aggregation, wanted):
+    loss, _ = ppo_policy_loss(
+        rows.logp, rows.old, rows.advantage, rows.mask, aggregation=aggregation
+    )
+    np.testing.assert_allclose(loss, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "wanted"),
+    [("token", -0.0404262), ("sequence", 0.1740470), ("fixed", -0.0336885)],
+)
+def test_ppo_policy_loss_with_kl_penalty(rows, aggregation, wanted):
+    loss, _ = ppo_policy_loss(
+        rows.logp, rows.old, rows.advantage, rows.mask, aggregation=aggregation
+    )
+    kl = kl_estimate(rows.logp, rows.ref, "k3")
+    loss += 0.1 * masked.sum(masked.weights(rows.mask, aggregation) * kl, rows.mask)
+    np.testing.assert_allclose(loss, wanted, atol=1e-6)
+
+
+def test_ppo_policy_loss_fixed_length(rows):
+    loss, _ = ppo_policy_loss(
+        rows.logp, rows.old, rows.advantage, rows.mask, aggregation="fixed", length=6
+    )
+    np.testing.assert_allclose(loss, -0.0366462 / 2, atol=1e-6)
+
+
+def sequence_loss(logp, rows):
+    return ppo_policy_loss(
+        logp, rows.old, rows.advantage, rows.mask, aggregation="sequence", ratio="sequence"
+    )[0]
+
+
+def test_ppo_policy_loss_sequence_ratio(rows):
+    np.testing.assert_allclose(sequence_loss(rows.logp, rows), 0.1731147, atol=1e-6)
+
+
+def test_ppo_policy_loss_sequence_ratio_gradient(rows):
+    """That of −mean over rows of exp(mean over tokens of the difference)·A; no row is clipped."""
+
+    def plain(logp):
+        mean_B = masked.mean(logp - rows.old, rows.mask, axis=1)
+        return -(jnp.exp(mean_B) * rows.advantage[:, 0]).mean()
+
+    gradient = jax.grad(sequence_loss)(rows.logp, rows)
+    np.testing.assert_allclose(gradient, jax.grad(plain)(rows.logp), atol=1e-6)
+    assert gradient[0, 0] < 0 < gradient[1, 0]
+
+
+def test_ppo_policy_loss_unknown_ratio(rows):
+    with pytest.raises(ValueError, match="ratio='row'"):
+        ppo_policy_loss(rows.logp, rows.old, rows.advantage, rows.mask, ratio="row")
+
+
+def one_token(log_ratio, advantage, **options):
+    """Loss, its derivative by the log-prob, and metrics, of a single token."""
+
+    def loss(logp):
+        return ppo_policy_loss(
+            logp, jnp.zeros((1, 1)), jnp.full((1, 1), advantage), jnp.ones((1, 1)), **options
+        )
+
+    (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(jnp.full((1, 1), log_ratio))
+    return float(value), float(slope[0, 0]), metrics
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope", "clipped"),
+    [
+        (1.1, 1.0, -1.1, -1.1, 0),
+        (1.5, 1.0, -1.3, 0, 1),  # above the upper bound: nothing more to gain
+        (0.5, 1.0, -0.5, -0.5, 0),
+        (0.5, -1.0, 0.9, 0, 1),  # below the lower bound
+        (1.5, -1.0, 1.5, 1.5, 0),
+    ],
+)
+def test_ppo_policy_loss_clips_each_side(ratio, advantage, loss, slope, clipped):
+    value, derivative, metrics = one_token(np.log(ratio), advantage, clip_low=0.1, clip_high=0.3)
+    assert value == pytest.approx(loss, rel=1e-5)
+    assert derivative == pytest.approx(slope, rel=1e-5)
+    assert metrics["clip_fraction"] == clipped
+    assert metrics["ratio_max"] == pytest.approx(ratio, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "dual_clip", "loss", "slope"),
+    [(-1.0, None, 10, 10), (-1.0, 3.0, 3, 0), (-2.0, 3.0, 6, 0), (1.0, 3.0, -1.2, 0)],
+)
+def test_ppo_policy_loss_dual_clip(advantage, dual_clip, loss, slope):
+    value, derivative, _ = one_token(np.log(10.0), advantage, dual_clip=dual_clip)
+    assert value == pytest.approx(loss, rel=1e-5)
+    assert derivative == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("log_ratio", [-1e4, -100.0, 21.0, 100.0, 1e4])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_ppo_policy_loss_extreme_ratio_is_finite(log_ratio, advantage, ratio):
+    value, slope, metrics = one_token(log_ratio, advantage, ratio=ratio)
+    assert np.isfinite([value, slope, *metrics.values()]).all()
+    if advantage < 0 < log_ratio:
+        assert slope == pytest.approx(np.exp(20), rel=1e-5)  # still pulls the token down
+
+
+def test_ppo_policy_loss_metrics_hand_computed(rows):
+    _, metrics = ppo_policy_loss(rows.logp, rows.old, rows.advantage, rows.mask)
+    d = np.array([0.1, -0.5, 0, 0, 0.4])
+    assert metrics["approx_kl"] == pytest.approx((np.exp(d) - 1 - d).mean(), rel=1e-5)
+    assert metrics["clip_fraction"] == 0  # at −.5, A > 0 and at .4, A < 0 the free branch counts
+    assert metrics["ratio_max"] == pytest.approx(np.exp(0.4), rel=1e-5)
+    assert metrics["weight"] == pytest.approx(1)
+
+
+def test_ppo_policy_loss_ratio_one_is_policy_gradient(rows):
+    def ppo(logp):
+        return ppo_policy_loss(logp, rows.logp, rows.advantage, rows.mask)[0]
+
+    def plain(logp):
+        return policy_gradient_loss(logp, rows.advantage, rows.mask)[0]
+
+    np.testing.assert_allclose(jax.grad(ppo)(rows.logp), jax.grad(plain)(rows.logp), rtol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_ppo_policy_loss_masked_columns_are_never_read(rows, ratio):
+    def loss(logp, old, advantage):
+        return ppo_policy_loss(logp, old, advantage, rows.mask, ratio=ratio)
+
+    clean = jax.value_and_grad(loss, has_aux=True)(rows.logp, rows.old, rows.advantage)
+    for bad in BAD:
+        spoilt = [jnp.where(rows.mask == 1, x, bad) for x in (rows.logp, rows.old, rows.advantage)]
+        jax.tree.map(
+            np.testing.assert_array_equal, jax.value_and_grad(loss, has_aux=True)(*spoilt), clean
+        )
+    assert clean[1][1, 2] == 0
+
+
+def test_ppo_policy_loss_no_gradient_into_targets(rows):
+    def loss(old, advantage, ratio):
+        return ppo_policy_loss(rows.logp, old, advantage, rows.mask, ratio=ratio)[0]
+
+    for ratio in ("token", "sequence"):
+        for gradient in jax.grad(loss, (0, 1))(rows.old, rows.advantage, ratio):
+            assert (gradient == 0).all()
+
+
+def test_ppo_policy_loss_all_masked_is_zero(rows):
+    empty = jnp.zeros_like(rows.mask)
+
+    def loss(logp):
+        return ppo_policy_loss(logp, rows.old, rows.advantage, empty, aggregation="sequence")[0]
+
+    value, gradient = jax.value_and_grad(loss)(rows.logp)
+    assert value == 0
+    assert (gradient == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    aggregation=st.sampled_from(AGGREGATIONS),
+    ratio=st.sampled_from(["token", "sequence"]),
+    cut=st.integers(1, 3),
+)
+def test_ppo_policy_loss_microbatches_and_padding(seed, aggregation, ratio, cut):
+    """Slices under the whole batch's weights add up to the whole, with padding of any content."""
+    key = jax.random.split(jax.random.key(seed), 2)
+    logp, old, advantage = jax.random.normal(key[0], (3, 4, 5))
+    mask = jax.random.bernoulli(key[1], 0.7, (4, 5)).astype(jnp.float32)
+    whole, metrics = ppo_policy_loss(
+        logp, old, advantage, mask, aggregation=aggregation, length=7, ratio=ratio
+    )
+    weight = masked.weights(mask, aggregation, 7)
+    pad = [(0, 0), (2, 1)]
+    wide = [jnp.pad(x, pad, constant_values=9) for x in (logp, old, advantage)]
+    arrays = (*wide, jnp.pad(mask, pad), jnp.pad(weight, pad))
+    losses, parts = zip(
+        *(
+            ppo_policy_loss(*(x[rows] for x in arrays[:4]), weight_BT=arrays[4][rows], ratio=ratio)
+            for rows in (slice(cut), slice(cut, None))
+        ),
+        strict=True,
+    )
+    np.testing.assert_allclose(sum(losses), whole, rtol=1e-4, atol=1e-5)
+    for name, wanted in metrics.items():
+        join = max if name.endswith("_max") else sum
+        np.testing.assert_allclose(join(p[name] for p in parts), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_policy_gradient_loss_hand_computed(rows):
+    loss, metrics = policy_gradient_loss(rows.logp, rows.advantage, rows.mask)
+    np.testing.assert_allclose(loss, (6 - 1) / 5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["logp"], -7 / 5, rtol=1e-6)
+    loss, _ = policy_gradient_loss(rows.logp, rows.advantage, rows.mask, "sequence_sum")
+    np.testing.assert_allclose(loss, (6 - 1) / 2, rtol=1e-6)
+
+
+def test_policy_gradient_loss_gradient(rows):
+    def loss(logp, advantage):
+        return policy_gradient_loss(logp, advantage, rows.mask, weight_BT=jnp.full((2, 3), 0.5))[0]
+
+    for bad in BAD:
+        logp = rows.logp.at[1, 2].set(bad)
+        by_logp, by_advantage = jax.grad(loss, (0, 1))(logp, rows.advantage)
+        np.testing.assert_array_equal(by_logp, [[-0.5] * 3, [0.5, 0.5, 0]])
+        assert (by_advantage == 0).all()
+
+
+def test_entropy_bonus_masks_pads():
+    entropy = jnp.array([[0.832396, 0.5, jnp.nan]])  # the first of logits [1, 2, 3]
+    mask = jnp.array([[1, 1, 0]])
+    bonus = entropy_bonus(entropy, mask, masked.weights(mask))
+    np.testing.assert_allclose(bonus, (0.832396 + 0.5) / 2, rtol=1e-6)
