@@ -29,11 +29,22 @@ def mean(x: Array, mask: Array, axis: int | None = None) -> Array:
     return sum(x, mask, axis) / jnp.maximum(count, 1)
 
 
-def variance(x: Array, mask: Array) -> Array:
+def centre(x: Array, mask: Array, axis: int | None = None) -> Array:
+    """x − mean over ``mask`` (along ``axis``), 0 elsewhere; float32, same shape.
+
+    The mean is taken off twice: the first one is rounded, and what it leaves on equal elements
+    would look like a spread once it is divided by its own standard deviation.
+    """
+    for _ in range(2):
+        mean_x = mean(x, mask, axis)
+        x = fill(x - (mean_x if axis is None else jnp.expand_dims(mean_x, axis)), mask)
+    return x
+
+
+def variance(x: Array, mask: Array, axis: int | None = None) -> Array:
     """Unbiased variance (ddof 1) over ``mask``; 0 if fewer than two elements are selected."""
-    count = (mask != 0).sum()
-    centred = fill(x - mean(x, mask), mask)
-    return (centred**2).sum() / jnp.maximum(count - 1, 1)
+    count = (mask != 0).sum(axis)
+    return (centre(x, mask, axis) ** 2).sum(axis) / jnp.maximum(count - 1, 1)
 
 
 def whiten(x: Array, mask: Array, shift_mean: bool = True, eps: float = 1e-8) -> Array:
@@ -47,9 +58,8 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, eps: float = 1e-8) ->
       x: any shape, in any unit; the result has the same shape, in standard deviations, float32.
       mask: same shape, non-zero on the elements that count.
     """
-    centre = mean(x, mask)
-    scaled = (x - centre) * jax.lax.rsqrt(variance(x, mask) + eps)
-    return fill(scaled if shift_mean else scaled + centre, mask)
+    scaled = centre(x, mask) * jax.lax.rsqrt(variance(x, mask) + eps)
+    return scaled if shift_mean else fill(scaled + mean(x, mask), mask)
 
 
 def weights(mask_BT: Array, aggregation: Aggregation = "token", length: int | None = None) -> Array:

@@ -7,6 +7,14 @@ from jaxrlhf.config.algorithm import (
     RewardModelConfig,
     SFTConfig,
 )
+from jaxrlhf.config.checks import (
+    check,
+    check_mesh,
+    check_sample,
+    resolve_mesh,
+    rows_at_once,
+)
+from jaxrlhf.config.load import load, override, save
 from jaxrlhf.config.model import (
     CriticConfig,
     DecoderConfig,
@@ -46,4 +54,12 @@ __all__ = [
     "RopeScaling",
     "SFTConfig",
     "SampleConfig",
+    "check",
+    "check_mesh",
+    "check_sample",
+    "load",
+    "override",
+    "resolve_mesh",
+    "rows_at_once",
+    "save",
 ]

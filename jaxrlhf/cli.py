@@ -1,0 +1,227 @@
+"""The ``jaxrlhf`` command. ``--help`` must answer at once, so modules are imported where needed."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from jaxrlhf.errors import InputError
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+      words: the command line without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+      The exit status: 0, 2 after bad input (one line ``error: …`` on stderr), 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    try:
+        find(words[0])(words[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """The help of the command as a whole."""
+    width = max(map(len, COMMANDS)) + 4
+    lines = (f"  {name:<{width}}{text}" for name, (text, _) in COMMANDS.items())
+    return "\n".join(
+        [
+            "usage: jaxrlhf COMMAND …",
+            "",
+            "Reinforcement learning from human feedback in JAX.",
+            "",
+            *lines,
+            "",
+            "jaxrlhf COMMAND --help lists what a command takes.",
+        ]
+    )
+
+
+def find(name: str) -> Callable[[list[str]], None]:
+    """The subcommand called ``name``, a function of the words after it."""
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        known = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
+        raise InputError(f"{name}: unknown command ({known})")
+    return COMMANDS[name][1]
+
+
+def typed(command: Callable[..., None]) -> Callable[[list[str]], None]:
+    """A function of words that parses them by the signature and docstring of ``command``."""
+
+    def run(words: list[str]) -> None:
+        tyro.cli(command, prog=f"jaxrlhf {command.__name__}", args=words)
+
+    return run
+
+
+def prepare_jax() -> None:
+    """Environment variables that JAX reads when it is imported; what the user has set stays."""
+    defaults = {
+        "JAX_COMPILATION_CACHE_DIR": str(compile_cache()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def compile_cache() -> Path:
+    """Where compiled programs are kept: a folder a jaxlib version and processor.
+
+    Code compiled for one processor may use instructions that another lacks.
+    """
+    import hashlib
+    import platform
+    from importlib.metadata import version
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    kind = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    text = "\n".join([platform.machine(), platform.processor(), *sorted(kind)])
+    cpu = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path.home() / ".cache" / "jaxrlhf" / "xla" / f"{version('jaxlib')}-{cpu}"
+
+
+def train(words: list[str]) -> None:
+    """Load CONFIG, change it by the words after it, check it, train."""
+    from jaxrlhf.config import Config, check, load, override
+
+    if words[:1] in (["-h"], ["--help"]):
+        override(Config(), ["--help"])
+    if not words or words[0].startswith("-"):
+        raise InputError("train: CONFIG, the path of a YAML file, comes first")
+    config = load(words[0], words[1:])
+    check(config)
+    prepare_jax()
+    from jaxrlhf import loop
+
+    loop.train(config)
+
+
+def demo(output: str = "runs/demo", tiny: bool = False, seed: int = 0) -> None:
+    """Train a small model from sampling to evaluation, and show what it has learnt.
+
+    Args:
+      output: folder that the runs are written to.
+      tiny: a model of a few thousand parameters, in seconds; shows that everything works.
+      seed: every draw follows from it.
+    """
+    prepare_jax()
+    from jaxrlhf.demo import run
+
+    run(output, tiny, seed)
+
+
+def generate(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    prompt: tuple[str, ...] = (),
+    n: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> None:
+    """Complete prompts, as plain text, and print the completions, one after the other.
+
+    Args:
+      model: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
+      prompt: one or more texts to complete.
+      n: completions a prompt.
+      temperature: logits are divided by this; 0 takes the likeliest token.
+      max_new_tokens: most tokens of a completion.
+      seed: every draw follows from it.
+    """
+    from jaxrlhf.config import SampleConfig, check_sample
+
+    if not prompt:
+        raise InputError("--prompt: missing: give at least one text to complete")
+    wish = SampleConfig(n=n, temperature=temperature, max_new_tokens=max_new_tokens)
+    check_sample(wish)
+    prepare_jax()
+    import jax
+
+    from jaxrlhf.data.tokens import encode_prompt, left_pad
+    from jaxrlhf.networks import load_model
+    from jaxrlhf.steps.sampling import sample
+
+    policy, params, tokenizer = load_model(model)
+    places = [f"--prompt {i + 1}" for i in range(len(prompt))]
+    ids = [encode_prompt(tokenizer, text, at) for text, at in zip(prompt, places, strict=True)]
+    pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
+    wish = replace(wish, pad=pad, stop=() if stop is None else (stop,))
+    token_QP, mask_QP = left_pad(ids, max(map(len, ids)), pad, places)
+    draw = jax.jit(sample, static_argnums=(0, 5))
+    rollout = jax.device_get(draw(policy, params, token_QP, mask_QP, jax.random.key(seed), wish))
+    for row, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True):
+        print(tokenizer.decode(row[mask > 0], skip_special_tokens=True))
+
+
+def export(
+    run: Annotated[Positional[str], arg(metavar="RUN")],
+    out: Annotated[Positional[str], arg(metavar="OUT")],
+) -> None:
+    """Write the policy of a run as a folder that transformers, vLLM and llama.cpp can load.
+
+    Args:
+      run: the output folder of a run, or whatever else is a model.
+      out: a new folder.
+    """
+    prepare_jax()
+    from jaxrlhf.models.hf import write_hf
+    from jaxrlhf.networks import is_run, load_model, run_config
+
+    if is_run(run) and run_config(run).algorithm.name == "reward_model":
+        raise InputError(f"{run}: a reward model; only language models have such a folder")
+    model, params, tokenizer = load_model(run)
+    weights = {name: part for name, part in params.items() if name != "head"}  # a critic's
+    write_hf(out, model.decoder, weights, tokenizer)
+
+
+def env() -> None:
+    """Print the versions that matter in a bug report, and the devices."""
+    prepare_jax()
+    import platform
+    from importlib.metadata import version
+
+    import jax
+
+    print(f"{'python':<18}{platform.python_version()}")
+    for name in (
+        "jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
+    ):  # fmt: skip
+        print(f"{name:<18}{version(name)}")
+    kinds = [device.device_kind for device in jax.devices()]
+    count = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
+    print(f"{'devices':<18}{count} ({jax.default_backend()}, {jax.process_count()} process)")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "train": ("train as a YAML file says: train CONFIG [--dotted.key value …]", train),
+    "demo": ("a whole training run in minutes, on a CPU too: demo [--tiny]", typed(demo)),
+    "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
+    "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
+    "env": ("versions and devices", typed(env)),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

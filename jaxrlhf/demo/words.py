@@ -1,0 +1,48 @@
+"""A language of fourteen words, some good and some bad: data and gold reward of the tiny demo."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GOOD = ("good", "great", "nice", "warm", "bright", "kind")
+BAD = ("bad", "poor", "dull", "sad", "cold", "dark")
+OTHER = ("the", "and")
+WORDS = GOOD + BAD + OTHER
+
+
+def goodness(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """(good words − bad words) / words of each completion; 0 for an empty one."""
+    del prompts
+    scores = []
+    for completion in completions:
+        words = completion.split()
+        balance = sum(word in GOOD for word in words) - sum(word in BAD for word in words)
+        scores.append(balance / max(len(words), 1))
+    return scores
+
+
+def write_corpus(folder: Path, seed: int, rows: int = 2048) -> None:
+    """Random sentences to imitate (sft.jsonl), two-word prompts (prompts.jsonl, held_out.jsonl).
+
+    Every word is as likely as any other, so a model that learns them starts at goodness 0.
+    """
+    generator = np.random.default_rng(seed)
+    sentences = [
+        {
+            "prompt": " ".join(generator.choice(WORDS, 2)),
+            "completion": " ".join(generator.choice(WORDS, generator.integers(4, 12))),
+        }
+        for _ in range(rows)
+    ]
+    pairs = [f"{first} {second}" for first in WORDS for second in WORDS]
+    generator.shuffle(pairs)
+    files = {
+        "sft.jsonl": sentences,
+        "prompts.jsonl": [{"prompt": text} for text in pairs[:160]],
+        "held_out.jsonl": [{"prompt": text} for text in pairs[160:]],
+    }
+    for name, lines in files.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

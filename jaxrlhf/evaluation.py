@@ -1,0 +1,153 @@
+"""What held-out rows say of a network, before and after training, with the same draws."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.data.batches import held_out_batches
+from jaxrlhf.data.tokens import Encoded, preference_batch, prompt_arrays, token_batch
+from jaxrlhf.judging import Judge
+from jaxrlhf.metrics import distinct_n, mean_interval
+from jaxrlhf.rewards.text import decode_rollout
+from jaxrlhf.setup import Run
+from jaxrlhf.sharding import put_rows, row_shards
+from jaxrlhf.types import Params, Rollout
+
+EVALUATION = 0x7FFFFFFF
+"""Stream of the draws of evaluation, beside those of the steps: the same at every evaluation."""
+
+LARGE_GAP = 0.5
+"""Pairs whose ``gap`` column is at least this are also counted apart."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over held-out rows, and what they were taken from."""
+
+    metrics: dict[str, float]
+    samples: tuple[dict[str, Any], ...] = ()
+    gold: np.ndarray | None = None
+    """The gold measure of each completion, in an order that every evaluation shares."""
+
+
+def evaluate(run: Run, params: Params) -> Evaluation | None:
+    """Measure trainable parameters on the held-out rows; None if there are none."""
+    if run.eval_rows is None:
+        return None
+    if run.config.algorithm.name == "ppo":
+        return evaluate_policy(run, params, run.eval_rows.items)
+    return evaluate_offline(run, params, run.eval_rows.items)
+
+
+def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Evaluation:
+    """Sample ``eval.n`` completions of each held-out prompt at T = 1, untruncated, and judge them.
+
+    Metrics: ``proxy`` (the reward that is trained on) and ``gold`` (eval.gold), each with
+    ``_ci``, the half width of the mean's 95 % interval; ``kl_nats``, the mean over completions of
+    Σ_t log π − log π_ref; ``length`` (tokens); ``ended`` (fraction); ``entropy`` (nats a token);
+    ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
+    """
+    drawn = [_draw(run, params, rows, *batch) for batch in enumerate(_batches(run, len(rows)))]
+    columns = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
+    tokens = [t[m != 0].tolist() for t, m in zip(columns["token"], columns["mask"], strict=True)]
+    count = columns["mask"].sum(1)
+    metrics = {
+        "kl_nats": float(columns["kl"].mean()),
+        "length": float(count.mean()),
+        "ended": float(columns["ended"].mean()),
+        "entropy": float(-columns["logp"].sum() / count.sum()),
+        "distinct_2": distinct_n(tokens, 2),
+        "completions": float(len(tokens)),
+    }
+    for name in ("proxy", "gold"):
+        if name in columns:
+            known = columns[name][np.isfinite(columns[name])]
+            metrics[name], metrics[f"{name}_ci"] = mean_interval(known)
+    samples = [
+        {
+            "prompt": rows[index].source.text,  # type: ignore[union-attr]
+            "completion": text,
+            **{name: float(columns[name][b]) for name in ("proxy", "gold") if name in columns},
+        }
+        for b, (index, text) in enumerate(zip(columns["row"], columns["text"], strict=True))
+    ]
+    return Evaluation(metrics, tuple(samples), columns.get("gold"))
+
+
+def _batches(run: Run, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    shards = row_shards()
+    size = min(run.config.eval.batch_size, -(-count // shards) * shards)
+    return held_out_batches(count, size)
+
+
+def _draw(
+    run: Run, params: Params, rows: tuple[Encoded, ...], index: int, batch: Any
+) -> dict[str, np.ndarray]:
+    """One batch of completions: everything that is measured of them, real rows only."""
+    row_Q, real_Q = batch
+    picked = [rows[i] for i in row_Q]
+    arrays = prompt_arrays(picked, run.config.data.max_prompt_tokens, run.config.sample.pad)
+    stream = jax.random.fold_in(jax.random.key(run.config.seed), EVALUATION)
+    frozen = run.frozen["policy"]
+    rollout: Rollout = run.programs["eval_sample"](
+        params, frozen, *put_rows(arrays, run.mesh), jax.random.fold_in(stream, index)
+    )
+    assert run.reference is not None
+    ref_logp_BT = run.programs["eval_reference"](
+        run.reference.params, rollout.token_BT, rollout.attention_mask_BT
+    )
+    host, ref_logp_BT = jax.device_get((rollout, ref_logp_BT))
+    prompts = [row.source for row in picked]
+    real_B = np.repeat(real_Q, run.config.eval.n)
+    gap_BT = (host.logp_BT - ref_logp_BT) * host.mask_BT
+    texts = [p.text for p in prompts for _ in range(run.config.eval.n)]  # type: ignore[union-attr]
+    out = {
+        "row": np.repeat(row_Q, run.config.eval.n),
+        "token": host.token_BT,
+        "mask": host.mask_BT,
+        "logp": host.logp_BT,
+        "ended": host.ended_B,
+        "kl": gap_BT.sum(1),
+        "text": np.array(
+            decode_rollout(run.tokenizer, host.token_BT, host.mask_BT, texts), dtype=object
+        ),
+    }
+    judges: dict[str, Judge | None] = {"proxy": run.judge, "gold": run.gold}
+    for name, judge in judges.items():
+        if judge is not None:
+            out[name] = np.asarray(judge(rollout, prompts).reward_B)  # type: ignore[arg-type]
+    return {name: x[real_B] for name, x in out.items()}
+
+
+def evaluate_offline(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Evaluation:
+    """Loss and metrics of the training objective on held-out rows.
+
+    For reward models also ``accuracy``: the fraction of pairs with the chosen answer scored
+    higher; and, where rows have a number ``gap`` that says by how much it is better,
+    ``accuracy_large_gap`` over those with at least 0.5.
+    """
+    totals: dict[str, float] = {}
+    config, frozen = run.config, run.frozen["policy"]
+    pack = preference_batch if config.algorithm.name == "reward_model" else token_batch
+    right: list[bool] = []
+    for row_B, real_B in _batches(run, len(rows)):
+        picked = [rows[i] for i in row_B]
+        host = pack(picked, config.data.max_tokens, config.sample.pad, real_B)
+        batch = put_rows(host, run.mesh)
+        loss, metrics = run.programs["loss"](params, frozen, batch)
+        share = real_B.sum() / len(rows)
+        for name, x in {"loss": loss, **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + share * float(x)
+        if "scores" in run.programs:
+            score_BC = np.asarray(run.programs["scores"](params, frozen, batch))
+            right += (score_BC[:, 0] > score_BC[:, 1])[real_B].tolist()
+    if right:
+        totals["accuracy"] = float(np.mean(right))
+        gaps = [row.source.columns.get("gap") for row in rows]
+        large = [r for r, g in zip(right, gaps, strict=True) if g is not None and g >= LARGE_GAP]
+        if large:
+            totals["accuracy_large_gap"] = float(np.mean(large))
+            totals["pairs_large_gap"] = float(len(large))
+    return Evaluation(totals | {"rows": float(len(rows))})

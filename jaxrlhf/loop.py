@@ -1,0 +1,213 @@
+"""The two loops: learning from what the policy samples, and learning from rows.
+
+Each iteration is a handful of pure jitted functions over TrainStates (``run.programs``); what is
+left here is their order, and the host's chores.
+"""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.algorithms import KL_CONTROLLERS
+from jaxrlhf.config import Config
+from jaxrlhf.data.batches import order
+from jaxrlhf.data.tokens import preference_batch, prompt_arrays, token_batch
+from jaxrlhf.errors import InputError
+from jaxrlhf.evaluation import Evaluation, evaluate
+from jaxrlhf.metrics import combine, mean_interval
+from jaxrlhf.resume import lock
+from jaxrlhf.rewards.text import decode_rollout
+from jaxrlhf.session import Session
+from jaxrlhf.setup import Run, minibatch_rows, setup
+from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.types import Batch, Rollout, TrainState
+
+SHOWN = 4
+"""Completions of each iteration that go to samples.jsonl."""
+
+States = dict[str, TrainState]
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Carry out a run, or go on with it, and return its summary.
+
+    Raises:
+      InputError: config, data, weights or output folder cannot be used.
+      FloatingPointError: too many updates in a row had a gradient that is not finite.
+    """
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh)
+        with lock(config.output), Session(run) as session:
+            session.lap("setup")
+            learn = on_policy if run.judge is not None else offline
+            learn(run, session)
+            return summarise(run, session)
+
+
+def on_policy(run: Run, session: Session) -> None:
+    """Sample, judge, compare with the reference, estimate values, learn; and again."""
+    controller = KL_CONTROLLERS[run.config.algorithm.kl_controller]
+    algorithm = run.config.algorithm
+    session.host.setdefault("kl_coef", algorithm.kl_coef)
+    evaluate_before(run, session)
+    for step in session.steps():
+        began = time.perf_counter()
+        states, metrics, rollout, batch = iterate(run, session, step)
+        session.states = states
+        metrics = jax.device_get(metrics)
+        rows = int(rollout.token_BT.shape[0])
+        session.host["kl_coef"] = controller(
+            session.host["kl_coef"],
+            float(metrics["kl"]),
+            algorithm.kl_target,
+            rows,
+            algorithm.kl_horizon,
+        )
+        seconds = time.perf_counter() - began
+        tokens = float(metrics["length"]) * rows
+        metrics |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        session.host["tokens"] = session.host.get("tokens", 0.0) + tokens
+        session.record(step + 1, metrics, shown(run, rollout, batch))
+        evaluate_between(run, session, step + 1)
+
+
+def iterate(run: Run, session: Session, step: int) -> tuple[States, dict[str, Any], Rollout, Any]:
+    """One iteration of policy learning: from prompts to the next states."""
+    programs, states, settings = run.programs, session.states, run.config.algorithm
+    policy, base = states["policy"].params, run.frozen["policy"]
+    key = jax.random.fold_in(jax.random.key(run.config.seed), step)
+    prompts = [
+        run.train_rows.items[i]
+        for i in order(len(run.train_rows), run.config.data.batch_size, run.config.seed, step)
+    ]
+    arrays = prompt_arrays(prompts, run.config.data.max_prompt_tokens, run.config.sample.pad)
+    prompt_QP, mask_QP = put_rows(arrays, run.mesh)
+
+    rollout = programs["sample"](policy, base, prompt_QP, mask_QP, key)
+    session.lap("sample", rollout)
+    judgement = run.judge(rollout, [prompt.source for prompt in prompts])
+    if not bool(judgement.valid_B.any()):
+        raise InputError(f"rewards: iteration {step + 1} got no usable reward for any completion")
+    session.lap("reward", judgement.reward_B)
+
+    rows = (rollout.token_BT, rollout.attention_mask_BT)
+    ref_logp_BT = programs["reference"](run.reference.params, *rows)
+    value_BT = rollout.value_BT
+    if value_BT is None:
+        value_BT = programs["value"](states["critic"].params, run.frozen["critic"], *rows)
+    if settings.old_logp == "rescore":
+        logp_BT = programs["rescore"](policy, base, *rows) * rollout.mask_BT
+        rollout = rollout.replace(logp_BT=logp_BT)
+    coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}
+    batch, measured = programs["targets"](
+        rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, value_BT
+    )
+    session.lap("score", batch)
+
+    states, learnt = learn(run, states, batch, step)
+    session.lap("update", learnt)
+    parts = {f"reward/{name}": np.nanmean(x) for name, x in judgement.parts.items()}
+    metrics = {**measured, **parts, **learnt, **coefficients}
+    return states, metrics, rollout, judgement
+
+
+def learn(run: Run, states: States, batch: Batch, step: int) -> tuple[States, dict[str, Any]]:
+    """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
+    programs, settings = run.programs, run.config.algorithm
+    states, seen = dict(states), []
+    warming = step < run.config.critic.warmup
+    rows = batch.token_BT.shape[0]
+    for epoch in range(settings.epochs):
+        for row_M in minibatch_rows(run.config, rows, step, epoch):
+            part = batch if len(row_M) == rows else programs["take"](batch, row_M)
+            metrics: dict[str, Any] = {}
+            if "critic" in states:
+                states["critic"], metrics = programs["critic_update"](
+                    states["critic"], part, run.frozen["critic"]
+                )
+                metrics = {f"critic/{name}": x for name, x in metrics.items()}
+            if not warming or "critic" not in states:
+                update = programs["warmup" if warming else "update"]
+                states["policy"], learnt = update(states["policy"], part, run.frozen["policy"])
+                metrics |= learnt
+            seen.append(metrics)
+            if settings.target_kl and metrics.get("approx_kl", 0.0) > settings.target_kl:
+                return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
+    return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
+
+
+def shown(run: Run, rollout: Rollout, judgement: Any) -> list[dict[str, Any]]:
+    """A few completions of an iteration, with their rewards."""
+    picked = jax.device_get((rollout.token_BT[:SHOWN], rollout.mask_BT[:SHOWN]))
+    reward_B = np.asarray(judgement.reward_B[:SHOWN])
+    attention = np.asarray(rollout.attention_mask_BT[:SHOWN])
+    token_BT, mask_BT = picked
+    blank = [""] * len(token_BT)
+    prompts = decode_rollout(run.tokenizer, token_BT, attention * (mask_BT == 0), blank)
+    completions = decode_rollout(run.tokenizer, token_BT, mask_BT, blank)
+    return [
+        {"prompt": prompt, "completion": completion, "reward": float(reward)}
+        for prompt, completion, reward in zip(prompts, completions, reward_B, strict=True)
+    ]
+
+
+def offline(run: Run, session: Session) -> None:
+    """Learn from the rows of a file: one optimizer step an iteration."""
+    config = run.config
+    pack = preference_batch if config.algorithm.name == "reward_model" else token_batch
+    evaluate_before(run, session)
+    for step in session.steps():
+        began = time.perf_counter()
+        chosen = order(len(run.train_rows), config.data.batch_size, config.seed, step)
+        rows = [run.train_rows.items[i] for i in chosen]
+        batch = put_rows(pack(rows, config.data.max_tokens, config.sample.pad), run.mesh)
+        session.states["policy"], metrics = run.programs["update"](
+            session.states["policy"], batch, run.frozen["policy"]
+        )
+        session.lap("update", metrics)
+        metrics = jax.device_get(metrics) | {"seconds": time.perf_counter() - began}
+        session.record(step + 1, metrics, [])
+        evaluate_between(run, session, step + 1)
+
+
+def evaluate_before(run: Run, session: Session) -> None:
+    """Measure the start of the run, once; a resumed run remembers it."""
+    if "before" not in session.host and (found := evaluate(run, session.states["policy"].params)):
+        session.host["before"] = found.metrics
+        session.host["gold_before"] = None if found.gold is None else found.gold.tolist()
+        session.evaluated(0, found)
+    session.lap("evaluate")
+
+
+def evaluate_between(run: Run, session: Session, done: int) -> None:
+    """Measure again every ``eval.every`` iterations."""
+    every = run.config.eval.every
+    if every and done % every == 0 and done < run.config.steps:
+        found = evaluate(run, session.states["policy"].params)
+        assert found is not None
+        session.evaluated(done, found)
+        session.lap("evaluate")
+
+
+def summarise(run: Run, session: Session) -> dict[str, Any]:
+    """Measure the end of the run, and write summary.json."""
+    steps = run.config.steps
+    found: Evaluation | None = evaluate(run, session.states["policy"].params)
+    session.lap("evaluate")
+    summary: dict[str, Any] = {"algorithm": run.config.algorithm.name, "steps": steps}
+    if found is not None:
+        session.evaluated(steps, found)
+        before, after = session.host["before"], found.metrics
+        for name in after:
+            summary |= {f"{name}_before": before.get(name), f"{name}_after": after[name]}
+        if found.gold is not None:
+            change = found.gold - np.array(session.host["gold_before"])
+            summary["gold_rise"], summary["gold_rise_ci"] = mean_interval(change)
+        if "kl_nats" in after:
+            summary["kl_nats"] = after["kl_nats"]
+    summary |= session.totals()
+    session.recorder.summary(summary)
+    return summary

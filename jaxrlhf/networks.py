@@ -1,0 +1,193 @@
+"""Networks on the mesh: from a path to (model, weights, adapters).
+
+A path is whatever a user has: ``smollm2``, a Hugging Face folder, a .gguf file, or the output
+folder of a run. Weights of one path are read once and shared by all who use them; they are never
+donated.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf import checkpoint
+from jaxrlhf.config import Config, MeshConfig, ModelConfig, check_mesh, load
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.loading import build, read_weights
+from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
+from jaxrlhf.models.transformer import Model, merge_lora
+from jaxrlhf.sharding import make_mesh, put, shardings, train_state_shardings
+from jaxrlhf.steps.updating import combine_params, make_optimizer
+from jaxrlhf.types import Params, TrainState
+
+INIT = 0x7FFFFFFE
+"""Stream of initial weights, beside those of the steps."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with its arrays. ``params`` may hold a head; ``lora`` is None without adapters."""
+
+    model: Model
+    params: Params
+    lora: Params | None = None
+
+
+@dataclass
+class Loader:
+    """Reads networks onto one mesh, each path's weights once."""
+
+    mesh: Mesh
+    weights: dict[Any, Params] = field(default_factory=dict)
+
+    def base(self, config: ModelConfig, seed: int = 0) -> Network:
+        """The weights a model starts from, without head and adapters.
+
+        Adapters of a run folder are merged into its weights.
+        """
+        model = build(config)
+        check_layout(model, self.mesh)
+        key = (config.path, config.decoder, seed if config.decoder else None)
+        if key not in self.weights:
+            self.weights[key] = self._read(model, config, seed)
+        return Network(model, self.weights[key])
+
+    def _read(self, model: Model, config: ModelConfig, seed: int) -> Params:
+        layout = shardings(model.axes(), self.mesh)
+        if config.decoder is not None:
+            stream = jax.random.fold_in(jax.random.key(seed), INIT)
+            return jax.jit(model.init, out_shardings=layout)(stream)
+        if is_run(config.path):
+            network = self.trained(config.path)
+            body = {name: x for name, x in network.params.items() if name != "head"}
+            if network.lora is None:
+                return body
+            merged = jax.jit(merge_lora, static_argnums=0, out_shardings=layout)
+            return merged(network.model, body, network.lora)
+        return put(read_weights(config.path)[1], layout)
+
+    def trained(self, folder: str) -> Network:
+        """The network that a run trained, from its newest checkpoint."""
+        config = run_config(folder)
+        base = self.base(config.model, config.seed)
+        head = needs_head(config)
+        state = abstract_state(config, base.model, head, self.mesh)
+        wanted = {"policy": replace(state, opt_state=(), step=(), skipped=())}
+        _, found, _ = checkpoint.load(Path(folder) / "checkpoints", wanted)
+        params, lora = combine_params(found["policy"].params, base.params)
+        return Network(base.model, params, lora)
+
+
+def is_run(path: str) -> bool:
+    """Whether ``path`` is the output folder of a run."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def run_config(folder: str) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+      InputError: if ``folder`` is not the output folder of a run.
+    """
+    if not is_run(folder):
+        raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
+    return load(Path(folder) / "config.yaml")
+
+
+def needs_head(config: Config) -> bool:
+    """Whether the network that a run trains carries the scalar head."""
+    algorithm = config.algorithm
+    return algorithm.name == "reward_model" or (
+        algorithm.name == "ppo" and config.critic.kind == "shared"
+    )
+
+
+def trainable_axes(model: Model, head: bool) -> Any:
+    """Logical axes of what a TrainState of this model trains: all weights, or the adapters."""
+    if model.lora is None:
+        return model.axes(head)
+    scalar = {"head": model.axes(True)["head"]} if head else {}
+    return {"lora": model.lora_axes(), **scalar}
+
+
+def start_params(network: Network, head: bool, seed: int, mesh: Mesh) -> Params:
+    """Fresh trainable parameters for a network: a copy of its weights, or adapters beside them.
+
+    Head and adapters that the network already has are taken over; else the head is zero, and the
+    adapters change nothing at first.
+    """
+    model = network.model
+    stream = jax.random.fold_in(jax.random.key(seed), INIT)
+
+    def start(key: Any, params: Params, lora: Params | None) -> Params:
+        scalar = {"head": params.get("head", zero_head(model))} if head else {}
+        if model.lora is None:
+            body = {name: x for name, x in params.items() if name != "head"}
+            return jax.tree.map(jnp.copy, {**body, **scalar})
+        adapters = model.init_lora(jax.random.fold_in(key, 1)) if lora is None else lora
+        return {"lora": jax.tree.map(jnp.copy, adapters), **jax.tree.map(jnp.copy, scalar)}
+
+    layout = shardings(trainable_axes(model, head), mesh)
+    return jax.jit(start, out_shardings=layout)(stream, network.params, network.lora)
+
+
+def zero_head(model: Model) -> Params:
+    """The scalar head as it starts: all zeros."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.shapes(True)["head"])
+
+
+def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the TrainState that a run of ``config`` carries."""
+    layout = shardings(trainable_axes(model, head), mesh)
+    base = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+
+    def params_of(params: Params) -> Params:
+        scalar = {"head": zero_head(model)} if head else {}
+        if model.lora is None:
+            return {**params, **scalar}
+        return {"lora": model.init_lora(jax.random.key(0)), **scalar}
+
+    params = jax.eval_shape(params_of, base)
+    tx = make_optimizer(config.optim, config.steps)
+    state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
+    where = train_state_shardings(tx, params, layout, mesh)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), state, where
+    )
+
+
+def check_layout(model: Model, mesh: Mesh) -> None:
+    """The model's axes divide by the mesh's, or an InputError that names those that do not."""
+    sizes = MeshConfig(**{name: mesh.shape[name] for name in ("data", "fsdp", "tensor")})
+    check_mesh(sizes, model.decoder, mesh.size, rows=0)
+
+
+def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]:
+    """(model, params, tokenizer) from a path, ready for the step functions.
+
+    Args:
+      path: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run, whose
+        adapters are merged into the weights and whose head, if any, is kept.
+      mesh: where the parameters go (default: all devices along ``data``).
+
+    Raises:
+      InputError: if the path holds none of these, or holds it damaged.
+    """
+    loader = Loader(mesh or make_mesh(MeshConfig()))
+    if not is_run(path):
+        network = loader.base(ModelConfig(path=path))
+        tokenizer = load_tokenizer(path)
+    else:
+        network = loader.trained(path)
+        source = run_config(path).model
+        tokenizer = load_tokenizer(source.tokenizer or source.path)
+        if network.lora is not None:
+            params = jax.jit(merge_lora, static_argnums=0)(
+                network.model, network.params, network.lora
+            )
+            network = Network(network.model, params)
+    check_vocab(tokenizer, network.model.decoder)
+    return network.model, network.params, tokenizer

@@ -1,0 +1,157 @@
+"""The host's chores around a run: one folder, its log, its checkpoints, its clock."""
+
+import logging
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.config import load, save
+from jaxrlhf.display import display
+from jaxrlhf.evaluation import Evaluation
+from jaxrlhf.metrics import Recorder, plain
+from jaxrlhf.resume import check_fingerprint, fingerprint
+from jaxrlhf.setup import Run
+from jaxrlhf.types import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """``with Session(run) as session:`` opens the run's folder and goes on where it stopped.
+
+    Attributes:
+      states: the training states, restored or at their start.
+      host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``.
+      start: iterations already done.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.output = Path(run.config.output)
+        self.states: dict[str, TrainState] = run.states
+        self.host: dict[str, Any] = {"seconds": {}}
+        self.start = 0
+        self._lapped = time.perf_counter()
+        self._stopped = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Session":
+        config = self.run.config
+        self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint)
+        self._stack.enter_context(self.checkpoints)
+        self._fingerprint = fingerprint(config, rows=len(self.run.train_rows))
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
+        )
+        self._check_same_run()
+        found = self.checkpoints.restore(abstract)
+        if found is not None:
+            self.start, self.states, self.host = found
+        save(config, self.output / "config.yaml")
+        resumed = self.start if found is not None else None
+        self.recorder = self._stack.enter_context(
+            Recorder(self.output, resumed, active=jax.process_index() == 0)
+        )
+        title = f"{config.algorithm.name} → {config.output}"
+        self.show = self._stack.enter_context(display(config.steps, title, self.start))
+        if self.start:
+            self.show.note(f"resumed after iteration {self.start} of {config.steps}")
+        self._handle_sigterm()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _check_same_run(self) -> None:
+        """Refuse another model, data or seed before their shapes are compared."""
+        path = self.output / "config.yaml"
+        if path.is_file() and self.checkpoints.latest() is not None:
+            old = fingerprint(load(path), rows=len(self.run.train_rows))
+            check_fingerprint(old, self._fingerprint)
+
+    def _handle_sigterm(self) -> None:
+        def stop(*_: Any) -> None:
+            self._stopped = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not the main thread: its owner handles signals
+            return
+        self._stack.callback(signal.signal, signal.SIGTERM, before)
+
+    def steps(self) -> Iterator[int]:
+        """The iterations that are left; a SIGTERM ends them after the one in progress."""
+        for step in range(self.start, self.run.config.steps):
+            yield step
+            self._end_of(step + 1)
+            if self._stopped:
+                self.save(step + 1)
+                self.checkpoints.wait()
+                self.show.note(f"stopped by SIGTERM after iteration {step + 1}, which is saved")
+                raise SystemExit(0)
+        self.save(self.run.config.steps)
+
+    def _end_of(self, done: int) -> None:
+        every = self.run.config.checkpoint.every
+        for name, state in self.states.items():
+            skipped = int(state.skipped)
+            if skipped >= self.run.config.optim.max_skipped:
+                raise FloatingPointError(
+                    f"{name}: {skipped} updates in a row had a gradient that is not finite; "
+                    "lower optim.learning_rate, or look at samples.jsonl of the last iterations"
+                )
+        if every and done % every == 0:
+            self.save(done)
+
+    def save(self, done: int) -> None:
+        """Checkpoint after ``done`` iterations, in the background."""
+        self.checkpoints.save(done, self.states, self.host)
+        self.lap("checkpoint")
+
+    def lap(self, phase: str, *arrays: Any) -> float:
+        """Charge the seconds since the last lap to a phase, once ``arrays`` are computed."""
+        jax.block_until_ready(arrays)
+        now = time.perf_counter()
+        spent, self._lapped = now - self._lapped, now
+        seconds = self.host["seconds"]
+        seconds[phase] = seconds.get(phase, 0.0) + spent
+        return spent
+
+    def record(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Log one iteration."""
+        self.recorder.metrics(step, metrics)
+        self.recorder.samples(step, samples)
+        self.show.step(step, plain(metrics), samples)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Log an evaluation, its completions included."""
+        values = {f"eval/{name}": x for name, x in evaluation.metrics.items()}
+        self.recorder.metrics(step, values)
+        self.recorder.samples(step, [{"split": "eval", **row} for row in evaluation.samples])
+        listed = "  ".join(f"{name} {x:.3g}" for name, x in evaluation.metrics.items())
+        self.show.note(f"held out, step {step}: {listed}")
+
+    def totals(self) -> dict[str, Any]:
+        """Seconds by phase, generated tokens a second of training, and peak memory."""
+        seconds = {name: round(spent, 2) for name, spent in self.host["seconds"].items()}
+        training = sum(seconds.get(name, 0.0) for name in ("sample", "reward", "score", "update"))
+        tokens = self.host.get("tokens", 0.0)
+        return {
+            "seconds": seconds,
+            "tokens_per_second": tokens / training if tokens else None,
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Most resident memory of this process so far, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

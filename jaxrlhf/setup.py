@@ -1,0 +1,290 @@
+"""From a config to everything a run needs: data, networks, states and jitted programs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrlhf.algorithms import ALGORITHMS, Algorithm, reweight
+from jaxrlhf.config import Config, ModelConfig, SampleConfig, check, check_mesh, rows_at_once
+from jaxrlhf.data.formats import read_completions, read_pairs, read_prompts
+from jaxrlhf.data.rows import Rows, read_rows
+from jaxrlhf.data.tokens import Encoded, encode_rows
+from jaxrlhf.errors import InputError
+from jaxrlhf.judging import Judge, make_judge
+from jaxrlhf.models.loading import build
+from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
+from jaxrlhf.models.transformer import Model
+from jaxrlhf.networks import (
+    Loader,
+    Network,
+    abstract_state,
+    is_run,
+    needs_head,
+    run_config,
+    start_params,
+)
+from jaxrlhf.sharding import constrain, make_mesh
+from jaxrlhf.steps.sampling import sample
+from jaxrlhf.steps.scoring import score, value
+from jaxrlhf.steps.updating import (
+    candidate_scores,
+    combine_params,
+    critic_loss,
+    make_optimizer,
+    make_update,
+    policy_loss,
+    reward_model_loss,
+    sft_loss,
+)
+from jaxrlhf.types import Array, Batch, Params, TrainState
+
+READERS = {"ppo": read_prompts, "reward_model": read_pairs, "sft": read_completions}
+"""What an algorithm's rows are."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to start. ``programs`` are pure and jitted; states are its only state."""
+
+    config: Config
+    """Resolved: stop tokens and padding are the tokenizer's."""
+    mesh: Mesh
+    model: Model
+    tokenizer: Any
+    algorithm: Algorithm
+    train_rows: Rows[Encoded]
+    eval_rows: Rows[Encoded] | None
+    states: dict[str, TrainState]
+    """What is trained, at its start: policy, and critic if it is separate."""
+    frozen: dict[str, Params | None]
+    """What each of them is trained on top of, by the same names: the weights under adapters."""
+    reference: Network | None
+    judge: Judge | None
+    gold: Judge | None
+    programs: dict[str, Callable[..., Any]]
+
+
+def setup(config: Config, mesh: Mesh | None = None) -> Run:
+    """Read the data and the networks of a run, and make its programs.
+
+    Call it, and all that follows, under ``jax.set_mesh(mesh)``.
+
+    Raises:
+      InputError: whatever in config, data or weights cannot be used; nothing is written before.
+    """
+    check(config)
+    mesh = mesh or make_mesh(config.mesh)
+    model = build(config.model)
+    check_mesh(config.mesh, model.decoder, mesh.size, rows_at_once(config))
+    _check_context(config, model)
+    tokenizer = load_tokenizer(tokenizer_path(config.model))
+    check_vocab(tokenizer, model.decoder)
+    stop = {*config.sample.stop, tokenizer.eos_token_id} - {None}
+    sampling = replace(config.sample, stop=tuple(sorted(stop)), pad=tokenizer.pad_token_id)
+    config = replace(config, sample=sampling)
+    train_rows = load_data(config, config.data.train, tokenizer, model)
+    eval_rows = load_data(config, config.data.eval, tokenizer, model) if config.data.eval else None
+
+    loader = Loader(mesh)
+    start = loader.base(config.model, config.seed)
+    head = needs_head(config)
+    states = {"policy": start_state(config, start, head, mesh)}
+    frozen: dict[str, Params | None] = {"policy": start.params if model.lora else None}
+    run = Run(
+        config=config,
+        mesh=mesh,
+        model=model,
+        tokenizer=tokenizer,
+        algorithm=ALGORITHMS[config.algorithm.name](config.algorithm),
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        states=states,
+        frozen=frozen,
+        reference=None,
+        judge=None,
+        gold=None,
+        programs={},
+    )
+    return _on_policy(run, loader, start) if config.algorithm.name == "ppo" else _offline(run)
+
+
+def tokenizer_path(config: ModelConfig) -> str:
+    """Where a model's tokenizer comes from; a run folder names its own model's."""
+    path = config.tokenizer or config.path
+    return tokenizer_path(run_config(path).model) if is_run(path) else path
+
+
+def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[Encoded]:
+    """The rows of a file as the run's algorithm reads them, tokenised and checked."""
+    skip = config.data.skip_bad_rows
+    rows = READERS[config.algorithm.name](read_rows(path, skip), tokenizer, skip)
+    on_policy = config.algorithm.name == "ppo"
+    limit = config.data.max_prompt_tokens if on_policy else config.data.max_tokens
+    return encode_rows(rows, tokenizer, model.decoder.vocab, limit, config.sample.stop, skip)
+
+
+def start_state(config: Config, network: Network, head: bool, mesh: Mesh) -> TrainState:
+    """A TrainState at its start, laid out on the mesh."""
+    tx = optimizer(config)
+    params = start_params(network, head, config.seed, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, network.model, head, mesh))
+    return jax.jit(partial(TrainState.create, tx=tx), out_shardings=layout)(params)
+
+
+def optimizer(config: Config) -> Any:
+    """The optimizer of a run, its schedule over all of the run's updates."""
+    algorithm = config.algorithm
+    updates = algorithm.epochs * algorithm.minibatches if algorithm.name == "ppo" else 1
+    return make_optimizer(config.optim, config.steps * updates)
+
+
+def _check_context(config: Config, model: Model) -> None:
+    on_policy = config.algorithm.name == "ppo"
+    new = config.data.max_prompt_tokens + config.sample.max_new_tokens
+    tokens = new if on_policy else config.data.max_tokens
+    if tokens > model.decoder.context:
+        fields = "max_prompt_tokens + sample.max_new_tokens" if on_policy else "max_tokens"
+        raise InputError(
+            f"data.{fields} = {tokens} tokens exceed the model's context of "
+            f"{model.decoder.context}: lower them"
+        )
+
+
+def _layout(state: TrainState) -> Any:
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _offline(run: Run) -> Run:
+    """The programs of learning from rows: update, and the loss alone for held-out rows."""
+    config = run.config
+    join = {"reward_model": reward_model_loss, "sft": sft_loss}[config.algorithm.name]
+    loss = join(run.model, run.algorithm)
+    layout = _layout(run.states["policy"])
+    programs = {
+        "update": make_update(optimizer(config), loss, config.optim.microbatches, layout=layout),
+        "loss": jax.jit(loss),
+    }
+    if config.algorithm.name == "reward_model":
+        programs["scores"] = jax.jit(partial(candidate_scores, run.model))
+    return replace(run, programs=programs)
+
+
+def _on_policy(run: Run, loader: Loader, start: Network) -> Run:
+    """Reference, critic, rewards, and the programs of one iteration."""
+    config, model = run.config, run.model
+    vocab = model.decoder.vocab
+    reference = start
+    if config.reference.path:
+        reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
+    states, frozen = dict(run.states), dict(run.frozen)
+    critic_model = model
+    if config.critic.kind == "separate":
+        critic = start
+        if config.critic.path and is_run(config.critic.path):
+            critic = loader.trained(config.critic.path)
+        elif config.critic.path:
+            critic = loader.base(replace(config.model, path=config.critic.path, decoder=None))
+        critic_model = critic.model
+        states["critic"] = start_state(critic_config(config), critic, True, run.mesh)
+        frozen["critic"] = critic.params if critic_model.lora else None
+    run = replace(
+        run,
+        states=states,
+        frozen=frozen,
+        reference=reference,
+        judge=make_judge(config.rewards, loader, run.tokenizer, vocab, "rewards"),
+        gold=make_judge(config.eval.gold, loader, run.tokenizer, vocab, "eval.gold")
+        if config.eval.gold
+        else None,
+    )
+    return replace(run, programs=on_policy_programs(run, critic_model))
+
+
+def critic_config(config: Config) -> Config:
+    """The config with the optimizer of a separate critic."""
+    rate = config.critic.learning_rate
+    return replace(config, optim=replace(config.optim, learning_rate=rate)) if rate else config
+
+
+def on_policy_programs(run: Run, critic_model: Model) -> dict[str, Callable[..., Any]]:
+    """The jitted functions that one iteration is made of, by name.
+
+    Those of the policy take (params, frozen, …), those of the reference (params, …).
+    """
+    config, model, algorithm = run.config, run.model, run.algorithm
+    first, temperature = config.data.max_prompt_tokens, config.sample.temperature
+    shared = config.critic.kind == "shared"
+    pieces = config.optim.microbatches
+    evaluation = SampleConfig(
+        max_new_tokens=config.sample.max_new_tokens,
+        n=config.eval.n,
+        stop=config.sample.stop,
+        pad=config.sample.pad,
+    )
+
+    def sampler(settings: SampleConfig, value: bool) -> Callable[..., Any]:
+        def draw(params: Params, frozen: Any, prompt: Array, mask: Array, key: Array) -> Any:
+            weights, lora = combine_params(params, frozen)
+            return sample(model, weights, prompt, mask, key, settings, lora, value)
+
+        return jax.jit(draw)
+
+    def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
+        weights, lora = combine_params(params, frozen)
+        return score(model, weights, token_BT, mask_BT, temperature, lora, first)
+
+    def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
+        weights, lora = combine_params(params, frozen)
+        return value(critic_model, weights, token_BT, mask_BT, lora)
+
+    def scorer(temperature: float) -> Callable[..., Any]:
+        assert run.reference is not None
+        reference = run.reference.model
+
+        def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
+            return score(reference, params, token_BT, mask_BT, temperature, first=first)
+
+        return jax.jit(reference_score)
+
+    def take(batch: Batch, row_M: Array) -> Batch:
+        rows = jax.tree.map(lambda x: constrain(x[row_M], ("batch",)), batch)
+        return reweight(rows, config.algorithm.aggregation, config.algorithm.length)
+
+    def update(loss: Any, who: str, settings: Config) -> Callable[..., Any]:
+        return make_update(optimizer(settings), loss, pieces, layout=_layout(run.states[who]))
+
+    coefficient = config.algorithm.value_coef if shared else None
+    programs = {
+        "sample": sampler(config.sample, shared),
+        "eval_sample": sampler(evaluation, False),
+        "reference": scorer(temperature),
+        "eval_reference": scorer(1.0),
+        "rescore": jax.jit(rescore),
+        "value": jax.jit(estimate),
+        "targets": jax.jit(algorithm.targets),
+        "take": jax.jit(take),
+        "update": update(
+            policy_loss(model, algorithm, temperature, first, coefficient), "policy", config
+        ),
+    }
+    if shared and config.critic.warmup:
+        warmup = critic_loss(model, algorithm, head_only=True)
+        programs["warmup"] = update(warmup, "policy", config)
+    if not shared:
+        loss = critic_loss(critic_model, algorithm)
+        programs["critic_update"] = update(loss, "critic", critic_config(config))
+    return programs
+
+
+def minibatch_rows(config: Config, rows: int, step: int, epoch: int) -> list[np.ndarray]:
+    """The rows of each minibatch of one pass: a permutation drawn from (seed, step, epoch)."""
+    generator = np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence([config.seed, step, epoch, 1]))
+    )
+    parts = config.algorithm.minibatches if config.algorithm.name == "ppo" else 1
+    return np.split(generator.permutation(rows).astype(np.int32), parts)
