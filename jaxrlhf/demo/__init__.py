@@ -46,7 +46,7 @@ def run(output: str = "runs/demo", tiny: bool = False, seed: int = 0) -> dict[st
 def tiny_stages(folder: Path, seed: int) -> dict[str, Any]:
     """The pipeline on a model that starts from nothing: SFT, then as ``smollm2_stages``."""
     write_corpus(folder, seed)
-    sft = stage("tiny/sft.yaml", folder / "sft", seed, folder / "sft.jsonl")
+    sft = stage("sft_tiny.yaml", folder / "sft", seed, folder / "sft.jsonl")
     train(sft)
     pairs = PairConfig(
         model=ModelConfig(path=sft.output),
@@ -67,7 +67,7 @@ def smollm2_stages(folder: Path, seed: int) -> dict[str, Any]:
         max_prompt_tokens=16,
         max_new_tokens=24,
     )
-    return preferences(folder, seed, pairs, (OPENINGS, HELD_OUT), (2, 2), "smollm2", None)
+    return preferences(folder, seed, pairs, (OPENINGS, HELD_OUT), (2, 2), "smollm2_sentiment", None)
 
 
 def preferences(
@@ -90,8 +90,8 @@ def preferences(
             write_pairs(pairs, jobs, seed, mesh)
     seconds = {"pairs": time.perf_counter() - began}
 
-    judged = stage(f"{size}/reward_model.yaml", folder / "reward_model", seed, *files)
-    learnt = stage(f"{size}/ppo.yaml", folder / "ppo", seed, *prompts)
+    judged = stage(f"reward_model_{size}.yaml", folder / "reward_model", seed, *files)
+    learnt = stage(f"ppo_{size}.yaml", folder / "ppo", seed, *prompts)
     learnt = replace(learnt, rewards=(RewardConfig(model=judged.output),))
     if model is not None:
         judged = replace(judged, model=model)

@@ -1,52 +1,36 @@
-"""GGUF files of llama.cpp: weights and tokenizer of a Llama model, read without torch.
+"""Llama models in GGUF files of llama.cpp: weights and tokenizer, read without torch."""
 
-The container is parsed here: the gguf package's own reader makes an array of every token, which
-takes seconds for 49 152 of them. Constants and block formats are the package's.
-"""
-
-import mmap
 import os
-import struct
-from collections.abc import Callable
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import names
+from jaxrlhf.models.gguf_file import File, dequantise, field, open_gguf
 
-_SCALARS = {
-    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h", GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i",
-    GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT32: "f",
-    GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
-}  # fmt: skip
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-
-class _Tensor(NamedTuple):
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    start: int
-    """Byte in the file."""
-
-
-class _File(NamedTuple):
-    path: Path
-    data: mmap.mmap
-    fields: dict[str, Any]
-    tensors: dict[str, _Tensor]
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+    "gpt-2": _GPT2,
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
 
 
 def smollm2_path() -> Path:
@@ -76,12 +60,12 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
       InputError: a missing, truncated or damaged file; an architecture, a field or a block format
         that is not supported; a missing, extra or misshapen tensor.
     """
-    file = _open(path)
+    file = open_gguf(path)
     decoder = _decoder(file)
     _check(file, decoder)
 
     def read(weight: names.Weight, layer: int) -> np.ndarray:
-        tensor = _dequantise(file, weight.gguf.format(layer))
+        tensor = dequantise(file, weight.gguf.format(layer))
         if weight.path in ("layers/attention/q/kernel", "layers/attention/k/kernel"):
             heads, rows = weight.shape[1:]
             pairs = tensor.reshape(heads, rows // 2, 2, decoder.embed)
@@ -93,106 +77,10 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
 
 def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:
     """The shape of the model in a GGUF file, from its header alone; errors as in ``read_gguf``."""
-    return _decoder(_open(path))
+    return _decoder(open_gguf(path))
 
 
-def _open(path: str | os.PathLike[str]) -> _File:
-    path = Path(path)
-    try:
-        with path.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a .gguf file") from None
-    if data[:4] != b"GGUF":
-        raise InputError(f"{path}: not a GGUF file; give a .gguf file")
-    try:
-        return _parse(path, data)
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise InputError(
-            f"{path}: truncated or damaged GGUF ({error}); download it again"
-        ) from None
-
-
-def _parse(path: Path, data: mmap.mmap) -> _File:
-    """Metadata and the places of the tensors; layout: ggml/docs/gguf.md."""
-    version, tensor_count, field_count = struct.unpack_from("<IQQ", data, 4)
-    if version not in (2, 3):
-        raise ValueError(f"version {version}")
-    at = 24
-    fields: dict[str, Any] = {}
-    for _ in range(field_count):
-        key, at = _value(data, at, GGUFValueType.STRING)
-        (kind,) = struct.unpack_from("<I", data, at)
-        fields[key], at = _value(data, at + 4, kind)
-    tensors: dict[str, _Tensor] = {}
-    for _ in range(tensor_count):
-        name, at = _value(data, at, GGUFValueType.STRING)
-        (rank,) = struct.unpack_from("<I", data, at)
-        *dims, kind, start = struct.unpack_from(f"<{rank}QIQ", data, at + 4)
-        at += 4 + 8 * rank + 12
-        tensors[name] = _Tensor(tuple(dims[::-1]), GGMLQuantizationType(kind), start)
-    alignment = fields.get("general.alignment", 32)
-    base = -(-at // alignment) * alignment
-    tensors = {name: t._replace(start=base + t.start) for name, t in tensors.items()}
-    for name, tensor in tensors.items():
-        block, size = GGML_QUANT_SIZES[tensor.kind]
-        if tensor.shape[-1] % block:
-            raise ValueError(f"{name} has a row of {tensor.shape[-1]}")
-        if tensor.start + prod(tensor.shape) // block * size > len(data):
-            raise ValueError(f"{name} ends after the file")
-    return _File(path, data, fields, tensors)
-
-
-def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
-    """The value that starts at byte ``at``, and the byte after it."""
-    if kind == GGUFValueType.STRING:
-        (length,) = struct.unpack_from("<Q", data, at)
-        end = at + 8 + length
-        if end > len(data):
-            raise ValueError("a string ends after the file")
-        return data[at + 8 : end].decode(), end
-    if kind == GGUFValueType.ARRAY:
-        item, length = struct.unpack_from("<IQ", data, at)
-        at += 12
-        if item in _SCALARS:
-            layout = f"<{length}{_SCALARS[item]}"
-            return list(struct.unpack_from(layout, data, at)), at + struct.calcsize(layout)
-        values = []
-        for _ in range(length):
-            value, at = _value(data, at, item)
-            values.append(value)
-        return values, at
-    layout = f"<{_SCALARS[GGUFValueType(kind)]}"
-    return struct.unpack_from(layout, data, at)[0], at + struct.calcsize(layout)
-
-
-def _dequantise(file: _File, name: str, blocks: int = 2**12) -> np.ndarray:
-    """The tensor in float32, ``blocks`` blocks at a time; as one row each, which is 5× faster
-    than the package's way through a matrix."""
-    tensor = file.tensors[name]
-    block, size = GGML_QUANT_SIZES[tensor.kind]
-    count = prod(tensor.shape) // block
-    data = np.frombuffer(file.data, np.uint8, count * size, tensor.start)
-    array = np.empty(count * block, np.float32)
-    for i in range(0, count, blocks):
-        row = data[None, i * size : (i + blocks) * size]
-        try:
-            array[i * block : (i + blocks) * block] = dequantize(row, tensor.kind)[0]
-        except NotImplementedError:
-            raise InputError(
-                f"{file.path}: {name} is {tensor.kind.name}, which is not read; use Q4_1 or Q8_0"
-            ) from None
-    return array.reshape(tensor.shape)
-
-
-def _field(file: _File, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-    value = file.fields.get(key, default)
-    if not isinstance(value, kind):
-        raise InputError(f"{file.path}: {key}={str(value)[:60]!r}; another type is expected")
-    return value
-
-
-def _decoder(file: _File) -> DecoderConfig:
+def _decoder(file: File) -> DecoderConfig:
     if (architecture := file.fields.get("general.architecture")) != "llama":
         raise InputError(
             f"{file.path}: general.architecture={architecture!r}; only llama is read from GGUF, "
@@ -200,7 +88,7 @@ def _decoder(file: _File) -> DecoderConfig:
         )
 
     def get(key: str, default: Any = None, kind: Any = int) -> Any:
-        value = _field(file, f"llama.{key}", kind, default)
+        value = field(file, f"llama.{key}", kind, default)
         if value <= 0:
             raise InputError(f"{file.path}: llama.{key}={value}; it must be positive")
         return value
@@ -235,7 +123,7 @@ def _decoder(file: _File) -> DecoderConfig:
     )
 
 
-def _check(file: _File, decoder: DecoderConfig) -> None:
+def _check(file: File, decoder: DecoderConfig) -> None:
     """Raises InputError unless the file holds the decoder's tensors, all and only."""
     if "rope_freqs.weight" in file.tensors:
         raise InputError(
@@ -254,26 +142,6 @@ def _check(file: _File, decoder: DecoderConfig) -> None:
             raise InputError(f"{file.path}: {name} is {have}, its metadata implies {want}")
 
 
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, _gpt2()])
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([words, bytes_])
-
-
-_PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "smollm": _smollm, "gpt-2": _gpt2, "llama-bpe": _llama3
-}  # fmt: skip
-
-
 def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
 
@@ -283,7 +151,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     Raises:
       InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
     """
-    file = _open(path)
+    file = open_gguf(path)
     model = file.fields.get("tokenizer.ggml.model")
     pre = file.fields.get("tokenizer.ggml.pre")
     if model != "gpt2":
@@ -293,8 +161,13 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"{path}: tokenizer.ggml.pre={pre!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
         )
     tokens, merges, types = (
-        _field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
+        field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
     )
+    if len(types) != len(tokens):
+        raise InputError(
+            f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
+            "download it again"
+        )
     ids = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     try:
@@ -302,7 +175,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     except Exception as error:
         raise InputError(f"{path}: tokenizer.ggml.merges: {error}; download it again") from None
     tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
     special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
@@ -320,7 +193,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _named_tokens(file: _File, tokens: list[str]) -> dict[str, str]:
+def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
     """bos_token, eos_token, pad_token and unk_token, those that the file names."""
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     named = {}
@@ -337,9 +210,7 @@ def _named_tokens(file: _File, tokens: list[str]) -> dict[str, str]:
     return named
 
 
-def _add_ends(
-    tokenizer: Tokenizer, file: _File, ids: dict[str, int], named: dict[str, str]
-) -> None:
+def _add_ends(tokenizer: Tokenizer, file: File, ids: dict[str, int], named: dict[str, str]) -> None:
     """Has BOS and EOS put around each text where the file asks for it."""
     ends = [
         named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None

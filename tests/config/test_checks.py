@@ -1,0 +1,200 @@
+"""Rules between fields, and between a mesh and the model laid out on it."""
+
+from dataclasses import replace
+from operator import attrgetter
+
+import pytest
+
+from jaxrlhf.config import (
+    Config,
+    CriticConfig,
+    DataConfig,
+    DecoderConfig,
+    EvalConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    RewardModelConfig,
+    SampleConfig,
+    SFTConfig,
+    check,
+    check_mesh,
+    check_sample,
+    resolve_mesh,
+    rows_at_once,
+)
+from jaxrlhf.config.checks import RANGES
+from jaxrlhf.errors import InputError
+
+DECODER = DecoderConfig(
+    vocab=64, embed=48, layers=2, heads=9, kv_heads=3, head_dim=16, mlp=96, context=88
+)
+PPO = Config(
+    model=ModelConfig(path="smollm2"),
+    rewards=(RewardConfig(function="sentiment"),),
+    data=DataConfig(train="prompts.jsonl"),
+)
+SFT = replace(PPO, algorithm=SFTConfig(), rewards=())
+
+
+def fresh(**changes):
+    return ModelConfig(decoder=replace(DECODER, **changes), tokenizer="words:a")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PPO,
+        SFT,
+        replace(SFT, algorithm=RewardModelConfig()),
+        replace(PPO, model=fresh()),
+        replace(PPO, optim=OptimConfig(learning_rate=0.0)),
+        replace(SFT, sample=SampleConfig(temperature=0.0)),
+    ],
+)
+def test_check_passes(config):
+    check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"seed": 2**32}, "seed=4294967296: must be below 4294967296"),
+        ({"output": ""}, "output: empty"),
+        ({"sample": SampleConfig(temperature=0.0)}, "greedy; refused in training"),
+        ({"sample": SampleConfig(temperature=-1.0)}, "sample.temperature=-1.0: must be at least 0"),
+        ({"sample": SampleConfig(top_p=0.0)}, "sample.top_p=0.0: must be in (0, 1]"),
+        ({"sample": SampleConfig(top_p=1.1)}, "sample.top_p=1.1: must be in (0, 1]"),
+        ({"sample": SampleConfig(n=0)}, "sample.n=0: must be at least 1"),
+        ({"sample": SampleConfig(stop=(-1,))}, "sample.stop=[-1]"),
+        ({"algorithm": PPOConfig(lam=1.1)}, "algorithm.lam=1.1: must be in [0, 1]"),
+        ({"algorithm": PPOConfig(gamma=-0.1)}, "algorithm.gamma=-0.1: must be in [0, 1]"),
+        ({"algorithm": PPOConfig(kl_coef=-0.1)}, "algorithm.kl_coef=-0.1: must be at least 0"),
+        ({"algorithm": PPOConfig(epochs=0)}, "algorithm.epochs=0: must be at least 1"),
+        ({"algorithm": PPOConfig(dual_clip=1.0)}, "algorithm.dual_clip=1.0: must be above 1"),
+        ({"algorithm": PPOConfig(length=3)}, "algorithm.length=3: aggregation=token"),
+        ({"algorithm": PPOConfig(minibatches=3)}, "32 rows % algorithm.minibatches=3"),
+        (
+            {"algorithm": PPOConfig(minibatches=4), "optim": OptimConfig(microbatches=16)},
+            "32 rows / algorithm.minibatches=4 % optim.microbatches=16",
+        ),
+        (
+            {"data": replace(PPO.data, batch_size=1), "sample": SampleConfig(n=1)},
+            "algorithm.whiten_advantages: one row has no variance",
+        ),
+        ({"rewards": ()}, "rewards: missing"),
+        ({"rewards": (RewardConfig(),)}, "rewards.0: give either function or model"),
+        ({"rewards": (RewardConfig("f", "m"),)}, "rewards.0: function and model are both given"),
+        ({"eval": EvalConfig(gold=(RewardConfig(),))}, "eval.gold.0: give either"),
+        ({"eval": EvalConfig(every=5)}, "eval.every=5: there are no rows"),
+        ({"data": DataConfig()}, "data.train: missing"),
+        ({"model": ModelConfig()}, "model.path: missing"),
+        ({"model": replace(fresh(), path="p")}, "model.path=p: model.decoder is given too"),
+        ({"model": replace(fresh(), tokenizer="")}, "model.tokenizer: missing"),
+        ({"model": fresh(kv_heads=2)}, "heads=9 % kv_heads=2"),
+        ({"model": fresh(head_dim=3)}, "model.decoder.head_dim=3: must be even"),
+        ({"model": fresh(context=87)}, "model.decoder.context=87: rows are 88 tokens wide"),
+        ({"model": ModelConfig("p", lora=LoraConfig(targets=()))}, "model.lora.targets: empty"),
+        ({"critic": CriticConfig(path="p")}, "critic.path=p: a shared critic has none"),
+        ({"mesh": MeshConfig(fsdp=0)}, "mesh.fsdp=0: must be at least 1, or -1"),
+        ({"mesh": MeshConfig(fsdp=-1)}, "mesh: data=-1, fsdp=-1, tensor=1: only one axis"),
+    ],
+)
+def test_check_refuses(changes, message):
+    with pytest.raises(InputError) as error:
+        check(replace(PPO, **changes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": PPO.rewards}, "rewards: algorithm.name=sft learns from its data alone"),
+        ({"optim": OptimConfig(microbatches=3)}, "data.batch_size=8 % optim.microbatches=3"),
+        ({"model": fresh(context=127)}, "rows are 128 tokens wide"),
+    ],
+)
+def test_check_refuses_offline(changes, message):
+    with pytest.raises(InputError) as error:
+        check(replace(SFT, **changes))
+    assert message in str(error.value)
+
+
+def test_check_ranges_name_real_fields():
+    full = replace(PPO, model=replace(fresh(), lora=LoraConfig()))
+    configs = [replace(full, algorithm=kind()) for kind in (PPOConfig, RewardModelConfig)]
+    for key in " ".join(keys for *_, keys in RANGES).split():
+        part, _, name = key.rpartition(".")
+        owners = [attrgetter(part)(config) if part else config for config in configs]
+        assert any(hasattr(owner, name) for owner in owners), key
+
+
+def test_check_sample_allows_greedy():
+    check_sample(SampleConfig(temperature=0.0))
+    with pytest.raises(InputError, match=r"sample\.n=0: must be at least 1"):
+        check_sample(SampleConfig(n=0))
+
+
+def test_rows_at_once():
+    split = replace(PPO, algorithm=PPOConfig(minibatches=2), optim=OptimConfig(microbatches=4))
+    assert rows_at_once(PPO) == 32
+    assert rows_at_once(split) == 4
+    assert rows_at_once(replace(SFT, optim=OptimConfig(microbatches=4))) == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "resolved"),
+    [
+        (MeshConfig(), 8, MeshConfig(8, 1, 1)),
+        (MeshConfig(2, -1, 2), 8, MeshConfig(2, 2, 2)),
+        (MeshConfig(1, 1, 1), 1, MeshConfig(1, 1, 1)),
+    ],
+)
+def test_resolve_mesh(mesh, devices, resolved):
+    assert resolve_mesh(mesh, devices) == resolved
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(3), MeshConfig(-1, 3), MeshConfig(2, 2, 1)])
+def test_resolve_mesh_wrong_product(mesh):
+    with pytest.raises(InputError, match="does not make 8 devices"):
+        resolve_mesh(mesh, 8)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "rows", "message"),
+    [
+        (MeshConfig(tensor=2), {}, 32, "heads=9 % tensor=2 is not 0: mesh.tensor can be 1 with"),
+        (MeshConfig(tensor=2), {"heads": 10}, 32, "kv_heads=3 % tensor=2"),
+        (MeshConfig(tensor=2), {"heads": 4, "kv_heads": 2, "mlp": 95}, 32, "mlp=95 % tensor=2"),
+        (MeshConfig(tensor=2), {"heads": 4, "kv_heads": 2, "vocab": 63}, 32, "vocab=63 % tensor=2"),
+        (
+            MeshConfig(tensor=8),
+            {"heads": 12, "kv_heads": 12, "vocab": 60},
+            32,
+            "can be 1, 2, 4 with",
+        ),
+        (
+            MeshConfig(fsdp=4),
+            {"embed": 50},
+            32,
+            "embed=50 % fsdp=4 is not 0: mesh.fsdp can be 1, 2",
+        ),
+        (MeshConfig(fsdp=2), {}, 12, "rows=12 % (data·fsdp)=8 is not 0"),
+    ],
+)
+def test_check_mesh_refuses(mesh, changes, rows, message):
+    with pytest.raises(InputError) as error:
+        check_mesh(mesh, replace(DECODER, **changes), devices=8, rows=rows)
+    assert message in str(error.value)
+
+
+def test_check_mesh_resolves():
+    decoder = replace(DECODER, heads=4, kv_heads=2)
+    mesh = check_mesh(MeshConfig(fsdp=2, tensor=2), decoder, devices=8, rows=4)
+    assert mesh == MeshConfig(2, 2, 2)

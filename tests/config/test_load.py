@@ -1,0 +1,209 @@
+"""YAML and command-line words to a Config, and the one-line errors on the way."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrlhf.config import (
+    CheckpointConfig,
+    Config,
+    DecoderConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RopeScaling,
+    SampleConfig,
+    SFTConfig,
+    load,
+    override,
+    save,
+)
+from jaxrlhf.errors import InputError
+
+DECODER = DecoderConfig(8, 4, 1, 2, 1, 2, 8, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "x.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_load_fills_in_defaults(write):
+    assert load(write("steps: 7")) == Config(steps=7)
+
+
+def test_load_reads_nested_parts(write):
+    text = """
+    algorithm: {name: reward_model, centre_coef: 1}
+    model: {path: smollm2, lora: {rank: 4, targets: [q, v]}}
+    rewards: [{function: sentiment}, {model: runs/rm, weight: 2}]
+    sample: {stop: [1, 2]}
+    optim: {learning_rate: 1e-5}
+    """
+    config = load(write(text))
+    assert config.algorithm == RewardModelConfig(centre_coef=1.0)
+    assert config.model.lora == LoraConfig(rank=4, targets=("q", "v"))
+    assert config.rewards == (RewardConfig("sentiment"), RewardConfig(model="runs/rm", weight=2.0))
+    assert config.sample.stop == (1, 2)
+    assert config.optim.learning_rate == 0.00001
+
+
+def test_load_none(write):
+    config = load(write("algorithm: {name: ppo, dual_clip: null}\nmodel: {lora: null}"))
+    assert config.algorithm == PPOConfig()
+    assert config.model.lora is None
+
+
+def test_load_floats_are_floats(write):
+    weight = load(write("rewards: [{function: f, weight: 2}]")).rewards[0].weight
+    assert isinstance(weight, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {learning_rte: 1}", ": optim.learning_rte: unknown key (did you mean learning_"),
+        ("optim: {learning-rate: 1}", ": optim.learning-rate: unknown key (did you mean learning_"),
+        ("mesh: {zzz: 1}", ": mesh.zzz: unknown key (known: data, fsdp, tensor)"),
+        (
+            "rewards: [{}, {functon: f}]",
+            ": rewards.1.functon: unknown key (did you mean function?)",
+        ),
+        ("model: {lora: {rnk: 1}}", ": model.lora.rnk: unknown key (did you mean rank?)"),
+        ("algorithm: {name: sft, gamma: 1}", ": algorithm.gamma: unknown key (known: name)"),
+        (
+            "algorithm: {name: pppo}",
+            ": algorithm.name='pppo': unknown (choose one of ppo, reward_model, sft)",
+        ),
+        ("algorithm: {gamma: 1}", ": algorithm.name: missing (choose one of ppo,"),
+        ("model: {decoder: {vocab: 3}}", ": model.decoder.embed: missing, and it has no default"),
+        ("optim: {learning_rate: fast}", ": optim.learning_rate='fast': should be a valid number"),
+        ("optim: {learning_rate: .nan}", ": optim.learning_rate=nan: should be a finite number"),
+        ("steps: 1.5", ": steps=1.5: should be a valid integer"),
+        ("steps: true", ": steps=True: should be a number, not true or false"),
+        ("model: {dtype: half}", ": model.dtype='half': should be 'float32' or 'bfloat16'"),
+        ("sample: {stop: [1, x]}", ": sample.stop.1='x': should be a valid integer"),
+        ("rewards: {function: f}", ": rewards={'function': 'f'}: should be a list"),
+        ("optim: 3", ": optim=3: should be keys with values"),
+        ("optim:", ": optim=None: should be keys with values"),
+        ("[1]", ": should be keys with values"),
+        ("", ": the file is empty"),
+        ("steps: 1\noptim: [", ":2: not YAML: "),
+        ("steps: 1\nsteps: 2", ":2: not YAML: the key steps stands here a second time"),
+        ("? [a]\n: 1", ":1: not YAML: found unhashable key"),
+        ("output: \x01", ": not YAML: "),
+    ],
+)
+def test_load_error(write, text, message):
+    path = write(text)
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_load_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"nope\.yaml: No such file or directory"):
+        load(tmp_path / "nope.yaml")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optim.learning-rate", "1e-4", "--model.remat", "--algorithm.no-whiten-advantages"],
+        ["--optim.learning_rate=1e-4", "model.remat=true", "algorithm.whiten_advantages=False"],
+    ],
+)
+def test_override_flags_and_assignments(words):
+    changed = override(Config(), words)
+    assert changed == Config(
+        optim=OptimConfig(learning_rate=1e-4),
+        model=ModelConfig(remat=True),
+        algorithm=PPOConfig(whiten_advantages=False),
+    )
+
+
+def test_override_lists_and_parts_that_are_there():
+    config = Config(
+        rewards=(RewardConfig("f"), RewardConfig("g")),
+        model=ModelConfig(decoder=DECODER, lora=LoraConfig()),
+    )
+    words = ["--rewards.1.weight", "2", "--sample.stop", "3", "4", "--model.lora.rank", "8"]
+    changed = override(config, [*words, "mesh.tensor=-1", "algorithm.dual_clip=3"])
+    assert changed.rewards == (RewardConfig("f"), RewardConfig("g", weight=2.0))
+    assert changed.sample.stop == (3, 4)
+    assert changed.model == ModelConfig(decoder=DECODER, lora=LoraConfig(rank=8))
+    assert changed.mesh.tensor == -1
+    assert changed.algorithm == PPOConfig(dual_clip=3.0)
+
+
+def test_override_last_of_two_counts():
+    assert override(Config(), ["steps=3", "--steps", "4"]).steps == 4
+
+
+def test_override_keeps_the_algorithm_of_the_file(write):
+    path = write("algorithm: {name: sft}")
+    assert load(path, ["--steps", "3"]) == Config(algorithm=SFTConfig(), steps=3)
+
+
+def test_override_values_are_no_assignments():
+    assert override(Config(), ["--output", "a=b"]).output == "a=b"
+
+
+def test_override_not_finite():
+    with pytest.raises(InputError, match=r"command line: optim\.learning_rate=nan"):
+        override(Config(), ["--optim.learning-rate", "nan"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--optim.learning-rte", "1"], ["--algorithm.name", "sft"], ["optm.warmup=3"], ["x"]]
+)
+def test_override_refuses_unknown_words(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        override(Config(), words)
+    assert stop.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
+FULL = Config(
+    algorithm=PPOConfig(dual_clip=3.0),
+    model=ModelConfig(decoder=DECODER, tokenizer="words:a b", lora=LoraConfig(targets=("q",))),
+    rewards=(RewardConfig("f"), RewardConfig(model="m", weight=-1e-7)),
+    sample=SampleConfig(stop=(1, 2)),
+    optim=OptimConfig(learning_rate=1e-5, eps=1e-30),
+    checkpoint=CheckpointConfig(every=0),
+    eval=EvalConfig(gold=(RewardConfig("g"),)),
+    output="λ: #1\n\x85yes",
+)
+
+
+@pytest.mark.parametrize("config", [Config(), Config(algorithm=SFTConfig()), FULL])
+def test_save_round_trip(config, tmp_path):
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8")), st.floats(allow_nan=False, allow_infinity=False))
+def test_save_round_trip_any_text_and_number(tmp_path_factory, text, number):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    config = Config(output=text, rewards=(RewardConfig(text, weight=number),))
+    save(config, path)
+    assert load(path) == config
+
+
+def test_save_writes_every_field(tmp_path):
+    save(Config(), tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert all(f"{field.name}:" in text for field in dataclasses.fields(PPOConfig))

@@ -1,0 +1,154 @@
+"""The command: dispatch, exit statuses, what it sets for JAX, and how fast it answers."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxrlhf import cli
+from jaxrlhf.errors import InputError
+
+
+def run(*words, code="import sys; from jaxrlhf.cli import main; sys.exit(main())", **env):
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+def test_main_help_lists_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in cli.COMMANDS)
+
+
+def test_main_without_words_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: jaxrlhf COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "error: trian: unknown command (did you mean train?)\n"),
+        (["train"], "error: train: CONFIG, the path of a YAML file, comes first\n"),
+        (["train", "--steps", "3"], "error: train: CONFIG, the path of a YAML file, comes first\n"),
+        (["train", "/no.yaml"], "error: /no.yaml: No such file or directory: give the path of"),
+        (["generate", "smollm2"], "error: --prompt: missing: give at least one text"),
+        (["generate", "smollm2", "--prompt", "a", "--n", "0"], "error: sample.n=0: must be at"),
+    ],
+)
+def test_main_bad_input(words, message, capsys):
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_main_train_checks_before_training(tmp_path, capsys):
+    path = tmp_path / "x.yaml"
+    path.write_text("steps: 0")
+    assert cli.main(["train", str(path)]) == 2
+    assert capsys.readouterr().err == "error: steps=0: must be at least 1\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(InputError("bad"), 2), (KeyboardInterrupt(), 130), (None, 0)]
+)
+def test_main_status(raised, status, monkeypatch):
+    def command(words):
+        assert words == ["a", "--b"]
+        if raised:
+            raise raised
+
+    monkeypatch.setitem(cli.COMMANDS, "command", ("", command))
+    assert cli.main(["command", "a", "--b"]) == status
+
+
+def test_main_other_errors_pass_through(monkeypatch):
+    def command(words):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.COMMANDS, "command", ("", command))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["command"])
+
+
+@pytest.mark.parametrize("words", [["demo", "--bad"], ["export", "run"], ["env", "x"]])
+def test_typed_refuses_bad_words(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert f"jaxrlhf {words[0]} --help" in capsys.readouterr().err
+
+
+def test_typed_parses_by_the_signature():
+    seen = []
+
+    def command(run: str, tiny: bool = False, seed: int = 0) -> None:
+        seen.append((run, tiny, seed))
+
+    cli.typed(command)(["--run", "a", "--tiny", "--seed", "3"])
+    assert seen == [("a", True, 3)]
+
+
+def test_prepare_jax_sets_what_is_unset(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TF_CPP_MIN_LOG_LEVEL": "0"})
+    cli.prepare_jax()
+    assert os.environ == {
+        "JAX_COMPILATION_CACHE_DIR": str(cli.compile_cache()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def test_prepare_jax_is_read_by_jax(tmp_path):
+    code = (
+        "from jaxrlhf.cli import prepare_jax; prepare_jax(); import jax; c = jax.config;"
+        "print(c.jax_compilation_cache_dir, c.jax_persistent_cache_min_compile_time_secs,"
+        " c.jax_persistent_cache_min_entry_size_bytes)"
+    )
+    assert run(code=code, JAX_COMPILATION_CACHE_DIR="/x").stdout == "/x 0.0 -1\n"
+
+
+def test_compile_cache_names_the_version():
+    assert re.fullmatch(
+        rf"{Path.home()}/\.cache/jaxrlhf/xla/[\d.]+-[0-9a-f]{{8}}", str(cli.compile_cache())
+    )
+
+
+def test_env_prints_versions_and_devices():
+    result = run("env", TF_CPP_MIN_LOG_LEVEL="3")
+    assert result.returncode == 0, result.stderr
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names[:4] == ["python", "jaxrlhf", "jax", "jaxlib"]
+    assert re.search(r"^devices +8 x cpu \(cpu, 1 process\)$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [(["--help"], 0.5), (["train", "--help"], 1.5), (["demo", "--help"], 1.0)],
+)
+def test_help_is_fast_and_does_not_import_jax(words, seconds):
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('jax' in sys.modules));"
+        "from jaxrlhf.cli import main; sys.exit(main())"
+    )
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = run(*words, code=code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith("False\n")
+    assert min(spent) < seconds
