@@ -273,6 +273,8 @@ def _writer(folder: Path, keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
         todelete_subdir="trash",  # by a rename: no kill leaves half a step behind
+        # where a directory cannot be made: an error now, not threads that wait for 20 minutes
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         lightweight_initialize=True,  # reads nothing of older steps, which may be damaged
     )
     logging.getLogger("absl").addFilter(_not_orbax_traceback)

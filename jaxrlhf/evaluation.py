@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf.config import is_on_policy
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.tokens import Encoded, preference_batch, prompt_arrays, token_batch
 from jaxrlhf.judging import Judge
@@ -36,7 +37,7 @@ def evaluate(run: Run, params: Params) -> Evaluation | None:
     """Measure trainable parameters on the held-out rows; None if there are none."""
     if run.eval_rows is None:
         return None
-    if run.config.algorithm.name == "ppo":
+    if is_on_policy(run.config):
         return evaluate_policy(run, params, run.eval_rows.items)
     return evaluate_offline(run, params, run.eval_rows.items)
 

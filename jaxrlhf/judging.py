@@ -53,10 +53,12 @@ class Judge:
         parts = dict(zip([source.name for source in self.sources], scores, strict=True))
         weights = [source.weight for source in self.sources]
         if all(isinstance(x, jax.Array) for x in scores):
-            reward_B = sum(w * x for w, x in zip(weights, scores, strict=True))
+            weighted = [w * jnp.asarray(x) for w, x in zip(weights, scores, strict=True)]
+            reward_B = jnp.stack(weighted).sum(0)
             return Judgement(reward_B, jnp.isfinite(reward_B), parts)
         host = combine([np.asarray(x) for x in scores], weights)
-        return Judgement(*put_rows(host, self.mesh), parts)
+        reward_B, valid_B = put_rows(host, self.mesh)
+        return Judgement(reward_B, valid_B, parts)
 
     def _function(self, source: Reward, rollout: Rollout, prompts: Sequence[Prompt]) -> np.ndarray:
         token_BT, mask_BT = jax.device_get((rollout.token_BT, rollout.mask_BT))

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import KL_CONTROLLERS
-from jaxrlhf.config import Config
+from jaxrlhf.config import Config, is_on_policy
+from jaxrlhf.config import on_policy as settings_of
 from jaxrlhf.data.batches import order
 from jaxrlhf.data.tokens import preference_batch, prompt_arrays, token_batch
 from jaxrlhf.errors import InputError
@@ -30,27 +32,31 @@ SHOWN = 4
 States = dict[str, TrainState]
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
     """Carry out a run, or go on with it, and return its summary.
+
+    Args:
+      config: the run.
+      mesh: where to, if not on all devices as ``config.mesh`` says.
 
     Raises:
       InputError: config, data, weights or output folder cannot be used.
       FloatingPointError: too many updates in a row had a gradient that is not finite.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = mesh or make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = setup(config, mesh)
         with lock(config.output), Session(run) as session:
             session.lap("setup")
-            learn = on_policy if run.judge is not None else offline
+            learn = on_policy if is_on_policy(config) else offline
             learn(run, session)
             return summarise(run, session)
 
 
 def on_policy(run: Run, session: Session) -> None:
     """Sample, judge, compare with the reference, estimate values, learn; and again."""
-    controller = KL_CONTROLLERS[run.config.algorithm.kl_controller]
-    algorithm = run.config.algorithm
+    algorithm = settings_of(run.config)
+    controller = KL_CONTROLLERS[algorithm.kl_controller]
     session.host.setdefault("kl_coef", algorithm.kl_coef)
     evaluate_before(run, session)
     for step in session.steps():
@@ -76,7 +82,7 @@ def on_policy(run: Run, session: Session) -> None:
 
 def iterate(run: Run, session: Session, step: int) -> tuple[States, dict[str, Any], Rollout, Any]:
     """One iteration of policy learning: from prompts to the next states."""
-    programs, states, settings = run.programs, session.states, run.config.algorithm
+    programs, states, settings = run.programs, session.states, settings_of(run.config)
     policy, base = states["policy"].params, run.frozen["policy"]
     key = jax.random.fold_in(jax.random.key(run.config.seed), step)
     prompts = [
@@ -88,6 +94,8 @@ def iterate(run: Run, session: Session, step: int) -> tuple[States, dict[str, An
 
     rollout = programs["sample"](policy, base, prompt_QP, mask_QP, key)
     session.lap("sample", rollout)
+    assert run.judge is not None
+    assert run.reference is not None
     judgement = run.judge(rollout, [prompt.source for prompt in prompts])
     if not bool(judgement.valid_B.any()):
         raise InputError(f"rewards: iteration {step + 1} got no usable reward for any completion")
@@ -116,7 +124,7 @@ def iterate(run: Run, session: Session, step: int) -> tuple[States, dict[str, An
 
 def learn(run: Run, states: States, batch: Batch, step: int) -> tuple[States, dict[str, Any]]:
     """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
-    programs, settings = run.programs, run.config.algorithm
+    programs, settings = run.programs, settings_of(run.config)
     states, seen = dict(states), []
     warming = step < run.config.critic.warmup
     rows = batch.token_BT.shape[0]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import checkpoint
-from jaxrlhf.config import Config, MeshConfig, ModelConfig, check_mesh, load
+from jaxrlhf.config import Config, MeshConfig, ModelConfig, check_mesh, is_on_policy, load
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
@@ -99,10 +99,9 @@ def run_config(folder: str) -> Config:
 
 def needs_head(config: Config) -> bool:
     """Whether the network that a run trains carries the scalar head."""
-    algorithm = config.algorithm
-    return algorithm.name == "reward_model" or (
-        algorithm.name == "ppo" and config.critic.kind == "shared"
-    )
+    if is_on_policy(config):
+        return config.critic.kind == "shared"
+    return config.algorithm.name == "reward_model"
 
 
 def trainable_axes(model: Model, head: bool) -> Any:

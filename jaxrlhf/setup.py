@@ -10,14 +10,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import ALGORITHMS, Algorithm, reweight
-from jaxrlhf.config import Config, ModelConfig, SampleConfig, check, check_mesh, rows_at_once
+from jaxrlhf.config import (
+    Config,
+    ModelConfig,
+    SampleConfig,
+    check,
+    check_mesh,
+    is_on_policy,
+    on_policy,
+    rows_at_once,
+)
 from jaxrlhf.data.formats import read_completions, read_pairs, read_prompts
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.tokens import Encoded, encode_rows
 from jaxrlhf.errors import InputError
 from jaxrlhf.judging import Judge, make_judge
 from jaxrlhf.models.loading import build
-from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
+from jaxrlhf.models.tokenizers import check_vocab, ends_of, load_tokenizer
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.networks import (
     Loader,
@@ -84,8 +93,9 @@ def setup(config: Config, mesh: Mesh | None = None) -> Run:
     _check_context(config, model)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     check_vocab(tokenizer, model.decoder)
-    stop = {*config.sample.stop, tokenizer.eos_token_id} - {None}
-    sampling = replace(config.sample, stop=tuple(sorted(stop)), pad=tokenizer.pad_token_id)
+    stop, pad = ends_of(tokenizer)
+    stop = tuple(sorted({*config.sample.stop, *stop}))
+    sampling = replace(config.sample, stop=stop, pad=pad)
     config = replace(config, sample=sampling)
     train_rows = load_data(config, config.data.train, tokenizer, model)
     eval_rows = load_data(config, config.data.eval, tokenizer, model) if config.data.eval else None
@@ -110,7 +120,7 @@ def setup(config: Config, mesh: Mesh | None = None) -> Run:
         gold=None,
         programs={},
     )
-    return _on_policy(run, loader, start) if config.algorithm.name == "ppo" else _offline(run)
+    return _on_policy(run, loader, start) if is_on_policy(config) else _offline(run)
 
 
 def tokenizer_path(config: ModelConfig) -> str:
@@ -123,8 +133,7 @@ def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[E
     """The rows of a file as the run's algorithm reads them, tokenised and checked."""
     skip = config.data.skip_bad_rows
     rows = READERS[config.algorithm.name](read_rows(path, skip), tokenizer, skip)
-    on_policy = config.algorithm.name == "ppo"
-    limit = config.data.max_prompt_tokens if on_policy else config.data.max_tokens
+    limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
     return encode_rows(rows, tokenizer, model.decoder.vocab, limit, config.sample.stop, skip)
 
 
@@ -138,17 +147,18 @@ def start_state(config: Config, network: Network, head: bool, mesh: Mesh) -> Tra
 
 def optimizer(config: Config) -> Any:
     """The optimizer of a run, its schedule over all of the run's updates."""
-    algorithm = config.algorithm
-    updates = algorithm.epochs * algorithm.minibatches if algorithm.name == "ppo" else 1
+    updates = 1
+    if is_on_policy(config):
+        updates = on_policy(config).epochs * on_policy(config).minibatches
     return make_optimizer(config.optim, config.steps * updates)
 
 
 def _check_context(config: Config, model: Model) -> None:
-    on_policy = config.algorithm.name == "ppo"
+    sampled = is_on_policy(config)
     new = config.data.max_prompt_tokens + config.sample.max_new_tokens
-    tokens = new if on_policy else config.data.max_tokens
+    tokens = new if sampled else config.data.max_tokens
     if tokens > model.decoder.context:
-        fields = "max_prompt_tokens + sample.max_new_tokens" if on_policy else "max_tokens"
+        fields = "max_prompt_tokens + sample.max_new_tokens" if sampled else "max_tokens"
         raise InputError(
             f"data.{fields} = {tokens} tokens exceed the model's context of "
             f"{model.decoder.context}: lower them"
@@ -214,18 +224,14 @@ def critic_config(config: Config) -> Config:
 def on_policy_programs(run: Run, critic_model: Model) -> dict[str, Callable[..., Any]]:
     """The jitted functions that one iteration is made of, by name.
 
-    Those of the policy take (params, frozen, …), those of the reference (params, …).
+    Those of policy and critic take (params, frozen, …), that of the reference (params, …).
     """
     config, model, algorithm = run.config, run.model, run.algorithm
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
-    shared = config.critic.kind == "shared"
-    pieces = config.optim.microbatches
-    evaluation = SampleConfig(
-        max_new_tokens=config.sample.max_new_tokens,
-        n=config.eval.n,
-        stop=config.sample.stop,
-        pad=config.sample.pad,
-    )
+    shared, settings = config.critic.kind == "shared", on_policy(config)
+    assert run.reference is not None
+    assert algorithm.targets is not None
+    reference_model = run.reference.model
 
     def sampler(settings: SampleConfig, value: bool) -> Callable[..., Any]:
         def draw(params: Params, frozen: Any, prompt: Array, mask: Array, key: Array) -> Any:
@@ -243,37 +249,49 @@ def on_policy_programs(run: Run, critic_model: Model) -> dict[str, Callable[...,
         return value(critic_model, weights, token_BT, mask_BT, lora)
 
     def scorer(temperature: float) -> Callable[..., Any]:
-        assert run.reference is not None
-        reference = run.reference.model
-
         def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
-            return score(reference, params, token_BT, mask_BT, temperature, first=first)
+            return score(reference_model, params, token_BT, mask_BT, temperature, first=first)
 
         return jax.jit(reference_score)
 
     def take(batch: Batch, row_M: Array) -> Batch:
         rows = jax.tree.map(lambda x: constrain(x[row_M], ("batch",)), batch)
-        return reweight(rows, config.algorithm.aggregation, config.algorithm.length)
+        return reweight(rows, settings.aggregation, settings.length)
 
-    def update(loss: Any, who: str, settings: Config) -> Callable[..., Any]:
-        return make_update(optimizer(settings), loss, pieces, layout=_layout(run.states[who]))
-
-    coefficient = config.algorithm.value_coef if shared else None
-    programs = {
+    return {
         "sample": sampler(config.sample, shared),
-        "eval_sample": sampler(evaluation, False),
+        "eval_sample": sampler(evaluation_sampling(config), False),
         "reference": scorer(temperature),
         "eval_reference": scorer(1.0),
         "rescore": jax.jit(rescore),
         "value": jax.jit(estimate),
         "targets": jax.jit(algorithm.targets),
         "take": jax.jit(take),
-        "update": update(
-            policy_loss(model, algorithm, temperature, first, coefficient), "policy", config
-        ),
+        **updates(run, critic_model),
     }
+
+
+def evaluation_sampling(config: Config) -> SampleConfig:
+    """How held-out prompts are completed: at T = 1, untruncated, ``eval.n`` times each."""
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return replace(config.sample, n=config.eval.n, **plain)
+
+
+def updates(run: Run, critic_model: Model) -> dict[str, Callable[..., Any]]:
+    """The optimizer steps: of the policy, of a separate critic, of a shared head's warm-up."""
+    config, algorithm = run.config, run.algorithm
+    first, temperature = config.data.max_prompt_tokens, config.sample.temperature
+    shared = config.critic.kind == "shared"
+
+    def update(loss: Any, who: str, settings: Config) -> Callable[..., Any]:
+        layout = _layout(run.states[who])
+        return make_update(optimizer(settings), loss, config.optim.microbatches, layout=layout)
+
+    coefficient = on_policy(config).value_coef if shared else None
+    loss = policy_loss(run.model, algorithm, temperature, first, coefficient)
+    programs = {"update": update(loss, "policy", config)}
     if shared and config.critic.warmup:
-        warmup = critic_loss(model, algorithm, head_only=True)
+        warmup = critic_loss(run.model, algorithm, head_only=True)
         programs["warmup"] = update(warmup, "policy", config)
     if not shared:
         loss = critic_loss(critic_model, algorithm)
@@ -286,5 +304,4 @@ def minibatch_rows(config: Config, rows: int, step: int, epoch: int) -> list[np.
     generator = np.random.Generator(
         np.random.PCG64(np.random.SeedSequence([config.seed, step, epoch, 1]))
     )
-    parts = config.algorithm.minibatches if config.algorithm.name == "ppo" else 1
-    return np.split(generator.permutation(rows).astype(np.int32), parts)
+    return np.split(generator.permutation(rows).astype(np.int32), on_policy(config).minibatches)

@@ -1,9 +1,65 @@
-"""Eight fake CPU devices for every test; set before jax is imported."""
+"""Eight fake CPU devices for every test, set before jax is imported; a tiny model for most."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+CACHE = tempfile.mkdtemp(prefix="jaxrlhf-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # runs that are repeated compile once
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        QUICK_TO_COMPILE,
+    ]
 )
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf.config import DecoderConfig, LoraConfig
+from jaxrlhf.models.transformer import Model
+
+
+def jittered(tree, seed, scale=0.1):
+    """The tree with noise added to every leaf, so that no zero and no one hides a leaf left out."""
+    leaves, structure = jax.tree.flatten(tree)
+    noise = np.random.default_rng(seed)
+    return structure.unflatten(
+        [x + scale * noise.standard_normal(x.shape).astype(np.float32) for x in leaves]
+    )
+
+
+@pytest.fixture(scope="session")
+def decoder():
+    """300 tokens are two blocks of a draw."""
+    return DecoderConfig(
+        vocab=300, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64
+    )
+
+
+@pytest.fixture(scope="session")
+def model(decoder):
+    return Model(decoder, lora=LoraConfig(rank=2, alpha=4.0))
+
+
+@pytest.fixture(scope="session")
+def params(model):
+    """Random weights and a scalar head."""
+    init = jax.jit(model.init, static_argnames="head")
+    return jittered(init(jax.random.key(0), head=True), 0)
+
+
+@pytest.fixture(scope="session")
+def lora(model):
+    """Adapters that change something."""
+    return jittered(jax.jit(model.init_lora)(jax.random.key(1)), 1)

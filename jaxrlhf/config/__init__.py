@@ -11,6 +11,8 @@ from jaxrlhf.config.checks import (
     check,
     check_mesh,
     check_sample,
+    is_on_policy,
+    on_policy,
     resolve_mesh,
     rows_at_once,
 )
@@ -57,7 +59,9 @@ __all__ = [
     "check",
     "check_mesh",
     "check_sample",
+    "is_on_policy",
     "load",
+    "on_policy",
     "override",
     "resolve_mesh",
     "rows_at_once",

@@ -50,6 +50,17 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 """What a number must be, and the dotted keys it is asked of; absent and None fields are passed."""
 
 
+def is_on_policy(config: Config) -> bool:
+    """Whether the run learns from responses it samples."""
+    return isinstance(config.algorithm, ON_POLICY)
+
+
+def on_policy(config: Config) -> PPOConfig:
+    """The settings of an algorithm that samples; only for runs that do."""
+    assert isinstance(config.algorithm, ON_POLICY)
+    return config.algorithm
+
+
 def check(config: Config) -> None:
     """Refuse a config that cannot train, or that sets something which would not be read.
 
@@ -165,7 +176,7 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.path={model.path}: model.decoder is given too: keep one of them"
     if decoder is not None:
         if not model.tokenizer:
-            yield "model.tokenizer: missing: a fresh decoder needs one, such as characters:TEXT"
+            yield "model.tokenizer: missing: a fresh decoder needs one, such as words:TEXT"
         if decoder.heads % decoder.kv_heads:
             yield (
                 f"model.decoder: heads={decoder.heads} % kv_heads={decoder.kv_heads} is not 0: "

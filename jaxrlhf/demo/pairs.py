@@ -14,7 +14,7 @@ from jaxrlhf.data.formats import read_prompts
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
 from jaxrlhf.metrics import write_atomic
-from jaxrlhf.models.tokenizers import load_tokenizer
+from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
 from jaxrlhf.networks import Loader
 from jaxrlhf.rewards.functions import call, resolve
 from jaxrlhf.rewards.text import decode_rollout, repeat
@@ -57,11 +57,12 @@ def write_pairs(
     network = loader.base(config.model, seed)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     vocab = network.model.decoder.vocab
+    stop, pad = ends_of(tokenizer)
     settings = SampleConfig(
         max_new_tokens=config.max_new_tokens,
         n=config.n,
-        stop=(tokenizer.eos_token_id,),
-        pad=tokenizer.pad_token_id,
+        stop=stop,
+        pad=pad,
     )
     draw = jax.jit(sample, static_argnums=(0, 5))
     judge = resolve(config.judge)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -73,6 +74,13 @@ def _words(text: str) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+
+
+def ends_of(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], int]:
+    """The ids that end a response (its end-of-sequence, if any), and the id to pad with."""
+    eos: Any = tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id
+    return (() if eos is None else (int(eos),)), int(pad)
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> None:

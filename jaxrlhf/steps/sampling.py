@@ -50,17 +50,31 @@ def sample(
     params, lora = decode_layout(model, params, lora)
     hidden_BD, cache = _prefill(model, params, prompt_QP, prompt_mask_QP, sample_config, lora)
     key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
-    new = sample_config.max_new_tokens
-    stop = jnp.array(sample_config.stop, jnp.int32)
+    end = _decode(model, params, lora, hidden_BD, cache, key_B, sample_config, value)
+    return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
+
+
+def _decode(
+    model: Model,
+    params: Params,
+    lora: Params | None,
+    hidden_BD: Array,
+    cache: Cache,
+    key_B: Array,
+    config: SampleConfig,
+    value: bool,
+) -> dict[str, Any]:
+    """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
+    rows, new = hidden_BD.shape[0], config.max_new_tokens
+    stop = jnp.array(config.stop, jnp.int32)
 
     def choose(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
-        t, done_B = carry["t"], carry["done_B"]
+        t, live_B = carry["t"], ~carry["done_B"]
         logits_BV = constrain(model.logits(params, carry["hidden_BD"]), ("batch", "vocab"))
-        token_B, logp_B, sample_logp_B = _token(logits_BV, key_B, t, sample_config)
-        live_B = ~done_B
+        token_B, logp_B, sample_logp_B = _token(logits_BV, key_B, t, config)
         columns = {
-            "token_BN": jnp.where(live_B, token_B, sample_config.pad),
+            "token_BN": jnp.where(live_B, token_B, config.pad),
             "mask_BN": live_B.astype(jnp.float32),
             "logp_BN": jnp.where(live_B, logp_B, 0.0),
             "sample_logp_BN": jnp.where(live_B, sample_logp_B, 0.0),
@@ -70,16 +84,14 @@ def sample(
             columns["value_BN"] = jnp.where(live_B, value_B, 0.0)
         written = {name: carry[name].at[:, t].set(column) for name, column in columns.items()}
         ended_B = live_B & (token_B[:, None] == stop).any(1)
-        return {**carry, **written, "t": t + 1, "done_B": done_B | ended_B}
+        return {**carry, **written, "t": t + 1, "done_B": carry["done_B"] | ended_B}
 
     def extend(carry: dict[str, Any]) -> dict[str, Any]:
         """Run the policy on the token just drawn, then draw the next."""
         t = carry["t"] - 1
         token_B1 = jax.lax.dynamic_slice_in_dim(carry["token_BN"], t, 1, 1)
-        live_B1 = jax.lax.dynamic_slice_in_dim(carry["mask_BN"], t, 1, 1)
-        hidden, cache = model.apply(
-            params, token_B1, live_B1.astype(jnp.int32), lora, carry["cache"]
-        )
+        live_B1 = jax.lax.dynamic_slice_in_dim(carry["mask_BN"], t, 1, 1).astype(jnp.int32)
+        hidden, cache = model.apply(params, token_B1, live_B1, lora, carry["cache"])
         return choose({**carry, "hidden_BD": hidden[:, 0], "cache": cache})
 
     floats = ["mask_BN", "logp_BN", "sample_logp_BN"] + ["value_BN"] * value
@@ -88,13 +100,12 @@ def sample(
         "done_B": jnp.zeros(rows, bool),
         "hidden_BD": hidden_BD,
         "cache": cache,
-        "token_BN": jnp.full((rows, new), sample_config.pad, jnp.int32),
+        "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
         **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
     }
-    end = jax.lax.while_loop(
+    return jax.lax.while_loop(
         lambda carry: (carry["t"] < new) & ~carry["done_B"].all(), extend, choose(start)
     )
-    return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
 
 
 def decode_layout(
@@ -102,14 +113,15 @@ def decode_layout(
 ) -> tuple[Params, Params | None]:
     """The weights as the decode loop wants them: compute dtype, gathered over fsdp, once.
 
-    The scalar head stays float32. Costs one copy of the weights, split over ``tensor`` alone.
+    The last norm and the scalar head, which compute in float32, stay so. Costs one copy of the
+    weights, split over ``tensor`` alone.
     """
-    head = params.get("head")
-    body = {name: child for name, child in params.items() if name != "head"}
-    body = constrain_tree(model.cast(body), model.axes(), DECODE)
+    axes = model.axes(head="head" in params)
+    wide = ("norm", "head")
+    params = {name: x if name in wide else model.cast(x) for name, x in params.items()}
     if lora is not None:
         lora = constrain_tree(model.cast(lora), model.lora_axes(), DECODE)
-    return (body if head is None else {**body, "head": head}), lora
+    return constrain_tree(params, axes, DECODE), lora
 
 
 def _check(model: Model, config: SampleConfig, prompt_tokens: int) -> None:

@@ -199,6 +199,7 @@ def policy_loss(
         )
         total, metrics = algorithm.loss(outputs, batch)
         if value_coef is not None:
+            assert algorithm.value_loss is not None
             extra, more = algorithm.value_loss(outputs, batch)
             total, metrics = total + value_coef * extra, {**metrics, **more}
         return total, metrics
@@ -220,6 +221,7 @@ def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> 
             weights = {**trunk, "head": weights["head"]}
         value_BT = value(model, weights, batch.token_BT, batch.attention_mask_BT, lora)
         outputs = Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
+        assert algorithm.value_loss is not None
         return algorithm.value_loss(outputs, batch)
 
     return loss

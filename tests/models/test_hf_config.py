@@ -1,0 +1,142 @@
+"""config.json of both generations of transformers, and what is refused."""
+
+import json
+
+import pytest
+
+from jaxrlhf.config import DecoderConfig, RopeScaling
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.hf_config import read_config, write_config
+
+PLAIN = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=256)
+
+
+def read(tmp_path, **changes):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PLAIN | changes))
+    return read_config(path)
+
+
+def test_read_config_defaults_are_those_of_transformers(tmp_path):
+    assert read(tmp_path, num_key_value_heads=None) == DecoderConfig(
+        vocab=100, embed=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp=64, context=512,
+        rope_theta=10_000.0, norm_eps=1e-6, tied=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "qkv_bias", "qk_norm"),
+    [("mistral", False, False), ("qwen2", True, False), ("qwen3", False, True)],
+)
+def test_read_config_families(tmp_path, family, qkv_bias, qk_norm):
+    decoder = read(
+        tmp_path, model_type=family, sliding_window=None, head_dim=16, tie_word_embeddings=True,
+        num_key_value_heads=2, rms_norm_eps=1e-5, architectures=["AForCausalLM"],
+    )  # fmt: skip
+    assert (decoder.qkv_bias, decoder.qk_norm) == (qkv_bias, qk_norm)
+    assert (decoder.head_dim, decoder.kv_heads, decoder.tied) == (16, 2, True)
+    assert decoder.norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+    ],
+)
+def test_read_config_rope_of_both_generations(tmp_path, rope):
+    decoder = read(tmp_path, **rope)
+    assert (decoder.rope_theta, decoder.rope_scaling) == (5e5, SCALING)
+
+
+def test_read_config_rope_default(tmp_path):
+    decoder = read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 7})
+    assert (decoder.rope_theta, decoder.rope_scaling) == (7.0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+        ({"model_type": "mistral", "sliding_window": 256}, "sliding_window=256"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window=4096"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": None}}, "factor=None"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": 2}, "rope_scaling=2"),
+        ({"hidden_size": "32"}, "hidden_size='32'"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+        ({"num_attention_heads": 5}, "hidden_size=32 % num_attention_heads=5"),
+        ({"intermediate_size": None}, "intermediate_size=None"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+    ],
+)
+def test_read_config_refuses(tmp_path, changes, message):
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, **changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a JSON object")])
+def test_read_config_malformed(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    with pytest.raises(InputError, match="missing"):
+        read_config(path)
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"tied": False, "rope_scaling": SCALING},
+        {"qkv_bias": True, "rope_theta": 1e6},
+        {"qk_norm": True, "head_dim": 16, "norm_eps": 1e-6},
+    ],
+)
+def test_write_config_reads_back(tmp_path, features):
+    shape = {"vocab": 9, "embed": 32, "layers": 1, "heads": 4, "kv_heads": 2, "mlp": 8}
+    decoder = DecoderConfig(**{"head_dim": 8, **shape, **features})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(write_config(decoder, "float32")))
+    assert read_config(path) == decoder
+
+
+def test_write_config_refuses_what_transformers_cannot_hold():
+    shape = {"vocab": 9, "layers": 1, "kv_heads": 1, "mlp": 8, "head_dim": 8}
+    with pytest.raises(InputError, match="both qkv_bias and qk_norm"):
+        write_config(
+            DecoderConfig(embed=32, heads=4, qkv_bias=True, qk_norm=True, **shape), "float32"
+        )
+    with pytest.raises(InputError, match="embed=32 % heads=5"):
+        write_config(DecoderConfig(embed=32, heads=5, **shape), "float32")

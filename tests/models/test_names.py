@@ -1,0 +1,62 @@
+"""The tree's shapes, and the way between kernels and the matrices of files."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import names
+from jaxrlhf.models.transformer import Model
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"tied": False}, {"qkv_bias": True}, {"qk_norm": True, "tied": False}]
+)
+def test_weights_are_those_of_the_model(tiny, random_params, features):
+    decoder = replace(tiny, **features)
+    have = jax.tree.map(lambda x: (x.shape, x.dtype), random_params(decoder))
+    want = jax.tree.map(lambda x: (x.shape, x.dtype), Model(decoder=decoder).shapes())
+    assert have == want
+
+
+def test_assemble_kernel_computes_what_the_stored_matrix_does(tiny):
+    rng = np.random.default_rng(0)
+    stored = {}
+
+    def read(weight, layer):
+        x = rng.standard_normal(weight.stored).astype(np.float32)
+        return stored.setdefault((weight.path, layer), x)
+
+    attention = names.assemble(tiny, read)["layers"]["attention"]
+    x_D = rng.standard_normal(tiny.embed).astype(np.float32)
+    for layer in range(tiny.layers):
+        query_NH = np.einsum("D,DNH->NH", x_D, attention["q"]["kernel"][layer])
+        flat = stored["layers/attention/q/kernel", layer] @ x_D
+        np.testing.assert_allclose(query_NH.reshape(-1), flat, atol=1e-5)
+        out_D = np.einsum("NH,NHD->D", query_NH, attention["o"]["kernel"][layer])
+        flat = stored["layers/attention/o/kernel", layer] @ query_NH.reshape(-1)
+        np.testing.assert_allclose(out_D, flat, atol=1e-5)
+
+
+def test_stored_is_the_inverse_of_assemble(tiny, random_params):
+    decoder = replace(tiny, tied=False, qkv_bias=True)
+    params = random_params(decoder)
+    leaves = names.flatten(decoder, params)
+
+    def read(weight, layer):
+        leaf = leaves[weight.path]
+        return names.stored(weight, leaf[layer] if weight.stacked else leaf)
+
+    jax.tree.map(np.testing.assert_array_equal, names.assemble(decoder, read), params)
+
+
+def test_flatten_names_the_first_difference(tiny, random_params):
+    params = random_params(tiny)
+    with pytest.raises(InputError, match=r"unembed/kernel is missing.*\(32, 48\)"):
+        names.flatten(replace(tiny, tied=False), params)
+    with pytest.raises(InputError, match=r"head/kernel is \(32,\).*no such weight"):
+        names.flatten(tiny, {**params, "head": {"kernel": np.zeros(32)}})
+    with pytest.raises(InputError, match=r"embed/table is \(48, 32\).*\(50, 32\)"):
+        names.flatten(replace(tiny, vocab=50), params)

@@ -1,0 +1,273 @@
+"""The cached sampler against whole forward passes, its log-probs, its ends, and its keys."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import MeshConfig, SampleConfig
+from jaxrlhf.models.transformer import Model
+from jaxrlhf.sharding import make_mesh, put_rows, shardings
+from jaxrlhf.steps.draws import truncate
+from jaxrlhf.steps.sampling import decode_layout, log_prob, sample
+from jaxrlhf.steps.scoring import score, value
+
+NEW = 8
+PROMPTS = [[5, 6, 7, 8, 9, 10], [299, 2], [17, 256, 31], [255]]
+WARM = SampleConfig(max_new_tokens=NEW, n=2, temperature=0.7, pad=1)
+GREEDY = replace(WARM, temperature=0.0, n=1)
+
+draw_rollout = jax.jit(sample, static_argnames=("model", "sample_config", "value"))
+score_rows = jax.jit(score, static_argnums=0)
+
+
+def left_padded(prompts, width, pad=1):
+    token = np.full((len(prompts), width), pad, np.int32)
+    mask = np.zeros_like(token)
+    for row, prompt in enumerate(prompts):
+        token[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return jnp.array(token), jnp.array(mask)
+
+
+PROMPT, PROMPT_MASK = left_padded(PROMPTS, 6)
+
+
+def responses(rollout):
+    return np.asarray(rollout.token_BT)[:, -NEW:]
+
+
+RICH = replace(WARM, top_p=0.8, top_k=30, stop=tuple(range(0, 300, 4)))
+
+
+@pytest.fixture(scope="module")
+def generate(model, params):
+    """sample() on the tiny model; compiled once for each config."""
+
+    def go(config=WARM, seed=3, prompt=PROMPT, mask=PROMPT_MASK, **more):
+        return draw_rollout(model, params, prompt, mask, jax.random.key(seed), config, **more)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def rich(generate, lora):
+    """A rollout with everything: adapters, values, stop tokens, truncated draws."""
+    return generate(RICH, value=True, lora=lora)
+
+
+def greedy_by_whole_forwards(model, params, lora):
+    """The likeliest next token by a forward of the whole row, again and again, padded right."""
+
+    @jax.jit
+    def next_token(token, mask):
+        hidden, _ = model.apply(params, token, mask, lora)
+        last = mask.sum(1) - 1
+        return jnp.argmax(model.logits(params, hidden[jnp.arange(len(PROMPTS)), last]), axis=1)
+
+    token, mask = np.full((2, len(PROMPTS), 6 + NEW), 0, np.int32)
+    for row, prompt in enumerate(PROMPTS):
+        token[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    found = []
+    for t in range(NEW):
+        found.append(np.asarray(next_token(token, mask)))
+        for row, prompt in enumerate(PROMPTS):
+            token[row, len(prompt) + t], mask[row, len(prompt) + t] = found[-1][row], 1
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["weights", "lora"])
+def test_sample_greedy_equals_whole_forwards(model, params, lora, generate, adapted):
+    lora = lora if adapted else None
+    expected = greedy_by_whole_forwards(model, params, lora)
+    assert len(np.unique(expected)) > NEW  # a constant stream would agree with anything
+    np.testing.assert_array_equal(responses(generate(GREEDY, lora=lora)), expected)
+
+
+def test_sample_logp_equals_score(model, params, lora, generate, rich):
+    for rollout, adapters in ((generate(), None), (rich, lora)):
+        rows = rollout.token_BT, rollout.attention_mask_BT
+        scored = score_rows(model, params, *rows, WARM.temperature, adapters)
+        np.testing.assert_allclose(rollout.logp_BT, scored * rollout.mask_BT, atol=1e-4)
+        at_one = score_rows(model, params, *rows, 1.0, adapters)
+        assert jnp.abs(at_one - scored).max() > 0.1
+
+
+def test_sample_columns(generate):
+    """Prompt-major rows: the prompt, then the response, and each mask where it belongs."""
+    rollout = generate()
+    assert rollout.token_BT.shape == (8, 14)
+    np.testing.assert_array_equal(rollout.token_BT[:, :6], np.repeat(PROMPT, 2, axis=0))
+    np.testing.assert_array_equal(
+        rollout.attention_mask_BT[:, :6], np.repeat(PROMPT_MASK, 2, axis=0)
+    )
+    np.testing.assert_array_equal(rollout.mask_BT, [[0] * 6 + [1] * NEW] * 8)
+    assert (rollout.attention_mask_BT[:, 6:] == 1).all()
+    for logp in (rollout.logp_BT, rollout.sample_logp_BT):
+        assert (logp[:, :6] == 0).all()
+        assert (logp[:, 6:] < 0).all()
+    assert not rollout.ended_B.any()
+    assert rollout.value_BT is None
+
+
+def test_sample_rows_and_keys_differ(generate):
+    """Samples of one prompt differ, and so does every call under the key of its own step."""
+    rows = {tuple(row) for row in responses(generate()).tolist()}
+    assert len(rows) == 8
+    key = jax.random.key(11)
+    steps = [jax.random.key_data(jax.random.fold_in(key, step)) for step in range(4)]
+    calls = [generate(seed=int(data[1])) for data in steps]
+    assert len({responses(call).tobytes() for call in calls}) == 4
+    np.testing.assert_array_equal(responses(generate()), responses(generate()))
+
+
+def test_sample_depends_on_no_other_row_and_no_padding(generate):
+    rollout = generate()
+    wider, wider_mask = left_padded(PROMPTS, 9)
+    wide = generate(prompt=wider, mask=wider_mask)
+    np.testing.assert_array_equal(responses(wide), responses(rollout))
+    np.testing.assert_allclose(wide.logp_BT[:, 3:], rollout.logp_BT, atol=1e-5)
+    others = generate(prompt=PROMPT.at[2:].set(77))
+    np.testing.assert_array_equal(responses(others)[:4], responses(rollout)[:4])
+    assert (responses(others)[4:] != responses(rollout)[4:]).any()
+
+
+def test_sample_logp_is_the_sample_logp_without_truncation(generate):
+    rollout = generate()
+    np.testing.assert_array_equal(rollout.logp_BT, rollout.sample_logp_BT)
+
+
+def test_sample_logp_is_below_the_sample_logp_with_truncation(rich):
+    ratio = jnp.exp(rich.logp_BT - rich.sample_logp_BT)[rich.mask_BT == 1]
+    assert (ratio < 1).all()
+    assert (ratio > 0.3).all()  # roughly: .8 of what 30 of 300 tokens hold
+
+
+def test_log_prob_hand_computed():
+    logits = jnp.array([[1.0, 2.0, 3.0]])
+    token = jnp.array([1])
+    np.testing.assert_allclose(log_prob(logits, token), -1.407606, atol=1e-6)
+    np.testing.assert_allclose(log_prob(logits / 0.7, token), -1.688690, atol=1e-6)
+    four = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    np.testing.assert_allclose(log_prob(four, token), -1.203973, atol=1e-6)
+    allowed = truncate(four, SampleConfig(top_p=0.8))
+    np.testing.assert_allclose(log_prob(allowed, token), -0.980829, atol=1e-6)
+
+
+def test_sample_greedy_logp_is_that_of_temperature_one(model, params, generate):
+    rollout = generate(GREEDY)
+    scored = score_rows(model, params, rollout.token_BT, rollout.attention_mask_BT)
+    np.testing.assert_allclose(rollout.logp_BT, scored * rollout.mask_BT, atol=1e-4)
+    assert (rollout.sample_logp_BT == 0).all()
+
+
+class Counting(Model):
+    """A model that counts how often it is run."""
+
+    calls = 0
+
+    def apply(self, *args, **kwargs):
+        jax.debug.callback(lambda: setattr(Counting, "calls", Counting.calls + 1))
+        return super().apply(*args, **kwargs)
+
+
+def test_sample_stops(model, params):
+    """Two tokens in three end a response: the stop token is in it, and nothing after it is."""
+    config = replace(
+        WARM, max_new_tokens=40, stop=tuple(range(0, 300, 3)) + tuple(range(1, 300, 3))
+    )
+    counting = Counting(model.decoder, lora=model.lora)
+    Counting.calls = 0
+    rollout = draw_rollout(counting, params, PROMPT, PROMPT_MASK, jax.random.key(4), config)
+    jax.block_until_ready(rollout)
+    jax.effects_barrier()
+    token, mask = np.asarray(rollout.token_BT)[:, 6:], np.asarray(rollout.mask_BT)[:, 6:]
+    lengths = mask.sum(1).astype(int)
+    assert len(set(lengths)) > 1
+    assert lengths.max() < 20
+    assert rollout.ended_B.all()
+    for row, length in enumerate(lengths):
+        assert np.isin(token[row], config.stop)[: length - 1].sum() == 0
+        assert token[row, length - 1] in config.stop
+        assert (token[row, length:] == config.pad).all()
+        assert (mask[row, :length] == 1).all()
+    for logp in (rollout.logp_BT[:, 6:], rollout.sample_logp_BT[:, 6:]):
+        assert ((np.asarray(logp) < 0) == (mask == 1)).all()
+    np.testing.assert_array_equal(rollout.attention_mask_BT[:, 6:], mask)
+    scored = score_rows(model, params, rollout.token_BT, rollout.attention_mask_BT, 0.7)
+    np.testing.assert_allclose(rollout.logp_BT, scored * rollout.mask_BT, atol=1e-4)
+    assert Counting.calls == lengths.max()  # the prompts, then one token fewer than the longest
+
+
+def test_sample_ended_tells_stopped_rows_from_cut_ones(rich):
+    last = np.asarray(rich.mask_BT).cumsum(1).argmax(1)
+    stopped = np.isin(np.asarray(rich.token_BT)[np.arange(8), last], RICH.stop)
+    assert 0 < stopped.sum() < 8
+    np.testing.assert_array_equal(rich.ended_B, stopped)
+
+
+def test_sample_value_equals_value(model, params, lora, rich):
+    expected = jax.jit(value, static_argnums=0)(
+        model, params, rich.token_BT, rich.attention_mask_BT, lora
+    )
+    assert jnp.abs(expected).max() > 0.1
+    np.testing.assert_allclose(rich.value_BT, expected * rich.mask_BT, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [4, 2], ids=["prompts divide", "only rows divide"])
+def test_sample_same_tokens_on_eight_devices(model, params, prompts):
+    config = replace(WARM, n=8 // prompts)
+    prompt, mask = PROMPT[:prompts], PROMPT_MASK[:prompts]
+    one = draw_rollout(model, params, prompt, mask, jax.random.key(3), config)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    laid_out = jax.device_put(params, shardings(model.axes(head=True), mesh))
+    with jax.set_mesh(mesh):
+        if prompts == 4:
+            prompt, mask = put_rows((prompt, mask), mesh)
+        eight = draw_rollout(model, laid_out, prompt, mask, jax.random.key(3), config)
+    np.testing.assert_array_equal(eight.token_BT, one.token_BT)
+    np.testing.assert_allclose(eight.logp_BT, one.logp_BT, atol=1e-5)
+
+
+def test_decode_layout_computes_the_same_in_bfloat16(model, params, lora):
+    """Casting the weights once a rollout changes no bit of hidden states, logits or values."""
+    model = Model(model.decoder, dtype="bfloat16", lora=model.lora)
+
+    @partial(jax.jit, static_argnames="cast")
+    def outputs(cast):
+        weights, adapters = decode_layout(model, params, lora) if cast else (params, lora)
+        hidden, _ = model.apply(weights, PROMPT, PROMPT_MASK, adapters)
+        return hidden, model.logits(weights, hidden), model.scalar(weights, hidden)
+
+    for once, each_time in zip(outputs(True), outputs(False), strict=True):
+        assert once.dtype == each_time.dtype
+        np.testing.assert_array_equal(once.astype(jnp.float32), each_time.astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 59}, "6 prompt [+] 59 new tokens exceed context=64"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"n": 0}, "n=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"min_p": 1.0}, "min_p=1.0"),
+    ],
+)
+def test_sample_refuses(generate, change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(replace(WARM, **change))
+
+
+def test_sample_fills_the_context(model, params):
+    config = replace(GREEDY, max_new_tokens=58)
+    shape = jax.eval_shape(
+        partial(sample, model, sample_config=config), params, PROMPT, PROMPT_MASK, jax.random.key(0)
+    )
+    assert shape.token_BT.shape == (4, 64)

@@ -1,0 +1,302 @@
+"""Whole runs on tiny models: they resume bit-equal, and the mesh does not matter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from jaxrlhf import checkpoint, loop
+from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, save
+from jaxrlhf.errors import InputError
+from jaxrlhf.session import Session
+from jaxrlhf.setup import minibatch_rows, setup
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.steps import updating
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def trained(config, mesh=None):
+    """The run's last states, as host arrays, and its metrics."""
+    mesh = mesh or one_device()
+    loop.train(config, mesh)
+    with jax.set_mesh(mesh):
+        states = setup(config, mesh).states
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states
+        )
+        step, found, _ = checkpoint.load(Path(config.output) / "checkpoints", abstract)
+    assert step == config.steps
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return jax.device_get(found), [json.loads(line) for line in lines]
+
+
+def lora(config):
+    return replace(config, model=replace(config.model, lora=LoraConfig(rank=4, alpha=8)))
+
+
+RUNS = {
+    "ppo": runs.ppo,
+    "ppo-lora": lambda folder: lora(runs.ppo(folder)),
+    "ppo-separate": lambda folder: runs.ppo(folder, critic=runs.SEPARATE),
+    "ppo-adaptive": lambda folder: runs.ppo(
+        folder, algorithm=PPOConfig(kl_controller="adaptive", kl_horizon=100.0)
+    ),
+    "reward_model": runs.reward_model,
+    "sft": runs.sft,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_train_resumed_is_bit_equal(name, tmp_path, monkeypatch):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    whole, log = trained(RUNS[name](folders[0]))
+
+    save_step = Session.save
+
+    def cut(session, done):
+        save_step(session, done)
+        if done == 2:
+            session.checkpoints.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(RUNS[name](folders[1]), one_device())
+    monkeypatch.undo()
+    resumed, resumed_log = trained(RUNS[name](folders[1]))
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    timing = {"seconds", "tokens_per_second"}
+
+    def kept(lines):
+        return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+
+    assert kept(log) == kept(resumed_log)
+    assert [line["step"] for line in log if "eval/loss" not in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", [lambda c: c, lora], ids=["full", "lora"])
+def test_train_on_eight_devices_equals_one(change, tmp_path):
+    results = []
+    for name, mesh in {
+        "one": one_device(),
+        "eight": make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        sizes = MeshConfig(**dict(mesh.shape))
+        config = change(runs.ppo(folder, steps=5, mesh=sizes))
+        results.append((*trained(config, mesh), (folder / "run/samples.jsonl").read_text()))
+    (one, _, words), (eight, _, words_eight) = results
+    drop = [
+        [{k: v for k, v in json.loads(line).items() if k != "reward"} for line in text.splitlines()]
+        for text in (words, words_eight)
+    ]
+    assert drop[0] == drop[1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0),
+        one["policy"].params,
+        eight["policy"].params,
+    )
+
+
+def test_iterate_draws_the_same_tokens_on_eight_devices(tmp_path):
+    tokens = []
+    for mesh in (one_device(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        config = runs.ppo(tmp_path, mesh=MeshConfig(**dict(mesh.shape)), output=str(tmp_path))
+        seen = []
+        with jax.set_mesh(mesh):
+            run = setup(config, mesh)
+            session = Session(run)
+            session.host["kl_coef"] = 0.05
+            for step in range(5):
+                session.states, _, rollout, _ = loop.iterate(run, session, step)
+                seen.append(np.asarray(rollout.token_BT))
+        tokens.append(np.stack(seen))
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_iterate_first_ratio_is_one(tmp_path, monkeypatch):
+    for source, tolerance in {"rescore": 1e-5, "sampler": 1e-4}.items():
+        config = runs.ppo(
+            tmp_path,
+            algorithm=PPOConfig(old_logp=source, minibatches=2, epochs=2),
+            optim=OptimConfig(learning_rate=0.0),
+        )
+        mesh = one_device()
+        with jax.set_mesh(mesh):
+            run = setup(config, mesh)
+            session = Session(run)
+            session.host["kl_coef"] = 0.05
+            _, metrics, rollout, _ = loop.iterate(run, session, 0)
+        assert abs(metrics["ratio_max"] - 1) <= tolerance
+        assert metrics["clip_fraction"] == 0
+        assert abs(metrics["kl"]) <= 1e-4  # the policy is the reference at the start
+        assert len({tuple(row) for row in np.asarray(rollout.token_BT).tolist()}) > 8
+
+
+def test_iterate_at_rate_zero_draws_anew_each_step(tmp_path):
+    config = runs.ppo(tmp_path, optim=OptimConfig(learning_rate=0.0))
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh)
+        run = replace(run, train_rows=replace(run.train_rows, items=run.train_rows.items[:1]))
+        session = Session(run)
+        session.host["kl_coef"] = 0.05
+        seen = set()
+        for step in range(4):
+            session.states, _, rollout, _ = loop.iterate(run, session, step)
+            seen.add(np.asarray(rollout.token_BT)[0].tobytes())
+    assert len(seen) == 4
+
+
+def test_learn_stops_early_on_kl(tmp_path):
+    def updates(target):
+        config = runs.ppo(
+            tmp_path,
+            algorithm=PPOConfig(epochs=4, minibatches=2, target_kl=target),
+            optim=OptimConfig(learning_rate=3e-2),
+        )
+        mesh = one_device()
+        with jax.set_mesh(mesh):
+            run = setup(config, mesh)
+            session = Session(run)
+            session.host["kl_coef"] = 0.05
+            return loop.iterate(run, session, 0)[1]["updates"]
+
+    assert updates(None) == 8
+    assert updates(1e-4) < 4
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_learn_warms_the_critic_up_before_the_policy_moves(critic, tmp_path):
+    settings = replace(
+        runs.SEPARATE if critic == "separate" else runs.ppo(tmp_path).critic, warmup=1
+    )
+    config = runs.ppo(tmp_path, critic=settings)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh)
+        session = Session(run)
+        session.host["kl_coef"] = 0.05
+        before = jax.device_get(run.states["policy"].params)
+        states, *_ = loop.iterate(run, session, 0)
+        after = jax.device_get(states["policy"].params)
+        head = after.pop("head", None)
+        before.pop("head", None)
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+        if critic == "shared":
+            assert np.abs(head["kernel"]).max() > 0
+        session.states = states
+        states, *_ = loop.iterate(run, session, 1)
+        moved = jax.device_get(states["policy"].params)
+        assert np.abs(moved["embed"]["table"] - before["embed"]["table"]).max() > 0
+
+
+def test_train_raises_after_too_many_updates_that_are_not_finite(tmp_path, monkeypatch):
+    loss = updating.policy_loss
+
+    def broken(*args, **kwargs):
+        inner = loss(*args, **kwargs)
+
+        def nan(params, frozen, batch):
+            value, metrics = inner(params, frozen, batch)
+            return value * float("nan"), metrics
+
+        return nan
+
+    monkeypatch.setattr("jaxrlhf.setup.policy_loss", broken)
+    config = runs.ppo(tmp_path, steps=10, optim=OptimConfig(max_skipped=6))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        loop.train(config, one_device())
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["skipped"] == 1
+    assert len(lines) == 2  # four updates an iteration: the sixth in a row comes in the second
+
+
+def test_train_learns_from_a_reward_function(tmp_path):
+    config = runs.ppo(
+        tmp_path,
+        steps=40,
+        data=replace(runs.ppo(tmp_path).data, batch_size=16, eval=runs.prompts(tmp_path)),
+        algorithm=PPOConfig(kl_coef=0.02, minibatches=2, value_coef=0.5),
+        eval=EvalConfig(n=4, gold=(runs.GOODNESS,)),
+        optim=OptimConfig(learning_rate=2e-3),
+    )
+    summary = loop.train(config, one_device())
+    assert summary["gold_after"] > summary["gold_before"] + 0.3
+    assert summary["gold_after"] == summary["proxy_after"]
+    assert summary["seconds"]["update"] > 0
+    assert summary["tokens_per_second"] > 0
+    written = json.loads((tmp_path / "run/summary.json").read_text())
+    assert written["gold_after"] == summary["gold_after"]
+
+
+def test_minibatch_rows_cover_every_row_once(tmp_path):
+    config = runs.ppo(tmp_path)
+    parts = minibatch_rows(config, 16, step=3, epoch=1)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(16))
+    again = minibatch_rows(config, 16, step=3, epoch=1)
+    np.testing.assert_array_equal(np.stack(parts), np.stack(again))
+    other = minibatch_rows(config, 16, step=3, epoch=0)
+    assert not np.array_equal(np.stack(parts), np.stack(other))
+
+
+def test_train_refuses_another_config_in_the_same_folder(tmp_path):
+    loop.train(runs.sft(tmp_path), one_device())
+    with pytest.raises(InputError, match=r"seed=1 \(was 0\)"):
+        loop.train(runs.sft(tmp_path, seed=1), one_device())
+
+
+def launch(config, folder):
+    path = folder / "config_of_run.yaml"
+    save(config, path)
+    code = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
+    environment = {**os.environ, "XLA_FLAGS": "", "HOME": str(folder)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_steps(output, count):
+    metrics = Path(output) / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and metrics.read_text().count("\n") >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run made no progress")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_train_interrupted_goes_on_where_it_was(how, tmp_path):
+    config = runs.ppo(
+        tmp_path, steps=60, checkpoint=replace(runs.ppo(tmp_path).checkpoint, every=5)
+    )
+    process = launch(config, tmp_path)
+    wait_for_steps(config.output, 22)
+    process.send_signal(how)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == (0 if how == signal.SIGTERM else -9), out
+    out = launch(config, tmp_path).communicate(timeout=120)[0]
+    assert "resumed after iteration" in out, out
+    resumed = int(out.split("resumed after iteration ")[1].split()[0])
+    assert resumed >= (20 if how == signal.SIGKILL else 22)
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
