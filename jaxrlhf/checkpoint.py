@@ -188,7 +188,7 @@ class Checkpoints:
 def load(folder: str | Path, abstract: Any) -> Found:
     """(step, state, host) of the newest whole checkpoint, or of a part of its state; read only.
 
-    For evaluation and export; safe while a trainer writes to the same folder.
+    For evaluation and export; a trainer that writes to the same folder is not disturbed.
 
     Args:
       folder: ``checkpoints/`` of a run.

@@ -160,14 +160,15 @@ def generate(
     import jax
 
     from jaxrlhf.data.tokens import encode_prompt, left_pad
+    from jaxrlhf.models.tokenizers import ends_of
     from jaxrlhf.networks import load_model
     from jaxrlhf.steps.sampling import sample
 
     policy, params, tokenizer = load_model(model)
     places = [f"--prompt {i + 1}" for i in range(len(prompt))]
     ids = [encode_prompt(tokenizer, text, at) for text, at in zip(prompt, places, strict=True)]
-    pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
-    wish = replace(wish, pad=pad, stop=() if stop is None else (stop,))
+    stop, pad = ends_of(tokenizer)
+    wish = replace(wish, pad=pad, stop=stop)
     token_QP, mask_QP = left_pad(ids, max(map(len, ids)), pad, places)
     draw = jax.jit(sample, static_argnums=(0, 5))
     rollout = jax.device_get(draw(policy, params, token_QP, mask_QP, jax.random.key(seed), wish))

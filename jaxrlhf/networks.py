@@ -122,7 +122,7 @@ def start_params(network: Network, head: bool, seed: int, mesh: Mesh) -> Params:
     stream = jax.random.fold_in(jax.random.key(seed), INIT)
 
     def start(key: Any, params: Params, lora: Params | None) -> Params:
-        scalar = {"head": params.get("head", zero_head(model))} if head else {}
+        scalar = {"head": params.get("head", model.init_head())} if head else {}
         if model.lora is None:
             body = {name: x for name, x in params.items() if name != "head"}
             return jax.tree.map(jnp.copy, {**body, **scalar})
@@ -133,18 +133,13 @@ def start_params(network: Network, head: bool, seed: int, mesh: Mesh) -> Params:
     return jax.jit(start, out_shardings=layout)(stream, network.params, network.lora)
 
 
-def zero_head(model: Model) -> Params:
-    """The scalar head as it starts: all zeros."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.shapes(True)["head"])
-
-
 def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the TrainState that a run of ``config`` carries."""
     layout = shardings(trainable_axes(model, head), mesh)
     base = jax.eval_shape(lambda: model.init(jax.random.key(0)))
 
     def params_of(params: Params) -> Params:
-        scalar = {"head": zero_head(model)} if head else {}
+        scalar = {"head": model.init_head()} if head else {}
         if model.lora is None:
             return {**params, **scalar}
         return {"lora": model.init_lora(jax.random.key(0)), **scalar}

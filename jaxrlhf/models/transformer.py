@@ -104,6 +104,11 @@ class Model:
         params = nnx.to_pure_dict(nnx.state(Ends(self.decoder, nnx.Rngs(outer), head)))
         return {**params, "layers": layer(jax.random.split(inner, self.decoder.layers))}
 
+    def init_head(self) -> Params:
+        """The scalar head as it starts: all zeros."""
+        shapes = ends(self.decoder, True).shapes["head"]
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
     def init_lora(self, key: Array) -> Params:
         """Fresh adapters, float32: A normal, B zero, so that they change nothing at first."""
 

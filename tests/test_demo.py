@@ -1,0 +1,65 @@
+"""The demo end to end, as a user runs it, on the tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxrlhf.config import check, load
+from jaxrlhf.data.rows import read_rows
+from jaxrlhf.demo import HELD_OUT, OPENINGS, config_file
+from jaxrlhf.demo.words import goodness, write_corpus
+from jaxrlhf.rewards.functions import resolve
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_demo_tiny_raises_the_reward(seed, tmp_path):
+    code = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
+    words = ["demo", "--tiny", "--seed", str(seed), "--output", str(tmp_path / "demo")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "demo/summary.json").read_text())
+    assert summary["gold_after"] - summary["gold_before"] > 0.4
+    assert summary["gold_rise"] - summary["gold_rise_ci"] > 0.3
+    assert summary["proxy_after"] > summary["proxy_before"]
+    assert summary["reward_model_accuracy"] > 0.85
+    assert 0 < summary["kl_nats"] < 12
+    assert summary["tokens_per_second"] > 0
+    assert {"pairs", "reward_model/update", "ppo/sample"} <= set(summary["seconds"])
+    assert "gold measure" in done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in config_file(".").glob("*.yaml")))
+def test_configs_load_and_pass_their_checks(name):
+    check(load(config_file(name)))
+
+
+def test_openings_are_apart_and_neutral():
+    train, held_out = (
+        [row.values["prompt"] for row in read_rows(path).items] for path in (OPENINGS, HELD_OUT)
+    )
+    assert len(train) >= 64
+    assert len(held_out) >= 32
+    assert not set(train) & set(held_out)
+    assert set(resolve("sentiment")([""] * len(train), train)) == {0.0}
+
+
+def test_goodness_is_the_balance_of_words():
+    assert goodness([""] * 3, ["good bad nice the", "", "poor"]) == [0.25, 0.0, -1.0]
+
+
+def test_write_corpus_is_the_same_for_a_seed(tmp_path):
+    texts = []
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        (tmp_path / name).mkdir()
+        write_corpus(tmp_path / name, seed)
+        texts.append((tmp_path / name / "sft.jsonl").read_text())
+    assert texts[0] == texts[1] != texts[2]
