@@ -115,5 +115,5 @@ class TrainState:
     @classmethod
     def create(cls, params: Params, tx: Any) -> "TrainState":
         """A fresh state for ``params`` under the optax transformation ``tx``."""
-        zero = jax.numpy.zeros((), jax.numpy.int32)
-        return cls(params=params, opt_state=tx.init(params), step=zero, skipped=zero)
+        step, skipped = (jax.numpy.zeros((), jax.numpy.int32) for _ in range(2))  # donated each
+        return cls(params=params, opt_state=tx.init(params), step=step, skipped=skipped)

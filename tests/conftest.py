@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, set before jax is imported; a tiny model for most."""
 
+# ruff: noqa: E402 (the environment comes first)
 import atexit
 import os
 import shutil
@@ -26,15 +27,21 @@ import pytest
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.models.transformer import Model
+from jaxrlhf.types import Batch
 
 
-def jittered(tree, seed, scale=0.1):
-    """The tree with noise added to every leaf, so that no zero and no one hides a leaf left out."""
-    leaves, structure = jax.tree.flatten(tree)
-    noise = np.random.default_rng(seed)
-    return structure.unflatten(
-        [x + scale * noise.standard_normal(x.shape).astype(np.float32) for x in leaves]
-    )
+@pytest.fixture(scope="session")
+def jittered():
+    """(tree, seed) → the tree plus noise, so that no zero and no one hides a leaf left out."""
+
+    def add(tree, seed, scale=0.1):
+        noise = np.random.default_rng(seed)
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(
+            [x + scale * noise.standard_normal(x.shape).astype(np.float32) for x in leaves]
+        )
+
+    return add
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +58,34 @@ def model(decoder):
 
 
 @pytest.fixture(scope="session")
-def params(model):
+def params(model, jittered):
     """Random weights and a scalar head."""
     init = jax.jit(model.init, static_argnames="head")
     return jittered(init(jax.random.key(0), head=True), 0)
 
 
 @pytest.fixture(scope="session")
-def lora(model):
+def lora(model, jittered):
     """Adapters that change something."""
     return jittered(jax.jit(model.init_lora)(jax.random.key(1)), 1)
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """Eight rows of 10 tokens, prompts of up to 4, padded on both sides; on the host."""
+    rng = np.random.default_rng(0)
+    real = np.ones((8, 10), np.int32)
+    for row in range(8):
+        real[row, : row % 3] = real[row, 10 - row % 4 :] = 0
+    mask = (real * (np.arange(10) >= 4)).astype(np.float32)
+    noise = rng.standard_normal((4, 8, 10)).astype(np.float32)
+    return Batch(
+        token_BT=rng.integers(0, 300, (8, 10), np.int32),
+        attention_mask_BT=real,
+        mask_BT=mask,
+        old_logp_BT=-5.7 + 0.3 * noise[0],
+        advantage_BT=noise[1],
+        weight_BT=mask / mask.sum(),
+        return_BT=noise[2],
+        old_value_BT=noise[3],
+    )

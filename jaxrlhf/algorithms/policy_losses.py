@@ -57,21 +57,14 @@ def ppo_policy_loss(
     logp_BT = masked.fill(logp_BT, mask_BT)
     old_logp_BT = jax.lax.stop_gradient(masked.fill(old_logp_BT, mask_BT))
     advantage_BT = jax.lax.stop_gradient(masked.fill(advantage_BT, mask_BT))
-
-    log_ratio_BT = logp_BT - old_logp_BT
-    if ratio == "sequence":  # a row's mean ratio in value, each token's own log-prob in gradient
-        mean_B1 = masked.mean(log_ratio_BT, mask_BT, axis=1)[:, None]
-        log_ratio_BT = jax.lax.stop_gradient(mean_B1) + (logp_BT - jax.lax.stop_gradient(logp_BT))
-    elif ratio != "token":
-        raise ValueError(f"ratio={ratio!r}: choose token or sequence")
+    log_ratio_BT = _log_ratio(logp_BT, old_logp_BT, mask_BT, ratio)
     ratio_BT = masked.fill(bounded_exp(log_ratio_BT), mask_BT, 1.0)
 
     free_BT = -ratio_BT * advantage_BT
     clipped_BT = -jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high) * advantage_BT
     loss_BT = jnp.maximum(free_BT, clipped_BT)
     if dual_clip is not None:
-        bound_BT = jnp.where(advantage_BT < 0, -dual_clip * advantage_BT, jnp.inf)
-        loss_BT = jnp.minimum(loss_BT, bound_BT)
+        loss_BT = jnp.minimum(loss_BT, dual_clip * jnp.abs(advantage_BT))  # A > 0: loss < 0
     kl_BT = kl_estimate(old_logp_BT, logp_BT, "k3")
     return (weight_BT * loss_BT).sum(), {
         "clip_fraction": (weight_BT * (loss_BT != free_BT)).sum(),
@@ -119,6 +112,16 @@ def entropy_bonus(entropy_BT: Array, mask_BT: Array, weight_BT: Array) -> Array:
     """
     chex.assert_equal_shape([entropy_BT, mask_BT, weight_BT])
     return (masked.fill(weight_BT, mask_BT) * masked.fill(entropy_BT, mask_BT)).sum()
+
+
+def _log_ratio(logp_BT: Array, old_logp_BT: Array, mask_BT: Array, ratio: str) -> Array:
+    """log ρ; a row's is its mean in value and each token's own log-prob in gradient."""
+    if ratio == "token":
+        return logp_BT - old_logp_BT
+    if ratio != "sequence":
+        raise ValueError(f"ratio={ratio!r}: choose token or sequence")
+    mean_B1 = masked.mean(logp_BT - old_logp_BT, mask_BT, axis=1)[:, None]
+    return jax.lax.stop_gradient(mean_B1) + (logp_BT - jax.lax.stop_gradient(logp_BT))
 
 
 def _weights(

@@ -64,7 +64,7 @@ def smollm2_stages(folder: Path, seed: int) -> dict[str, Any]:
     pairs = PairConfig(
         model=ModelConfig(path="smollm2"),
         judge="sentiment",
-        max_prompt_tokens=16,
+        max_prompt_tokens=12,
         max_new_tokens=24,
     )
     return preferences(folder, seed, pairs, (OPENINGS, HELD_OUT), (2, 2), "smollm2_sentiment", None)

@@ -106,7 +106,7 @@ def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
         item, length = struct.unpack_from("<IQ", data, at)
         at += 12
         if item in _SCALARS:
-            layout = f"<{length}{_SCALARS[item]}"
+            layout = f"<{length}{_SCALARS[GGUFValueType(item)]}"
             return list(struct.unpack_from(layout, data, at)), at + struct.calcsize(layout)
         values = []
         for _ in range(length):

@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -153,7 +153,7 @@ def write_hf(
       InputError: ``folder`` exists and is not empty; ``params`` is not a tree of ``decoder``'s
         weights; the combination of features has no architecture in transformers.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty; choose a new folder")
     leaves = names.flatten(decoder, params)
@@ -166,12 +166,31 @@ def write_hf(
     # Not pad_token_id: torch's embedding would then never train that row, and it may be eos.
     config |= {key: ids[key] for key in ids if key != "pad_token_id"}
 
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_json(partial / "config.json", config)
-    _write_json(partial / "generation_config.json", ids)
-    _save_tokenizer(partial, tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "generation_config.json", ids)
+        _save_tokenizer(partial, tokenizer)
+        _write_weights(partial, decoder, leaves, dtype, shard_bytes)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+
+
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    # transformers 4 does not know this name of 5; both know the other one for the same class.
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _write_weights(
+    folder: Path, decoder: DecoderConfig, leaves: dict[str, Any], dtype: str, shard_bytes: int
+) -> None:
     shards = list(_shards(decoder, dtype, shard_bytes))
     places = {}
     for number, shard in enumerate(shards, 1):
@@ -183,23 +202,11 @@ def write_hf(
             # save_file writes the buffer as it lies: a transposed view would come out scrambled.
             tensors[name] = np.ascontiguousarray(names.stored(weight, array), _dtype(dtype))
             places[name] = file
-        save_file(tensors, partial / file, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         size = sum(_bytes(weight, dtype) for shard in shards for _, weight, _ in shard)
         index = {"metadata": {"total_size": size}, "weight_map": places}
-        _write_json(partial / "model.safetensors.index.json", index)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
-
-
-def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    # transformers 4 does not know this name of 5; both know the other one for the same class.
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _shards(

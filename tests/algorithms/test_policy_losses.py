@@ -224,7 +224,8 @@ def test_policy_gradient_loss_gradient(rows):
 
     for bad in BAD:
         logp = rows.logp.at[1, 2].set(bad)
-        by_logp, by_advantage = jax.grad(loss, (0, 1))(logp, rows.advantage)
+        value, (by_logp, by_advantage) = jax.value_and_grad(loss, (0, 1))(logp, rows.advantage)
+        assert value == (6 - 1) / 2
         np.testing.assert_array_equal(by_logp, [[-0.5] * 3, [0.5, 0.5, 0]])
         assert (by_advantage == 0).all()
 

@@ -239,10 +239,17 @@ def test_ppo_value_loss_is_unweighted():
     wanted = 0.5 * masked.mean((outputs.value_BT - batch.return_BT) ** 2, batch.mask_BT)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert metrics["value_loss"] == loss
-    tight, _ = ppo(PPOConfig(value_clip=0.1)).value_loss(
-        replace(outputs, value_BT=batch.return_BT), batch
-    )
-    assert tight > 0  # a jump onto the return is not believed
+
+
+def test_ppo_value_loss_clip():
+    """A jump onto the return is believed as far as value_clip allows."""
+    batch, _ = targets()
+    outputs = Outputs(rollout().logp_BT, value_BT=batch.return_BT)
+    for clip in (0.1, 0.5):
+        loss, metrics = ppo(PPOConfig(value_clip=clip)).value_loss(outputs, batch)
+        left_BT = batch.return_BT - batch.old_value_BT - clip  # every return is further away
+        np.testing.assert_allclose(loss, 0.5 * masked.mean(left_BT**2, batch.mask_BT), rtol=1e-5)
+        np.testing.assert_allclose(metrics["value_clip_fraction"], 1, rtol=1e-6)
 
 
 def test_reweight_minibatch():

@@ -197,6 +197,14 @@ def test_gguf_tokenizer_llama3_splits_like_llama_3(tmp_path, tiny, random_params
     assert words == ["It", "'s", "Ġ", "123", "45", "Ġ(", "ok", ")ĊĊ", "Ġ", "Ġx"]
 
 
+@pytest.mark.parametrize(("pre", "count"), [("gpt-2", 3), ("llama-bpe", 1)])
+def test_gguf_tokenizer_llama3_takes_whole_words_first(tmp_path, tiny, random_params, pre, count):
+    tokens = [*BYTES, "ab", "12", "xyz", "[tool]"]  # no merges lead to "xyz"
+    changes = {"pre": pre, "tokens": tokens, "token_type": [1] * 260, "eos_token_id": 259}
+    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path, tiny, random_params(tiny), **changes))
+    assert len(tokenizer("xyz").input_ids) == count
+
+
 def test_gguf_tokenizer_adds_ends(tmp_path, tiny, random_params):
     path = write_tokenizer(
         tmp_path, tiny, random_params(tiny), bos_token_id=259, add_bos_token=True,

@@ -1,0 +1,304 @@
+"""The decoder: padding, causality, cache, adapters and variants, and trees that do not fit."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import LoraConfig, RopeScaling
+from jaxrlhf.models.transformer import Model, check_tree, merge_lora
+from jaxrlhf.sharding import RULES
+
+T = 10
+TOKEN = jnp.array(np.random.default_rng(0).integers(0, 300, (3, T)), jnp.int32)
+FULL = jnp.ones((3, T), jnp.int32)
+KEY = jax.random.key(0)
+VARIANTS = {
+    "qwen2 untied": {"qkv_bias": True, "tied": False},
+    "qwen3": {"qk_norm": True, "head_dim": 16},
+    "llama3 multi-head": {
+        "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16), "rope_theta": 100.0, "kv_heads": 4,
+    },
+}  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=0)
+def logits(model, params, token, mask, lora=None):
+    hidden, _ = model.apply(params, token, mask, lora)
+    return model.logits(params, hidden)
+
+
+def flat(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda x: isinstance(x, tuple)
+        )
+    }
+
+
+# Rows
+
+
+def test_apply_padding_changes_nothing(model, params):
+    """A row alone, padded left, padded right, and with a gap, gives the same logits."""
+    alone = logits(model, params, TOKEN[:1], FULL[:1])[0]
+    columns = np.stack([np.arange(T) + 4, np.arange(T), np.r_[0:6, 10 : T + 4]])
+    token, mask = np.full((3, T + 4), 7, np.int32), np.zeros((3, T + 4), np.int32)
+    np.put_along_axis(token, columns, np.asarray(TOKEN[:1]), axis=1)
+    np.put_along_axis(mask, columns, 1, axis=1)
+    padded = logits(model, params, token, mask)
+    assert jnp.isfinite(padded).all()
+    for row, at in enumerate(columns):
+        np.testing.assert_allclose(padded[row, at], alone, atol=1e-5)
+
+
+def test_apply_is_causal(model, params):
+    before = logits(model, params, TOKEN, FULL)
+    after = logits(model, params, TOKEN.at[:, 6].set(TOKEN[:, 6] + 1), FULL)
+    np.testing.assert_array_equal(after[:, :6], before[:, :6])
+    assert (jnp.abs(after[:, 6:] - before[:, 6:]).max(axis=2) > 1e-3).all()
+
+
+def test_apply_tells_positions_apart(model, params):
+    """Two equal tokens before it in the other order: a bag of tokens would not see it."""
+    swapped = TOKEN.at[:, 1].set(TOKEN[:, 2]).at[:, 2].set(TOKEN[:, 1])
+    change = logits(model, params, swapped, FULL) - logits(model, params, TOKEN, FULL)
+    assert jnp.abs(change[:, 5:]).max() > 1e-3
+
+
+# The cache
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["weights", "lora"])
+def test_apply_cache_equals_no_cache(model, params, lora, adapted):
+    """4 tokens, 4, 1 and 1, in rows that are padded left, have a gap, or have ended."""
+    lora = lora if adapted else None
+    mask = jnp.array([[1] * 10, [0, 0, 0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
+
+    @jax.jit
+    def stepwise(params):
+        cache = model.init_cache(3, 12)  # two slots are never used
+        found = []
+        for start, end in ((0, 4), (4, 8), (8, 9), (9, 10)):
+            columns = TOKEN[:, start:end], mask[:, start:end]
+            hidden, cache = model.apply(params, *columns, lora, cache)
+            found.append(hidden)
+        return model.logits(params, jnp.concatenate(found, axis=1)), cache
+
+    found, cache = stepwise(params)
+    expected = logits(model, params, TOKEN, mask, lora)
+    real = np.asarray(mask) == 1
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
+    np.testing.assert_array_equal(cache.index_B, [10, 10, 10])
+    np.testing.assert_array_equal(cache.mask_BS, np.pad(mask, ((0, 0), (0, 2))))
+
+
+def test_apply_cache_has_an_index_a_row(model, params):
+    """A row whose slots are behind those of the others is written in its own place."""
+
+    @jax.jit
+    def extend(cache, token):
+        return model.apply(params, token, jnp.ones_like(token), None, cache)
+
+    _, ahead = extend(model.init_cache(3, T), TOKEN[:, :4])
+    behind = ahead.replace(  # row 1 takes its last two tokens back
+        index_B=jnp.array([4, 2, 4]), mask_BS=ahead.mask_BS.at[1, 2:].set(0)
+    )
+    at = np.array([[4, 5], [2, 3], [4, 5]])
+    hidden, after = extend(behind, jnp.take_along_axis(TOKEN, at, axis=1))
+    np.testing.assert_array_equal(after.index_B, [6, 4, 6])
+    expected = np.asarray(logits(model, params, TOKEN, FULL))[np.arange(3)[:, None], at]
+    np.testing.assert_allclose(model.logits(params, hidden), expected, atol=1e-5)
+
+
+# Variants
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_apply_variants(decoder, jittered, variant):
+    """Each runs, sees every one of its weights, and decodes with a cache as without."""
+    model = Model(replace(decoder, **VARIANTS[variant]))
+    params = jittered(jax.jit(model.init)(KEY), 2)
+    names = flat(params)
+    assert ("layers.attention.q.bias" in names) == (variant == "qwen2 untied")
+    assert ("layers.attention.q_norm.scale" in names) == (variant == "qwen3")
+    assert ("unembed.kernel" in names) == (variant == "qwen2 untied")
+
+    @jax.jit
+    def outputs(params):
+        def total(params):
+            hidden, _ = model.apply(params, TOKEN, FULL)
+            found = model.logits(params, hidden)
+            return jnp.sin(found).sum(), found
+
+        grads, expected = jax.grad(total, has_aux=True)(params)
+        cache = model.init_cache(3, T)
+        first, cache = model.apply(params, TOKEN[:, :7], FULL[:, :7], None, cache)
+        second, cache = model.apply(params, TOKEN[:, 7:], FULL[:, 7:], None, cache)
+        hidden = jnp.concatenate([first, second], axis=1)
+        return grads, expected, model.logits(params, hidden)
+
+    grads, expected, found = outputs(params)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for name, grad in flat(grads).items():
+        if name != "layers.attention.k.bias":  # the softmax does not see it but for its rotation
+            assert jnp.abs(grad).max() > 1e-3, name
+
+
+def test_apply_remat_changes_nothing(model, params):
+    def grads(model):
+        def total(params):
+            hidden, _ = model.apply(params, TOKEN, FULL)
+            return jnp.sin(model.logits(params, hidden)).sum()
+
+        return jax.jit(jax.grad(total))(params)
+
+    again = replace(model, remat=True)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), grads(model), grads(again))
+    bodies = (jax.make_jaxpr(m.apply)(params, TOKEN, FULL) for m in (model, again))
+    assert ["remat" in str(body) for body in bodies] == [False, True]
+
+
+# Declarations
+
+
+def test_init_matches_shapes_and_axes(model):
+    for head in (False, True):
+        shapes = flat(jax.eval_shape(partial(model.init, head=head), KEY))
+        assert shapes == flat(model.shapes(head))
+        axes = flat(model.axes(head))
+        assert axes.keys() == shapes.keys()
+        assert all(len(axes[name]) == len(shapes[name].shape) for name in axes)
+        assert ("head.kernel" in axes) == head
+        assert {x.dtype for x in shapes.values()} == {jnp.dtype("float32")}
+    shapes = flat(jax.eval_shape(model.init_lora, KEY))
+    axes = flat(model.lora_axes())
+    assert axes.keys() == shapes.keys()
+    assert all(len(axes[name]) == len(shapes[name].shape) for name in axes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_axes_are_all_in_the_rules(decoder, variant):
+    model = Model(replace(decoder, **VARIANTS[variant]), lora=LoraConfig())
+    for tree in (model.axes(head=True), model.lora_axes()):
+        assert {name for names in flat(tree).values() for name in names} <= RULES.keys()
+
+
+def test_init_layers_and_seeds_differ(model):
+    init = jax.jit(model.init, static_argnames="head")
+    one, two = init(jax.random.key(0), head=True), init(jax.random.key(1), head=True)
+    kernel = one["layers"]["mlp"]["up"]["kernel"]
+    assert (kernel[0] != kernel[1]).all()
+    assert (kernel != two["layers"]["mlp"]["up"]["kernel"]).all()
+    np.testing.assert_allclose(kernel.std(), 32**-0.5, rtol=0.1)
+    for leaf in jax.tree.leaves(one["head"]):
+        assert (leaf == 0).all()
+
+
+def test_model_is_static_and_hashable(decoder):
+    assert hash(Model(decoder)) == hash(Model(replace(decoder)))
+    assert Model(decoder) == Model(replace(decoder))
+    assert Model(decoder) != Model(decoder, dtype="bfloat16")
+
+
+# Adapters
+
+
+def test_init_lora_changes_nothing(model, params):
+    fresh = jax.jit(model.init_lora)(jax.random.key(5))
+    assert all(jnp.abs(x).max() > 0 for name, x in flat(fresh).items() if name.endswith("lora_a"))
+    np.testing.assert_array_equal(
+        logits(model, params, TOKEN, FULL, fresh), logits(model, params, TOKEN, FULL)
+    )
+
+
+def test_merge_lora_equals_running_with_it(model, params, lora):
+    merged = jax.jit(merge_lora, static_argnums=0)(model, params, lora)
+    assert flat(merged).keys() == flat(params).keys()
+    found = logits(model, merged, TOKEN, FULL)
+    np.testing.assert_allclose(found, logits(model, params, TOKEN, FULL, lora), atol=1e-4)
+    assert jnp.abs(found - logits(model, params, TOKEN, FULL)).max() > 0.1
+
+
+def test_merge_lora_by_hand(model, params, lora):
+    """W + (alpha/rank)·A·B, layer by layer; alpha 4 and rank 2."""
+    merged = merge_lora(model, params, lora)["layers"]
+    a, b = (np.asarray(lora["attention"]["o"][name], np.float64) for name in ("lora_a", "lora_b"))
+    expected = params["layers"]["attention"]["o"]["kernel"] + 2 * np.einsum("lnhr,lrd->lnhd", a, b)
+    np.testing.assert_allclose(merged["attention"]["o"]["kernel"], expected, atol=1e-6)
+    for name in ("attention_norm", "mlp_norm"):
+        assert merged[name] is params["layers"][name]
+
+
+def test_init_lora_targets(decoder):
+    model = Model(decoder, lora=LoraConfig(rank=3, targets=("q", "down")))
+    shapes = {name: x.shape for name, x in flat(jax.eval_shape(model.init_lora, KEY)).items()}
+    assert shapes == {
+        "attention.q.lora_a": (2, 32, 3),
+        "attention.q.lora_b": (2, 3, 4, 8),
+        "mlp.down.lora_a": (2, 64, 3),
+        "mlp.down.lora_b": (2, 3, 32),
+    }
+
+
+# Trees that do not fit
+
+
+def without(tree, *path):
+    name, *rest = path
+    if rest:
+        return {**tree, name: without(tree[name], *rest)}
+    return {key: child for key, child in tree.items() if key != name}
+
+
+def put(tree, value, *path):
+    name, *rest = path
+    return {**tree, name: put(tree[name], value, *rest) if rest else value}
+
+
+def test_check_tree_names_the_first_difference(model):
+    shapes = model.shapes()
+    check_tree(shapes, shapes, "params")
+    up = ("layers", "mlp", "up")
+    with pytest.raises(ValueError, match=r"^params\.layers\.mlp\.up is missing"):
+        check_tree(without(shapes, *up), shapes, "params")
+    extra = put(shapes, shapes["norm"], "layers", "mlp", "third")
+    with pytest.raises(ValueError, match=r"^params\.layers\.mlp\.third is not a parameter"):
+        check_tree(extra, shapes, "params")
+    wrong = put(shapes, jnp.zeros((2, 32, 63)), *up, "kernel")
+    with pytest.raises(ValueError, match=r"up\.kernel has shape \(2, 32, 63\), .* \(2, 32, 64\)"):
+        check_tree(wrong, shapes, "params")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: without(p, "layers", "mlp", "up"), r"layers\.mlp\.up is missing"),
+        (lambda p: without(p, "norm"), r"params\.norm is missing"),
+        (lambda p: put(p, p["norm"], "unembed"), r"params\.unembed is not a parameter"),
+        (lambda p: put(p, jnp.zeros((299, 32)), "embed", "table"), r"embed\.table has shape"),
+    ],
+    ids=["layer", "norm", "extra", "shape"],
+)
+def test_apply_refuses_other_trees(model, change, message):
+    shapes = change(model.shapes())
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.apply, shapes, TOKEN, FULL)
+
+
+def test_apply_refuses_other_adapters(model):
+    lora = jax.eval_shape(model.init_lora, KEY)
+    with pytest.raises(ValueError, match=r"layers\.mlp\.up\.lora_a is missing"):
+        jax.eval_shape(model.apply, model.shapes(), TOKEN, FULL, without(lora, "mlp", "up"))
+    other = Model(model.decoder, lora=LoraConfig(rank=3))
+    with pytest.raises(ValueError, match=r"lora_a has shape .*, 2\), the model declares .*, 3\)"):
+        jax.eval_shape(other.apply, model.shapes(), TOKEN, FULL, lora)
+
+
+def test_scalar_needs_a_head(model):
+    with pytest.raises(ValueError, match="params hold no 'head'"):
+        jax.eval_shape(model.scalar, model.shapes(), jnp.zeros((3, 32)))

@@ -1,0 +1,340 @@
+"""The update: additive over microbatches and devices, safe against NaN, and frozen where it is."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf import masked
+from jaxrlhf.algorithms import Algorithm, ppo, reward_model, sft
+from jaxrlhf.config import MeshConfig, OptimConfig, PPOConfig, RewardModelConfig, SFTConfig
+from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.steps.scoring import reward, score
+from jaxrlhf.steps.updating import (
+    candidate_scores,
+    combine,
+    combine_params,
+    critic_loss,
+    decays,
+    make_optimizer,
+    make_update,
+    policy_loss,
+    reward_model_loss,
+    sft_loss,
+)
+from jaxrlhf.types import PreferenceBatch, TokenBatch, TrainState
+
+P = 4
+PPO = ppo(PPOConfig(entropy_coef=0.01))
+
+
+score_rows = jax.jit(score, static_argnums=0)
+
+
+def start(params, tx):
+    """A state whose arrays may be donated."""
+    return TrainState.create(jax.tree.map(jnp.copy, params), tx)
+
+
+def close(left, right, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), left, right)
+
+
+def checksum(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def weighted_sum(params, frozen, rows):
+    """Σ weight·(scale·x): with ``scale`` 1, its gradient is the weighted mean itself."""
+    x, weight = rows
+    total = (weight * x).sum() * params["scale"]
+    return total, {"total": total, "x_max": x.max(), "x_min": x.min()}
+
+
+def weighted_update(x, mask, **settings):
+    """Loss, gradient (from a step of plain SGD) and metrics of ``weighted_sum``."""
+    x, mask = jnp.array(x)[:, None], jnp.array(mask)[:, None]
+    tx = optax.sgd(1.0)
+    update = make_update(tx, weighted_sum, **settings)
+    state, metrics = update(start({"scale": jnp.ones(())}, tx), (x, masked.weights(mask)))
+    return metrics, 1 - state.params["scale"]
+
+
+# Learning rate and weight decay
+
+
+@pytest.mark.parametrize(
+    ("config", "rates"),
+    [
+        (OptimConfig(learning_rate=1.0), [1, 1, 1, 1]),
+        (OptimConfig(learning_rate=1.0, warmup=4), [0.25, 0.5, 0.75, 1, 1, 1]),
+        (OptimConfig(learning_rate=1.0, warmup=1), [1, 1, 1]),
+        (OptimConfig(learning_rate=1.0, schedule="linear"), [1, 0.9, 0.8, 0.7]),
+        (OptimConfig(learning_rate=1.0, schedule="linear", warmup=2), [0.5, 1, 1, 0.875, 0.75]),
+        (
+            OptimConfig(learning_rate=2.0, schedule="cosine"),
+            [1 + np.cos(np.pi * t / 10) for t in range(10)],
+        ),
+    ],
+    ids=["constant", "warmup", "warmup of one", "linear", "warmup linear", "cosine"],
+)
+def test_make_optimizer_schedule(config, rates):
+    """A gradient that never changes moves adam by the learning rate each step."""
+    tx = make_optimizer(replace(config, max_grad_norm=1e9), steps=10)
+    step = jax.jit(tx.update)
+    params = {"kernel": jnp.zeros(())}
+    state = tx.init(params)
+    for rate in rates:
+        change, state = step({"kernel": jnp.ones(())}, state, params)
+        np.testing.assert_allclose(change["kernel"], -rate, rtol=1e-4)
+
+
+def test_make_optimizer_needs_steps_to_decay():
+    with pytest.raises(ValueError, match=r"optim\.schedule=cosine: make_optimizer needs steps"):
+        make_optimizer(OptimConfig(schedule="cosine"))
+
+
+def test_make_optimizer_eps_is_outside_the_root():
+    tx = make_optimizer(OptimConfig(learning_rate=1.0, eps=1e-5, b2=0.999))
+    params = {"kernel": jnp.zeros(())}
+    change, _ = tx.update({"kernel": jnp.array(1e-6)}, tx.init(params), params)
+    np.testing.assert_allclose(change["kernel"], -0.0909091, atol=1e-6)
+
+
+def test_make_optimizer_clips_the_global_norm():
+    params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
+    tx = make_optimizer(OptimConfig(learning_rate=1.0, eps=1.0, max_grad_norm=0.5))
+    change, _ = tx.update({"a": jnp.array(3.0), "b": jnp.array(4.0)}, tx.init(params), params)
+    np.testing.assert_allclose([change["a"], change["b"]], [-0.3 / 1.3, -0.4 / 1.4], rtol=1e-5)
+
+
+def test_make_optimizer_decays_weights_alone(model, params, lora):
+    tx = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.5))
+    tree = {**params, "lora": lora, "qkv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
+    zero = jax.tree.map(jnp.zeros_like, tree)
+    change, _ = jax.jit(tx.update)(zero, tx.init(tree), tree)
+    expected = jax.tree.map(lambda x, d: -0.05 * x if d else 0 * x, tree, decays(tree))
+    close(change, expected, 1e-7)
+    spared = {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, decay in jax.tree_util.tree_leaves_with_path(decays(tree))
+        if not decay
+    }
+    norms = {"norm.scale", "layers.attention_norm.scale", "layers.mlp_norm.scale"}
+    assert spared == norms | {"head.kernel", "head.bias", "qkv.bias"}
+
+
+# Microbatches and devices
+
+
+def test_make_update_token_mean_over_microbatches():
+    """Four tokens of loss 1 and one of loss 5: a mean of two means would be 3."""
+    x = [[1, 1, 1, 1], [5, 9, 9, 9]]
+    mask = [[1, 1, 1, 1], [1, 0, 0, 0]]
+    tx = optax.sgd(1.0)
+    rows = jnp.array(x, jnp.float32), masked.weights(jnp.array(mask))
+    update = make_update(tx, weighted_sum, microbatches=2)
+    state, metrics = update(start({"scale": jnp.ones(())}, tx), rows)
+    np.testing.assert_allclose(metrics["loss"], 1.8, atol=1e-6)
+    np.testing.assert_allclose(1 - state.params["scale"], 1.8, atol=1e-6)
+
+
+def test_make_update_metrics_of_microbatches():
+    metrics, _ = weighted_update([1.0, 2, 3, 10, -1, 0], [1, 1, 1, 1, 0, 0], microbatches=3)
+    np.testing.assert_allclose(metrics["total"], 4.0, rtol=1e-6)
+    assert metrics["x_max"] == 10
+    assert metrics["x_min"] == -1
+    np.testing.assert_allclose(metrics["grad_norm"], 4.0, rtol=1e-6)
+    assert metrics["skipped"] == 0
+
+
+def test_make_update_microbatches_must_divide():
+    with pytest.raises(ValueError, match="4 rows % microbatches=3"):
+        weighted_update([1.0, 2, 3, 4], [1] * 4, microbatches=3)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_make_update_mean_is_over_all_devices(microbatches):
+    """[1, 2, 3, 10] with the 10 masked out, over four devices: 2, where their means give 1.5."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    x = np.repeat(np.array([1.0, 2, 3, 10], np.float32), 2)[:, None]
+    weight = np.asarray(masked.weights(jnp.array(np.repeat([1, 1, 1, 0], 2)[:, None])))
+    tx = optax.sgd(1.0)
+    with jax.set_mesh(mesh):
+        rows = put_rows((x, weight), mesh)
+        assert len(rows[0].sharding.device_set) == 4
+        update = make_update(tx, weighted_sum, microbatches)
+        state, metrics = update(start({"scale": jnp.ones(())}, tx), rows)
+    np.testing.assert_allclose(metrics["loss"], 2.0, atol=1e-6)
+    np.testing.assert_allclose(1 - state.params["scale"], 2.0, atol=1e-6)
+
+
+def test_combine_by_name():
+    two, three = jnp.array(2.0), jnp.array(3.0)
+    assert combine("ratio_max", two, three) == 3
+    assert combine("ratio_min", two, three) == 2
+    assert combine("max_ratio", two, three) == 5
+
+
+def test_policy_loss_microbatches_change_nothing(model, params, lora, batch):
+    """The same step in one piece and in four, with adapters, entropy and a shared critic."""
+    tx = optax.sgd(1.0)
+    loss = policy_loss(model, PPO, 0.7, P, value_coef=0.3)
+    trainable = {"lora": lora, "head": params["head"]}
+    whole, four = (
+        make_update(tx, loss, microbatches)(start(trainable, tx), batch, params)
+        for microbatches in (1, 4)
+    )
+    assert whole[1]["grad_norm"] > 0.01
+    close(whole[0].params, four[0].params, 1e-5)
+    close(whole[1], four[1], 1e-5)
+
+
+# What is learnt, and what is not
+
+
+def test_policy_loss_is_the_algorithms_at_the_samplers_temperature(model, params, batch):
+    """The ratio is 1 where old log-probs come from ``score``, over two passes at rate 0."""
+    gap = Algorithm(
+        targets=None,
+        loss=lambda outputs, batch: (
+            (outputs.logp_BT * batch.weight_BT).sum(),
+            {"gap_max": jnp.abs((outputs.logp_BT - batch.old_logp_BT) * batch.mask_BT).max()},
+        ),
+    )
+    tx = make_optimizer(OptimConfig(learning_rate=0.0))
+    update = make_update(tx, policy_loss(model, gap, 0.7, P))
+    old = score_rows(model, params, batch.token_BT, batch.attention_mask_BT, 0.7)
+    batch = batch.replace(old_logp_BT=old)
+    state = start(params, tx)
+    for _ in range(2):
+        for rows in (slice(0, 4), slice(4, 8)):
+            state, metrics = update(state, jax.tree.map(lambda x, r=rows: x[r], batch))
+            assert metrics["gap_max"] <= 1e-5
+    assert state.step == 4
+
+
+def test_policy_loss_value_coef(model, params, batch):
+    """Policy loss plus ``value_coef`` times the value loss, both from one forward pass."""
+
+    @jax.jit
+    def losses(params):
+        alone, _ = policy_loss(model, PPO, 0.7, P)(params, None, batch)
+        both, metrics = policy_loss(model, PPO, 0.7, P, value_coef=0.3)(params, None, batch)
+        value, _ = critic_loss(model, PPO)(params, None, batch)
+        return alone, both, value, metrics["value_loss"]
+
+    alone, both, value, metric = losses(params)
+    np.testing.assert_allclose(both, alone + 0.3 * value, rtol=1e-5)
+    np.testing.assert_allclose(metric, value, rtol=1e-5)
+    assert value > 0.1
+
+
+def test_policy_loss_has_no_gradient_in_its_targets(model, params, batch):
+    loss = policy_loss(model, PPO, 0.7, P, value_coef=0.3)
+    names = ["old_logp_BT", "advantage_BT", "return_BT", "old_value_BT"]
+
+    def of_targets(targets):
+        return loss(params, None, batch.replace(**targets))[0]
+
+    grads = jax.jit(jax.grad(of_targets))({name: getattr(batch, name) for name in names})
+    for name in names:
+        assert (grads[name] == 0).all(), name
+
+
+def test_critic_loss_head_only_holds_the_trunk(model, params, lora, batch):
+    trainable = {"lora": lora, "head": params["head"]}
+
+    @jax.jit
+    def grads(trainable, frozen):
+        loss = critic_loss(model, PPO, head_only=True)
+        return jax.grad(lambda p, f: loss(p, f, batch)[0], argnums=(0, 1))(trainable, frozen)
+
+    learnt, held = grads(trainable, params)
+    assert jnp.abs(learnt["head"]["kernel"]).max() > 0.01
+    for leaf in jax.tree.leaves((learnt["lora"], held)):
+        assert (leaf == 0).all()
+
+
+def test_make_update_leaves_the_frozen_weights_alone(model, params, lora, batch):
+    """Five donated updates later the frozen weights, and a reference copy, are bit for bit."""
+    reference = jax.tree.map(jnp.copy, lora)
+    before = checksum((params, reference))
+    tx = make_optimizer(OptimConfig(learning_rate=1e-2))
+    update = make_update(tx, policy_loss(model, PPO, 0.7, P, value_coef=0.3))
+    state = start({"lora": lora, "head": params["head"]}, tx)
+    first = state.params["lora"]
+    for _ in range(5):
+        state, _ = update(state, batch, params)
+    assert checksum((params, reference)) == before
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))  # they were donated
+    assert checksum(state.params["lora"]) != checksum(lora)
+    assert sorted(state.params) == ["head", "lora"]
+
+
+def test_combine_params(params, lora):
+    head = {"kernel": jnp.ones(32), "bias": jnp.ones(())}
+    assert combine_params(params, None) == (params, None)
+    weights, adapters = combine_params({"lora": lora, "head": head}, params)
+    assert weights["head"] is head
+    assert weights["layers"] is params["layers"]
+    assert adapters is lora
+    assert params["head"] is not head
+    with pytest.raises(ValueError, match="adapters need the frozen weights"):
+        combine_params({"lora": lora}, None)
+
+
+# Gradients that are not finite
+
+
+def test_make_update_skips_what_is_not_finite():
+    tx = make_optimizer(OptimConfig(learning_rate=0.1))
+
+    def loss(params, frozen, x):
+        return (params["kernel"] * x).sum() + frozen, {}
+
+    update = make_update(tx, loss, donate=False)
+    good, bad = jnp.ones(3), jnp.array([1.0, jnp.nan, 1.0])
+    state, metrics = update(start({"kernel": jnp.ones(3)}, tx), good, jnp.zeros(()))
+    assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (1, 0, 0)
+    before = checksum((state.params, state.opt_state))
+    cases = [(bad, 0.0), (good * jnp.inf, 0.0), (good, jnp.nan)]  # the last: loss alone
+    for count, (x, offset) in enumerate(cases, start=1):
+        state, metrics = update(state, x, jnp.array(offset))
+        assert checksum((state.params, state.opt_state)) == before
+        assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (1, count, 1)
+    state, metrics = update(state, good, jnp.zeros(()))
+    assert checksum(state.params) != before[:1]
+    assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (2, 0, 0)
+
+
+# Reward models and imitation
+
+
+def test_reward_model_loss_scores_every_candidate(model, params, batch):
+    """Candidates are rows of their own: [B, C, T] is scored as [B·C, T]."""
+    token, real = batch.token_BT, batch.attention_mask_BT
+    pairs = PreferenceBatch(
+        token_BCT=token.reshape(4, 2, 10),
+        attention_mask_BCT=real.reshape(4, 2, 10),
+        margin_B=np.zeros(4, np.float32),
+        weight_B=np.full(4, 0.25, np.float32),
+    )
+    alone = jax.jit(reward, static_argnums=0)(model, params, token, real).reshape(4, 2)
+    scores = jax.jit(candidate_scores, static_argnums=0)(model, params, None, pairs)
+    np.testing.assert_allclose(scores, alone, atol=1e-6)
+    loss = jax.jit(reward_model_loss(model, reward_model(RewardModelConfig())))
+    total, metrics = loss(params, None, pairs)
+    chosen, rejected = np.asarray(alone, np.float64).T
+    np.testing.assert_allclose(total, np.log1p(np.exp(rejected - chosen)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], (chosen > rejected).mean())
+
+
+def test_sft_loss_is_the_mean_negative_logp(model, params, batch):
+    rows = TokenBatch(batch.token_BT, batch.attention_mask_BT, batch.weight_BT)
+    loss, _ = jax.jit(sft_loss(model, sft(SFTConfig())))(params, None, rows)
+    logp = score_rows(model, params, batch.token_BT, batch.attention_mask_BT, 1.0)
+    np.testing.assert_allclose(loss, -masked.mean(logp, batch.mask_BT), rtol=1e-5)
