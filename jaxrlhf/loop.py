@@ -43,10 +43,11 @@ def train(config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
       InputError: config, data, weights or output folder cannot be used.
       FloatingPointError: too many updates in a row had a gradient that is not finite.
     """
+    began = time.perf_counter()
     mesh = mesh or make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = setup(config, mesh)
-        with lock(config.output), Session(run) as session:
+        with lock(config.output), Session(run, began) as session:
             session.lap("setup")
             learn = on_policy if is_on_policy(config) else offline
             learn(run, session)

@@ -112,17 +112,20 @@ def trainable_axes(model: Model, head: bool) -> Any:
     return {"lora": model.lora_axes(), **scalar}
 
 
-def start_params(network: Network, head: bool, seed: int, mesh: Mesh) -> Params:
+def start_params(
+    network: Network, head: bool, seed: int, mesh: Mesh, random_head: bool = False
+) -> Params:
     """Fresh trainable parameters for a network: a copy of its weights, or adapters beside them.
 
-    Head and adapters that the network already has are taken over; else the head is zero, and the
-    adapters change nothing at first.
+    Head and adapters that the network already has are taken over; else the head is zero, or drawn
+    as a reward model's with ``random_head``, and the adapters change nothing at first.
     """
     model = network.model
     stream = jax.random.fold_in(jax.random.key(seed), INIT)
 
     def start(key: Any, params: Params, lora: Params | None) -> Params:
-        scalar = {"head": params.get("head", model.init_head())} if head else {}
+        fresh = model.init_head(jax.random.fold_in(key, 2) if random_head else None)
+        scalar = {"head": params.get("head", fresh)} if head else {}
         if model.lora is None:
             body = {name: x for name, x in params.items() if name != "head"}
             return jax.tree.map(jnp.copy, {**body, **scalar})

@@ -27,19 +27,23 @@ log = logging.getLogger(__name__)
 class Session:
     """``with Session(run) as session:`` opens the run's folder and goes on where it stopped.
 
+    Args:
+      run: what to do.
+      began: ``time.perf_counter()`` when its set-up began, which the first lap is counted from.
+
     Attributes:
       states: the training states, restored or at their start.
       host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``.
       start: iterations already done.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, began: float | None = None):
         self.run = run
         self.output = Path(run.config.output)
         self.states: dict[str, TrainState] = run.states
         self.host: dict[str, Any] = {"seconds": {}}
         self.start = 0
-        self._lapped = time.perf_counter()
+        self._lapped = time.perf_counter() if began is None else began
         self._stopped = False
         self._stack = ExitStack()
 

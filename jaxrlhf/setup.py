@@ -140,7 +140,8 @@ def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[E
 def start_state(config: Config, network: Network, head: bool, mesh: Mesh) -> TrainState:
     """A TrainState at its start, laid out on the mesh."""
     tx = optimizer(config)
-    params = start_params(network, head, config.seed, mesh)
+    scores = config.algorithm.name == "reward_model"
+    params = start_params(network, head, config.seed, mesh, random_head=scores)
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, network.model, head, mesh))
     return jax.jit(partial(TrainState.create, tx=tx), out_shardings=layout)(params)
 

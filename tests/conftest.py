@@ -13,15 +13,17 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # runs that are repeated compil
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (  # the last two halve the time to compile, most of a test's
+os.environ["XLA_FLAGS"] = (  # after the first, they only shorten compilation, most of a test's time
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0"
     + " --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false"
 )
 os.environ["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,17 +33,19 @@ from jaxrlhf.types import Batch
 
 
 @pytest.fixture(scope="session")
-def jittered():
-    """(tree, seed) → the tree plus noise, so that no zero and no one hides a leaf left out."""
+def random_weights():
+    """(shapes, seed) → noise, around 1 for norms: no zero and no one hides a leaf left out."""
 
-    def add(tree, seed, scale=0.1):
-        noise = np.random.default_rng(seed)
-        leaves, structure = jax.tree.flatten(tree)
-        return structure.unflatten(
-            [x + scale * noise.standard_normal(x.shape).astype(np.float32) for x in leaves]
-        )
+    def make(shapes, seed):
+        rng = np.random.default_rng(seed)
 
-    return add
+        def leaf(path, shape):
+            noise = 0.18 * rng.standard_normal(shape.shape)
+            return jnp.array(noise + (path[-1].key == "scale"), jnp.float32)
+
+        return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -58,16 +62,15 @@ def model(decoder):
 
 
 @pytest.fixture(scope="session")
-def params(model, jittered):
-    """Random weights and a scalar head."""
-    init = jax.jit(model.init, static_argnames="head")
-    return jittered(init(jax.random.key(0), head=True), 0)
+def params(model, random_weights):
+    """Weights and a scalar head."""
+    return random_weights(model.shapes(head=True), 0)
 
 
 @pytest.fixture(scope="session")
-def lora(model, jittered):
+def lora(model, random_weights):
     """Adapters that change something."""
-    return jittered(jax.jit(model.init_lora)(jax.random.key(1)), 1)
+    return random_weights(jax.eval_shape(model.init_lora, jax.random.key(0)), 1)
 
 
 @pytest.fixture(scope="session")

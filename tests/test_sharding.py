@@ -157,7 +157,7 @@ def test_train_state_shardings_moments_lie_with_their_weights(model, mesh, train
 
 @pytest.mark.parametrize("trained", [all_weights, adapters])
 def test_update_on_eight_devices_equals_one(capfd, model, params, lora, batch, mesh, trained):
-    """Three steps, in two microbatches; the state stays where it lay, and XLA has no complaint."""
+    """Three steps; the state stays where it lay, and XLA has no complaint about the layout."""
     full = trained is all_weights
     weights = params if full else {"lora": lora, "head": params["head"]}
     tx = make_optimizer(OptimConfig(learning_rate=1e-2, eps=1e-2, weight_decay=0.1))
@@ -177,7 +177,7 @@ def test_update_on_eight_devices_equals_one(capfd, model, params, lora, batch, m
     frozen = None if full else put(params, shardings(model.axes(head=True), mesh))
     capfd.readouterr()
     with jax.set_mesh(mesh):
-        update = make_update(tx, loss, microbatches=2, layout=where)
+        update = make_update(tx, loss, layout=where)
         rows = put_rows(batch, mesh)
         eight, eight_metrics = three_steps(update, put(start, where), rows, frozen)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err

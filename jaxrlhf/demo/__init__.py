@@ -66,6 +66,7 @@ def smollm2_stages(folder: Path, seed: int) -> dict[str, Any]:
         judge="sentiment",
         max_prompt_tokens=12,
         max_new_tokens=24,
+        min_gap=0.3,
     )
     return preferences(folder, seed, pairs, (OPENINGS, HELD_OUT), (2, 2), "smollm2_sentiment", None)
 

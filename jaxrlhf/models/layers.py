@@ -4,7 +4,9 @@ Every module holds float32 weights with their logical axes as metadata and compu
 its input. Einsum letters are the axis key of types.py.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,34 @@ from flax import nnx
 from jaxrlhf.config import DecoderConfig, LoraConfig, RopeScaling
 from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def low_rank(contract: int, x: Array, a: Array, b: Array) -> Array:
+    """(x·A)·B, contracting the last ``contract`` axes of x.
+
+    Its gradient is the usual one, but each product has its small factor on the left: XLA would
+    otherwise transpose the large one, and fuse into that what made it, at a third of a step on CPU.
+    """
+    return jnp.tensordot(jnp.tensordot(x, a, contract), b, 1)
+
+
+def _low_rank_forward(contract: int, x: Array, a: Array, b: Array) -> tuple[Array, Any]:
+    low = jnp.tensordot(x, a, contract)
+    return jnp.tensordot(low, b, 1), (x, a, b, low)
+
+
+def _low_rank_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    x, a, b, low = saved
+    rows = tuple(range(low.ndim - 1))
+    outs = tuple(range(1, b.ndim))
+    dlow = jnp.tensordot(dy, b, (tuple(axis + low.ndim - 2 for axis in outs), outs))
+    da = jnp.moveaxis(jnp.tensordot(dlow, x, (rows, rows)), 0, -1)
+    dx = jnp.tensordot(dlow, a, ((low.ndim - 1,), (contract,)))
+    return dx, da, jnp.tensordot(low, dy, (rows, rows))
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Linear(nnx.Module):
@@ -45,8 +75,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contract)
         if self.lora_scale:
-            low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.contract)
-            y += self.lora_scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+            a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+            y += self.lora_scale * low_rank(self.contract, x, a, b)
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 

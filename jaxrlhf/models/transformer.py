@@ -104,10 +104,15 @@ class Model:
         params = nnx.to_pure_dict(nnx.state(Ends(self.decoder, nnx.Rngs(outer), head)))
         return {**params, "layers": layer(jax.random.split(inner, self.decoder.layers))}
 
-    def init_head(self) -> Params:
-        """The scalar head as it starts: all zeros."""
+    def init_head(self, key: Array | None = None) -> Params:
+        """A fresh scalar head: zeros for a critic; with a key, kernel ~ N(0, 1/(D+1)) for a reward
+        model, whose trunk then learns from the first step (arXiv:2009.01325)."""
         shapes = ends(self.decoder, True).shapes["head"]
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        head = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        if key is None:
+            return head
+        scale = (self.decoder.embed + 1) ** -0.5
+        return {**head, "kernel": scale * jax.random.normal(key, head["kernel"].shape)}
 
     def init_lora(self, key: Array) -> Params:
         """Fresh adapters, float32: A normal, B zero, so that they change nothing at first."""

@@ -70,6 +70,12 @@ def test_draw_frequencies(setting):
     assert scipy.stats.chisquare(observed[filled], expected[filled]).pvalue > 1e-3
 
 
+def test_draw_levels_are_independent():
+    """Equal tokens in two full blocks: Gumbels shared by the levels would double token 0."""
+    count = np.bincount(many(np.zeros(2 * BLOCK, np.float32), 5), minlength=2 * BLOCK)
+    assert scipy.stats.chisquare(count).pvalue > 1e-3
+
+
 def test_draw_forbidden_tokens_never():
     allowed = np.array([3, BLOCK - 1, BLOCK, VOCAB - 1])
     logits = np.full(VOCAB, -np.inf, np.float32)

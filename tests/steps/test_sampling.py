@@ -147,8 +147,7 @@ def test_sample_logp_is_below_the_sample_logp_with_truncation(rich):
 
 
 def test_log_prob_hand_computed():
-    logits = jnp.array([[1.0, 2.0, 3.0]])
-    token = jnp.array([1])
+    logits, token = np.array([[1.0, 2.0, 3.0]], np.float32), np.array([1])
     np.testing.assert_allclose(log_prob(logits, token), -1.407606, atol=1e-6)
     np.testing.assert_allclose(log_prob(logits / 0.7, token), -1.688690, atol=1e-6)
     four = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
