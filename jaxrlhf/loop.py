@@ -19,10 +19,11 @@ from jaxrlhf.data.tokens import preference_batch, prompt_arrays, token_batch
 from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation, evaluate
 from jaxrlhf.metrics import combine, mean_interval
+from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.session import Session
-from jaxrlhf.setup import Run, minibatch_rows, setup
+from jaxrlhf.setup import Run, setup
 from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.types import Batch, Rollout, TrainState
 

@@ -6,18 +6,15 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.algorithms import ALGORITHMS, Algorithm, reweight
+from jaxrlhf.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.config import (
     Config,
     ModelConfig,
-    SampleConfig,
     check,
     check_mesh,
     is_on_policy,
-    on_policy,
     rows_at_once,
 )
 from jaxrlhf.data.formats import read_completions, read_pairs, read_prompts
@@ -37,20 +34,9 @@ from jaxrlhf.networks import (
     run_config,
     start_params,
 )
-from jaxrlhf.sharding import constrain, make_mesh
-from jaxrlhf.steps.sampling import sample
-from jaxrlhf.steps.scoring import score, value
-from jaxrlhf.steps.updating import (
-    candidate_scores,
-    combine_params,
-    critic_loss,
-    make_optimizer,
-    make_update,
-    policy_loss,
-    reward_model_loss,
-    sft_loss,
-)
-from jaxrlhf.types import Array, Batch, Params, TrainState
+from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.types import Params, TrainState
 
 READERS = {"ppo": read_prompts, "reward_model": read_pairs, "sft": read_completions}
 """What an algorithm's rows are."""
@@ -120,7 +106,11 @@ def setup(config: Config, mesh: Mesh | None = None) -> Run:
         gold=None,
         programs={},
     )
-    return _on_policy(run, loader, start) if is_on_policy(config) else _offline(run)
+    return (
+        _on_policy(run, loader, start)
+        if is_on_policy(config)
+        else replace(run, programs=offline_programs(config, run.algorithm, model, states))
+    )
 
 
 def tokenizer_path(config: ModelConfig) -> str:
@@ -146,14 +136,6 @@ def start_state(config: Config, network: Network, head: bool, mesh: Mesh) -> Tra
     return jax.jit(partial(TrainState.create, tx=tx), out_shardings=layout)(params)
 
 
-def optimizer(config: Config) -> Any:
-    """The optimizer of a run, its schedule over all of the run's updates."""
-    updates = 1
-    if is_on_policy(config):
-        updates = on_policy(config).epochs * on_policy(config).minibatches
-    return make_optimizer(config.optim, config.steps * updates)
-
-
 def _check_context(config: Config, model: Model) -> None:
     sampled = is_on_policy(config)
     new = config.data.max_prompt_tokens + config.sample.max_new_tokens
@@ -164,25 +146,6 @@ def _check_context(config: Config, model: Model) -> None:
             f"data.{fields} = {tokens} tokens exceed the model's context of "
             f"{model.decoder.context}: lower them"
         )
-
-
-def _layout(state: TrainState) -> Any:
-    return jax.tree.map(lambda x: x.sharding, state)
-
-
-def _offline(run: Run) -> Run:
-    """The programs of learning from rows: update, and the loss alone for held-out rows."""
-    config = run.config
-    join = {"reward_model": reward_model_loss, "sft": sft_loss}[config.algorithm.name]
-    loss = join(run.model, run.algorithm)
-    layout = _layout(run.states["policy"])
-    programs = {
-        "update": make_update(optimizer(config), loss, config.optim.microbatches, layout=layout),
-        "loss": jax.jit(loss),
-    }
-    if config.algorithm.name == "reward_model":
-        programs["scores"] = jax.jit(partial(candidate_scores, run.model))
-    return replace(run, programs=programs)
 
 
 def _on_policy(run: Run, loader: Loader, start: Network) -> Run:
@@ -213,96 +176,7 @@ def _on_policy(run: Run, loader: Loader, start: Network) -> Run:
         if config.eval.gold
         else None,
     )
-    return replace(run, programs=on_policy_programs(run, critic_model))
-
-
-def critic_config(config: Config) -> Config:
-    """The config with the optimizer of a separate critic."""
-    rate = config.critic.learning_rate
-    return replace(config, optim=replace(config.optim, learning_rate=rate)) if rate else config
-
-
-def on_policy_programs(run: Run, critic_model: Model) -> dict[str, Callable[..., Any]]:
-    """The jitted functions that one iteration is made of, by name.
-
-    Those of policy and critic take (params, frozen, …), that of the reference (params, …).
-    """
-    config, model, algorithm = run.config, run.model, run.algorithm
-    first, temperature = config.data.max_prompt_tokens, config.sample.temperature
-    shared, settings = config.critic.kind == "shared", on_policy(config)
-    assert run.reference is not None
-    assert algorithm.targets is not None
-    reference_model = run.reference.model
-
-    def sampler(settings: SampleConfig, value: bool) -> Callable[..., Any]:
-        def draw(params: Params, frozen: Any, prompt: Array, mask: Array, key: Array) -> Any:
-            weights, lora = combine_params(params, frozen)
-            return sample(model, weights, prompt, mask, key, settings, lora, value)
-
-        return jax.jit(draw)
-
-    def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
-        weights, lora = combine_params(params, frozen)
-        return score(model, weights, token_BT, mask_BT, temperature, lora, first)
-
-    def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
-        weights, lora = combine_params(params, frozen)
-        return value(critic_model, weights, token_BT, mask_BT, lora)
-
-    def scorer(temperature: float) -> Callable[..., Any]:
-        def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
-            return score(reference_model, params, token_BT, mask_BT, temperature, first=first)
-
-        return jax.jit(reference_score)
-
-    def take(batch: Batch, row_M: Array) -> Batch:
-        rows = jax.tree.map(lambda x: constrain(x[row_M], ("batch",)), batch)
-        return reweight(rows, settings.aggregation, settings.length)
-
-    return {
-        "sample": sampler(config.sample, shared),
-        "eval_sample": sampler(evaluation_sampling(config), False),
-        "reference": scorer(temperature),
-        "eval_reference": scorer(1.0),
-        "rescore": jax.jit(rescore),
-        "value": jax.jit(estimate),
-        "targets": jax.jit(algorithm.targets),
-        "take": jax.jit(take),
-        **updates(run, critic_model),
-    }
-
-
-def evaluation_sampling(config: Config) -> SampleConfig:
-    """How held-out prompts are completed: at T = 1, untruncated, ``eval.n`` times each."""
-    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    return replace(config.sample, n=config.eval.n, **plain)
-
-
-def updates(run: Run, critic_model: Model) -> dict[str, Callable[..., Any]]:
-    """The optimizer steps: of the policy, of a separate critic, of a shared head's warm-up."""
-    config, algorithm = run.config, run.algorithm
-    first, temperature = config.data.max_prompt_tokens, config.sample.temperature
-    shared = config.critic.kind == "shared"
-
-    def update(loss: Any, who: str, settings: Config) -> Callable[..., Any]:
-        layout = _layout(run.states[who])
-        return make_update(optimizer(settings), loss, config.optim.microbatches, layout=layout)
-
-    coefficient = on_policy(config).value_coef if shared else None
-    loss = policy_loss(run.model, algorithm, temperature, first, coefficient)
-    programs = {"update": update(loss, "policy", config)}
-    if shared and config.critic.warmup:
-        warmup = critic_loss(run.model, algorithm, head_only=True)
-        programs["warmup"] = update(warmup, "policy", config)
-    if not shared:
-        loss = critic_loss(critic_model, algorithm)
-        programs["critic_update"] = update(loss, "critic", critic_config(config))
-    return programs
-
-
-def minibatch_rows(config: Config, rows: int, step: int, epoch: int) -> list[np.ndarray]:
-    """The rows of each minibatch of one pass: a permutation drawn from (seed, step, epoch)."""
-    generator = np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence([config.seed, step, epoch, 1]))
+    programs = on_policy_programs(
+        config, run.algorithm, model, reference.model, critic_model, states
     )
-    return np.split(generator.permutation(rows).astype(np.int32), on_policy(config).minibatches)
+    return replace(run, programs=programs)

@@ -11,7 +11,7 @@ FLOORS = (
     {"models"},
     {"steps"},
     {"data", "rewards", "checkpoint", "resume", "metrics", "display", "report"},
-    {"networks"},
+    {"networks", "programs"},
     {"judging"},
     {"setup"},
     {"evaluation"},

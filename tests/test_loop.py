@@ -17,8 +17,9 @@ import runs
 from jaxrlhf import checkpoint, loop
 from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, save
 from jaxrlhf.errors import InputError
+from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.session import Session
-from jaxrlhf.setup import minibatch_rows, setup
+from jaxrlhf.setup import setup
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.steps import updating
 
@@ -218,7 +219,7 @@ def test_train_raises_after_too_many_updates_that_are_not_finite(tmp_path, monke
 
         return nan
 
-    monkeypatch.setattr("jaxrlhf.setup.policy_loss", broken)
+    monkeypatch.setattr("jaxrlhf.programs.policy_loss", broken)
     config = runs.ppo(tmp_path, steps=10, optim=OptimConfig(max_skipped=6))
     with pytest.raises(FloatingPointError, match="not finite"):
         loop.train(config, one_device())

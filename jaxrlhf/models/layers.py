@@ -76,7 +76,8 @@ class Linear(nnx.Module):
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contract)
         if self.lora_scale:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-            y += self.lora_scale * low_rank(self.contract, x, a, b)
+            change: Any = low_rank(self.contract, x, a, b)
+            y += self.lora_scale * change
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 

@@ -1,1 +1,1 @@
-"""The jitted steps: draw responses (sampling), score rows that exist (scoring), learn (updating)."""
+"""The jitted steps: draw responses (sampling), score rows (scoring), learn (updating)."""

@@ -51,7 +51,12 @@ def weighted_sum(params, frozen, rows):
     """Σ weight·(scale·x): with ``scale`` 1, its gradient is the weighted mean itself."""
     x, weight = rows
     total = (weight * x).sum() * params["scale"]
-    return total, {"total": total, "x_max": x.max(), "x_min": x.min()}
+    return total, {
+        "total": total,
+        "x_max": x.max(),
+        "x_min": x.min(),
+        "rows_max": jnp.array(len(x)),
+    }
 
 
 def weighted_update(x, mask, **settings):
@@ -147,6 +152,7 @@ def test_make_update_metrics_of_microbatches():
     np.testing.assert_allclose(metrics["total"], 4.0, rtol=1e-6)
     assert metrics["x_max"] == 10
     assert metrics["x_min"] == -1
+    assert metrics["rows_max"] == 2
     np.testing.assert_allclose(metrics["grad_norm"], 4.0, rtol=1e-6)
     assert metrics["skipped"] == 0
 
@@ -275,6 +281,18 @@ def test_make_update_leaves_the_frozen_weights_alone(model, params, lora, batch)
     assert sorted(state.params) == ["head", "lora"]
 
 
+def test_make_update_never_donates_the_frozen_weights():
+    """Not even where they would fit the new ones."""
+    tx = optax.sgd(0.1)
+    update = make_update(tx, lambda p, frozen, x: (x * ((p - frozen) ** 2).sum(), {}))
+    frozen = jnp.arange(64.0)
+    state = start(jnp.zeros(64), tx)
+    for _ in range(5):
+        state, _ = update(state, jnp.ones(()), frozen)
+    np.testing.assert_array_equal(frozen, np.arange(64.0))
+    np.testing.assert_allclose(state.params, frozen * (1 - 0.8**5), rtol=1e-5)
+
+
 def test_combine_params(params, lora):
     head = {"kernel": jnp.ones(32), "bias": jnp.ones(())}
     assert combine_params(params, None) == (params, None)
@@ -294,19 +312,27 @@ def test_make_update_skips_what_is_not_finite():
     tx = make_optimizer(OptimConfig(learning_rate=0.1))
 
     def loss(params, frozen, x):
-        return (params["kernel"] * x).sum() + frozen, {}
+        total = (params["kernel"] * x).sum() + frozen["offset"]
+        return total + jnp.sqrt((params["kernel"] * frozen["scale"]).sum()), {}
 
     update = make_update(tx, loss, donate=False)
     good, bad = jnp.ones(3), jnp.array([1.0, jnp.nan, 1.0])
-    state, metrics = update(start({"kernel": jnp.ones(3)}, tx), good, jnp.zeros(()))
+    fine = {"offset": jnp.zeros(()), "scale": jnp.ones(())}
+    state, metrics = update(start({"kernel": jnp.ones(3)}, tx), good, fine)
     assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (1, 0, 0)
     before = checksum((state.params, state.opt_state))
-    cases = [(bad, 0.0), (good * jnp.inf, 0.0), (good, jnp.nan)]  # the last: loss alone
-    for count, (x, offset) in enumerate(cases, start=1):
-        state, metrics = update(state, x, jnp.array(offset))
+    cases = [
+        (bad, fine),
+        (good * jnp.inf, fine),
+        (good, {**fine, "offset": jnp.array(jnp.nan)}),  # the loss alone
+        (good, {**fine, "scale": jnp.zeros(())}),  # the gradient alone: that of a root at 0
+    ]
+    for count, (x, frozen) in enumerate(cases, start=1):
+        state, metrics = update(state, x, frozen)
+        assert jnp.isfinite(metrics["loss"]) == (count == 4)
         assert checksum((state.params, state.opt_state)) == before
         assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (1, count, 1)
-    state, metrics = update(state, good, jnp.zeros(()))
+    state, metrics = update(state, good, fine)
     assert checksum(state.params) != before[:1]
     assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (2, 0, 0)
 

@@ -1,0 +1,158 @@
+"""The jitted programs of a run: the steps, joined to its networks and settings."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.algorithms import Algorithm, reweight
+from jaxrlhf.config import Config, SampleConfig, is_on_policy, on_policy
+from jaxrlhf.models.transformer import Model
+from jaxrlhf.sharding import constrain
+from jaxrlhf.steps.sampling import sample
+from jaxrlhf.steps.scoring import score, value
+from jaxrlhf.steps.updating import (
+    candidate_scores,
+    combine_params,
+    critic_loss,
+    make_optimizer,
+    make_update,
+    policy_loss,
+    reward_model_loss,
+    sft_loss,
+)
+from jaxrlhf.types import Array, Batch, Params, TrainState
+
+
+def on_policy_programs(
+    config: Config,
+    algorithm: Algorithm,
+    model: Model,
+    reference_model: Model,
+    critic_model: Model,
+    states: dict[str, TrainState],
+) -> dict[str, Callable[..., Any]]:
+    """The jitted functions that one iteration is made of, by name.
+
+    Those of policy and critic take (params, frozen, …), that of the reference (params, …).
+    ``states`` say where updated states are to lie.
+    """
+    first, temperature = config.data.max_prompt_tokens, config.sample.temperature
+    shared, settings = config.critic.kind == "shared", on_policy(config)
+    assert algorithm.targets is not None
+
+    def sampler(settings: SampleConfig, value: bool) -> Callable[..., Any]:
+        def draw(params: Params, frozen: Any, prompt: Array, mask: Array, key: Array) -> Any:
+            weights, lora = combine_params(params, frozen)
+            return sample(model, weights, prompt, mask, key, settings, lora, value)
+
+        return jax.jit(draw)
+
+    def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
+        weights, lora = combine_params(params, frozen)
+        return score(model, weights, token_BT, mask_BT, temperature, lora, first)
+
+    def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
+        weights, lora = combine_params(params, frozen)
+        return value(critic_model, weights, token_BT, mask_BT, lora)
+
+    def scorer(temperature: float) -> Callable[..., Any]:
+        def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
+            return score(reference_model, params, token_BT, mask_BT, temperature, first=first)
+
+        return jax.jit(reference_score)
+
+    def take(batch: Batch, row_M: Array) -> Batch:
+        rows = jax.tree.map(lambda x: constrain(x[row_M], ("batch",)), batch)
+        return reweight(rows, settings.aggregation, settings.length)
+
+    return {
+        "sample": sampler(config.sample, shared),
+        "eval_sample": sampler(evaluation_sampling(config), False),
+        "reference": scorer(temperature),
+        "eval_reference": scorer(1.0),
+        "rescore": jax.jit(rescore),
+        "value": jax.jit(estimate),
+        "targets": jax.jit(algorithm.targets),
+        "take": jax.jit(take),
+        **updates(config, algorithm, model, critic_model, states),
+    }
+
+
+def evaluation_sampling(config: Config) -> SampleConfig:
+    """How held-out prompts are completed: at T = 1, untruncated, ``eval.n`` times each."""
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return replace(config.sample, n=config.eval.n, **plain)
+
+
+def updates(
+    config: Config,
+    algorithm: Algorithm,
+    model: Model,
+    critic_model: Model,
+    states: dict[str, TrainState],
+) -> dict[str, Callable[..., Any]]:
+    """The optimizer steps: of the policy, of a separate critic, of a shared head's warm-up."""
+    first, temperature = config.data.max_prompt_tokens, config.sample.temperature
+    shared = config.critic.kind == "shared"
+
+    def update(loss: Any, who: str, settings: Config) -> Callable[..., Any]:
+        layout = layout_of(states[who])
+        return make_update(optimizer(settings), loss, config.optim.microbatches, layout=layout)
+
+    coefficient = on_policy(config).value_coef if shared else None
+    loss = policy_loss(model, algorithm, temperature, first, coefficient)
+    programs = {"update": update(loss, "policy", config)}
+    if shared and config.critic.warmup:
+        warmup = critic_loss(model, algorithm, head_only=True)
+        programs["warmup"] = update(warmup, "policy", config)
+    if not shared:
+        loss = critic_loss(critic_model, algorithm)
+        programs["critic_update"] = update(loss, "critic", critic_config(config))
+    return programs
+
+
+def offline_programs(
+    config: Config, algorithm: Algorithm, model: Model, states: dict[str, TrainState]
+) -> dict[str, Callable[..., Any]]:
+    """The programs of learning from rows: update, and the loss alone for held-out rows."""
+    join = {"reward_model": reward_model_loss, "sft": sft_loss}[config.algorithm.name]
+    loss = join(model, algorithm)
+    layout = layout_of(states["policy"])
+    programs = {
+        "update": make_update(optimizer(config), loss, config.optim.microbatches, layout=layout),
+        "loss": jax.jit(loss),
+    }
+    if config.algorithm.name == "reward_model":
+        programs["scores"] = jax.jit(partial(candidate_scores, model))
+    return programs
+
+
+def optimizer(config: Config) -> Any:
+    """The optimizer of a run, its schedule over all of the run's updates."""
+    updates = 1
+    if is_on_policy(config):
+        updates = on_policy(config).epochs * on_policy(config).minibatches
+    return make_optimizer(config.optim, config.steps * updates)
+
+
+def critic_config(config: Config) -> Config:
+    """The config with the optimizer of a separate critic."""
+    rate = config.critic.learning_rate
+    return replace(config, optim=replace(config.optim, learning_rate=rate)) if rate else config
+
+
+def layout_of(state: TrainState) -> Any:
+    """Where each array of a state lies."""
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def minibatch_rows(config: Config, rows: int, step: int, epoch: int) -> list[np.ndarray]:
+    """The rows of each minibatch of one pass: a permutation drawn from (seed, step, epoch)."""
+    generator = np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence([config.seed, step, epoch, 1]))
+    )
+    return np.split(generator.permutation(rows).astype(np.int32), on_policy(config).minibatches)
