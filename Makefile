@@ -15,8 +15,9 @@ setup: setup-test
 setup-test: $(VENV)/.stamp-test
 setup-demo: $(VENV)/.stamp-demo
 
+# Huge pages for what malloc maps (glibc; ignored elsewhere): a step's buffers come and go by the GiB.
 demo: setup-demo
-	$(VENV)/bin/jaxrlhf demo $(ARGS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(VENV)/bin/jaxrlhf demo $(ARGS)
 
 test: setup-test
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -80,6 +80,7 @@ def prepare_jax() -> None:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that torch is missing is no news
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
