@@ -29,7 +29,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     try:
         find(words[0])(words[1:])
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -119,18 +119,18 @@ def train(words: list[str]) -> None:
     loop.train(config)
 
 
-def demo(output: str = "runs/demo", tiny: bool = False, seed: int = 0) -> None:
+def demo(output: str = "", tiny: bool = False, seed: int = 0) -> None:
     """Train a small model from sampling to evaluation, and show what it has learnt.
 
     Args:
-      output: folder that the runs are written to.
+      output: folder that the runs are written to; runs/demo, or runs/tiny, if empty.
       tiny: a model of a few thousand parameters, in seconds; shows that everything works.
       seed: every draw follows from it.
     """
     prepare_jax()
     from jaxrlhf.demo import run
 
-    run(output, tiny, seed)
+    run(output or ("runs/tiny" if tiny else "runs/demo"), tiny, seed)
 
 
 def generate(
@@ -170,6 +170,9 @@ def generate(
     ids = [encode_prompt(tokenizer, text, at) for text, at in zip(prompt, places, strict=True)]
     stop, pad = ends_of(tokenizer)
     wish = replace(wish, pad=pad, stop=stop)
+    longest, context = max(map(len, ids)) + max_new_tokens, policy.decoder.context
+    if longest > context:
+        raise InputError(f"{longest} tokens, and the model's context is {context}: ask for fewer")
     token_QP, mask_QP = left_pad(ids, max(map(len, ids)), pad, places)
     draw = jax.jit(sample, static_argnums=(0, 5))
     rollout = jax.device_get(draw(policy, params, token_QP, mask_QP, jax.random.key(seed), wish))

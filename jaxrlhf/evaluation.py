@@ -14,7 +14,7 @@ from jaxrlhf.metrics import distinct_n, mean_interval
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.setup import Run
 from jaxrlhf.sharding import put_rows, row_shards
-from jaxrlhf.types import Params, Rollout
+from jaxrlhf.types import Params, Rollout, TokenBatch
 
 EVALUATION = 0x7FFFFFFF
 """Stream of the draws of evaluation, beside those of the steps: the same at every evaluation."""
@@ -64,8 +64,7 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     }
     for name in ("proxy", "gold"):
         if name in columns:
-            known = columns[name][np.isfinite(columns[name])]
-            metrics[name], metrics[f"{name}_ci"] = mean_interval(known)
+            metrics[name], metrics[f"{name}_ci"] = over_prompts(columns[name], run.config.eval.n)
     samples = [
         {
             "prompt": rows[index].source.text,  # type: ignore[union-attr]
@@ -77,9 +76,21 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     return Evaluation(metrics, tuple(samples), columns.get("gold"))
 
 
+def over_prompts(x_B: np.ndarray, n: int) -> tuple[float, float]:
+    """Mean of the prompts' means, and the half width of its 95 % interval.
+
+    The n completions of a prompt are no independent draws of prompts, so they are averaged first;
+    a completion without a number (NaN) is left out, a prompt without any likewise.
+    """
+    x_QG = np.asarray(x_B, np.float64).reshape(-1, n)
+    count_Q = np.isfinite(x_QG).sum(1)
+    mean_Q = np.nansum(x_QG, axis=1) / np.maximum(count_Q, 1)
+    return mean_interval(mean_Q[count_Q > 0])
+
+
 def _batches(run: Run, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     shards = row_shards()
-    size = min(run.config.eval.batch_size, -(-count // shards) * shards)
+    size = -(-min(run.config.eval.batch_size, count) // shards) * shards
     return held_out_batches(count, size)
 
 
@@ -137,13 +148,19 @@ def evaluate_offline(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eva
         picked = [rows[i] for i in row_B]
         host = pack(picked, config.data.max_tokens, config.sample.pad, real_B)
         batch = put_rows(host, run.mesh)
-        loss, metrics = run.programs["loss"](params, frozen, batch)
+        if "scores" in run.programs:
+            score_BC = run.programs["scores"](params, frozen, batch)
+            loss, metrics = run.algorithm.loss(score_BC, batch)
+            chosen_B, rejected_B = np.asarray(score_BC).T
+            right += (chosen_B > rejected_B)[real_B].tolist()
+        else:
+            loss, metrics = run.programs["loss"](params, frozen, batch)
         share = real_B.sum() / len(rows)
+        if isinstance(host, TokenBatch):  # its mean is over tokens
+            counts = [len(row.answers[0]) for row in picked]
+            share = np.dot(counts, real_B) / sum(len(row.answers[0]) for row in rows)
         for name, x in {"loss": loss, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + share * float(x)
-        if "scores" in run.programs:
-            score_BC = np.asarray(run.programs["scores"](params, frozen, batch))
-            right += (score_BC[:, 0] > score_BC[:, 1])[real_B].tolist()
     if right:
         totals["accuracy"] = float(np.mean(right))
         gaps = [row.source.columns.get("gap") for row in rows]

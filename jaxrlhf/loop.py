@@ -17,8 +17,8 @@ from jaxrlhf.config import on_policy as settings_of
 from jaxrlhf.data.batches import order
 from jaxrlhf.data.tokens import preference_batch, prompt_arrays, token_batch
 from jaxrlhf.errors import InputError
-from jaxrlhf.evaluation import Evaluation, evaluate
-from jaxrlhf.metrics import combine, mean_interval
+from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
+from jaxrlhf.metrics import combine
 from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
 from jaxrlhf.rewards.text import decode_rollout
@@ -59,6 +59,8 @@ def on_policy(run: Run, session: Session) -> None:
     """Sample, judge, compare with the reference, estimate values, learn; and again."""
     algorithm = settings_of(run.config)
     controller = KL_CONTROLLERS[algorithm.kl_controller]
+    if algorithm.kl_controller == "fixed":
+        session.host["kl_coef"] = algorithm.kl_coef
     session.host.setdefault("kl_coef", algorithm.kl_coef)
     evaluate_before(run, session)
     for step in session.steps():
@@ -214,8 +216,9 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
         for name in after:
             summary |= {f"{name}_before": before.get(name), f"{name}_after": after[name]}
         if found.gold is not None:
-            change = found.gold - np.array(session.host["gold_before"])
-            summary["gold_rise"], summary["gold_rise_ci"] = mean_interval(change)
+            change = found.gold - np.array(session.host["gold_before"], np.float64)
+            rise = over_prompts(change, run.config.eval.n)
+            summary["gold_rise"], summary["gold_rise_ci"] = rise
         if "kl_nats" in after:
             summary["kl_nats"] = after["kl_nats"]
     summary |= session.totals()

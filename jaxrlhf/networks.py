@@ -83,7 +83,7 @@ class Loader:
 
 def is_run(path: str) -> bool:
     """Whether ``path`` is the output folder of a run."""
-    return (Path(path) / "config.yaml").is_file()
+    return not path.startswith("words:") and (Path(path) / "config.yaml").is_file()
 
 
 def run_config(folder: str) -> Config:
@@ -162,6 +162,12 @@ def check_layout(model: Model, mesh: Mesh) -> None:
     check_mesh(sizes, model.decoder, mesh.size, rows=0)
 
 
+def tokenizer_path(config: ModelConfig) -> str:
+    """Where a model's tokenizer comes from; a run folder names its own model's."""
+    path = config.tokenizer or config.path
+    return tokenizer_path(run_config(path).model) if is_run(path) else path
+
+
 def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]:
     """(model, params, tokenizer) from a path, ready for the step functions.
 
@@ -179,8 +185,7 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]
         tokenizer = load_tokenizer(path)
     else:
         network = loader.trained(path)
-        source = run_config(path).model
-        tokenizer = load_tokenizer(source.tokenizer or source.path)
+        tokenizer = load_tokenizer(tokenizer_path(run_config(path).model))
         if network.lora is not None:
             params = jax.jit(merge_lora, static_argnums=0)(
                 network.model, network.params, network.lora

@@ -118,17 +118,16 @@ def updates(
 def offline_programs(
     config: Config, algorithm: Algorithm, model: Model, states: dict[str, TrainState]
 ) -> dict[str, Callable[..., Any]]:
-    """The programs of learning from rows: update, and the loss alone for held-out rows."""
+    """The programs of learning from rows: the update, and what held-out rows are measured with."""
     join = {"reward_model": reward_model_loss, "sft": sft_loss}[config.algorithm.name]
     loss = join(model, algorithm)
     layout = layout_of(states["policy"])
     programs = {
         "update": make_update(optimizer(config), loss, config.optim.microbatches, layout=layout),
-        "loss": jax.jit(loss),
     }
     if config.algorithm.name == "reward_model":
-        programs["scores"] = jax.jit(partial(candidate_scores, model))
-    return programs
+        return {**programs, "scores": jax.jit(partial(candidate_scores, model))}
+    return {**programs, "loss": jax.jit(loss)}
 
 
 def optimizer(config: Config) -> Any:

@@ -52,6 +52,9 @@ class Session:
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint)
         self._stack.enter_context(self.checkpoints)
         self._fingerprint = fingerprint(config, rows=len(self.run.train_rows))
+        if self.run.eval_rows is not None:
+            measured = {"n": config.eval.n, "gold": len(config.eval.gold)}
+            self._fingerprint["eval"] = {"rows": len(self.run.eval_rows), **measured}
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
         )
@@ -59,6 +62,8 @@ class Session:
         found = self.checkpoints.restore(abstract)
         if found is not None:
             self.start, self.states, self.host = found
+            check_fingerprint(self.host.get("fingerprint", {}), self._fingerprint)
+        self.host["fingerprint"] = self._fingerprint
         save(config, self.output / "config.yaml")
         resumed = self.start if found is not None else None
         self.recorder = self._stack.enter_context(
@@ -78,8 +83,7 @@ class Session:
         """Refuse another model, data or seed before their shapes are compared."""
         path = self.output / "config.yaml"
         if path.is_file() and self.checkpoints.latest() is not None:
-            old = fingerprint(load(path), rows=len(self.run.train_rows))
-            check_fingerprint(old, self._fingerprint)
+            check_fingerprint(fingerprint(load(path)), self._fingerprint)
 
     def _handle_sigterm(self) -> None:
         def stop(*_: Any) -> None:

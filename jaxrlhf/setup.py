@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.config import (
     Config,
-    ModelConfig,
+    MeshConfig,
     check,
     check_mesh,
     is_on_policy,
@@ -31,8 +31,8 @@ from jaxrlhf.networks import (
     abstract_state,
     is_run,
     needs_head,
-    run_config,
     start_params,
+    tokenizer_path,
 )
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
 from jaxrlhf.sharding import make_mesh
@@ -75,7 +75,8 @@ def setup(config: Config, mesh: Mesh | None = None) -> Run:
     check(config)
     mesh = mesh or make_mesh(config.mesh)
     model = build(config.model)
-    check_mesh(config.mesh, model.decoder, mesh.size, rows_at_once(config))
+    sizes = MeshConfig(**{name: mesh.shape[name] for name in ("data", "fsdp", "tensor")})
+    check_mesh(sizes, model.decoder, mesh.size, rows_at_once(config))
     _check_context(config, model)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     check_vocab(tokenizer, model.decoder)
@@ -113,12 +114,6 @@ def setup(config: Config, mesh: Mesh | None = None) -> Run:
     )
 
 
-def tokenizer_path(config: ModelConfig) -> str:
-    """Where a model's tokenizer comes from; a run folder names its own model's."""
-    path = config.tokenizer or config.path
-    return tokenizer_path(run_config(path).model) if is_run(path) else path
-
-
 def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[Encoded]:
     """The rows of a file as the run's algorithm reads them, tokenised and checked."""
     skip = config.data.skip_bad_rows
@@ -148,6 +143,17 @@ def _check_context(config: Config, model: Model) -> None:
         )
 
 
+def _check_speaks_alike(field: str, network: Network, run: Run) -> None:
+    """Another network reads the policy's rows: same vocabulary, and a context that holds them."""
+    theirs, ours = network.model.decoder, run.model.decoder
+    if theirs.vocab != ours.vocab:
+        raise InputError(
+            f"{field}: a vocabulary of {theirs.vocab}, and the policy's has {ours.vocab}: give one "
+            "with the policy's tokenizer"
+        )
+    _check_context(run.config, network.model)
+
+
 def _on_policy(run: Run, loader: Loader, start: Network) -> Run:
     """Reference, critic, rewards, and the programs of one iteration."""
     config, model = run.config, run.model
@@ -155,6 +161,7 @@ def _on_policy(run: Run, loader: Loader, start: Network) -> Run:
     reference = start
     if config.reference.path:
         reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
+    _check_speaks_alike("reference.path", reference, run)
     states, frozen = dict(run.states), dict(run.frozen)
     critic_model = model
     if config.critic.kind == "separate":
@@ -163,6 +170,7 @@ def _on_policy(run: Run, loader: Loader, start: Network) -> Run:
             critic = loader.trained(config.critic.path)
         elif config.critic.path:
             critic = loader.base(replace(config.model, path=config.critic.path, decoder=None))
+        _check_speaks_alike("critic.path", critic, run)
         critic_model = critic.model
         states["critic"] = start_state(critic_config(config), critic, True, run.mesh)
         frozen["critic"] = critic.params if critic_model.lora else None

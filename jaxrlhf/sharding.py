@@ -93,12 +93,18 @@ def devices_in_mesh() -> int:
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays, the same on every process, → global arrays split by rows."""
-    sharding = NamedSharding(mesh, spec(("batch",)))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i, x=x: np.asarray(x)[i]),
-        tree,
-    )
+    """Host arrays, the same on every process, → global arrays split by rows.
+
+    Rows that do not divide by data·fsdp, as few prompts may, lie whole on every device.
+    """
+    split, whole = NamedSharding(mesh, spec(("batch",))), NamedSharding(mesh, PartitionSpec())
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(x: Any) -> Array:
+        layout = whole if x.shape[0] % shards else split
+        return jax.make_array_from_callback(x.shape, layout, lambda i: np.asarray(x)[i])
+
+    return jax.tree.map(place, tree)
 
 
 def put(tree: Any, layout: Any) -> Any:

@@ -108,6 +108,7 @@ def test_prepare_jax_sets_what_is_unset(monkeypatch):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
 
 

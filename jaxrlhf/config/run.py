@@ -67,7 +67,7 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay to 0 over the run's optimizer steps."""
     warmup: int = 0
-    """Optimizer steps of linear rise from 0."""
+    """Optimizer steps of linear rise to the learning rate, the first at 1/warmup of it."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8

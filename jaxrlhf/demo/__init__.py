@@ -12,6 +12,7 @@ from jaxrlhf.config import Config, MeshConfig, ModelConfig, RewardConfig, load
 from jaxrlhf.demo.pairs import PairConfig, write_pairs
 from jaxrlhf.demo.story import before_and_after
 from jaxrlhf.demo.words import write_corpus
+from jaxrlhf.errors import InputError
 from jaxrlhf.loop import train
 from jaxrlhf.metrics import write_atomic
 from jaxrlhf.sharding import make_mesh
@@ -35,12 +36,24 @@ def run(output: str = "runs/demo", tiny: bool = False, seed: int = 0) -> dict[st
       What ``summary.json`` in ``output`` holds.
     """
     began, folder = time.perf_counter(), Path(output)
+    if seed < 0:
+        raise InputError(f"--seed {seed}: give 0 or more")
     folder.mkdir(parents=True, exist_ok=True)
+    same_as_before(folder / "demo.json", {"tiny": tiny, "seed": seed})
     stages = tiny_stages(folder, seed) if tiny else smollm2_stages(folder, seed)
     summary = stages | {"minutes": (time.perf_counter() - began) / 60}
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(before_and_after(folder / "ppo", summary))
     return summary
+
+
+def same_as_before(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that another demo has written to, else sign it."""
+    if path.exists() and (there := json.loads(path.read_text())) != settings:
+        raise InputError(
+            f"{path.parent}: holds a demo with {there}, not {settings}: choose --output"
+        )
+    write_atomic(path, json.dumps(settings) + "\n")
 
 
 def tiny_stages(folder: Path, seed: int) -> dict[str, Any]:

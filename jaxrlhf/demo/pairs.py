@@ -15,10 +15,9 @@ from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
 from jaxrlhf.metrics import write_atomic
 from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
-from jaxrlhf.networks import Loader
+from jaxrlhf.networks import Loader, tokenizer_path
 from jaxrlhf.rewards.functions import call, resolve
 from jaxrlhf.rewards.text import decode_rollout, repeat
-from jaxrlhf.setup import tokenizer_path
 from jaxrlhf.sharding import put_rows
 from jaxrlhf.steps.sampling import sample
 

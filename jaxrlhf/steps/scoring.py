@@ -130,6 +130,7 @@ def _token_logp(
     budget = LOGITS_A_DEVICE * devices_in_mesh() // (rows * model.decoder.vocab)
     width = max(1, min(columns, budget))
     pieces = -(-columns // width)
+    width = -(-columns // pieces)
     extra = pieces * width - columns
 
     def split(x: Array) -> Array:

@@ -105,8 +105,11 @@ def test_apply_cache_has_an_index_a_row(model, params):
         return model.apply(params, token, jnp.ones_like(token), None, cache)
 
     _, ahead = extend(model.init_cache(3, T), TOKEN[:, :4])
-    behind = ahead.replace(  # row 1 takes its last two tokens back
-        index_B=jnp.array([4, 2, 4]), mask_BS=ahead.mask_BS.at[1, 2:].set(0)
+    behind = ahead.replace(  # row 1 forgets its last two tokens
+        key_LBSKH=ahead.key_LBSKH.at[:, 1, 2:].set(0),
+        value_LBSKH=ahead.value_LBSKH.at[:, 1, 2:].set(0),
+        mask_BS=ahead.mask_BS.at[1, 2:].set(0),
+        index_B=jnp.array([4, 2, 4]),
     )
     at = np.array([[4, 5], [2, 3], [4, 5]])
     hidden, after = extend(behind, jnp.take_along_axis(TOKEN, at, axis=1))
