@@ -25,7 +25,7 @@ def run(output: str = "runs/demo", tiny: bool = False, seed: int = 0) -> dict[st
     """Sample pairs, label them, train a reward model on them, run PPO against it, evaluate.
 
     The policy is SmolLM2-135M-Instruct and the gold measure VADER sentiment; with ``tiny``, a
-    model of 80,000 parameters that first learns a language of fourteen words. A stage that is
+    model of 75,000 parameters that first learns a language of fourteen words. A stage that is
     done is not done again, one that was interrupted goes on.
 
     Args:
