@@ -75,6 +75,7 @@ def check(config: Config) -> None:
         _sources("rewards", config.rewards),
         _sources("eval.gold", config.eval.gold),
         _critic(config),
+        _warmup(config),
         _axes(config.mesh),
         learning(config),
     ):
@@ -210,6 +211,15 @@ def _critic(config: Config) -> Iterator[str]:
         value = getattr(config.critic, name)
         if config.critic.kind == "shared" and value not in ("", None):
             yield f"critic.{name}={value}: a shared critic has none: set critic.kind: separate"
+
+
+def _warmup(config: Config) -> Iterator[str]:
+    decay = config.optim.weight_decay
+    if config.critic.kind == "shared" and config.critic.warmup and decay:
+        yield (
+            f"critic.warmup={config.critic.warmup}: optim.weight_decay={decay} would move the "
+            "shared trunk meanwhile: set it to 0, or critic.kind: separate"
+        )
 
 
 def _axes(mesh: MeshConfig) -> Iterator[str]:

@@ -63,6 +63,10 @@ def test_check_passes(config):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps=0: must be at least 1"),
+        (
+            {"critic": CriticConfig(warmup=1), "optim": OptimConfig(weight_decay=0.1)},
+            "critic.warmup=1: optim.weight_decay=0.1 would move the shared trunk",
+        ),
         ({"seed": -1}, "seed=-1: must be at least 0"),
         ({"seed": 2**32}, "seed=4294967296: must be below 4294967296"),
         ({"output": ""}, "output: empty"),
