@@ -16,6 +16,7 @@ from jaxrlhf.steps.sampling import decode_layout, log_prob, sample
 from jaxrlhf.steps.scoring import score, value
 
 NEW = 8
+KEY = jax.random.key(3)
 PROMPTS = [[5, 6, 7, 8, 9, 10], [299, 2], [17, 256, 31], [255]]
 WARM = SampleConfig(max_new_tokens=NEW, n=2, temperature=0.7, pad=1)
 GREEDY = replace(WARM, temperature=0.0, n=1)
@@ -47,8 +48,8 @@ RICH = replace(WARM, top_p=0.8, top_k=30, stop=tuple(range(0, 300, 9)))
 def generate(model, params):
     """sample() on the tiny model; compiled once for each config."""
 
-    def go(config=WARM, seed=3, prompt=PROMPT, mask=PROMPT_MASK, **more):
-        return draw_rollout(model, params, prompt, mask, jax.random.key(seed), config, **more)
+    def go(config=WARM, key=KEY, prompt=PROMPT, mask=PROMPT_MASK, **more):
+        return draw_rollout(model, params, prompt, mask, key, config, **more)
 
     return go
 
@@ -117,9 +118,7 @@ def test_sample_rows_and_keys_differ(generate):
     """Samples of one prompt differ, and so does every call under the key of its own step."""
     rows = {tuple(row) for row in responses(generate()).tolist()}
     assert len(rows) == 8
-    key = jax.random.key(11)
-    steps = [jax.random.key_data(jax.random.fold_in(key, step)) for step in range(4)]
-    calls = [generate(seed=int(data[1])) for data in steps]
+    calls = [generate(key=jax.random.fold_in(KEY, step)) for step in range(4)]
     assert len({responses(call).tobytes() for call in calls}) == 4
     np.testing.assert_array_equal(responses(generate()), responses(generate()))
 
@@ -178,7 +177,7 @@ def test_sample_stops(model, params):
     config = replace(WARM, max_new_tokens=40, stop=tuple(range(0, 300, 3)), pad=9)
     counting = Counting(model.decoder, lora=model.lora)
     Counting.calls = 0
-    rollout = draw_rollout(counting, params, PROMPT, PROMPT_MASK, jax.random.key(4), config)
+    rollout = draw_rollout(counting, params, PROMPT, PROMPT_MASK, KEY, config)
     jax.block_until_ready(rollout)
     jax.effects_barrier()
     token, mask = np.asarray(rollout.token_BT)[:, 6:], np.asarray(rollout.mask_BT)[:, 6:]
@@ -218,13 +217,13 @@ def test_sample_value_equals_value(model, params, lora, rich):
 def test_sample_same_tokens_on_eight_devices(model, params, prompts):
     config = replace(WARM, n=8 // prompts)
     prompt, mask = PROMPT[:prompts], PROMPT_MASK[:prompts]
-    one = draw_rollout(model, params, prompt, mask, jax.random.key(3), config)
+    one = draw_rollout(model, params, prompt, mask, KEY, config)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     laid_out = jax.device_put(params, shardings(model.axes(head=True), mesh))
     with jax.set_mesh(mesh):
         if prompts == 4:
             prompt, mask = put_rows((prompt, mask), mesh)
-        eight = draw_rollout(model, laid_out, prompt, mask, jax.random.key(3), config)
+        eight = draw_rollout(model, laid_out, prompt, mask, KEY, config)
     np.testing.assert_array_equal(eight.token_BT, one.token_BT)
     np.testing.assert_allclose(eight.logp_BT, one.logp_BT, atol=1e-5)
 
