@@ -5,12 +5,15 @@ left here is their order, and the host's chores.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrlhf.ahead import compile_ahead
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.config import Config, is_on_policy
 from jaxrlhf.config import on_policy as settings_of
@@ -23,9 +26,9 @@ from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.session import Session
-from jaxrlhf.setup import Run, setup
+from jaxrlhf.setup import Run, fill, setup, start_of
 from jaxrlhf.sharding import make_mesh, put_rows
-from jaxrlhf.types import Batch, Rollout, TrainState
+from jaxrlhf.types import Batch, Params, Rollout, TrainState
 
 SHOWN = 4
 """Completions of each iteration that go to samples.jsonl."""
@@ -47,9 +50,13 @@ def train(config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     mesh = mesh or make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        run = setup(config, mesh)
+        run = setup(config, mesh, abstract=True)
+        compile_ahead(run)
+        run = fill(run)
         with lock(config.output), Session(run, began) as session:
             session.lap("setup")
+            if summary := session.finished():
+                return summary
             learn = on_policy if is_on_policy(config) else offline
             learn(run, session)
             return summarise(run, session)
@@ -62,7 +69,6 @@ def on_policy(run: Run, session: Session) -> None:
     if algorithm.kl_controller == "fixed":
         session.host["kl_coef"] = algorithm.kl_coef
     session.host.setdefault("kl_coef", algorithm.kl_coef)
-    evaluate_before(run, session)
     for step in session.steps():
         began = time.perf_counter()
         states, metrics, rollout, batch = iterate(run, session, step)
@@ -81,6 +87,7 @@ def on_policy(run: Run, session: Session) -> None:
         metrics |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
         session.host["tokens"] = session.host.get("tokens", 0.0) + tokens
         session.record(step + 1, metrics, shown(run, rollout, batch))
+        evaluate_before(run, session, partial(start_of, run))  # not first: a step is seen at once
         evaluate_between(run, session, step + 1)
 
 
@@ -170,7 +177,7 @@ def offline(run: Run, session: Session) -> None:
     """Learn from the rows of a file: one optimizer step an iteration."""
     config = run.config
     pack = preference_batch if config.algorithm.name == "reward_model" else token_batch
-    evaluate_before(run, session)
+    evaluate_before(run, session, lambda: session.states["policy"].params)
     for step in session.steps():
         began = time.perf_counter()
         chosen = order(len(run.train_rows), config.data.batch_size, config.seed, step)
@@ -185,9 +192,9 @@ def offline(run: Run, session: Session) -> None:
         evaluate_between(run, session, step + 1)
 
 
-def evaluate_before(run: Run, session: Session) -> None:
+def evaluate_before(run: Run, session: Session, start: Callable[[], Params]) -> None:
     """Measure the start of the run, once; a resumed run remembers it."""
-    if "before" not in session.host and (found := evaluate(run, session.states["policy"].params)):
+    if "before" not in session.host and (found := evaluate(run, start())):
         session.host["before"] = found.metrics
         session.host["gold_before"] = None if found.gold is None else found.gold.tolist()
         session.evaluated(0, found)

@@ -41,6 +41,8 @@ class Loader:
     """Reads networks onto one mesh, each path's weights once."""
 
     mesh: Mesh
+    abstract: bool = False
+    """Give shapes with layouts in place of arrays, and read no weights."""
     weights: dict[Any, Params] = field(default_factory=dict)
 
     def base(self, config: ModelConfig, seed: int = 0) -> Network:
@@ -57,6 +59,8 @@ class Loader:
 
     def _read(self, model: Model, config: ModelConfig, seed: int) -> Params:
         layout = shardings(model.axes(), self.mesh)
+        if self.abstract:
+            return with_layout(jax.eval_shape(lambda: model.init(jax.random.key(0))), layout)
         if config.decoder is not None:
             stream = jax.random.fold_in(jax.random.key(seed), INIT)
             return jax.jit(model.init, out_shardings=layout)(stream)
@@ -75,6 +79,8 @@ class Loader:
         base = self.base(config.model, config.seed)
         head = needs_head(config)
         state = abstract_state(config, base.model, head, self.mesh)
+        if self.abstract:
+            return Network(base.model, *combine_params(state.params, base.params))
         wanted = {"policy": replace(state, opt_state=(), step=(), skipped=())}
         _, found, _ = checkpoint.load(Path(folder) / "checkpoints", wanted)
         params, lora = combine_params(found["policy"].params, base.params)
@@ -151,8 +157,13 @@ def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> Trai
     tx = make_optimizer(config.optim, config.steps)
     state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
     where = train_state_shardings(tx, params, layout, mesh)
+    return with_layout(state, where)
+
+
+def with_layout(tree: Any, layout: Any) -> Any:
+    """Shapes, with the shardings of a matching tree."""
     return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), state, where
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, layout
     )
 
 

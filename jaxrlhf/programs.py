@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import Algorithm, reweight
 from jaxrlhf.config import Config, SampleConfig, is_on_policy, on_policy
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.sharding import constrain
+from jaxrlhf.sharding import row_layout
 from jaxrlhf.steps.sampling import sample
 from jaxrlhf.steps.scoring import score, value
 from jaxrlhf.steps.updating import (
@@ -34,12 +35,15 @@ def on_policy_programs(
     reference_model: Model,
     critic_model: Model,
     states: dict[str, TrainState],
+    mesh: Mesh,
 ) -> dict[str, Callable[..., Any]]:
     """The jitted functions that one iteration is made of, by name.
 
     Those of policy and critic take (params, frozen, …), that of the reference (params, …).
-    ``states`` say where updated states are to lie.
+    ``states`` say where updated states are to lie; what flows between the programs has its rows
+    split over ``mesh`` in one way.
     """
+    rows = row_layout(mesh)
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
     shared, settings = config.critic.kind == "shared", on_policy(config)
     assert algorithm.targets is not None
@@ -49,7 +53,7 @@ def on_policy_programs(
             weights, lora = combine_params(params, frozen)
             return sample(model, weights, prompt, mask, key, settings, lora, value)
 
-        return jax.jit(draw)
+        return jax.jit(draw, out_shardings=rows)
 
     def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
@@ -63,21 +67,22 @@ def on_policy_programs(
         def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
             return score(reference_model, params, token_BT, mask_BT, temperature, first=first)
 
-        return jax.jit(reference_score)
+        return jax.jit(reference_score, out_shardings=rows)
 
     def take(batch: Batch, row_M: Array) -> Batch:
-        rows = jax.tree.map(lambda x: constrain(x[row_M], ("batch",)), batch)
-        return reweight(rows, settings.aggregation, settings.length)
+        return reweight(
+            jax.tree.map(lambda x: x[row_M], batch), settings.aggregation, settings.length
+        )
 
     return {
         "sample": sampler(config.sample, shared),
         "eval_sample": sampler(evaluation_sampling(config), False),
         "reference": scorer(temperature),
         "eval_reference": scorer(1.0),
-        "rescore": jax.jit(rescore),
-        "value": jax.jit(estimate),
-        "targets": jax.jit(algorithm.targets),
-        "take": jax.jit(take),
+        "rescore": jax.jit(rescore, out_shardings=rows),
+        "value": jax.jit(estimate, out_shardings=rows),
+        "targets": jax.jit(algorithm.targets, out_shardings=(rows, None)),
+        "take": jax.jit(take, out_shardings=rows),
         **updates(config, algorithm, model, critic_model, states),
     }
 

@@ -1,5 +1,6 @@
 """The host's chores around a run: one folder, its log, its checkpoints, its clock."""
 
+import json
 import logging
 import resource
 import signal
@@ -13,10 +14,10 @@ from typing import Any
 import jax
 
 from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.config import load, save
+from jaxrlhf.config import dump, load
 from jaxrlhf.display import display
 from jaxrlhf.evaluation import Evaluation
-from jaxrlhf.metrics import Recorder, plain
+from jaxrlhf.metrics import Recorder, plain, write_atomic
 from jaxrlhf.resume import check_fingerprint, fingerprint
 from jaxrlhf.setup import Run
 from jaxrlhf.types import TrainState
@@ -64,7 +65,7 @@ class Session:
             self.start, self.states, self.host = found
             check_fingerprint(self.host.get("fingerprint", {}), self._fingerprint)
         self.host["fingerprint"] = self._fingerprint
-        save(config, self.output / "config.yaml")
+        write_atomic(self.output / "config.yaml", dump(config))
         resumed = self.start if found is not None else None
         self.recorder = self._stack.enter_context(
             Recorder(self.output, resumed, active=jax.process_index() == 0)
@@ -146,6 +147,14 @@ class Session:
         self.recorder.samples(step, [{"split": "eval", **row} for row in evaluation.samples])
         listed = "  ".join(f"{name} {x:.3g}" for name, x in evaluation.metrics.items())
         self.show.note(f"held out, step {step}: {listed}")
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run with no iteration left; None if there is something to do."""
+        path = self.output / "summary.json"
+        if self.start < self.run.config.steps or not path.is_file():
+            return None
+        self.show.note(f"nothing to do: all {self.start} iterations are done")
+        return json.loads(path.read_text())
 
     def totals(self) -> dict[str, Any]:
         """Seconds by phase, generated tokens a second of training, and peak memory."""

@@ -12,6 +12,7 @@ from jaxrlhf.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.config import (
     Config,
     MeshConfig,
+    RewardConfig,
     check,
     check_mesh,
     is_on_policy,
@@ -59,15 +60,21 @@ class Run:
     frozen: dict[str, Params | None]
     """What each of them is trained on top of, by the same names: the weights under adapters."""
     reference: Network | None
+    critic: Model | None
+    """A separate critic's; None where the policy's trunk serves."""
     judge: Judge | None
     gold: Judge | None
     programs: dict[str, Callable[..., Any]]
 
 
-def setup(config: Config, mesh: Mesh | None = None) -> Run:
+def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> Run:
     """Read the data and the networks of a run, and make its programs.
 
     Call it, and all that follows, under ``jax.set_mesh(mesh)``.
+
+    Args:
+      abstract: leave out the weights: shapes with layouts stand where arrays would, which is all
+        that compiling takes (``ahead``) and costs nothing. ``fill`` does the rest.
 
     Raises:
       InputError: whatever in config, data or weights cannot be used; nothing is written before.
@@ -86,12 +93,6 @@ def setup(config: Config, mesh: Mesh | None = None) -> Run:
     config = replace(config, sample=sampling)
     train_rows = load_data(config, config.data.train, tokenizer, model)
     eval_rows = load_data(config, config.data.eval, tokenizer, model) if config.data.eval else None
-
-    loader = Loader(mesh)
-    start = loader.base(config.model, config.seed)
-    head = needs_head(config)
-    states = {"policy": start_state(config, start, head, mesh)}
-    frozen: dict[str, Params | None] = {"policy": start.params if model.lora else None}
     run = Run(
         config=config,
         mesh=mesh,
@@ -100,17 +101,73 @@ def setup(config: Config, mesh: Mesh | None = None) -> Run:
         algorithm=ALGORITHMS[config.algorithm.name](config.algorithm),
         train_rows=train_rows,
         eval_rows=eval_rows,
-        states=states,
-        frozen=frozen,
+        states={},
+        frozen={},
         reference=None,
+        critic=None,
         judge=None,
         gold=None,
         programs={},
     )
-    return (
-        _on_policy(run, loader, start)
-        if is_on_policy(config)
-        else replace(run, programs=offline_programs(config, run.algorithm, model, states))
+    run = _networks(run, Loader(mesh, abstract=True))
+    run = replace(run, programs=_programs(run))
+    return run if abstract else fill(run)
+
+
+def fill(run: Run) -> Run:
+    """A run that was set up without its weights, with them; its programs stay the same objects."""
+    return _networks(run, Loader(run.mesh))
+
+
+def _networks(run: Run, loader: Loader) -> Run:
+    """The run with what it trains, and what it trains that with: reference, critic, rewards."""
+    config, model = run.config, run.model
+    start = loader.base(config.model, config.seed)
+    states = {"policy": start_state(config, start, needs_head(config), loader)}
+    frozen = {"policy": start.params if model.lora else None}
+    if not is_on_policy(config):
+        return replace(run, states=states, frozen=frozen)
+    reference = start
+    if config.reference.path:
+        reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
+    _check_speaks_alike("reference.path", reference, run)
+    critic = None
+    if config.critic.kind == "separate":
+        critic = start
+        if config.critic.path and is_run(config.critic.path):
+            critic = loader.trained(config.critic.path)
+        elif config.critic.path:
+            critic = loader.base(replace(config.model, path=config.critic.path, decoder=None))
+        _check_speaks_alike("critic.path", critic, run)
+        states["critic"] = start_state(critic_config(config), critic, True, loader)
+        frozen["critic"] = critic.params if critic.model.lora else None
+
+    def judge(sources: tuple[RewardConfig, ...], field: str) -> Judge:
+        return make_judge(sources, loader, run.tokenizer, model.decoder.vocab, field)
+
+    return replace(
+        run,
+        states=states,
+        frozen=frozen,
+        reference=reference,
+        critic=critic and critic.model,
+        judge=judge(config.rewards, "rewards"),
+        gold=judge(config.eval.gold, "eval.gold") if config.eval.gold else None,
+    )
+
+
+def _programs(run: Run) -> dict[str, Callable[..., Any]]:
+    if not is_on_policy(run.config):
+        return offline_programs(run.config, run.algorithm, run.model, run.states)
+    assert run.reference is not None
+    return on_policy_programs(
+        run.config,
+        run.algorithm,
+        run.model,
+        run.reference.model,
+        run.critic or run.model,
+        run.states,
+        run.mesh,
     )
 
 
@@ -122,13 +179,26 @@ def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[E
     return encode_rows(rows, tokenizer, model.decoder.vocab, limit, config.sample.stop, skip)
 
 
-def start_state(config: Config, network: Network, head: bool, mesh: Mesh) -> TrainState:
-    """A TrainState at its start, laid out on the mesh."""
-    tx = optimizer(config)
+def start_state(config: Config, network: Network, head: bool, loader: Loader) -> TrainState:
+    """A TrainState at its start, laid out on the mesh; shapes, if that is all the loader gives."""
+    state = abstract_state(config, network.model, head, loader.mesh)
+    if loader.abstract:
+        return state
     scores = config.algorithm.name == "reward_model"
-    params = start_params(network, head, config.seed, mesh, random_head=scores)
-    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, network.model, head, mesh))
-    return jax.jit(partial(TrainState.create, tx=tx), out_shardings=layout)(params)
+    params = start_params(network, head, config.seed, loader.mesh, random_head=scores)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(partial(TrainState.create, tx=optimizer(config)), out_shardings=layout)(params)
+
+
+def start_of(run: Run) -> Params:
+    """A fresh copy of the policy's trainable parameters as they were before the first update."""
+    config = run.config
+    weights = run.frozen["policy"]
+    if weights is None and run.reference is not None and not config.reference.path:
+        weights = run.reference.params
+    network = Loader(run.mesh).base(config.model, config.seed) if weights is None else None
+    network = network or Network(run.model, weights)
+    return start_params(network, needs_head(config), config.seed, run.mesh)
 
 
 def _check_context(config: Config, model: Model) -> None:
@@ -152,39 +222,3 @@ def _check_speaks_alike(field: str, network: Network, run: Run) -> None:
             "with the policy's tokenizer"
         )
     _check_context(run.config, network.model)
-
-
-def _on_policy(run: Run, loader: Loader, start: Network) -> Run:
-    """Reference, critic, rewards, and the programs of one iteration."""
-    config, model = run.config, run.model
-    vocab = model.decoder.vocab
-    reference = start
-    if config.reference.path:
-        reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
-    _check_speaks_alike("reference.path", reference, run)
-    states, frozen = dict(run.states), dict(run.frozen)
-    critic_model = model
-    if config.critic.kind == "separate":
-        critic = start
-        if config.critic.path and is_run(config.critic.path):
-            critic = loader.trained(config.critic.path)
-        elif config.critic.path:
-            critic = loader.base(replace(config.model, path=config.critic.path, decoder=None))
-        _check_speaks_alike("critic.path", critic, run)
-        critic_model = critic.model
-        states["critic"] = start_state(critic_config(config), critic, True, run.mesh)
-        frozen["critic"] = critic.params if critic_model.lora else None
-    run = replace(
-        run,
-        states=states,
-        frozen=frozen,
-        reference=reference,
-        judge=make_judge(config.rewards, loader, run.tokenizer, vocab, "rewards"),
-        gold=make_judge(config.eval.gold, loader, run.tokenizer, vocab, "eval.gold")
-        if config.eval.gold
-        else None,
-    )
-    programs = on_policy_programs(
-        config, run.algorithm, model, reference.model, critic_model, states
-    )
-    return replace(run, programs=programs)

@@ -92,16 +92,22 @@ def devices_in_mesh() -> int:
     return 1 if mesh.empty else mesh.size
 
 
-def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays, the same on every process, → global arrays split by rows.
+def row_layout(mesh: Mesh) -> NamedSharding:
+    """Where arrays with a leading row axis lie between the steps: rows over data·fsdp."""
+    return NamedSharding(mesh, spec(("batch",)))
 
-    Rows that do not divide by data·fsdp, as few prompts may, lie whole on every device.
-    """
-    split, whole = NamedSharding(mesh, spec(("batch",))), NamedSharding(mesh, PartitionSpec())
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+def few_rows_layout(mesh: Mesh, rows: int) -> NamedSharding:
+    """``row_layout`` if the rows divide by data·fsdp; else, as few prompts may, all everywhere."""
+    split = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return row_layout(mesh) if split else NamedSharding(mesh, PartitionSpec())
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, the same on every process, → global arrays laid out by ``few_rows_layout``."""
 
     def place(x: Any) -> Array:
-        layout = whole if x.shape[0] % shards else split
+        layout = few_rows_layout(mesh, x.shape[0])
         return jax.make_array_from_callback(x.shape, layout, lambda i: np.asarray(x)[i])
 
     return jax.tree.map(place, tree)

@@ -67,6 +67,7 @@ def reward_model(folder, **changes):
         ppo(folder),
         algorithm=RewardModelConfig(),
         rewards=(),
+        sample=SampleConfig(),
         data=DataConfig(
             train=write(folder / "pairs.jsonl", rows),
             eval=write(folder / "pairs_eval.jsonl", rows[:10]),

@@ -14,7 +14,7 @@ FLOORS = (
     {"networks", "programs"},
     {"judging"},
     {"setup"},
-    {"evaluation"},
+    {"evaluation", "ahead"},
     {"session"},
     {"loop", "plan"},
     {"demo"},

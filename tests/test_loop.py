@@ -298,6 +298,7 @@ def test_train_interrupted_goes_on_where_it_was(how, tmp_path):
     out = launch(config, tmp_path).communicate(timeout=120)[0]
     assert "resumed after iteration" in out, out
     resumed = int(out.split("resumed after iteration ")[1].split()[0])
-    assert resumed >= (20 if how == signal.SIGKILL else 22)
+    # a SIGKILL may come while iteration 20 is still being written
+    assert resumed >= (15 if how == signal.SIGKILL else 22)
     lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))

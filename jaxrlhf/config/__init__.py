@@ -9,14 +9,13 @@ from jaxrlhf.config.algorithm import (
 )
 from jaxrlhf.config.checks import (
     check,
-    check_mesh,
     check_sample,
     is_on_policy,
     on_policy,
-    resolve_mesh,
     rows_at_once,
 )
-from jaxrlhf.config.load import load, override, save
+from jaxrlhf.config.layout import check_mesh, resolve_mesh
+from jaxrlhf.config.load import dump, load, override, save
 from jaxrlhf.config.model import (
     CriticConfig,
     DecoderConfig,
@@ -59,6 +58,7 @@ __all__ = [
     "check",
     "check_mesh",
     "check_sample",
+    "dump",
     "is_on_policy",
     "load",
     "on_policy",

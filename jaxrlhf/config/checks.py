@@ -1,14 +1,13 @@
 """Rules between fields, checked before any array is made. Never imports jax."""
 
-import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxrlhf.config.algorithm import PPOConfig
-from jaxrlhf.config.model import DecoderConfig
-from jaxrlhf.config.run import Config, MeshConfig, RewardConfig, SampleConfig
+from jaxrlhf.config.layout import axes_problems
+from jaxrlhf.config.model import CriticConfig, ReferenceConfig
+from jaxrlhf.config.run import Config, RewardConfig, SampleConfig
 from jaxrlhf.errors import InputError
 
 ON_POLICY = (PPOConfig,)
@@ -76,7 +75,7 @@ def check(config: Config) -> None:
         _sources("eval.gold", config.eval.gold),
         _critic(config),
         _warmup(config),
-        _axes(config.mesh),
+        axes_problems(config.mesh),
         learning(config),
     ):
         raise InputError(problem)
@@ -98,59 +97,6 @@ def rows_at_once(config: Config) -> int:
     if isinstance(config.algorithm, ON_POLICY):
         rows = rows * config.sample.n // config.algorithm.minibatches
     return rows // config.optim.microbatches
-
-
-def resolve_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """``mesh`` with its -1, if any, replaced by what is left of ``devices``.
-
-    Raises:
-      InputError: if the axes do not multiply to the number of devices.
-    """
-    sizes = dataclasses.asdict(mesh)
-    named = " · ".join(f"{name}={size}" for name, size in sizes.items())
-    for problem in _axes(mesh):
-        raise InputError(problem)
-    known = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
-    if math.prod(sizes.values()) != devices:
-        raise InputError(f"mesh: {named} does not make {devices} devices: change one axis")
-    return MeshConfig(**sizes)
-
-
-def check_mesh(mesh: MeshConfig, decoder: DecoderConfig, devices: int, rows: int) -> MeshConfig:
-    """Refuse a mesh that does not divide what is laid out on it.
-
-    Args:
-      devices: how many there are, over all hosts.
-      rows: of one microbatch (``rows_at_once``).
-
-    Returns:
-      The mesh, its -1 resolved.
-
-    Raises:
-      InputError: the first size that an axis does not divide, as ``heads=9 % tensor=2``.
-    """
-    mesh = resolve_mesh(mesh, devices)
-    split = {name: getattr(decoder, name) for name in ("heads", "kv_heads", "mlp", "vocab")}
-    for axis, pieces, sizes in (
-        ("tensor", mesh.tensor, split),
-        ("fsdp", mesh.fsdp, {"embed": decoder.embed}),
-    ):
-        whole = math.gcd(*sizes.values(), devices)
-        fits = ", ".join(str(size) for size in range(1, whole + 1) if whole % size == 0)
-        for name, size in sizes.items():
-            if size % pieces:
-                raise InputError(
-                    f"{name}={size} % {axis}={pieces} is not 0: "
-                    f"mesh.{axis} can be {fits} with this model on {devices} devices"
-                )
-    shards = mesh.data * mesh.fsdp
-    if rows % shards:
-        raise InputError(
-            f"rows={rows} % (data·fsdp)={shards} is not 0: change mesh, data.batch_size, sample.n, "
-            "minibatches or microbatches, so that the rows of a microbatch divide"
-        )
-    return mesh
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -192,8 +138,10 @@ def _model(config: Config) -> Iterator[str]:
 def _data(config: Config) -> Iterator[str]:
     if not config.data.train:
         yield "data.train: missing: give a .jsonl or .parquet file"
-    if config.eval.every and not config.data.eval:
-        yield f"eval.every={config.eval.every}: there are no rows to evaluate on: give data.eval"
+    for name in ("every", "gold"):
+        value = getattr(config.eval, name)
+        if value and not config.data.eval:
+            yield f"eval.{name}={value!r:.80}: there are no rows to evaluate on: give data.eval"
     if not config.output:
         yield "output: empty: give the folder that the run is written to"
 
@@ -222,16 +170,6 @@ def _warmup(config: Config) -> Iterator[str]:
         )
 
 
-def _axes(mesh: MeshConfig) -> Iterator[str]:
-    sizes = dataclasses.asdict(mesh)
-    for name, size in sizes.items():
-        if size < 1 and size != -1:
-            yield f"mesh.{name}={size}: must be at least 1, or -1 for the rest of the devices"
-    if list(sizes.values()).count(-1) > 1:
-        named = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        yield f"mesh: {named}: only one axis may be -1, the rest of the devices"
-
-
 def _on_policy(config: Config) -> Iterator[str]:
     sample, algorithm, data = config.sample, config.algorithm, config.data
     assert isinstance(algorithm, ON_POLICY)
@@ -252,6 +190,12 @@ def _on_policy(config: Config) -> Iterator[str]:
             f"{named} / algorithm.minibatches={algorithm.minibatches} % "
             f"optim.microbatches={config.optim.microbatches} is not 0: change one"
         )
+    drawn, horizon = data.batch_size * sample.n, algorithm.kl_horizon
+    if algorithm.kl_controller == "adaptive" and drawn >= 5 * horizon:
+        yield (
+            f"algorithm.kl_horizon={horizon:g}: must exceed a fifth of the rows of a "
+            f"rollout ({named}), or β changes sign: raise it"
+        )
     for name in ("whiten_advantages", "whiten_rewards"):
         if getattr(algorithm, name) and data.batch_size * sample.n == 1:
             yield f"algorithm.{name}: one row has no variance: turn it off, or raise sample.n"
@@ -267,6 +211,17 @@ def _offline(config: Config) -> Iterator[str]:
     name, data = config.algorithm.name, config.data
     if config.rewards:
         yield f"rewards: algorithm.name={name} learns from its data alone: leave rewards out"
+    if config.eval.gold:
+        yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
+    ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's
+    unread = {
+        "critic": (config.critic, CriticConfig()),
+        "reference": (config.reference, ReferenceConfig()),
+        "sample": (config.sample, SampleConfig(**ends)),
+    }
+    for section, (given, default) in unread.items():
+        if given != default:
+            yield f"{section}: algorithm.name={name} does not read it: leave it out"
     if data.batch_size % config.optim.microbatches:
         yield (
             f"data.batch_size={data.batch_size} % optim.microbatches={config.optim.microbatches} "

@@ -39,11 +39,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return override(config, overrides) if overrides else config
 
 
-def save(config: Config, path: str | Path) -> None:
-    """Write every field of ``config``, defaults included, as YAML that loads to an equal Config."""
+def dump(config: Config) -> str:
+    """Every field of ``config``, defaults included, as YAML that loads to an equal Config."""
     # ASCII, with escapes: with allow_unicode PyYAML reads some line separators back as spaces.
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    Path(path).write_text(text, encoding="utf-8")
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Write ``dump(config)`` to a file."""
+    Path(path).write_text(dump(config), encoding="utf-8")
 
 
 def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CONFIG") -> Config:

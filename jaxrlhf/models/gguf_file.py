@@ -4,6 +4,7 @@ The gguf package's own reader makes an array of every token, which takes seconds
 them, so the container is parsed here. Constants and block formats are the package's.
 """
 
+import functools
 import mmap
 import os
 import struct
@@ -51,6 +52,15 @@ def open_gguf(path: str | os.PathLike[str]) -> File:
       InputError: the file is missing, not GGUF (version 2 or 3, little-endian), or damaged.
     """
     path = Path(path)
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a .gguf file") from None
+    return _open(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=2)  # decoder, tokenizer and weights each open it
+def _open(path: Path, *_: int) -> File:
     try:
         with path.open("rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

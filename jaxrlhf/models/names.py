@@ -6,6 +6,7 @@ hold one tensor a layer, and linear maps as [out, in] (``y = W x``), where the t
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ import numpy as np
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.errors import InputError
+
+READERS = 4
+"""Tensors that are read at once, each a copy in memory beside the model."""
 
 
 class Weight(NamedTuple):
@@ -88,19 +92,27 @@ def assemble(decoder: DecoderConfig, read: Callable[[Weight, int], np.ndarray]) 
     """The tree of float32 arrays, filled tensor by tensor: one copy of the model in memory.
 
     Args:
-      read: called with a weight and a layer (0 where there is none); returns the tensor in the
-        shape ``weight.stored``, of any float dtype.
+      read: called with a weight and a layer (0 where there is none), from several threads at once;
+        returns the tensor in the shape ``weight.stored``, of any float dtype.
     """
+    arrays = {
+        weight: np.empty((decoder.layers if weight.stacked else 1, *weight.shape), np.float32)
+        for weight in weights(decoder)
+    }
+
+    def fill(weight: Weight, layer: int) -> None:
+        tensor, place = read(weight, layer), arrays[weight][layer]
+        if weight.path.endswith("kernel"):
+            place.reshape(weight.stored[::-1])[...] = tensor.T
+        else:
+            place[...] = tensor.reshape(weight.shape)
+
+    jobs = [(weight, layer) for weight, array in arrays.items() for layer in range(len(array))]
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(fill, *zip(*jobs, strict=True)))
+
     params: dict[str, Any] = {}
-    for weight in weights(decoder):
-        layers = decoder.layers if weight.stacked else 1
-        array = np.empty((layers, *weight.shape), np.float32)
-        for layer in range(layers):
-            tensor = read(weight, layer)
-            if weight.path.endswith("kernel"):
-                array[layer].reshape(weight.stored[::-1])[...] = tensor.T
-            else:
-                array[layer] = tensor.reshape(weight.shape)
+    for weight, array in arrays.items():
         *parents, name = weight.path.split("/")
         node = params
         for key in parents:

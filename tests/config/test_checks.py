@@ -16,14 +16,13 @@ from jaxrlhf.config import (
     ModelConfig,
     OptimConfig,
     PPOConfig,
+    ReferenceConfig,
     RewardConfig,
     RewardModelConfig,
     SampleConfig,
     SFTConfig,
     check,
-    check_mesh,
     check_sample,
-    resolve_mesh,
     rows_at_once,
 )
 from jaxrlhf.config.checks import RANGES
@@ -52,7 +51,7 @@ def fresh(**changes):
         replace(SFT, algorithm=RewardModelConfig()),
         replace(PPO, model=fresh()),
         replace(PPO, optim=OptimConfig(learning_rate=0.0)),
-        replace(SFT, sample=SampleConfig(temperature=0.0)),
+        replace(SFT, sample=SampleConfig(stop=(2,), pad=2)),  # as a run's own config.yaml says
     ],
 )
 def test_check_passes(config):
@@ -94,8 +93,16 @@ def test_check_passes(config):
         ({"rewards": ()}, "rewards: missing"),
         ({"rewards": (RewardConfig(),)}, "rewards.0: give either function or model"),
         ({"rewards": (RewardConfig("f", "m"),)}, "rewards.0: function and model are both given"),
-        ({"eval": EvalConfig(gold=(RewardConfig(),))}, "eval.gold.0: give either"),
+        (
+            {"eval": EvalConfig(gold=(RewardConfig(),)), "data": replace(PPO.data, eval="e")},
+            "eval.gold.0: give either",
+        ),
         ({"eval": EvalConfig(every=5)}, "eval.every=5: there are no rows"),
+        ({"eval": EvalConfig(gold=PPO.rewards)}, "there are no rows to evaluate on"),
+        (
+            {"algorithm": PPOConfig(kl_controller="adaptive", kl_horizon=6.4)},
+            "algorithm.kl_horizon=6.4: must exceed a fifth of the rows",
+        ),
         ({"data": DataConfig()}, "data.train: missing"),
         ({"model": ModelConfig()}, "model.path: missing"),
         ({"model": replace(fresh(), path="p")}, "model.path=p: model.decoder is given too"),
@@ -122,6 +129,13 @@ def test_check_refuses(changes, message):
         ({"rewards": PPO.rewards}, "rewards: algorithm.name=sft learns from its data alone"),
         ({"optim": OptimConfig(microbatches=3)}, "data.batch_size=8 % optim.microbatches=3"),
         ({"model": fresh(context=127)}, "rows are 128 tokens wide"),
+        ({"sample": SampleConfig(n=2)}, "sample: algorithm.name=sft does not read it"),
+        ({"critic": CriticConfig(kind="separate")}, "critic: algorithm.name=sft does not read it"),
+        ({"reference": ReferenceConfig(path="p")}, "reference: algorithm.name=sft does not read"),
+        (
+            {"eval": EvalConfig(gold=PPO.rewards), "data": replace(PPO.data, eval="e")},
+            "eval.gold: algorithm.name=sft samples nothing",
+        ),
     ],
 )
 def test_check_refuses_offline(changes, message):
@@ -150,55 +164,3 @@ def test_rows_at_once():
     assert rows_at_once(PPO) == 32
     assert rows_at_once(split) == 4
     assert rows_at_once(replace(SFT, optim=OptimConfig(microbatches=4))) == 2
-
-
-@pytest.mark.parametrize(
-    ("mesh", "devices", "resolved"),
-    [
-        (MeshConfig(), 8, MeshConfig(8, 1, 1)),
-        (MeshConfig(2, -1, 2), 8, MeshConfig(2, 2, 2)),
-        (MeshConfig(1, 1, 1), 1, MeshConfig(1, 1, 1)),
-    ],
-)
-def test_resolve_mesh(mesh, devices, resolved):
-    assert resolve_mesh(mesh, devices) == resolved
-
-
-@pytest.mark.parametrize("mesh", [MeshConfig(3), MeshConfig(-1, 3), MeshConfig(2, 2, 1)])
-def test_resolve_mesh_wrong_product(mesh):
-    with pytest.raises(InputError, match="does not make 8 devices"):
-        resolve_mesh(mesh, 8)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "changes", "rows", "message"),
-    [
-        (MeshConfig(tensor=2), {}, 32, "heads=9 % tensor=2 is not 0: mesh.tensor can be 1 with"),
-        (MeshConfig(tensor=2), {"heads": 10}, 32, "kv_heads=3 % tensor=2"),
-        (MeshConfig(tensor=2), {"heads": 4, "kv_heads": 2, "mlp": 95}, 32, "mlp=95 % tensor=2"),
-        (MeshConfig(tensor=2), {"heads": 4, "kv_heads": 2, "vocab": 63}, 32, "vocab=63 % tensor=2"),
-        (
-            MeshConfig(tensor=8),
-            {"heads": 12, "kv_heads": 12, "vocab": 60},
-            32,
-            "can be 1, 2, 4 with",
-        ),
-        (
-            MeshConfig(fsdp=4),
-            {"embed": 50},
-            32,
-            "embed=50 % fsdp=4 is not 0: mesh.fsdp can be 1, 2",
-        ),
-        (MeshConfig(fsdp=2), {}, 12, "rows=12 % (data·fsdp)=8 is not 0"),
-    ],
-)
-def test_check_mesh_refuses(mesh, changes, rows, message):
-    with pytest.raises(InputError) as error:
-        check_mesh(mesh, replace(DECODER, **changes), devices=8, rows=rows)
-    assert message in str(error.value)
-
-
-def test_check_mesh_resolves():
-    decoder = replace(DECODER, heads=4, kv_heads=2)
-    mesh = check_mesh(MeshConfig(fsdp=2, tensor=2), decoder, devices=8, rows=4)
-    assert mesh == MeshConfig(2, 2, 2)

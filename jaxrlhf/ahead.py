@@ -1,0 +1,100 @@
+"""What the programs of a run will be called with, and compiling them before they are called."""
+
+import logging
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.config import is_on_policy, on_policy
+from jaxrlhf.programs import minibatch_rows
+from jaxrlhf.setup import Run
+from jaxrlhf.sharding import few_rows_layout, row_layout
+
+log = logging.getLogger(__name__)
+
+Arguments = dict[str, tuple[Any, ...]]
+
+
+def arguments(run: Run) -> Arguments:
+    """Shape, dtype and layout of every argument of the programs that one iteration calls, by name.
+
+    This is ``loop.iterate`` on shapes: no array is made, nothing is compiled.
+
+    Args:
+      run: one that samples.
+    """
+    config, programs, settings = run.config, run.programs, on_policy(run.config)
+    policy, base = shapes(run.states["policy"]), shapes(run.frozen["policy"])
+    width = (config.data.batch_size, config.data.max_prompt_tokens)
+    layout = few_rows_layout(run.mesh, config.data.batch_size)
+    prompts = (jax.ShapeDtypeStruct(width, jnp.int32, sharding=layout),) * 2
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    assert run.reference is not None
+    out: Arguments = {"sample": (policy.params, base, *prompts, key)}
+
+    def rows(name: str) -> Any:
+        """What the program returns: rows, laid out as all rows are."""
+        return on_rows(run, jax.eval_shape(programs[name], *out[name]))
+
+    rollout = rows("sample")
+    texts = (rollout.token_BT, rollout.attention_mask_BT)
+    out["reference"] = (shapes(run.reference.params), *texts)
+    value_BT = rollout.value_BT
+    if value_BT is None and "critic" in run.states:
+        critic = shapes(run.states["critic"])
+        out["value"] = (critic.params, shapes(run.frozen["critic"]), *texts)
+        value_BT = rows("value")
+    if settings.old_logp == "rescore":
+        out["rescore"] = (policy.params, base, *texts)
+    count = rollout.token_BT.shape[0]
+    reward_B, valid_B = on_rows(
+        run, [jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.float32, jnp.bool_)]
+    )
+    coefficients = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)}
+    out["targets"] = (rollout, rows("reference"), reward_B, valid_B, coefficients, value_BT)
+    batch = on_rows(run, jax.eval_shape(programs["targets"], *out["targets"])[0])
+    row_M = minibatch_rows(config, count, 0, 0)[0]
+    if len(row_M) < count:
+        out["take"] = (batch, row_M)
+        batch = rows("take")
+    if "critic" in run.states:
+        out["critic_update"] = (shapes(run.states["critic"]), batch, shapes(run.frozen["critic"]))
+    if "warmup" in programs:
+        out["warmup"] = (policy, batch, base)
+    return out | {"update": (policy, batch, base)}
+
+
+def shapes(tree: Any) -> Any:
+    """Arrays → their shapes, dtypes and layouts."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def on_rows(run: Run, tree: Any) -> Any:
+    """Shapes with a leading row axis, laid out as the programs leave rows."""
+    layout = row_layout(run.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
+
+
+def compile_ahead(run: Run) -> threading.Thread | None:
+    """Compile the programs of an on-policy run in the order that an iteration calls them.
+
+    Meant for a run that is not filled yet: weights are read meanwhile. What is compiled is found in
+    jit's own cache; without this a first step waits for each program in turn. With several
+    processes it does nothing: they must reach the compiler in one order.
+    """
+    if jax.process_count() > 1 or not is_on_policy(run.config):
+        return None
+
+    def work() -> None:
+        with jax.set_mesh(run.mesh):
+            for name, given in arguments(run).items():
+                try:
+                    run.programs[name].lower(*given).compile()
+                except Exception as error:  # the call that needs it will say so
+                    log.info("%s does not compile: %s", name, error)
+
+    thread = threading.Thread(target=work, name="compile ahead", daemon=True)
+    thread.start()
+    return thread

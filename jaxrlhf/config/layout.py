@@ -1,0 +1,73 @@
+"""Does the mesh divide what is laid out on it? Asked before any array is made."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from jaxrlhf.config.model import DecoderConfig
+from jaxrlhf.config.run import MeshConfig
+from jaxrlhf.errors import InputError
+
+
+def resolve_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
+    """``mesh`` with its -1, if any, replaced by what is left of ``devices``.
+
+    Raises:
+      InputError: if the axes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(mesh)
+    named = " · ".join(f"{name}={size}" for name, size in sizes.items())
+    for problem in axes_problems(mesh):
+        raise InputError(problem)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise InputError(f"mesh: {named} does not make {devices} devices: change one axis")
+    return MeshConfig(**sizes)
+
+
+def check_mesh(mesh: MeshConfig, decoder: DecoderConfig, devices: int, rows: int) -> MeshConfig:
+    """Refuse a mesh that does not divide what is laid out on it.
+
+    Args:
+      devices: how many there are, over all hosts.
+      rows: of one microbatch (``rows_at_once``).
+
+    Returns:
+      The mesh, its -1 resolved.
+
+    Raises:
+      InputError: the first size that an axis does not divide, as ``heads=9 % tensor=2``.
+    """
+    mesh = resolve_mesh(mesh, devices)
+    split = {name: getattr(decoder, name) for name in ("heads", "kv_heads", "mlp", "vocab")}
+    for axis, pieces, sizes in (
+        ("tensor", mesh.tensor, split),
+        ("fsdp", mesh.fsdp, {"embed": decoder.embed}),
+    ):
+        whole = math.gcd(*sizes.values(), devices)
+        fits = ", ".join(str(size) for size in range(1, whole + 1) if whole % size == 0)
+        for name, size in sizes.items():
+            if size % pieces:
+                raise InputError(
+                    f"{name}={size} % {axis}={pieces} is not 0: "
+                    f"mesh.{axis} can be {fits} with this model on {devices} devices"
+                )
+    shards = mesh.data * mesh.fsdp
+    if rows % shards:
+        raise InputError(
+            f"rows={rows} % (data·fsdp)={shards} is not 0: change mesh, data.batch_size, sample.n, "
+            "minibatches or microbatches, so that the rows of a microbatch divide"
+        )
+    return mesh
+
+
+def axes_problems(mesh: MeshConfig) -> Iterator[str]:
+    """What is wrong with the numbers themselves, a line each."""
+    sizes = dataclasses.asdict(mesh)
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            yield f"mesh.{name}={size}: must be at least 1, or -1 for the rest of the devices"
+    if list(sizes.values()).count(-1) > 1:
+        named = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        yield f"mesh: {named}: only one axis may be -1, the rest of the devices"
