@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxrlhf.models.transformer import Model as Model
     from jaxrlhf.networks import load_model as load_model
     from jaxrlhf.sharding import make_mesh as make_mesh
+    from jaxrlhf.steps.losses import policy_loss as policy_loss
     from jaxrlhf.steps.sampling import sample as sample
     from jaxrlhf.steps.scoring import forward as forward
     from jaxrlhf.steps.scoring import reward as reward
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from jaxrlhf.steps.scoring import value as value
     from jaxrlhf.steps.updating import make_optimizer as make_optimizer
     from jaxrlhf.steps.updating import make_update as make_update
-    from jaxrlhf.steps.updating import policy_loss as policy_loss
     from jaxrlhf.types import Batch as Batch
     from jaxrlhf.types import Outputs as Outputs
     from jaxrlhf.types import Rollout as Rollout
@@ -49,7 +49,7 @@ _HOMES = {
     "value": "jaxrlhf.steps.scoring",
     "make_optimizer": "jaxrlhf.steps.updating",
     "make_update": "jaxrlhf.steps.updating",
-    "policy_loss": "jaxrlhf.steps.updating",
+    "policy_loss": "jaxrlhf.steps.losses",
     "Batch": "jaxrlhf.types",
     "Outputs": "jaxrlhf.types",
     "Rollout": "jaxrlhf.types",

@@ -25,14 +25,10 @@ def arguments(run: Run) -> Arguments:
     Args:
       run: one that samples.
     """
-    config, programs, settings = run.config, run.programs, on_policy(run.config)
-    policy, base = shapes(run.states["policy"]), shapes(run.frozen["policy"])
-    width = (config.data.batch_size, config.data.max_prompt_tokens)
-    layout = few_rows_layout(run.mesh, config.data.batch_size)
-    prompts = (jax.ShapeDtypeStruct(width, jnp.int32, sharding=layout),) * 2
-    key = jax.random.fold_in(jax.random.key(0), 0)
+    config, programs = run.config, run.programs
+    policy, base = shapes(run.states["policy"]).params, shapes(run.frozen["policy"])
     assert run.reference is not None
-    out: Arguments = {"sample": (policy.params, base, *prompts, key)}
+    out: Arguments = {"sample": (policy, base, *_prompts(run))}
 
     def rows(name: str) -> Any:
         """What the program returns: rows, laid out as all rows are."""
@@ -41,29 +37,48 @@ def arguments(run: Run) -> Arguments:
     rollout = rows("sample")
     texts = (rollout.token_BT, rollout.attention_mask_BT)
     out["reference"] = (shapes(run.reference.params), *texts)
-    value_BT = rollout.value_BT
-    if value_BT is None and "critic" in run.states:
+    extra = ()
+    if "greedy" in run.algorithm.needs:
+        out["greedy"] = out["sample"]
+        shape = (config.data.batch_size * config.sample.n,)
+        extra = on_rows(run, (jax.ShapeDtypeStruct(shape, jnp.float32),))
+    if "value" in run.algorithm.needs:
+        extra = (rollout.value_BT,)
+    if "critic" in run.states:
         critic = shapes(run.states["critic"])
         out["value"] = (critic.params, shapes(run.frozen["critic"]), *texts)
-        value_BT = rows("value")
-    if settings.old_logp == "rescore":
-        out["rescore"] = (policy.params, base, *texts)
+        extra = (rows("value"),)
+    if on_policy(config).old_logp == "rescore":
+        out["rescore"] = (policy, base, *texts)
     count = rollout.token_BT.shape[0]
-    reward_B, valid_B = on_rows(
-        run, [jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.float32, jnp.bool_)]
-    )
+    judged = [jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.float32, jnp.bool_)]
     coefficients = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)}
-    out["targets"] = (rollout, rows("reference"), reward_B, valid_B, coefficients, value_BT)
+    out["targets"] = (rollout, rows("reference"), *on_rows(run, judged), coefficients, *extra)
     batch = on_rows(run, jax.eval_shape(programs["targets"], *out["targets"])[0])
+    count = jax.tree.leaves(batch)[0].shape[0]
     row_M = minibatch_rows(config, count, 0, 0)[0]
     if len(row_M) < count:
         out["take"] = (batch, row_M)
         batch = rows("take")
-    if "critic" in run.states:
-        out["critic_update"] = (shapes(run.states["critic"]), batch, shapes(run.frozen["critic"]))
-    if "warmup" in programs:
-        out["warmup"] = (policy, batch, base)
-    return out | {"update": (policy, batch, base)}
+    return out | _updates(run, batch)
+
+
+def _prompts(run: Run) -> tuple[Any, ...]:
+    """Prompts, their mask, and the key of the draws."""
+    width = (run.config.data.batch_size, run.config.data.max_prompt_tokens)
+    layout = few_rows_layout(run.mesh, width[0])
+    prompts = (jax.ShapeDtypeStruct(width, jnp.int32, sharding=layout),) * 2
+    return *prompts, jax.random.fold_in(jax.random.key(0), 0)
+
+
+def _updates(run: Run, batch: Any) -> Arguments:
+    """What each optimizer step is called with."""
+    names = {"critic_update": "critic", "warmup": "policy", "update": "policy"}
+    return {
+        name: (shapes(run.states[who]), batch, shapes(run.frozen[who]))
+        for name, who in names.items()
+        if name in run.programs
+    }
 
 
 def shapes(tree: Any) -> Any:

@@ -4,9 +4,8 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -139,6 +138,10 @@ def generate(
     n: int = 1,
     temperature: float = 1.0,
     max_new_tokens: int = 64,
+    reward: str = "",
+    reward_model: str = "",
+    keep: Literal["all", "best", "resample"] = "all",
+    beta: float = 1.0,
     seed: int = 0,
 ) -> None:
     """Complete prompts, as plain text, and print the completions, one after the other.
@@ -149,35 +152,28 @@ def generate(
       n: completions a prompt.
       temperature: logits are divided by this; 0 takes the likeliest token.
       max_new_tokens: most tokens of a completion.
+      reward: a function that judges completions: sentiment, or package.module:function.
+      reward_model: instead, the output folder of a reward-model run.
+      keep: of a prompt's completions all, the best by the reward, or one drawn in proportion to
+        exp(reward / beta).
+      beta: of that draw, reward units a nat.
       seed: every draw follows from it.
     """
-    from jaxrlhf.config import SampleConfig, check_sample
+    from jaxrlhf.config import RewardConfig, SampleConfig, check_sample
 
     if not prompt:
         raise InputError("--prompt: missing: give at least one text to complete")
+    if reward and reward_model:
+        raise InputError("--reward and --reward-model: give one of them")
     wish = SampleConfig(n=n, temperature=temperature, max_new_tokens=max_new_tokens)
     check_sample(wish)
     prepare_jax()
-    import jax
+    from jaxrlhf.generating import complete
 
-    from jaxrlhf.data.tokens import encode_prompt, left_pad
-    from jaxrlhf.models.tokenizers import ends_of
-    from jaxrlhf.networks import load_model
-    from jaxrlhf.steps.sampling import sample
-
-    policy, params, tokenizer = load_model(model)
-    places = [f"--prompt {i + 1}" for i in range(len(prompt))]
-    ids = [encode_prompt(tokenizer, text, at) for text, at in zip(prompt, places, strict=True)]
-    stop, pad = ends_of(tokenizer)
-    wish = replace(wish, pad=pad, stop=stop)
-    longest, context = max(map(len, ids)) + max_new_tokens, policy.decoder.context
-    if longest > context:
-        raise InputError(f"{longest} tokens, and the model's context is {context}: ask for fewer")
-    token_QP, mask_QP = left_pad(ids, max(map(len, ids)), pad, places)
-    draw = jax.jit(sample, static_argnums=(0, 5))
-    rollout = jax.device_get(draw(policy, params, token_QP, mask_QP, jax.random.key(seed), wish))
-    for row, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True):
-        print(tokenizer.decode(row[mask > 0], skip_special_tokens=True))
+    judge = RewardConfig(reward, reward_model) if reward or reward_model else None
+    for row in complete(model, prompt, wish, judge, keep, beta, seed):
+        for text, score in row:
+            print(text if score is None else f"{score:.3f}\t{text}")
 
 
 def export(

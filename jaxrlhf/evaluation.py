@@ -8,11 +8,11 @@ import numpy as np
 
 from jaxrlhf.config import is_on_policy
 from jaxrlhf.data.batches import held_out_batches
-from jaxrlhf.data.tokens import Encoded, preference_batch, prompt_arrays, token_batch
+from jaxrlhf.data.tokens import Encoded, prompt_arrays
 from jaxrlhf.judging import Judge
 from jaxrlhf.metrics import distinct_n, mean_interval
 from jaxrlhf.rewards.text import decode_rollout
-from jaxrlhf.setup import Run
+from jaxrlhf.setup import Run, pack
 from jaxrlhf.sharding import put_rows, row_shards
 from jaxrlhf.types import Params, Rollout, TokenBatch
 
@@ -141,13 +141,11 @@ def evaluate_offline(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eva
     ``accuracy_large_gap`` over those with at least 0.5.
     """
     totals: dict[str, float] = {}
-    config, frozen = run.config, run.frozen["policy"]
-    pack = preference_batch if config.algorithm.name == "reward_model" else token_batch
+    frozen = run.frozen["policy"]
     right: list[bool] = []
     for row_B, real_B in _batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
-        host = pack(picked, config.data.max_tokens, config.sample.pad, real_B)
-        batch = put_rows(host, run.mesh)
+        batch = pack(run, picked, real_B)
         if "scores" in run.programs:
             score_BC = run.programs["scores"](params, frozen, batch)
             loss, metrics = run.algorithm.loss(score_BC, batch)
@@ -156,7 +154,7 @@ def evaluate_offline(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eva
         else:
             loss, metrics = run.programs["loss"](params, frozen, batch)
         share = real_B.sum() / len(rows)
-        if isinstance(host, TokenBatch):  # its mean is over tokens
+        if isinstance(batch, TokenBatch):  # its mean is over tokens
             counts = [len(row.answers[0]) for row in picked]
             share = np.dot(counts, real_B) / sum(len(row.answers[0]) for row in rows)
         for name, x in {"loss": loss, **metrics}.items():

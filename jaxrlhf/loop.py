@@ -6,6 +6,7 @@ left here is their order, and the host's chores.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,20 +16,20 @@ from jax.sharding import Mesh
 
 from jaxrlhf.ahead import compile_ahead
 from jaxrlhf.algorithms import KL_CONTROLLERS
+from jaxrlhf.collecting import collect
 from jaxrlhf.config import Config, is_on_policy
-from jaxrlhf.config import on_policy as settings_of
+from jaxrlhf.config import on_policy as on_policy_settings
 from jaxrlhf.data.batches import order
-from jaxrlhf.data.tokens import preference_batch, prompt_arrays, token_batch
-from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
+from jaxrlhf.judging import Judgement
 from jaxrlhf.metrics import combine
 from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.session import Session
-from jaxrlhf.setup import Run, fill, setup, start_of
-from jaxrlhf.sharding import make_mesh, put_rows
-from jaxrlhf.types import Batch, Params, Rollout, TrainState
+from jaxrlhf.setup import Run, fill, pack, setup, start_of
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.types import AnyBatch, Params, Rollout, TrainState
 
 SHOWN = 4
 """Completions of each iteration that go to samples.jsonl."""
@@ -64,7 +65,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
 
 def on_policy(run: Run, session: Session) -> None:
     """Sample, judge, compare with the reference, estimate values, learn; and again."""
-    algorithm = settings_of(run.config)
+    algorithm = on_policy_settings(run.config)
     controller = KL_CONTROLLERS[algorithm.kl_controller]
     if algorithm.kl_controller == "fixed":
         session.host["kl_coef"] = algorithm.kl_coef
@@ -91,54 +92,43 @@ def on_policy(run: Run, session: Session) -> None:
         evaluate_between(run, session, step + 1)
 
 
-def iterate(run: Run, session: Session, step: int) -> tuple[States, dict[str, Any], Rollout, Any]:
+def iterate(
+    run: Run, session: Session, step: int
+) -> tuple[States, dict[str, Any], Rollout, Judgement]:
     """One iteration of policy learning: from prompts to the next states."""
-    programs, states, settings = run.programs, session.states, settings_of(run.config)
-    policy, base = states["policy"].params, run.frozen["policy"]
-    key = jax.random.fold_in(jax.random.key(run.config.seed), step)
-    prompts = [
-        run.train_rows.items[i]
-        for i in order(len(run.train_rows), run.config.data.batch_size, run.config.seed, step)
-    ]
-    arrays = prompt_arrays(prompts, run.config.data.max_prompt_tokens, run.config.sample.pad)
-    prompt_QP, mask_QP = put_rows(arrays, run.mesh)
-
-    rollout = programs["sample"](policy, base, prompt_QP, mask_QP, key)
-    session.lap("sample", rollout)
-    assert run.judge is not None
-    assert run.reference is not None
-    judgement = run.judge(rollout, [prompt.source for prompt in prompts])
-    if not bool(judgement.valid_B.any()):
-        raise InputError(f"rewards: iteration {step + 1} got no usable reward for any completion")
-    session.lap("reward", judgement.reward_B)
-
+    programs, states, settings = run.programs, session.states, on_policy_settings(run.config)
+    rollout, judgement, baseline_B, metrics = collect(run, session, step)
     rows = (rollout.token_BT, rollout.attention_mask_BT)
+    assert run.reference is not None
     ref_logp_BT = programs["reference"](run.reference.params, *rows)
-    value_BT = rollout.value_BT
-    if value_BT is None:
-        value_BT = programs["value"](states["critic"].params, run.frozen["critic"], *rows)
     if settings.old_logp == "rescore":
+        policy, base = states["policy"].params, run.frozen["policy"]
         logp_BT = programs["rescore"](policy, base, *rows) * rollout.mask_BT
-        rollout = rollout.replace(logp_BT=logp_BT)
+        rollout = replace(rollout, logp_BT=logp_BT)
+    extra = () if baseline_B is None else (baseline_B,)
+    if "value" in run.algorithm.needs:
+        value_BT = rollout.value_BT
+        if value_BT is None:
+            value_BT = programs["value"](states["critic"].params, run.frozen["critic"], *rows)
+        extra = (value_BT,)
     coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}
     batch, measured = programs["targets"](
-        rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, value_BT
+        rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, *extra
     )
     session.lap("score", batch)
 
     states, learnt = learn(run, states, batch, step)
     session.lap("update", learnt)
     parts = {f"reward/{name}": np.nanmean(x) for name, x in judgement.parts.items()}
-    metrics = {**measured, **parts, **learnt, **coefficients}
-    return states, metrics, rollout, judgement
+    return states, {**metrics, **measured, **parts, **learnt, **coefficients}, rollout, judgement
 
 
-def learn(run: Run, states: States, batch: Batch, step: int) -> tuple[States, dict[str, Any]]:
+def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
     """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
-    programs, settings = run.programs, settings_of(run.config)
+    programs, settings = run.programs, on_policy_settings(run.config)
     states, seen = dict(states), []
     warming = step < run.config.critic.warmup
-    rows = batch.token_BT.shape[0]
+    rows = jax.tree.leaves(batch)[0].shape[0]
     for epoch in range(settings.epochs):
         for row_M in minibatch_rows(run.config, rows, step, epoch):
             part = batch if len(row_M) == rows else programs["take"](batch, row_M)
@@ -176,13 +166,12 @@ def shown(run: Run, rollout: Rollout, judgement: Any) -> list[dict[str, Any]]:
 def offline(run: Run, session: Session) -> None:
     """Learn from the rows of a file: one optimizer step an iteration."""
     config = run.config
-    pack = preference_batch if config.algorithm.name == "reward_model" else token_batch
     evaluate_before(run, session, lambda: session.states["policy"].params)
     for step in session.steps():
         began = time.perf_counter()
         chosen = order(len(run.train_rows), config.data.batch_size, config.seed, step)
         rows = [run.train_rows.items[i] for i in chosen]
-        batch = put_rows(pack(rows, config.data.max_tokens, config.sample.pad), run.mesh)
+        batch = pack(run, rows)
         session.states["policy"], metrics = run.programs["update"](
             session.states["policy"], batch, run.frozen["policy"]
         )

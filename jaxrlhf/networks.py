@@ -14,13 +14,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import checkpoint
-from jaxrlhf.config import Config, MeshConfig, ModelConfig, check_mesh, is_on_policy, load
+from jaxrlhf.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    check_mesh,
+    has_critic,
+    is_on_policy,
+    load,
+)
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, merge_lora
 from jaxrlhf.sharding import make_mesh, put, shardings, train_state_shardings
-from jaxrlhf.steps.updating import combine_params, make_optimizer
+from jaxrlhf.steps.losses import combine_params
+from jaxrlhf.steps.updating import make_optimizer
 from jaxrlhf.types import Params, TrainState
 
 INIT = 0x7FFFFFFE
@@ -106,7 +115,7 @@ def run_config(folder: str) -> Config:
 def needs_head(config: Config) -> bool:
     """Whether the network that a run trains carries the scalar head."""
     if is_on_policy(config):
-        return config.critic.kind == "shared"
+        return has_critic(config) and config.critic.kind == "shared"
     return config.algorithm.name == "reward_model"
 
 

@@ -6,26 +6,36 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import Algorithm, reweight
-from jaxrlhf.config import Config, SampleConfig, is_on_policy, on_policy
+from jaxrlhf.config import (
+    A2CConfig,
+    Config,
+    PPOConfig,
+    SampleConfig,
+    has_critic,
+    is_on_policy,
+    on_policy,
+)
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.sharding import row_layout
-from jaxrlhf.steps.sampling import sample
-from jaxrlhf.steps.scoring import score, value
-from jaxrlhf.steps.updating import (
+from jaxrlhf.sharding import few_rows_layout, row_layout
+from jaxrlhf.steps.losses import (
+    candidate_logp,
     candidate_scores,
     combine_params,
     critic_loss,
-    make_optimizer,
-    make_update,
+    pairs_loss,
     policy_loss,
     reward_model_loss,
     sft_loss,
 )
-from jaxrlhf.types import Array, Batch, Params, TrainState
+from jaxrlhf.steps.sampling import sample
+from jaxrlhf.steps.scoring import score, value
+from jaxrlhf.steps.updating import make_optimizer, make_update
+from jaxrlhf.types import AnyBatch, Array, Params, PreferenceBatch, Rollout, TrainState
 
 
 def on_policy_programs(
@@ -43,17 +53,18 @@ def on_policy_programs(
     ``states`` say where updated states are to lie; what flows between the programs has its rows
     split over ``mesh`` in one way.
     """
-    rows = row_layout(mesh)
+    rows, few = row_layout(mesh), few_rows_layout(mesh, config.data.batch_size)
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
-    shared, settings = config.critic.kind == "shared", on_policy(config)
+    shared = has_critic(config) and config.critic.kind == "shared"
+    settings = on_policy(config)
     assert algorithm.targets is not None
 
-    def sampler(settings: SampleConfig, value: bool) -> Callable[..., Any]:
+    def sampler(settings: SampleConfig, value: bool, layout: Any = rows) -> Callable[..., Any]:
         def draw(params: Params, frozen: Any, prompt: Array, mask: Array, key: Array) -> Any:
             weights, lora = combine_params(params, frozen)
             return sample(model, weights, prompt, mask, key, settings, lora, value)
 
-        return jax.jit(draw, out_shardings=rows)
+        return jax.jit(draw, out_shardings=layout)
 
     def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
@@ -69,10 +80,9 @@ def on_policy_programs(
 
         return jax.jit(reference_score, out_shardings=rows)
 
-    def take(batch: Batch, row_M: Array) -> Batch:
-        return reweight(
-            jax.tree.map(lambda x: x[row_M], batch), settings.aggregation, settings.length
-        )
+    def take(batch: AnyBatch, row_M: Array) -> AnyBatch:
+        part = jax.tree.map(lambda x: x[row_M], batch)
+        return reweight(part, settings.aggregation, settings.length)
 
     return {
         "sample": sampler(config.sample, shared),
@@ -83,8 +93,15 @@ def on_policy_programs(
         "value": jax.jit(estimate, out_shardings=rows),
         "targets": jax.jit(algorithm.targets, out_shardings=(rows, None)),
         "take": jax.jit(take, out_shardings=rows),
+        "merge": jax.jit(merge, out_shardings=rows),
+        "greedy": sampler(replace(config.sample, n=1, temperature=0.0), False, few),
         **updates(config, algorithm, model, critic_model, states),
     }
+
+
+def merge(rollouts: tuple[Rollout, ...], row_B: Array) -> Rollout:
+    """Rows out of several rollouts."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[row_B], *rollouts)
 
 
 def evaluation_sampling(config: Config) -> SampleConfig:
@@ -102,13 +119,22 @@ def updates(
 ) -> dict[str, Callable[..., Any]]:
     """The optimizer steps: of the policy, of a separate critic, of a shared head's warm-up."""
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
-    shared = config.critic.kind == "shared"
 
     def update(loss: Any, who: str, settings: Config) -> Callable[..., Any]:
         layout = layout_of(states[who])
         return make_update(optimizer(settings), loss, config.optim.microbatches, layout=layout)
 
-    coefficient = on_policy(config).value_coef if shared else None
+    if algorithm.reads == "pairs":
+        return {
+            "update": update(pairs_loss(model, algorithm, temperature, first), "policy", config)
+        }
+    settings = config.algorithm
+    if not isinstance(settings, PPOConfig | A2CConfig):
+        return {
+            "update": update(policy_loss(model, algorithm, temperature, first), "policy", config)
+        }
+    shared = config.critic.kind == "shared"
+    coefficient = settings.value_coef if shared else None
     loss = policy_loss(model, algorithm, temperature, first, coefficient)
     programs = {"update": update(loss, "policy", config)}
     if shared and config.critic.warmup:
@@ -121,16 +147,28 @@ def updates(
 
 
 def offline_programs(
-    config: Config, algorithm: Algorithm, model: Model, states: dict[str, TrainState]
+    config: Config,
+    algorithm: Algorithm,
+    model: Model,
+    reference_model: Model | None,
+    states: dict[str, TrainState],
+    mesh: Mesh,
 ) -> dict[str, Callable[..., Any]]:
     """The programs of learning from rows: the update, and what held-out rows are measured with."""
-    join = {"reward_model": reward_model_loss, "sft": sft_loss}[config.algorithm.name]
-    loss = join(model, algorithm)
+    join = {"scores": reward_model_loss, "pairs": pairs_loss, "outputs": sft_loss}
+    loss = join[algorithm.reads](model, algorithm)
     layout = layout_of(states["policy"])
-    programs = {
+    programs: dict[str, Callable[..., Any]] = {
         "update": make_update(optimizer(config), loss, config.optim.microbatches, layout=layout),
     }
-    if config.algorithm.name == "reward_model":
+    if reference_model is not None:
+
+        def compare(params: Params, batch: PreferenceBatch) -> PreferenceBatch:
+            logp_BCT = candidate_logp(reference_model, params, batch)
+            return replace(batch, ref_logp_BCT=logp_BCT)
+
+        programs["reference"] = jax.jit(compare, out_shardings=row_layout(mesh))
+    if algorithm.reads == "scores":
         return {**programs, "scores": jax.jit(partial(candidate_scores, model))}
     return {**programs, "loss": jax.jit(loss)}
 

@@ -1,11 +1,12 @@
 """From a config to everything a run needs: data, networks, states and jitted programs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import ALGORITHMS, Algorithm
@@ -15,10 +16,13 @@ from jaxrlhf.config import (
     RewardConfig,
     check,
     check_mesh,
+    has_critic,
+    has_reference,
     is_on_policy,
     rows_at_once,
 )
-from jaxrlhf.data.formats import read_completions, read_pairs, read_prompts
+from jaxrlhf.data.formats import read_completions, read_labelled, read_pairs, read_prompts
+from jaxrlhf.data.packing import labelled_batch, preference_batch, token_batch
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.tokens import Encoded, encode_rows
 from jaxrlhf.errors import InputError
@@ -36,11 +40,17 @@ from jaxrlhf.networks import (
     tokenizer_path,
 )
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
-from jaxrlhf.sharding import make_mesh
-from jaxrlhf.types import Params, TrainState
+from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.types import AnyBatch, Params, TrainState
 
-READERS = {"ppo": read_prompts, "reward_model": read_pairs, "sft": read_completions}
-"""What an algorithm's rows are."""
+ROWS = {
+    "sft": (read_completions, token_batch),
+    "kto": (read_labelled, labelled_batch),
+    "bco": (read_labelled, labelled_batch),
+}
+"""What the rows of algorithms that do not learn from pairs are: how to read and to batch them."""
+
+PAIRS = (read_pairs, preference_batch)
 
 
 @dataclass(frozen=True)
@@ -125,14 +135,15 @@ def _networks(run: Run, loader: Loader) -> Run:
     start = loader.base(config.model, config.seed)
     states = {"policy": start_state(config, start, needs_head(config), loader)}
     frozen = {"policy": start.params if model.lora else None}
-    if not is_on_policy(config):
-        return replace(run, states=states, frozen=frozen)
-    reference = start
+    reference = start if has_reference(config) else None
     if config.reference.path:
         reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
-    _check_speaks_alike("reference.path", reference, run)
+        _check_speaks_alike("reference.path", reference, run)
+    run = replace(run, states=states, frozen=frozen, reference=reference)
+    if not is_on_policy(config):
+        return run
     critic = None
-    if config.critic.kind == "separate":
+    if has_critic(config) and config.critic.kind == "separate":
         critic = start
         if config.critic.path and is_run(config.critic.path):
             critic = loader.trained(config.critic.path)
@@ -149,7 +160,6 @@ def _networks(run: Run, loader: Loader) -> Run:
         run,
         states=states,
         frozen=frozen,
-        reference=reference,
         critic=critic and critic.model,
         judge=judge(config.rewards, "rewards"),
         gold=judge(config.eval.gold, "eval.gold") if config.eval.gold else None,
@@ -158,7 +168,8 @@ def _networks(run: Run, loader: Loader) -> Run:
 
 def _programs(run: Run) -> dict[str, Callable[..., Any]]:
     if not is_on_policy(run.config):
-        return offline_programs(run.config, run.algorithm, run.model, run.states)
+        other = run.reference and run.reference.model
+        return offline_programs(run.config, run.algorithm, run.model, other, run.states, run.mesh)
     assert run.reference is not None
     return on_policy_programs(
         run.config,
@@ -174,9 +185,24 @@ def _programs(run: Run) -> dict[str, Callable[..., Any]]:
 def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[Encoded]:
     """The rows of a file as the run's algorithm reads them, tokenised and checked."""
     skip = config.data.skip_bad_rows
-    rows = READERS[config.algorithm.name](read_rows(path, skip), tokenizer, skip)
+    read = read_prompts if is_on_policy(config) else ROWS.get(config.algorithm.name, PAIRS)[0]
+    rows = read(read_rows(path, skip), tokenizer, skip)
     limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
     return encode_rows(rows, tokenizer, model.decoder.vocab, limit, config.sample.stop, skip)
+
+
+def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> AnyBatch:
+    """Rows as the batch that the run's offline algorithm learns from, on the mesh.
+
+    Where it is relative to a reference, that one's log-probs are in it. Rows that only fill the
+    batch (``real_B`` False) have weight 0.
+    """
+    make = ROWS.get(run.config.algorithm.name, PAIRS)[1]
+    batch = make(rows, run.config.data.max_tokens, run.config.sample.pad, real_B)
+    batch = put_rows(batch, run.mesh)
+    if run.reference is None:
+        return batch
+    return run.programs["reference"](run.reference.params, batch)
 
 
 def start_state(config: Config, network: Network, head: bool, loader: Loader) -> TrainState:

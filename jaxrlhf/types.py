@@ -49,6 +49,8 @@ class Rollout:
     """bool, True where the response ended with a stop token, False where it was cut off."""
     value_BT: Array | None = None
     """V(tokens < t) where the critic shares the policy's trunk, else None."""
+    n: int = struct.field(pytree_node=False, default=1)
+    """G, samples a prompt; static."""
 
 
 @struct.dataclass
@@ -66,6 +68,10 @@ class Batch:
     """Σ weight·x over the minibatch is the mean that the config asks for (masked.weights)."""
     return_BT: Array | None = None
     old_value_BT: Array | None = None
+    ref_logp_BT: Array | None = None
+    """log-probs under the reference, where the KL to it is in the loss."""
+    kl_coef_B: Array | None = None
+    """β of that term, the same in every row."""
 
 
 @struct.dataclass
@@ -79,6 +85,13 @@ class PreferenceBatch:
     """Wanted score difference, in reward units; 0 unless the data says otherwise."""
     weight_B: Array
     """float32; 1/B on real rows, 0 on rows that only fill the batch, so that sums are means."""
+    mask_BCT: Array | None = None
+    """float32, 1 on the answers' tokens, stop tokens included; for losses on log-probs."""
+    ref_logp_BCT: Array | None = None
+    """log-probs under the reference, nats, for losses that are relative to one."""
+    label_B: Array | None = None
+    """float32, 1 where candidate 0 is desirable, 0 where not; for single labelled answers, whose
+    candidate 1 is the answer to another prompt."""
 
 
 @struct.dataclass
@@ -89,6 +102,9 @@ class TokenBatch:
     attention_mask_BT: Array
     weight_BT: Array
     """Σ weight·x is the mean over the tokens that are trained on; 0 on prompt and padding."""
+
+
+AnyBatch = Batch | PreferenceBatch | TokenBatch
 
 
 @struct.dataclass

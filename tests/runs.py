@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 from jaxrlhf.config import (
+    AlgorithmConfig,
     CheckpointConfig,
     Config,
     CriticConfig,
@@ -11,6 +13,7 @@ from jaxrlhf.config import (
     DecoderConfig,
     EvalConfig,
     ModelConfig,
+    OnPolicyConfig,
     OptimConfig,
     PPOConfig,
     RewardConfig,
@@ -90,3 +93,26 @@ def sft(folder, **changes):
 
 
 SEPARATE = CriticConfig(kind="separate", learning_rate=2e-3)
+
+
+def labelled(folder):
+    words = WORDS.split()
+    return write(
+        folder / "labelled.jsonl",
+        [
+            {"prompt": words[i % 14], "completion": f"{words[i % 12]} nice", "label": i % 12 < 6}
+            for i in range(32)
+        ],
+    )
+
+
+def of(name, folder, **changes):
+    """A run of the algorithm called ``name``, at its defaults."""
+    kind = next(kind for kind in get_args(AlgorithmConfig) if kind.name == name)
+    if issubclass(kind, OnPolicyConfig):
+        return ppo(folder, **{"algorithm": kind(), **changes})
+    config = {"sft": sft}.get(name, reward_model)(folder)
+    if name in ("kto", "bco"):
+        data = replace(config.data, train=labelled(folder), eval="")
+        config = replace(config, data=data, eval=EvalConfig())
+    return replace(config, **{"algorithm": kind(), **changes})

@@ -24,6 +24,8 @@ def configs(folder):
         "shared": base,
         "separate": runs.ppo(folder, critic=runs.SEPARATE),
         "lora-rescored": runs.ppo(folder, model=lora, algorithm=rescored),
+        "remax": runs.of("remax", folder),
+        "online_dpo": runs.of("online_dpo", folder),
     }
 
 
@@ -38,7 +40,10 @@ def assert_same(given, stated, name):
             assert x.sharding.is_equivalent_to(where, s.ndim), (name, x.sharding, where)
 
 
-@pytest.mark.parametrize("kind", ["shared", "separate", "lora-rescored"])
+KINDS = ["shared", "separate", "lora-rescored", "remax", "online_dpo"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_arguments_are_those_of_an_iteration(kind, sizes, tmp_path):
     config = replace(configs(tmp_path)[kind], mesh=MeshConfig(*sizes))

@@ -21,7 +21,7 @@ from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.session import Session
 from jaxrlhf.setup import setup
 from jaxrlhf.sharding import make_mesh
-from jaxrlhf.steps import updating
+from jaxrlhf.steps import losses
 
 
 def one_device():
@@ -208,7 +208,7 @@ def test_learn_warms_the_critic_up_before_the_policy_moves(critic, tmp_path):
 
 
 def test_train_raises_after_too_many_updates_that_are_not_finite(tmp_path, monkeypatch):
-    loss = updating.policy_loss
+    loss = losses.policy_loss
 
     def broken(*args, **kwargs):
         inner = loss(*args, **kwargs)

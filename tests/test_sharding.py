@@ -26,8 +26,9 @@ from jaxrlhf.sharding import (
     spec,
     train_state_shardings,
 )
+from jaxrlhf.steps.losses import policy_loss
 from jaxrlhf.steps.sampling import sample
-from jaxrlhf.steps.updating import make_optimizer, make_update, policy_loss
+from jaxrlhf.steps.updating import make_optimizer, make_update
 from jaxrlhf.types import TrainState
 
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)

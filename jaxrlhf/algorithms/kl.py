@@ -59,6 +59,49 @@ def kl_estimate(logp: Array, ref_logp: Array, kind: Literal["k1", "k2", "k3"] = 
     raise ValueError(f"kind={kind!r}: choose k1, k2 or k3")
 
 
+def kl_loss(
+    logp_BT: Array,
+    ref_logp_BT: Array,
+    old_logp_BT: Array,
+    mask_BT: Array,
+    weight_BT: Array,
+    kind: Literal["k1", "k2", "k3"] = "k3",
+    exact: bool = False,
+) -> Array:
+    """Σ weight·kl, the KL to the reference as a term of the loss, float32 scalar.
+
+    The gradient of an estimator is not an estimator of the gradient. With d = log π − log π_ref at
+    a token, and tokens drawn from π: that of k1 is 0 on average (no penalty at all); that of k3 is
+    that of KL(π_ref‖π), the other direction, as in GRPO's paper; that of k2 is the gradient of the
+    KL of *this token's* choice, which leaves out what the choice does to the KL of later tokens.
+    ``exact`` keeps the estimator's value and takes the gradient of the whole sequence's KL instead:
+    ρ·(Σ_s d_s)·∇log π(token t), with ρ = π/π_old to hold after several updates on one rollout.
+
+    Args:
+      logp_BT, ref_logp_BT, old_logp_BT: [B, T], nats; only the first gets a gradient.
+      mask_BT: [B, T], non-zero on the tokens that count; the other columns are never read.
+      weight_BT: [B, T], as made by ``masked.weights``, β included.
+      kind: the estimator, see ``kl_estimate``.
+
+    Raises:
+      ValueError: ``kind="k1"`` without ``exact``.
+    """
+    chex.assert_rank([logp_BT, ref_logp_BT, old_logp_BT, mask_BT, weight_BT], 2)
+    chex.assert_equal_shape([logp_BT, ref_logp_BT, old_logp_BT, mask_BT, weight_BT])
+    if kind == "k1" and not exact:
+        raise ValueError("kind='k1': its gradient is 0 on average: take k2, k3 or exact")
+    weight_BT, logp_BT, ref_logp_BT, old_logp_BT = (
+        masked.fill(x, mask_BT) for x in (weight_BT, logp_BT, ref_logp_BT, old_logp_BT)
+    )
+    value = (weight_BT * kl_estimate(logp_BT, ref_logp_BT, kind)).sum()
+    if not exact:
+        return value
+    gap_B1 = jax.lax.stop_gradient(logp_BT - ref_logp_BT).sum(1, keepdims=True)
+    ratio_BT = bounded_exp(logp_BT - jax.lax.stop_gradient(old_logp_BT))
+    surrogate = (weight_BT * gap_B1 * ratio_BT).sum()
+    return jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate)
+
+
 def token_rewards(reward_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | float) -> Array:
     """r_t = −β·kl_t, plus the score of the whole response on its last token (arXiv:1909.08593).
 

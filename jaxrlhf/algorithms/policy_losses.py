@@ -74,6 +74,40 @@ def ppo_policy_loss(
     }
 
 
+def cispo_loss(
+    logp_BT: Array,
+    old_logp_BT: Array,
+    advantage_BT: Array,
+    mask_BT: Array,
+    clip_low: Array | float = 1.0,
+    clip_high: Array | float = 0.2,
+    aggregation: Aggregation = "token",
+    length: int | None = None,
+    weight_BT: Array | None = None,
+) -> tuple[Array, Metrics]:
+    """−Σ weight·sg(clip(ρ, 1 − clip_low, 1 + clip_high))·A·log π (CISPO; arXiv:2506.13585).
+
+    Arguments and metrics as in ``ppo_policy_loss``; ``clip_fraction`` counts the tokens whose
+    weight was clipped, which still learn.
+    """
+    chex.assert_rank([logp_BT, old_logp_BT, advantage_BT, mask_BT], 2)
+    chex.assert_equal_shape([logp_BT, old_logp_BT, advantage_BT, mask_BT])
+    weight_BT = _weights(mask_BT, aggregation, length, weight_BT)
+    logp_BT, old_logp_BT, advantage_BT = (
+        masked.fill(x, mask_BT) for x in (logp_BT, old_logp_BT, advantage_BT)
+    )
+    old_logp_BT, advantage_BT = jax.lax.stop_gradient((old_logp_BT, advantage_BT))
+    ratio_BT = jax.lax.stop_gradient(bounded_exp(logp_BT - old_logp_BT))
+    ratio_BT = masked.fill(ratio_BT, mask_BT, 1.0)
+    clipped_BT = jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high)
+    return -(weight_BT * clipped_BT * advantage_BT * logp_BT).sum(), {
+        "clip_fraction": (weight_BT * (clipped_BT != ratio_BT)).sum(),
+        "approx_kl": (weight_BT * kl_estimate(old_logp_BT, logp_BT, "k3")).sum(),
+        "weight": weight_BT.sum(),
+        "ratio_max": jnp.max(ratio_BT, where=mask_BT != 0, initial=0),
+    }
+
+
 def policy_gradient_loss(
     logp_BT: Array,
     advantage_BT: Array,

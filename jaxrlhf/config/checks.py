@@ -1,62 +1,67 @@
 """Rules between fields, checked before any array is made. Never imports jax."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from jaxrlhf.config.algorithm import PPOConfig
+from jaxrlhf.config.algorithm import (
+    A2CConfig,
+    BCOConfig,
+    CISPOConfig,
+    DAPOConfig,
+    DPOConfig,
+    DrGRPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    OnPolicyConfig,
+    PPOConfig,
+    ReinforceConfig,
+    ReMaxConfig,
+    RLOOConfig,
+)
 from jaxrlhf.config.layout import axes_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
+from jaxrlhf.config.ranges import out_of_range
 from jaxrlhf.config.run import Config, RewardConfig, SampleConfig
 from jaxrlhf.errors import InputError
 
-ON_POLICY = (PPOConfig,)
-"""Algorithms that learn from responses they sample; the others learn from the rows of a file."""
+CRITICS = (PPOConfig, A2CConfig)
+"""Algorithms that learn a value function."""
 
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "at least 0",
-        lambda x: x >= 0,
-        "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
-        "critic.warmup checkpoint.every eval.every sample.temperature sample.top_k sample.pad "
-        "algorithm.clip_high "
-        "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
-        "algorithm.missing_eos_penalty",
-    ),
-    (
-        "at least 1",
-        lambda x: x >= 1,
-        "steps data.batch_size data.max_prompt_tokens sample.max_new_tokens sample.n "
-        "optim.microbatches optim.max_skipped checkpoint.keep eval.n eval.batch_size "
-        "algorithm.epochs algorithm.minibatches algorithm.length model.lora.rank "
-        "model.decoder.vocab model.decoder.embed model.decoder.layers model.decoder.heads "
-        "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context",
-    ),
-    ("at least 2", lambda x: x >= 2, "data.max_tokens"),
-    (
-        "above 0",
-        lambda x: x > 0,
-        "optim.eps optim.max_grad_norm algorithm.value_clip algorithm.target_kl "
-        "algorithm.kl_target algorithm.kl_horizon model.lora.alpha model.decoder.rope_theta "
-        "model.decoder.norm_eps",
-    ),
-    ("above 1", lambda x: x > 1, "algorithm.dual_clip"),
-    ("below 4294967296", lambda x: x < 2**32, "seed"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "algorithm.gamma algorithm.lam algorithm.clip_low"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "optim.b1 optim.b2 sample.min_p"),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "sample.top_p"),
-)
-"""What a number must be, and the dotted keys it is asked of; absent and None fields are passed."""
+ONE_PASS = (A2CConfig, ReinforceConfig, ReMaxConfig, RLOOConfig)
+"""Policy gradients without a ratio: a rollout is right for one update."""
+
+GROUPS = (
+    RLOOConfig, GRPOConfig, DrGRPOConfig, DAPOConfig, GSPOConfig, CISPOConfig, OnlineDPOConfig,
+)  # fmt: skip
+"""Algorithms that compare the samples of a prompt with each other."""
+
+WHOLE_BATCH = (KTOConfig, BCOConfig)
+"""Algorithms whose loss has a mean over the batch inside."""
+
+REFERENCES = (DPOConfig, KTOConfig, BCOConfig)
+"""Algorithms that learn from rows relative to a reference."""
 
 
 def is_on_policy(config: Config) -> bool:
     """Whether the run learns from responses it samples."""
-    return isinstance(config.algorithm, ON_POLICY)
+    return isinstance(config.algorithm, OnPolicyConfig)
 
 
-def on_policy(config: Config) -> PPOConfig:
+def has_critic(config: Config) -> bool:
+    """Whether the run learns a value function."""
+    return isinstance(config.algorithm, CRITICS)
+
+
+def has_reference(config: Config) -> bool:
+    """Whether the run compares the policy with a reference."""
+    return isinstance(config.algorithm, (OnPolicyConfig, *REFERENCES))
+
+
+def on_policy(config: Config) -> OnPolicyConfig:
     """The settings of an algorithm that samples; only for runs that do."""
-    assert isinstance(config.algorithm, ON_POLICY)
+    assert isinstance(config.algorithm, OnPolicyConfig)
     return config.algorithm
 
 
@@ -66,9 +71,9 @@ def check(config: Config) -> None:
     Raises:
       InputError: the first rule that does not hold.
     """
-    learning = _on_policy if isinstance(config.algorithm, ON_POLICY) else _offline
+    learning = _on_policy if is_on_policy(config) else _offline
     for problem in itertools.chain(
-        _ranges(config),
+        out_of_range(config),
         _model(config),
         _data(config),
         _sources("rewards", config.rewards),
@@ -87,32 +92,18 @@ def check_sample(sample: SampleConfig) -> None:
     Raises:
       InputError: the first field that is out of range.
     """
-    for problem in _ranges(Config(sample=sample)):
+    for problem in out_of_range(Config(sample=sample)):
         raise InputError(problem)
 
 
 def rows_at_once(config: Config) -> int:
     """Rows of one microbatch: what one forward and backward pass of the update works on."""
     rows = config.data.batch_size
-    if isinstance(config.algorithm, ON_POLICY):
+    if isinstance(config.algorithm, OnlineDPOConfig):  # its rows are pairs, one a prompt
+        rows = rows // config.algorithm.minibatches
+    elif isinstance(config.algorithm, OnPolicyConfig):
         rows = rows * config.sample.n // config.algorithm.minibatches
     return rows // config.optim.microbatches
-
-
-def _ranges(config: Config) -> Iterator[str]:
-    for what, holds, keys in RANGES:
-        for key in keys.split():
-            value = _get(config, key)
-            if value is not None and not holds(value):
-                yield f"{key}={value}: must be {what}"
-
-
-def _get(config: Config, key: str) -> Any:
-    """The value at a dotted key; None where a part is missing."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    return value
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -172,7 +163,7 @@ def _warmup(config: Config) -> Iterator[str]:
 
 def _on_policy(config: Config) -> Iterator[str]:
     sample, algorithm, data = config.sample, config.algorithm, config.data
-    assert isinstance(algorithm, ON_POLICY)
+    assert isinstance(algorithm, OnPolicyConfig)
     if sample.temperature == 0:
         yield "sample.temperature=0: greedy; refused in training: give a number above 0"
     for token in sample.stop:
@@ -182,6 +173,9 @@ def _on_policy(config: Config) -> Iterator[str]:
         yield "rewards: missing: give at least one, with a function or a model"
     rows = data.batch_size * sample.n
     named = f"data.batch_size={data.batch_size} · sample.n={sample.n} = {rows} rows"
+    if isinstance(algorithm, OnlineDPOConfig):
+        rows = data.batch_size
+        named = f"data.batch_size={rows}"
     if rows % algorithm.minibatches:
         yield f"{named} % algorithm.minibatches={algorithm.minibatches} is not 0: change one"
     rows //= algorithm.minibatches
@@ -197,26 +191,68 @@ def _on_policy(config: Config) -> Iterator[str]:
             f"rollout ({named}), or β changes sign: raise it"
         )
     for name in ("whiten_advantages", "whiten_rewards"):
-        if getattr(algorithm, name) and data.batch_size * sample.n == 1:
+        if getattr(algorithm, name, False) and data.batch_size * sample.n == 1:
             yield f"algorithm.{name}: one row has no variance: turn it off, or raise sample.n"
     if algorithm.length is not None and algorithm.aggregation != "fixed":
         yield (
             f"algorithm.length={algorithm.length}: aggregation={algorithm.aggregation} does not "
             "read it: set aggregation: fixed, or leave length out"
         )
+    yield from _family(config, algorithm)
     yield from _width(config, data.max_prompt_tokens + sample.max_new_tokens)
+
+
+def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
+    """What one family of algorithms asks for, and what it would not read."""
+    name, n = algorithm.name, config.sample.n
+    if isinstance(algorithm, GROUPS) and n < 2:
+        yield f"sample.n={n}: {name} compares the samples of a prompt: give at least 2"
+    if isinstance(algorithm, ONE_PASS) and algorithm.epochs > 1:
+        yield f"algorithm.epochs={algorithm.epochs}: {name} has no ratio, and one pass: set it to 1"
+    if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.kl_coef:
+        yield (
+            "algorithm.kl_estimator=k1: as a loss its gradient is 0 on average: take k2 or k3, or "
+            "kl_in: exact_loss"
+        )
+    if algorithm.overlong_buffer > config.sample.max_new_tokens:
+        yield (
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: more tokens than "
+            f"sample.max_new_tokens={config.sample.max_new_tokens}: lower it"
+        )
+    if algorithm.target_kl and isinstance(algorithm, (*ONE_PASS, OnlineDPOConfig)):
+        yield f"algorithm.target_kl={algorithm.target_kl}: {name} has no ratio: leave it out"
+    if algorithm.off_policy != "none" and algorithm.off_policy_cap < 1:
+        yield f"algorithm.off_policy_cap={algorithm.off_policy_cap}: must be at least 1"
+    if isinstance(algorithm, OnlineDPOConfig):
+        if algorithm.kind == "exo_pair":
+            yield "algorithm.kind=exo_pair: needs label smoothing, which online_dpo lacks: change"
+        ignored = {"kl_in": "reward", "off_policy": "none", "entropy_coef": 0.0}
+        for key, default in ignored.items():
+            if getattr(algorithm, key) != default:
+                yield f"algorithm.{key}: online_dpo does not read it: its beta holds the reference"
+    if not has_critic(config) and config.critic != CriticConfig():
+        yield f"critic: algorithm.name={name} learns no value function: leave it out"
 
 
 def _offline(config: Config) -> Iterator[str]:
     name, data = config.algorithm.name, config.data
     if config.rewards:
         yield f"rewards: algorithm.name={name} learns from its data alone: leave rewards out"
+    if isinstance(config.algorithm, DPOConfig):
+        smoothing, kind = config.algorithm.label_smoothing, config.algorithm.kind
+        if smoothing and kind not in ("sigmoid", "robust", "exo_pair"):
+            yield f"algorithm.label_smoothing={smoothing}: kind={kind} does not read it: use 0"
+        if kind == "exo_pair" and not smoothing:
+            yield "algorithm.label_smoothing=0: the loss of exo_pair is infinite: give 0.1, say"
+    pieces = config.optim.microbatches
+    if isinstance(config.algorithm, WHOLE_BATCH) and pieces > 1:
+        yield f"optim.microbatches={pieces}: {name} has a mean over the batch inside: set it to 1"
     if config.eval.gold:
         yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
     ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's
     unread = {
         "critic": (config.critic, CriticConfig()),
-        "reference": (config.reference, ReferenceConfig()),
+        **({} if has_reference(config) else {"reference": (config.reference, ReferenceConfig())}),
         "sample": (config.sample, SampleConfig(**ends)),
     }
     for section, (given, default) in unread.items():

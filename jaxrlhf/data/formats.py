@@ -16,7 +16,7 @@ take their text from ``render``, so a model is scored on what it was trained on.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,21 @@ def read_completions(
 ) -> Rows[Completion]:
     """Prompts with an answer. Raises InputError on the first bad row, or counts it as skipped."""
     return transform(rows, partial(_completion, tokenizer=tokenizer), skip_bad_rows)
+
+
+def read_labelled(
+    rows: Rows[Row], tokenizer: PreTrainedTokenizerFast, skip_bad_rows: bool = False
+) -> Rows[Completion]:
+    """As ``read_completions``, with a column ``label``: true if the answer is as it should be.
+
+    A row with ``chosen`` and ``rejected`` is read as two, the first labelled true.
+
+    Raises:
+      InputError: besides theirs, a label that is missing, or neither true nor false.
+    """
+    split = tuple(part for row in rows.items for part in _unpaired(row))
+    read = partial(_labelled, tokenizer=tokenizer)
+    return transform(replace(rows, items=split), read, skip_bad_rows)
 
 
 def read_pairs(
@@ -167,6 +182,32 @@ def _completion(row: Row, tokenizer: PreTrainedTokenizerFast) -> Completion:
         columns = _columns(row, "prompt", "completion")
     text, (completion,) = render(tokenizer, prompt, (answer,), row.where)
     return Completion(text, completion, columns, row.where)
+
+
+def _unpaired(row: Row) -> tuple[Row, ...]:
+    """The two labelled rows of a pair; any other row alone."""
+    if "chosen" not in row.values or "rejected" not in row.values:
+        return (row,)
+    rest = {key: x for key, x in row.values.items() if key not in ("chosen", "rejected")}
+    return tuple(
+        Row(
+            {
+                **rest,
+                "completion": row.values[key],
+                "label": key == "chosen",
+                "ended": row.values.get(f"{key}_ended", True),
+            },
+            row.where,
+        )
+        for key in ("chosen", "rejected")
+    )
+
+
+def _labelled(row: Row, tokenizer: PreTrainedTokenizerFast) -> Completion:
+    label = row.values.get("label")
+    if not isinstance(label, bool):
+        raise InputError(f"{row.where}: label={shown(label)}: give true or false")
+    return _completion(row, tokenizer)
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerFast) -> Pair:

@@ -7,7 +7,7 @@ The end-of-sequence rule. A response that the sampler finished carries its stop 
 id. So does every answer to be trained on, exactly once: whatever a chat template writes after a
 stop token of the answer's end (a line break) is cut, and an answer without one gets the
 tokenizer's end-of-sequence. A tokenizer that has none stops no sampler, and none is added. Answers
-that were cut off say so: ``chosen_ended`` or ``rejected_ended`` false in the row, and they get
+that were cut off say so (``ended``, ``chosen_ended``, ``rejected_ended`` false in the row), and get
 none. Reward models therefore see in training what they see in scoring.
 
 Masks follow lengths, never ``token != pad``: padding and end-of-sequence may share an id.
@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerFast
 from jaxrlhf.data.formats import Completion, Pair, Prompt
 from jaxrlhf.data.rows import Rows, shown, transform
 from jaxrlhf.errors import InputError
-from jaxrlhf.types import PreferenceBatch, TokenBatch
 
 Ids = list[int]
 
@@ -169,54 +168,6 @@ def prompt_arrays(rows: Sequence[Encoded], width: int, pad: int) -> tuple[np.nda
     return left_pad([row.prompt for row in rows], width, pad, [row.source.where for row in rows])
 
 
-def token_batch(
-    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
-) -> TokenBatch:
-    """Completion rows as a TokenBatch of numpy arrays, right-padded to T = ``width``.
-
-    weight_BT is 1/n on the n tokens of completions, stop tokens included, 0 elsewhere.
-
-    Args:
-      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
-      real_B: False on rows that only fill the batch; they get weight 0.
-    """
-    where = [row.source.where for row in rows]
-    token_BT, mask_BT = right_pad([row.prompt + row.answers[0] for row in rows], width, pad, where)
-    learn_BT = mask_BT.copy()
-    for index, row in enumerate(rows):
-        learn_BT[index, : len(row.prompt)] = 0
-    if real_B is not None:
-        learn_BT = learn_BT * real_B[:, None]
-    arrays: dict[str, Any] = {
-        "token_BT": token_BT,
-        "attention_mask_BT": mask_BT,
-        "weight_BT": _mean_weights(learn_BT),
-    }
-    return TokenBatch(**arrays)
-
-
-def preference_batch(
-    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
-) -> PreferenceBatch:
-    """Pair rows as a PreferenceBatch of numpy arrays, right-padded to T = ``width``; C = 2.
-
-    Args:
-      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
-      real_B: False on rows that only fill the batch; they get weight 0.
-    """
-    flat = [row.prompt + answer for row in rows for answer in row.answers]
-    where = [row.source.where for row in rows for _ in row.answers]
-    token_RT, mask_RT = right_pad(flat, width, pad, where)
-    real_B = np.ones(len(rows)) if real_B is None else real_B
-    arrays: dict[str, Any] = {
-        "token_BCT": token_RT.reshape(len(rows), 2, width),
-        "attention_mask_BCT": mask_RT.reshape(len(rows), 2, width),
-        "margin_B": np.array([getattr(row.source, "margin", 0.0) for row in rows], np.float32),
-        "weight_B": _mean_weights(real_B),
-    }
-    return PreferenceBatch(**arrays)
-
-
 def _encode_row(
     row: Prompt | Completion | Pair,
     tokenizer: PreTrainedTokenizerFast,
@@ -229,6 +180,7 @@ def _encode_row(
             text, texts, field = row.text, (), "data.max_prompt_tokens"
         case Completion():
             text, texts, field = row.prompt, (row.completion,), "data.max_tokens"
+            ended = (_ended(row, "ended"),)
         case Pair():
             text, texts, field = row.prompt, (row.chosen, row.rejected), "data.max_tokens"
             ended = tuple(_ended(row, f"{name}_ended") for name in ("chosen", "rejected"))
@@ -245,7 +197,7 @@ def _encode_row(
     return Encoded(prompt, answers, row)
 
 
-def _ended(row: Pair, name: str) -> bool:
+def _ended(row: Completion | Pair, name: str) -> bool:
     value = row.columns.get(name, True)
     if not isinstance(value, bool):
         raise InputError(f"{row.where}: {name}={shown(value)}: true, false, or leave it out")
@@ -268,9 +220,3 @@ def _pad(rows: Sequence[Ids], width: int, pad: int, left: bool) -> tuple[np.ndar
         token_BT[index, real] = ids
         mask_BT[index, real] = 1
     return token_BT, mask_BT
-
-
-def _mean_weights(mask: np.ndarray) -> np.ndarray:
-    """What masked.weights gives by token, without sending the batch to a device."""
-    mask = (mask != 0).astype(np.float32)
-    return mask / np.maximum(mask.sum(), np.float32(1))

@@ -217,4 +217,5 @@ def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: in
         sample_logp_BT=after_prompt(end["sample_logp_BN"]),
         ended_B=end["done_B"],
         value_BT=after_prompt(end["value_BN"]) if "value_BN" in end else None,
+        n=n,
     )

@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function of a TrainState, and the losses it minimises."""
+"""One optimizer step as a pure function of a TrainState."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,15 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.algorithms import Algorithm
 from jaxrlhf.config import OptimConfig
-from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.scoring import forward, reward, value
-from jaxrlhf.types import Array, Batch, Outputs, Params, PreferenceBatch, TokenBatch, TrainState
-
-Metrics = dict[str, Array]
-Loss = Callable[[Params, Any, Any], tuple[Array, Metrics]]
-"""loss(params, frozen, batch) → (scalar, metrics), both additive over rows."""
+from jaxrlhf.steps.losses import Loss, Metrics
+from jaxrlhf.types import Array, Params, TrainState
 
 
 def make_optimizer(config: OptimConfig, steps: int | None = None) -> optax.GradientTransformation:
@@ -151,110 +145,3 @@ def _apply(
         skipped=(state.skipped + 1) * (1 - taken),
     )
     return state, {**metrics, "loss": value, "grad_norm": norm, "skipped": 1.0 - taken}
-
-
-def combine_params(params: Params, frozen: Params | None) -> tuple[Params, Params | None]:
-    """What a network is called with: (weights, adapters).
-
-    Full fine-tuning trains the weights themselves; with LoRA, ``params`` is
-    ``{"lora": adapters, "head"?: …}`` and ``frozen`` the weights.
-    """
-    if "lora" not in params:
-        return params, None
-    if frozen is None:
-        raise ValueError("adapters need the frozen weights: update(state, batch, frozen)")
-    rest = {name: child for name, child in params.items() if name != "lora"}
-    return {**frozen, **rest}, params["lora"]
-
-
-def policy_loss(
-    model: Model,
-    algorithm: Algorithm,
-    temperature: float = 1.0,
-    first: int = 1,
-    value_coef: float | None = None,
-) -> Loss:
-    """Join an algorithm's losses to a model: loss(params, frozen, batch) for ``make_update``.
-
-    Args:
-      temperature: that of the sampler.
-      first: static; the first response column (P), which saves the prompt's logits.
-      value_coef: if given, the head on the policy's trunk learns the value function too, with this
-        weight.
-    """
-    entropy = "entropy" in algorithm.needs
-
-    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
-        weights, lora = combine_params(params, frozen)
-        outputs = forward(
-            model,
-            weights,
-            batch.token_BT,
-            batch.attention_mask_BT,
-            temperature,
-            entropy=entropy,
-            value=value_coef is not None,
-            lora=lora,
-            first=first,
-        )
-        total, metrics = algorithm.loss(outputs, batch)
-        if value_coef is not None:
-            assert algorithm.value_loss is not None
-            extra, more = algorithm.value_loss(outputs, batch)
-            total, metrics = total + value_coef * extra, {**metrics, **more}
-        return total, metrics
-
-    return loss
-
-
-def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> Loss:
-    """Join an algorithm's value loss to a critic.
-
-    ``head_only`` holds the trunk still: the warm-up of a head that shares the policy's trunk.
-    """
-
-    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
-        weights, lora = combine_params(params, frozen)
-        if head_only:
-            trunk = {name: child for name, child in weights.items() if name != "head"}
-            trunk, lora = jax.lax.stop_gradient((trunk, lora))
-            weights = {**trunk, "head": weights["head"]}
-        value_BT = value(model, weights, batch.token_BT, batch.attention_mask_BT, lora)
-        outputs = Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
-        assert algorithm.value_loss is not None
-        return algorithm.value_loss(outputs, batch)
-
-    return loss
-
-
-def candidate_scores(
-    model: Model, params: Params, frozen: Params | None, batch: PreferenceBatch
-) -> Array:
-    """The reward of every candidate of a batch, [B, C]."""
-    weights, lora = combine_params(params, frozen)
-    rows, candidates, tokens = batch.token_BCT.shape
-    token = batch.token_BCT.reshape(rows * candidates, tokens)
-    mask = batch.attention_mask_BCT.reshape(rows * candidates, tokens)
-    return reward(model, weights, token, mask, lora).reshape(rows, candidates)
-
-
-def reward_model_loss(model: Model, algorithm: Algorithm) -> Loss:
-    """Join a reward-model loss to a model: scores [B, C] of the candidates."""
-
-    def loss(
-        params: Params, frozen: Params | None, batch: PreferenceBatch
-    ) -> tuple[Array, Metrics]:
-        return algorithm.loss(candidate_scores(model, params, frozen, batch), batch)
-
-    return loss
-
-
-def sft_loss(model: Model, algorithm: Algorithm) -> Loss:
-    """Join an imitation loss to a model."""
-
-    def loss(params: Params, frozen: Params | None, batch: TokenBatch) -> tuple[Array, Metrics]:
-        weights, lora = combine_params(params, frozen)
-        outputs = forward(model, weights, batch.token_BT, batch.attention_mask_BT, lora=lora)
-        return algorithm.loss(outputs, batch)
-
-    return loss

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from operator import attrgetter
+from typing import get_args
 
 import pytest
 
 from jaxrlhf.config import (
+    AlgorithmConfig,
     Config,
     CriticConfig,
     DataConfig,
@@ -25,7 +27,7 @@ from jaxrlhf.config import (
     check_sample,
     rows_at_once,
 )
-from jaxrlhf.config.checks import RANGES
+from jaxrlhf.config.ranges import RANGES
 from jaxrlhf.errors import InputError
 
 DECODER = DecoderConfig(
@@ -146,7 +148,7 @@ def test_check_refuses_offline(changes, message):
 
 def test_check_ranges_name_real_fields():
     full = replace(PPO, model=replace(fresh(), lora=LoraConfig()))
-    configs = [replace(full, algorithm=kind()) for kind in (PPOConfig, RewardModelConfig)]
+    configs = [replace(full, algorithm=kind()) for kind in get_args(AlgorithmConfig)]
     for key in " ".join(keys for *_, keys in RANGES).split():
         part, _, name = key.rpartition(".")
         owners = [attrgetter(part)(config) if part else config for config in configs]

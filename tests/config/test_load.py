@@ -84,7 +84,7 @@ def test_load_floats_are_floats(write):
         ("algorithm: {name: sft, gamma: 1}", ": algorithm.gamma: unknown key (known: name)"),
         (
             "algorithm: {name: pppo}",
-            ": algorithm.name='pppo': unknown (choose one of ppo, reward_model, sft)",
+            ": algorithm.name='pppo': unknown (choose one of ppo, a2c, reinforce,",
         ),
         ("algorithm: {gamma: 1}", ": algorithm.name: missing (choose one of ppo,"),
         ("model: {decoder: {vocab: 3}}", ": model.decoder.embed: missing, and it has no default"),

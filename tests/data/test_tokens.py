@@ -14,6 +14,7 @@ from jaxrlhf.data.formats import (
     read_prompts,
     render,
 )
+from jaxrlhf.data.packing import preference_batch, token_batch
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.tokens import (
     Encoded,
@@ -22,10 +23,8 @@ from jaxrlhf.data.tokens import (
     encode_prompt,
     encode_rows,
     left_pad,
-    preference_batch,
     prompt_arrays,
     right_pad,
-    token_batch,
 )
 from jaxrlhf.errors import InputError
 

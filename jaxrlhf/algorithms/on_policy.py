@@ -1,0 +1,229 @@
+"""What all algorithms that sample have in common.
+
+Their ``targets`` is ``price``, then advantages of their own, then ``learnable``; their ``loss`` is
+a policy loss of their own, then ``penalised``.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import masked
+from jaxrlhf.algorithms.algorithm import Metrics
+from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate, kl_loss, token_rewards
+from jaxrlhf.algorithms.off_policy import importance_weights
+from jaxrlhf.algorithms.policy_losses import entropy_bonus
+from jaxrlhf.algorithms.value_loss import value_loss
+from jaxrlhf.config.on_policy import OnPolicyConfig
+from jaxrlhf.types import Array, Batch, Outputs, Rollout
+
+
+class Priced(NamedTuple):
+    """A rollout and what its tokens earned."""
+
+    rollout: Rollout
+    mask_BT: Array
+    """float32, 1 on the tokens of rows whose reward is known."""
+    logp_BT: Array
+    ref_logp_BT: Array
+    reward_BT: Array
+    """Each token's reward: the score on the last one, and −β·KL where it is in the reward."""
+    valid_B: Array
+    """bool, True where the reward is known."""
+    kl_coef: Array
+    metrics: Metrics
+
+    def returns(self) -> Array:
+        """[B], Σ over a response's tokens, reward units."""
+        return self.reward_BT.sum(1)
+
+
+def price(
+    config: OnPolicyConfig,
+    rollout: Rollout,
+    ref_logp_BT: Array,
+    reward_B: Array,
+    valid_B: Array,
+    coefficients: dict[str, Array],
+) -> Priced:
+    """Put a price on every token: the score, penalties on it, and the KL where it is a reward.
+
+    Rows whose reward is unknown (``valid_B`` False, or a reward that is not finite) keep their
+    place with an empty mask: weight, advantage and return 0, no part in any mean.
+
+    Args:
+      rollout: its ``logp_BT`` is the old log-prob of the ratio and of the KL.
+      ref_logp_BT: [B, T], nats, at the same temperature.
+      reward_B: [B], any dtype.
+      valid_B: [B] bool.
+      coefficients: ``kl_coef``, β, reward units a nat.
+    """
+    reward_B = reward_B.astype(jnp.float32)
+    valid_B = (valid_B != 0) & jnp.isfinite(reward_B)
+    mask_BT = ((rollout.mask_BT != 0) & valid_B[:, None]).astype(jnp.float32)
+    logp_BT, ref_logp_BT = (masked.fill(x_BT, mask_BT) for x_BT in (rollout.logp_BT, ref_logp_BT))
+    beta = jnp.asarray(coefficients["kl_coef"], jnp.float32)
+    kl_BT = kl_estimate(logp_BT, ref_logp_BT, config.kl_estimator)
+    charged = beta if config.kl_in == "reward" else jnp.zeros_like(beta)
+    penalty_B = jnp.where(rollout.ended_B, 0, config.missing_eos_penalty)
+    if config.overlong_buffer:
+        penalty_B += overlong_penalty(rollout.mask_BT, config.overlong_buffer)
+    reward_BT = token_rewards(reward_B - penalty_B, kl_BT, mask_BT, charged)
+    priced = Priced(rollout, mask_BT, logp_BT, ref_logp_BT, reward_BT, valid_B, beta, {})
+    return priced._replace(metrics=_metrics(priced, reward_B, kl_BT, charged))
+
+
+def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metrics:
+    """Means over valid rows: ``score`` as it came and its std, ``kl`` (nats a sequence),
+    ``kl_reward``, ``reward`` (score, penalties and KL together), ``length`` (tokens), ``ended``
+    (fraction); over their tokens: ``entropy_estimate`` (nats) and ``sample_ratio``,
+    exp(logp − sample_logp), 1 when the update's log-probs are the sampler's and nothing was
+    truncated; and the fraction ``valid`` of all rows.
+    """
+    rollout, mask_BT, logp_BT, ref_logp_BT = priced[:4]
+    valid_B = priced.valid_B
+    gap_BT = logp_BT - masked.fill(rollout.sample_logp_BT, mask_BT)
+    return {
+        "score": masked.mean(reward_B, valid_B),
+        "score_std": jnp.sqrt(masked.variance(reward_B, valid_B)),
+        "reward": masked.mean(priced.returns(), valid_B),
+        "kl": masked.mean((logp_BT - ref_logp_BT).sum(1), valid_B),
+        "kl_reward": masked.mean(-beta * kl_BT.sum(1), valid_B),
+        "length": masked.mean(mask_BT.sum(1), valid_B),
+        "ended": masked.mean(rollout.ended_B, valid_B),
+        "entropy_estimate": -masked.mean(logp_BT, mask_BT),
+        "sample_ratio": masked.mean(bounded_exp(gap_BT), mask_BT),
+        "valid": valid_B.mean(dtype=jnp.float32),
+    }
+
+
+def overlong_penalty(mask_BT: Array, buffer: int) -> Array:
+    """Soft penalty on length, in tokens: 0 up to N − buffer, then linear up to 1 at N.
+
+    max(0, length − (N − buffer)) / buffer (DAPO; arXiv:2503.14476, equation 13), where N is the
+    most tokens that a response can have.
+
+    Args:
+      mask_BT: [B, T], 1 on the response's tokens; the first column of any response is that of all.
+      buffer: tokens, at least 1.
+
+    Returns:
+      float32 [B], from 0 to 1, reward units.
+    """
+    mask_BT = mask_BT != 0
+    most = mask_BT.shape[1] - jnp.argmax(mask_BT.any(0))
+    return jnp.clip((mask_BT.sum(1) - (most - buffer)) / buffer, 0, 1)
+
+
+def learnable(
+    config: OnPolicyConfig,
+    priced: Priced,
+    advantage_BT: Array,
+    return_BT: Array | None = None,
+    value_BT: Array | None = None,
+) -> Batch:
+    """The Batch of a rollout, given its advantages [B, T].
+
+    Off-policy weights go into the advantage: every policy loss here is linear in a non-negative
+    factor of it, clipped ones included. Truncated responses leave the mask here, if they do.
+    """
+    rollout, mask_BT = priced.rollout, priced.mask_BT
+    if config.mask_truncated:
+        mask_BT = mask_BT * rollout.ended_B[:, None]
+    if config.off_policy != "none":
+        level, _, mode = config.off_policy.partition("_")
+        advantage_BT *= importance_weights(
+            priced.logp_BT,
+            masked.fill(rollout.sample_logp_BT, priced.mask_BT),
+            mask_BT,
+            level=level,  # type: ignore[arg-type]
+            mode="mask" if mode else "truncate",
+            cap=config.off_policy_cap,
+        )
+    in_loss = config.kl_in != "reward"
+    return Batch(
+        token_BT=rollout.token_BT,
+        attention_mask_BT=rollout.attention_mask_BT,
+        mask_BT=mask_BT,
+        old_logp_BT=priced.logp_BT,
+        advantage_BT=masked.fill(advantage_BT, mask_BT),
+        weight_BT=masked.weights(mask_BT, config.aggregation, config.length),
+        return_BT=return_BT,
+        old_value_BT=value_BT,
+        ref_logp_BT=priced.ref_logp_BT if in_loss else None,
+        kl_coef_B=jnp.broadcast_to(priced.kl_coef, mask_BT.shape[:1]) if in_loss else None,
+    )
+
+
+def spread(x_B: Array, mask_BT: Array) -> Array:
+    """A number a response → the same on each of its tokens, float32 [B, T]."""
+    return masked.fill(jnp.broadcast_to(x_B[:, None], mask_BT.shape), mask_BT)
+
+
+def groups(x_B: Array, rollout: Rollout) -> Array:
+    """[B] → [Q, G].
+
+    Raises:
+      ValueError: G < 2: nothing to compare a response with.
+    """
+    if rollout.n < 2:
+        raise ValueError(f"sample.n={rollout.n}: a group needs at least 2 samples of a prompt")
+    return x_B.reshape(-1, rollout.n)
+
+
+def penalised(
+    config: OnPolicyConfig, loss: Array, metrics: Metrics, outputs: Outputs, batch: Batch
+) -> tuple[Array, Metrics]:
+    """The policy loss plus β·KL where it is in the loss, minus the entropy bonus."""
+    metrics = {**metrics, "policy_loss": loss}
+    if batch.ref_logp_BT is not None and batch.kl_coef_B is not None:
+        metrics["kl_loss"] = kl_loss(
+            outputs.logp_BT,
+            batch.ref_logp_BT,
+            batch.old_logp_BT,
+            batch.mask_BT,
+            batch.weight_BT * batch.kl_coef_B[:, None],
+            kind=config.kl_estimator,
+            exact=config.kl_in == "exact_loss",
+        )
+        loss += metrics["kl_loss"]
+    if config.entropy_coef:
+        assert outputs.entropy_BT is not None  # "entropy" is in needs
+        metrics["entropy"] = entropy_bonus(outputs.entropy_BT, batch.mask_BT, batch.weight_BT)
+        loss -= config.entropy_coef * metrics["entropy"]
+    return loss, metrics
+
+
+def critic_loss(outputs: Outputs, batch: Batch, clip: float | None = None) -> tuple[Array, Metrics]:
+    """``value_loss`` of what a forward pass says, against a batch's returns."""
+    assert outputs.value_BT is not None  # "value" is in needs
+    assert batch.old_value_BT is not None
+    assert batch.return_BT is not None
+    loss, metrics = value_loss(
+        outputs.value_BT,
+        batch.old_value_BT,
+        batch.return_BT,
+        batch.mask_BT,
+        clip=clip,
+        weight_BT=batch.weight_BT,
+    )
+    return loss, metrics | {"value_loss": loss}
+
+
+def needs(config: OnPolicyConfig, *more: str) -> frozenset[str]:
+    """What has to be computed for an algorithm with these settings."""
+    return frozenset({"reference", *more, *(["entropy"] if config.entropy_coef else [])})
+
+
+def to_go(reward_BT: Array, mask_BT: Array, gamma: float = 1.0) -> Array:
+    """Σ over this and later tokens of γᵏ·r, float32 [B, T], 0 where the mask is 0."""
+
+    def step(later_B, column):
+        reward_B, mask_B = column
+        later_B = jnp.where(mask_B, reward_B + gamma * later_B, later_B)
+        return later_B, later_B
+
+    columns = (masked.fill(reward_BT, mask_BT).T, mask_BT.T != 0)
+    _, return_TB = jax.lax.scan(step, jnp.zeros(mask_BT.shape[0]), columns, reverse=True)
+    return masked.fill(return_TB.T, mask_BT)

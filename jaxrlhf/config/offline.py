@@ -1,0 +1,98 @@
+"""Algorithms that learn from the rows of a file: one dataclass each, told apart by ``name``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxrlhf.config.on_policy import PreferenceKind
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """A scalar reward model trained on preference pairs (Bradley-Terry; arXiv:2203.02155)."""
+
+    name: Literal["reward_model"] = "reward_model"
+    centre_coef: float = 0.0
+    """Weight of (r_chosen + r_rejected)², which keeps scores around 0 (arXiv:2312.09244)."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: the negative log-likelihood of completions."""
+
+    name: Literal["sft"] = "sft"
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation and its relatives on pairs (arXiv:2305.18290)."""
+
+    name: Literal["dpo"] = "dpo"
+    kind: PreferenceKind = "sigmoid"
+    """The loss; with label_smoothing, sigmoid is cDPO."""
+    beta: float = 0.1
+    """β: how strongly the reference holds (nats a unit of implicit reward)."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong (sigmoid, robust, exo_pair)."""
+    mean_logp: bool = False
+    """Mean log-probs over an answer's tokens instead of sums: IPO per token."""
+    sft_coef: float = 0.0
+    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
+
+
+@dataclass(frozen=True)
+class ORPOConfig:
+    """Odds-ratio preference optimisation: SFT plus an odds-ratio term (arXiv:2403.07691)."""
+
+    name: Literal["orpo"] = "orpo"
+    beta: float = 0.1
+    """Weight of the odds-ratio term."""
+    sft_coef: float = 1.0
+    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
+
+
+@dataclass(frozen=True)
+class SimPOConfig:
+    """Simple preference optimisation: mean log-probs, a margin, no reference (arXiv:2405.14734)."""
+
+    name: Literal["simpo"] = "simpo"
+    beta: float = 2.0
+    """Scale of the mean log-prob."""
+    gamma: float = 1.0
+    """Wanted margin of β·mean log-probs."""
+    sft_coef: float = 0.0
+    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
+
+
+@dataclass(frozen=True)
+class CPOConfig:
+    """Contrastive preference optimisation: DPO's loss without reference (arXiv:2401.08417)."""
+
+    name: Literal["cpo"] = "cpo"
+    beta: float = 0.1
+    """Scale of the summed log-prob."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong."""
+    sft_coef: float = 1.0
+    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
+
+
+@dataclass(frozen=True)
+class KTOConfig:
+    """Kahneman-Tversky optimisation on single labelled answers (arXiv:2402.01306)."""
+
+    name: Literal["kto"] = "kto"
+    beta: float = 0.1
+    """β: how strongly the reference holds."""
+    desirable_weight: float = 1.0
+    """Weight of rows labelled true."""
+    undesirable_weight: float = 1.0
+    """Weight of rows labelled false."""
+
+
+@dataclass(frozen=True)
+class BCOConfig:
+    """Binary classifier optimisation on single labelled answers (arXiv:2404.04656)."""
+
+    name: Literal["bco"] = "bco"
+    beta: float = 0.1
+    """β: how strongly the reference holds."""

@@ -1,0 +1,101 @@
+"""Token ids of rows to learn from → one batch of padded arrays; numpy in, numpy out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.data.tokens import Encoded, Ids, right_pad
+from jaxrlhf.types import PreferenceBatch, TokenBatch
+
+
+def token_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> TokenBatch:
+    """Completion rows as a TokenBatch of numpy arrays, right-padded to T = ``width``.
+
+    weight_BT is 1/n on the n tokens of completions, stop tokens included, 0 elsewhere.
+
+    Args:
+      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
+      real_B: False on rows that only fill the batch; they get weight 0.
+    """
+    where = [row.source.where for row in rows]
+    token_BT, mask_BT = right_pad([row.prompt + row.answers[0] for row in rows], width, pad, where)
+    learn_BT = mask_BT.copy()
+    for index, row in enumerate(rows):
+        learn_BT[index, : len(row.prompt)] = 0
+    if real_B is not None:
+        learn_BT = learn_BT * real_B[:, None]
+    arrays: dict[str, Any] = {
+        "token_BT": token_BT,
+        "attention_mask_BT": mask_BT,
+        "weight_BT": _mean_weights(learn_BT),
+    }
+    return TokenBatch(**arrays)
+
+
+def preference_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> PreferenceBatch:
+    """Pair rows as a PreferenceBatch of numpy arrays, right-padded to T = ``width``; C = 2.
+
+    Args:
+      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
+      real_B: False on rows that only fill the batch; they get weight 0.
+    """
+    answers = [row.answers for row in rows]
+    margin_B = np.array([getattr(row.source, "margin", 0.0) for row in rows], np.float32)
+    return _candidates(rows, answers, width, pad, real_B, margin_B=margin_B)
+
+
+def labelled_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> PreferenceBatch:
+    """Labelled rows as a PreferenceBatch; arguments as for ``preference_batch``.
+
+    Candidate 0 is the row's answer and ``label_B`` its label; candidate 1 is the next real row's
+    answer to this prompt, cut where it would be too long: what KTO estimates a KL with.
+    """
+    count = len(rows) if real_B is None else int(np.sum(real_B))
+    answers = []
+    for index, row in enumerate(rows):
+        other = rows[(index + 1) % count].answers[0][: width - len(row.prompt)]
+        answers.append((row.answers[0], other))
+    label_B = np.array([row.source.columns["label"] for row in rows], np.float32)
+    return _candidates(rows, answers, width, pad, real_B, label_B=label_B)
+
+
+def _candidates(
+    rows: Sequence[Encoded],
+    answers: Sequence[Sequence[Ids]],
+    width: int,
+    pad: int,
+    real_B: np.ndarray | None,
+    **more: np.ndarray,
+) -> PreferenceBatch:
+    """C answers to each row's prompt."""
+    count = len(answers[0])
+    flat = [
+        row.prompt + answer for row, given in zip(rows, answers, strict=True) for answer in given
+    ]
+    where = [row.source.where for row in rows for _ in range(count)]
+    token_RT, real_RT = right_pad(flat, width, pad, where)
+    prompt_R = np.repeat([len(row.prompt) for row in rows], count)
+    mask_RT = real_RT * (np.arange(width) >= prompt_R[:, None])
+    shape = (len(rows), count, width)
+    arrays: dict[str, Any] = {
+        "token_BCT": token_RT.reshape(shape),
+        "attention_mask_BCT": real_RT.reshape(shape),
+        "mask_BCT": mask_RT.reshape(shape).astype(np.float32),
+        "margin_B": np.zeros(len(rows), np.float32),
+        "weight_B": _mean_weights(np.ones(len(rows)) if real_B is None else real_B),
+        **more,
+    }
+    return PreferenceBatch(**arrays)
+
+
+def _mean_weights(mask: np.ndarray) -> np.ndarray:
+    """What masked.weights gives by token, without sending the batch to a device."""
+    mask = (mask != 0).astype(np.float32)
+    return mask / np.maximum(mask.sum(), np.float32(1))

@@ -1,0 +1,110 @@
+"""Every file of configs/ is a run that can be started, and on the tiny model one that learns."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import loop
+from jaxrlhf.config import AlgorithmConfig, MeshConfig, ModelConfig, check, is_on_policy, load
+from jaxrlhf.data.formats import read_pairs
+from jaxrlhf.data.packing import preference_batch
+from jaxrlhf.data.rows import read_rows
+from jaxrlhf.data.tokens import encode_rows
+from jaxrlhf.demo.pairs import PairConfig, write_pairs
+from jaxrlhf.demo.words import write_corpus
+from jaxrlhf.networks import load_model
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.steps.losses import candidate_logp
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+NAMES = [kind.name for kind in get_args(AlgorithmConfig)]
+LEARNERS = [name for name in NAMES if name not in ("sft", "reward_model", "ppo")]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_can_be_started(path):
+    config = load(path)
+    check(config)
+    header = path.read_text(encoding="utf-8").split("algorithm:")[0]
+    for word in ("# Launch:", "# Takes:", "Expect"):
+        assert word in header
+    assert "jaxrlhf " in header
+
+
+def test_every_algorithm_has_a_config_of_either_size():
+    stems = {(load(path).algorithm.name, load(path).model.path == "smollm2") for path in CONFIGS}
+    assert {(name, True) for name in NAMES if name != "sft"} <= stems
+    assert {(name, False) for name in NAMES} <= stems
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """What ``jaxrlhf demo --tiny`` makes before its reward model: a policy, prompts and pairs."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_corpus(folder, 0)
+    sft = load("configs/sft_tiny.yaml")
+    data = replace(sft.data, train=str(folder / "sft.jsonl"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    loop.train(replace(sft, data=data, output=str(folder / "sft")), mesh)
+    pairs = PairConfig(
+        model=ModelConfig(path=str(folder / "sft")),
+        judge="jaxrlhf.demo.words:goodness",
+        max_prompt_tokens=4,
+        max_new_tokens=12,
+        batch_size=32,
+    )
+    jobs = {
+        folder / "pairs.jsonl": (str(folder / "prompts.jsonl"), 4),
+        folder / "pairs_held_out.jsonl": (str(folder / "held_out.jsonl"), 4),
+    }
+    with jax.set_mesh(mesh):
+        write_pairs(pairs, jobs, 0, mesh)
+    return folder, mesh
+
+
+def of_world(name, seed, folder):
+    """The tiny config of an algorithm, on this world's files."""
+    config = load(f"configs/{name}_tiny.yaml")
+    files = {key: str(folder / Path(getattr(config.data, key)).name) for key in ("train", "eval")}
+    return replace(
+        config,
+        model=ModelConfig(path=str(folder / "sft")),
+        data=replace(config.data, **files),
+        seed=seed,
+        output=str(folder / f"{name}-{seed}"),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_tiny_config_learns(name, seed, world):
+    folder, mesh = world
+    config = of_world(name, seed, folder)
+    summary = loop.train(config, mesh)
+    if is_on_policy(config):
+        rise = summary["proxy_after"] - summary["proxy_before"]
+        print(f"{name} {seed} {summary['proxy_before']:.3f} {summary['proxy_after']:.3f}")
+        assert rise > 0.2
+        assert rise > 2 * summary["proxy_ci_before"]
+    else:
+        before, after = (accuracy(path, folder, mesh) for path in ("sft", f"{name}-{seed}"))
+        print(f"{name} {seed} {before:.3f} {after:.3f}")
+        assert after > before + 0.1
+
+
+def accuracy(path, folder, mesh):
+    """Held-out pairs whose chosen answer has the higher mean log-prob a token."""
+    with jax.set_mesh(mesh):
+        model, params, tokenizer = load_model(str(folder / path), mesh)
+        rows = read_pairs(read_rows(str(folder / "pairs_held_out.jsonl")), tokenizer)
+        rows = encode_rows(rows, tokenizer, model.decoder.vocab, 20)
+        batch = jax.tree.map(jnp.asarray, preference_batch(rows.items, 20, 0))
+        logp_BCT = jax.jit(candidate_logp, static_argnums=0)(model, params, batch)
+        mean_BC = (logp_BCT * batch.mask_BCT).sum(2) / batch.mask_BCT.sum(2)
+    return float(np.mean(mean_BC[:, 0] > mean_BC[:, 1]))
