@@ -41,7 +41,7 @@ def test_complete_without_a_reward(run):
     assert [reward for _, reward in row] == [None, None]
     with pytest.raises(InputError, match="keep=best: needs a reward"):
         complete(run, PROMPTS, SampleConfig(n=2), keep="best")
-    with pytest.raises(InputError, match="exceed|ask for fewer"):
+    with pytest.raises(InputError, match="ask for fewer"):
         complete(run, PROMPTS, SampleConfig(n=2, max_new_tokens=64))
 
 

@@ -28,8 +28,6 @@ from jaxrlhf.config import (
 from jaxrlhf.oracle.learning import Settings, learn, learn_pairs
 from jaxrlhf.oracle.tabular import Problem, make_problem
 
-IN_REWARD = {"kl_in": "reward", "kl_estimator": "k1"}
-
 REGULARISED: tuple[OnPolicyConfig, ...] = (
     PPOConfig(),
     A2CConfig(),
@@ -37,11 +35,11 @@ REGULARISED: tuple[OnPolicyConfig, ...] = (
     ReMaxConfig(),
     RLOOConfig(),
     ReinforcePPConfig(),
-    GRPOConfig(**IN_REWARD),
-    DrGRPOConfig(**IN_REWARD),
-    DAPOConfig(**IN_REWARD),
-    GSPOConfig(**IN_REWARD),
-    CISPOConfig(**IN_REWARD),
+    GRPOConfig(kl_in="reward", kl_estimator="k1"),
+    DrGRPOConfig(kl_in="reward", kl_estimator="k1"),
+    DAPOConfig(kl_in="reward", kl_estimator="k1"),
+    GSPOConfig(kl_in="reward", kl_estimator="k1"),
+    CISPOConfig(kl_in="reward", kl_estimator="k1"),
 )
 """Algorithms whose objective is E[r] − β·KL: their optimum is π*. With the KL in the reward every
 return is the same at π*, so all advantages are 0 there, whatever they are scaled by."""
