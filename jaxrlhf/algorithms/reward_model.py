@@ -58,4 +58,4 @@ def reward_model(config: RewardModelConfig) -> Algorithm:
         }
         return (weight_B * loss_B).sum(), {k: (weight_B * x).sum() for k, x in metrics_B.items()}
 
-    return Algorithm(targets=None, loss=loss)
+    return Algorithm(targets=None, loss=loss, reads="scores")

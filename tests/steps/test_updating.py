@@ -9,23 +9,15 @@ import optax
 import pytest
 
 from jaxrlhf import masked
-from jaxrlhf.algorithms import Algorithm, ppo, reward_model, sft
-from jaxrlhf.config import MeshConfig, OptimConfig, PPOConfig, RewardModelConfig, SFTConfig
+from jaxrlhf.algorithms import ppo
+from jaxrlhf.config import MeshConfig, OptimConfig, PPOConfig
 from jaxrlhf.sharding import make_mesh, put_rows
-from jaxrlhf.steps.scoring import reward, score
-from jaxrlhf.steps.updating import (
-    candidate_scores,
-    combine,
-    combine_params,
-    critic_loss,
-    decays,
-    make_optimizer,
-    make_update,
+from jaxrlhf.steps.losses import (
     policy_loss,
-    reward_model_loss,
-    sft_loss,
 )
-from jaxrlhf.types import PreferenceBatch, TokenBatch, TrainState
+from jaxrlhf.steps.scoring import score
+from jaxrlhf.steps.updating import combine, decays, make_optimizer, make_update
+from jaxrlhf.types import TrainState
 
 P = 4
 PPO = ppo(PPOConfig(entropy_coef=0.01))
@@ -185,86 +177,6 @@ def test_combine_by_name():
     assert combine("max_ratio", two, three) == 5
 
 
-def test_policy_loss_microbatches_change_nothing(model, params, lora, batch):
-    """The same step in one piece and in four, with adapters, entropy and a shared critic."""
-    tx = optax.sgd(1.0)
-    loss = policy_loss(model, PPO, 0.7, P, value_coef=0.3)
-    trainable = {"lora": lora, "head": params["head"]}
-    whole, four = (
-        make_update(tx, loss, microbatches)(start(trainable, tx), batch, params)
-        for microbatches in (1, 4)
-    )
-    assert whole[1]["grad_norm"] > 0.01
-    close(whole[0].params, four[0].params, 1e-5)
-    close(whole[1], four[1], 1e-5)
-
-
-# What is learnt, and what is not
-
-
-def test_policy_loss_is_the_algorithms_at_the_samplers_temperature(model, params, batch):
-    """The ratio is 1 where old log-probs come from ``score``, over two passes at rate 0."""
-    gap = Algorithm(
-        targets=None,
-        loss=lambda outputs, batch: (
-            (outputs.logp_BT * batch.weight_BT).sum(),
-            {"gap_max": jnp.abs((outputs.logp_BT - batch.old_logp_BT) * batch.mask_BT).max()},
-        ),
-    )
-    tx = make_optimizer(OptimConfig(learning_rate=0.0))
-    update = make_update(tx, policy_loss(model, gap, 0.7, P))
-    old = score_rows(model, params, batch.token_BT, batch.attention_mask_BT, 0.7)
-    batch = batch.replace(old_logp_BT=old)
-    state = start(params, tx)
-    for _ in range(2):
-        for rows in (slice(0, 4), slice(4, 8)):
-            state, metrics = update(state, jax.tree.map(lambda x, r=rows: x[r], batch))
-            assert metrics["gap_max"] <= 1e-5
-    assert state.step == 4
-
-
-def test_policy_loss_value_coef(model, params, batch):
-    """Policy loss plus ``value_coef`` times the value loss, both from one forward pass."""
-
-    @jax.jit
-    def losses(params):
-        alone, _ = policy_loss(model, PPO, 0.7, P)(params, None, batch)
-        both, metrics = policy_loss(model, PPO, 0.7, P, value_coef=0.3)(params, None, batch)
-        value, _ = critic_loss(model, PPO)(params, None, batch)
-        return alone, both, value, metrics["value_loss"]
-
-    alone, both, value, metric = losses(params)
-    np.testing.assert_allclose(both, alone + 0.3 * value, rtol=1e-5)
-    np.testing.assert_allclose(metric, value, rtol=1e-5)
-    assert value > 0.1
-
-
-def test_policy_loss_has_no_gradient_in_its_targets(model, params, batch):
-    loss = policy_loss(model, PPO, 0.7, P, value_coef=0.3)
-    names = ["old_logp_BT", "advantage_BT", "return_BT", "old_value_BT"]
-
-    def of_targets(targets):
-        return loss(params, None, batch.replace(**targets))[0]
-
-    grads = jax.jit(jax.grad(of_targets))({name: getattr(batch, name) for name in names})
-    for name in names:
-        assert (grads[name] == 0).all(), name
-
-
-def test_critic_loss_head_only_holds_the_trunk(model, params, lora, batch):
-    trainable = {"lora": lora, "head": params["head"]}
-
-    @jax.jit
-    def grads(trainable, frozen):
-        loss = critic_loss(model, PPO, head_only=True)
-        return jax.grad(lambda p, f: loss(p, f, batch)[0], argnums=(0, 1))(trainable, frozen)
-
-    learnt, held = grads(trainable, params)
-    assert jnp.abs(learnt["head"]["kernel"]).max() > 0.01
-    for leaf in jax.tree.leaves((learnt["lora"], held)):
-        assert (leaf == 0).all()
-
-
 def test_make_update_leaves_the_frozen_weights_alone(model, params, lora, batch):
     """Five donated updates later the frozen weights, and a reference copy, are bit for bit."""
     reference = jax.tree.map(jnp.copy, lora)
@@ -290,18 +202,6 @@ def test_make_update_never_donates_the_frozen_weights():
         state, _ = update(state, jnp.ones(()), frozen)
     assert frozen == 3
     np.testing.assert_allclose(state.params, 3 * (1 - 0.8**5), rtol=1e-5)
-
-
-def test_combine_params(params, lora):
-    head = {"kernel": jnp.ones(32), "bias": jnp.ones(())}
-    assert combine_params(params, None) == (params, None)
-    weights, adapters = combine_params({"lora": lora, "head": head}, params)
-    assert weights["head"] is head
-    assert weights["layers"] is params["layers"]
-    assert adapters is lora
-    assert params["head"] is not head
-    with pytest.raises(ValueError, match="adapters need the frozen weights"):
-        combine_params({"lora": lora}, None)
 
 
 # Gradients that are not finite
@@ -334,32 +234,3 @@ def test_make_update_skips_what_is_not_finite():
     state, metrics = update(state, good, fine)
     assert checksum(state.params) != before[:1]
     assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (2, 0, 0)
-
-
-# Reward models and imitation
-
-
-def test_reward_model_loss_scores_every_candidate(model, params, batch):
-    """Candidates are rows of their own: [B, C, T] is scored as [B·C, T]."""
-    token, real = batch.token_BT, batch.attention_mask_BT
-    pairs = PreferenceBatch(
-        token_BCT=token.reshape(4, 2, 10),
-        attention_mask_BCT=real.reshape(4, 2, 10),
-        margin_B=np.zeros(4, np.float32),
-        weight_B=np.full(4, 0.25, np.float32),
-    )
-    alone = jax.jit(reward, static_argnums=0)(model, params, token, real).reshape(4, 2)
-    scores = jax.jit(candidate_scores, static_argnums=0)(model, params, None, pairs)
-    np.testing.assert_allclose(scores, alone, atol=1e-6)
-    loss = jax.jit(reward_model_loss(model, reward_model(RewardModelConfig())))
-    total, metrics = loss(params, None, pairs)
-    chosen, rejected = np.asarray(alone, np.float64).T
-    np.testing.assert_allclose(total, np.log1p(np.exp(rejected - chosen)).mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], (chosen > rejected).mean())
-
-
-def test_sft_loss_is_the_mean_negative_logp(model, params, batch):
-    rows = TokenBatch(batch.token_BT, batch.attention_mask_BT, batch.weight_BT)
-    loss, _ = jax.jit(sft_loss(model, sft(SFTConfig())))(params, None, rows)
-    logp = score_rows(model, params, batch.token_BT, batch.attention_mask_BT, 1.0)
-    np.testing.assert_allclose(loss, -masked.mean(logp, batch.mask_BT), rtol=1e-5)
