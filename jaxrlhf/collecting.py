@@ -83,6 +83,8 @@ def one_round(run: Run, session: Session, draw: int) -> Collected:
     baseline_B = None
     if "greedy" in run.algorithm.needs:
         best_Q = np.asarray(run.judge(programs["greedy"](*given), prompts).reward_B, np.float32)
+        if not np.isfinite(best_Q).any():
+            raise InputError(f"rewards: draw {draw + 1} got none for any greedy response")
         baseline_B = put_rows(np.array(repeat(list(best_Q), config.sample.n)), run.mesh)
     session.lap("reward", judgement.reward_B)
     return Collected(rollout, judgement, baseline_B, {})

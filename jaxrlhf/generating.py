@@ -28,6 +28,9 @@ from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.steps.sampling import sample
 from jaxrlhf.types import Params, Rollout
 
+CHOICE = 0x7FFFFFFD
+"""Stream of the draws among completions, beside those of their rows."""
+
 Keep = Literal["all", "best", "resample"]
 
 
@@ -67,6 +70,8 @@ def complete(
     check_sample(config)
     if keep != "all" and reward is None:
         raise InputError(f"keep={keep}: needs a reward: give a function or a reward model")
+    if keep != "all" and config.n < 2:
+        raise InputError(f"keep={keep}: n={config.n} leaves nothing to choose from: raise n")
     if keep == "resample" and beta <= 0:
         raise InputError(f"beta={beta}: must be above 0")
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
@@ -85,7 +90,7 @@ def complete(
     rows = _split([Completed(text, score) for text, score in both], n)
     if keep == "all":
         return rows
-    kept_Q = choose(reward_B.reshape(-1, n), keep, beta, jax.random.fold_in(key, 1))
+    kept_Q = choose(reward_B.reshape(-1, n), keep, beta, jax.random.fold_in(key, CHOICE))
     return [[row[i]] for row, i in zip(rows, kept_Q, strict=True)]
 
 

@@ -143,7 +143,7 @@ def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States,
                 states["policy"], learnt = update(states["policy"], part, run.frozen["policy"])
                 metrics |= learnt
             seen.append(metrics)
-            if settings.target_kl and metrics.get("approx_kl", 0.0) > settings.target_kl:
+            if settings.target_kl and metrics["approx_kl"] > settings.target_kl * metrics["weight"]:
                 return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
     return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
 

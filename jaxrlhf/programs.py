@@ -12,9 +12,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import Algorithm, reweight
 from jaxrlhf.config import (
-    A2CConfig,
     Config,
-    PPOConfig,
     SampleConfig,
     has_critic,
     is_on_policy,
@@ -128,12 +126,12 @@ def updates(
         return {
             "update": update(pairs_loss(model, algorithm, temperature, first), "policy", config)
         }
-    settings = config.algorithm
-    if not isinstance(settings, PPOConfig | A2CConfig):
+    if "value" not in algorithm.needs:
         return {
             "update": update(policy_loss(model, algorithm, temperature, first), "policy", config)
         }
     shared = config.critic.kind == "shared"
+    settings: Any = config.algorithm  # one that learns values
     coefficient = settings.value_coef if shared else None
     loss = policy_loss(model, algorithm, temperature, first, coefficient)
     programs = {"update": update(loss, "policy", config)}

@@ -13,6 +13,7 @@ from jaxrlhf.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.config import (
     Config,
     MeshConfig,
+    OfflineConfig,
     RewardConfig,
     check,
     check_mesh,
@@ -22,7 +23,7 @@ from jaxrlhf.config import (
     rows_at_once,
 )
 from jaxrlhf.data.formats import read_completions, read_labelled, read_pairs, read_prompts
-from jaxrlhf.data.packing import labelled_batch, preference_batch, token_batch
+from jaxrlhf.data.packing import judged_batch, labelled_batch, preference_batch, token_batch
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.tokens import Encoded, encode_rows
 from jaxrlhf.errors import InputError
@@ -43,14 +44,21 @@ from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs
 from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.types import AnyBatch, Params, TrainState
 
-ROWS = {
-    "sft": (read_completions, token_batch),
-    "kto": (read_labelled, labelled_batch),
-    "bco": (read_labelled, labelled_batch),
+READERS = {
+    "pairs": read_pairs,
+    "completions": read_completions,
+    "labelled": read_labelled,
+    "judged": read_labelled,
 }
-"""What the rows of algorithms that do not learn from pairs are: how to read and to batch them."""
+"""How the rows of a file are read, by what they are to hold."""
 
-PAIRS = (read_pairs, preference_batch)
+PACKERS = {
+    "pairs": preference_batch,
+    "completions": token_batch,
+    "labelled": labelled_batch,
+    "judged": judged_batch,
+}
+"""How such rows become a batch."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,8 @@ def _programs(run: Run) -> dict[str, Callable[..., Any]]:
 def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[Encoded]:
     """The rows of a file as the run's algorithm reads them, tokenised and checked."""
     skip = config.data.skip_bad_rows
-    read = read_prompts if is_on_policy(config) else ROWS.get(config.algorithm.name, PAIRS)[0]
+    kind = config.algorithm
+    read = READERS[kind.rows] if isinstance(kind, OfflineConfig) else read_prompts
     rows = read(read_rows(path, skip), tokenizer, skip)
     limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
     return encode_rows(rows, tokenizer, model.decoder.vocab, limit, config.sample.stop, skip)
@@ -197,7 +206,8 @@ def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) ->
     Where it is relative to a reference, that one's log-probs are in it. Rows that only fill the
     batch (``real_B`` False) have weight 0.
     """
-    make = ROWS.get(run.config.algorithm.name, PAIRS)[1]
+    assert isinstance(run.config.algorithm, OfflineConfig)
+    make = PACKERS[run.config.algorithm.rows]
     batch = make(rows, run.config.data.max_tokens, run.config.sample.pad, real_B)
     batch = put_rows(batch, run.mesh)
     if run.reference is None:

@@ -164,11 +164,14 @@ def test_iterate_at_rate_zero_draws_anew_each_step(tmp_path):
     assert len(seen) == 4
 
 
-def test_learn_stops_early_on_kl(tmp_path):
+@pytest.mark.parametrize("aggregation", ["token", "sequence_sum", "fixed"])
+def test_learn_stops_early_on_kl(aggregation, tmp_path):
+    """In nats a token, however tokens are weighted."""
+
     def updates(target):
         config = runs.ppo(
             tmp_path,
-            algorithm=PPOConfig(epochs=4, minibatches=2, target_kl=target),
+            algorithm=PPOConfig(epochs=4, minibatches=2, target_kl=target, aggregation=aggregation),
             optim=OptimConfig(learning_rate=3e-2),
         )
         mesh = one_device()

@@ -12,7 +12,7 @@ def simpo(config: SimPOConfig) -> Algorithm:
 
     def loss(logp_BCT: Array, batch: PreferenceBatch) -> tuple[Array, Metrics]:
         chosen_B, rejected_B = answer_logp(logp_BCT, batch, mean=True).T
-        loss_B, metrics_B = simpo_loss(chosen_B, rejected_B, config.beta, config.gamma)
+        loss_B, metrics_B = simpo_loss(chosen_B, rejected_B, config.beta, config.margin)
         return summed(loss_B, metrics_B, logp_BCT, batch, config.sft_coef)
 
     needs = frozenset()

@@ -3,45 +3,17 @@
 import itertools
 from collections.abc import Iterator
 
-from jaxrlhf.config.algorithm import (
-    A2CConfig,
-    BCOConfig,
-    CISPOConfig,
-    DAPOConfig,
-    DPOConfig,
-    DrGRPOConfig,
-    GRPOConfig,
-    GSPOConfig,
-    KTOConfig,
-    OnlineDPOConfig,
-    OnPolicyConfig,
-    PPOConfig,
-    ReinforceConfig,
-    ReMaxConfig,
-    RLOOConfig,
-)
+from jaxrlhf.config.algorithm import DPOConfig, OfflineConfig, OnPolicyConfig, ReinforceConfig
 from jaxrlhf.config.layout import axes_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
 from jaxrlhf.config.ranges import out_of_range
 from jaxrlhf.config.run import Config, RewardConfig, SampleConfig
 from jaxrlhf.errors import InputError
 
-CRITICS = (PPOConfig, A2CConfig)
-"""Algorithms that learn a value function."""
-
-ONE_PASS = (A2CConfig, ReinforceConfig, ReMaxConfig, RLOOConfig)
-"""Policy gradients without a ratio: a rollout is right for one update."""
-
-GROUPS = (
-    RLOOConfig, GRPOConfig, DrGRPOConfig, DAPOConfig, GSPOConfig, CISPOConfig, OnlineDPOConfig,
+UNREAD_BY_PAIRS = (
+    "aggregation", "length", "kl_in", "off_policy", "entropy_coef", "mask_truncated",
 )  # fmt: skip
-"""Algorithms that compare the samples of a prompt with each other."""
-
-WHOLE_BATCH = (KTOConfig, BCOConfig)
-"""Algorithms whose loss has a mean over the batch inside."""
-
-REFERENCES = (DPOConfig, KTOConfig, BCOConfig)
-"""Algorithms that learn from rows relative to a reference."""
+"""Settings of losses on tokens."""
 
 
 def is_on_policy(config: Config) -> bool:
@@ -51,12 +23,12 @@ def is_on_policy(config: Config) -> bool:
 
 def has_critic(config: Config) -> bool:
     """Whether the run learns a value function."""
-    return isinstance(config.algorithm, CRITICS)
+    return isinstance(config.algorithm, OnPolicyConfig) and config.algorithm.has_critic
 
 
 def has_reference(config: Config) -> bool:
     """Whether the run compares the policy with a reference."""
-    return isinstance(config.algorithm, (OnPolicyConfig, *REFERENCES))
+    return isinstance(config.algorithm, OnPolicyConfig) or config.algorithm.has_reference
 
 
 def on_policy(config: Config) -> OnPolicyConfig:
@@ -99,10 +71,9 @@ def check_sample(sample: SampleConfig) -> None:
 def rows_at_once(config: Config) -> int:
     """Rows of one microbatch: what one forward and backward pass of the update works on."""
     rows = config.data.batch_size
-    if isinstance(config.algorithm, OnlineDPOConfig):  # its rows are pairs, one a prompt
-        rows = rows // config.algorithm.minibatches
-    elif isinstance(config.algorithm, OnPolicyConfig):
-        rows = rows * config.sample.n // config.algorithm.minibatches
+    if isinstance(config.algorithm, OnPolicyConfig):
+        samples = 1 if config.algorithm.on_pairs else config.sample.n  # one pair a prompt
+        rows = rows * samples // config.algorithm.minibatches
     return rows // config.optim.microbatches
 
 
@@ -173,7 +144,7 @@ def _on_policy(config: Config) -> Iterator[str]:
         yield "rewards: missing: give at least one, with a function or a model"
     rows = data.batch_size * sample.n
     named = f"data.batch_size={data.batch_size} · sample.n={sample.n} = {rows} rows"
-    if isinstance(algorithm, OnlineDPOConfig):
+    if algorithm.on_pairs:
         rows = data.batch_size
         named = f"data.batch_size={rows}"
     if rows % algorithm.minibatches:
@@ -205,11 +176,26 @@ def _on_policy(config: Config) -> Iterator[str]:
 def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
     """What one family of algorithms asks for, and what it would not read."""
     name, n = algorithm.name, config.sample.n
-    if isinstance(algorithm, GROUPS) and n < 2:
+    if algorithm.in_groups and n < 2:
         yield f"sample.n={n}: {name} compares the samples of a prompt: give at least 2"
-    if isinstance(algorithm, ONE_PASS) and algorithm.epochs > 1:
-        yield f"algorithm.epochs={algorithm.epochs}: {name} has no ratio, and one pass: set it to 1"
-    if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.kl_coef:
+    updates = algorithm.epochs * algorithm.minibatches
+    if not algorithm.has_ratio and not algorithm.on_pairs and updates > 1:
+        yield (
+            f"algorithm.epochs={algorithm.epochs} · minibatches={algorithm.minibatches}: {name} "
+            "has no ratio, a rollout is right for one update: set both to 1"
+        )
+    rows = config.data.batch_size * n
+    if isinstance(algorithm, ReinforceConfig) and algorithm.baseline == "mean" and rows == 1:
+        yield "algorithm.baseline=mean: one row is its own mean: raise data.batch_size or sample.n"
+    if algorithm.kl_controller == "adaptive" and not algorithm.kl_coef:
+        yield "algorithm.kl_coef=0: the adaptive controller multiplies it: give a start above 0"
+    truncated = config.sample.top_k or config.sample.top_p < 1 or config.sample.min_p
+    if algorithm.off_policy != "none" and algorithm.old_logp == "sampler" and not truncated:
+        yield (
+            f"algorithm.off_policy={algorithm.off_policy}: the old log-probs are the sampler's, "
+            "and all weights 1: set old_logp: rescore, or leave off_policy out"
+        )
+    if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1":
         yield (
             "algorithm.kl_estimator=k1: as a loss its gradient is 0 on average: take k2 or k3, or "
             "kl_in: exact_loss"
@@ -219,17 +205,17 @@ def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
             f"algorithm.overlong_buffer={algorithm.overlong_buffer}: more tokens than "
             f"sample.max_new_tokens={config.sample.max_new_tokens}: lower it"
         )
-    if algorithm.target_kl and isinstance(algorithm, (*ONE_PASS, OnlineDPOConfig)):
+    if algorithm.target_kl and not algorithm.has_ratio:
         yield f"algorithm.target_kl={algorithm.target_kl}: {name} has no ratio: leave it out"
     if algorithm.off_policy != "none" and algorithm.off_policy_cap < 1:
         yield f"algorithm.off_policy_cap={algorithm.off_policy_cap}: must be at least 1"
-    if isinstance(algorithm, OnlineDPOConfig):
-        if algorithm.kind == "exo_pair":
-            yield "algorithm.kind=exo_pair: needs label smoothing, which online_dpo lacks: change"
-        ignored = {"kl_in": "reward", "off_policy": "none", "entropy_coef": 0.0}
-        for key, default in ignored.items():
-            if getattr(algorithm, key) != default:
-                yield f"algorithm.{key}: online_dpo does not read it: its beta holds the reference"
+    if algorithm.on_pairs:
+        default = type(algorithm)()
+        for key in UNREAD_BY_PAIRS:
+            if getattr(algorithm, key) != getattr(default, key):
+                yield f"algorithm.{key}: {name} learns from whole responses and does not read it"
+    if getattr(algorithm, "kind", "") == "exo_pair":
+        yield f"algorithm.kind=exo_pair: needs label smoothing, which {name} lacks: change it"
     if not has_critic(config) and config.critic != CriticConfig():
         yield f"critic: algorithm.name={name} learns no value function: leave it out"
 
@@ -245,8 +231,11 @@ def _offline(config: Config) -> Iterator[str]:
         if kind == "exo_pair" and not smoothing:
             yield "algorithm.label_smoothing=0: the loss of exo_pair is infinite: give 0.1, say"
     pieces = config.optim.microbatches
-    if isinstance(config.algorithm, WHOLE_BATCH) and pieces > 1:
+    assert isinstance(config.algorithm, OfflineConfig)
+    if config.algorithm.whole_batch and pieces > 1:
         yield f"optim.microbatches={pieces}: {name} has a mean over the batch inside: set it to 1"
+    if config.algorithm.whole_batch and data.batch_size < 2:
+        yield f"data.batch_size=1: {name} compares the rows of a batch: give at least 2"
     if config.eval.gold:
         yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
     ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's

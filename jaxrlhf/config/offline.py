@@ -1,13 +1,30 @@
 """Algorithms that learn from the rows of a file: one dataclass each, told apart by ``name``."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxrlhf.config.on_policy import PreferenceKind
 
+Rows = Literal["pairs", "completions", "labelled", "judged"]
+"""What the data holds: ``labelled`` answers are compared with answers to other prompts, ``judged``
+ones, labelled as well, are not."""
+
 
 @dataclass(frozen=True)
-class RewardModelConfig:
+class OfflineConfig:
+    """What all of them have; class variables are no settings, but what a run has to provide."""
+
+    rows: ClassVar[Rows] = "pairs"
+    has_reference: ClassVar[bool] = False
+    """Compares the policy with a reference."""
+    whole_batch: ClassVar[bool] = False
+    """Has a mean over the batch inside its loss: no microbatches."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(OfflineConfig):
     """A scalar reward model trained on preference pairs (Bradley-Terry; arXiv:2203.02155)."""
 
     name: Literal["reward_model"] = "reward_model"
@@ -16,16 +33,18 @@ class RewardModelConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(OfflineConfig):
     """Supervised fine-tuning: the negative log-likelihood of completions."""
 
+    rows: ClassVar[Rows] = "completions"
     name: Literal["sft"] = "sft"
 
 
 @dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(OfflineConfig):
     """Direct preference optimisation and its relatives on pairs (arXiv:2305.18290)."""
 
+    has_reference: ClassVar[bool] = True
     name: Literal["dpo"] = "dpo"
     kind: PreferenceKind = "sigmoid"
     """The loss; with label_smoothing, sigmoid is cDPO."""
@@ -40,7 +59,7 @@ class DPOConfig:
 
 
 @dataclass(frozen=True)
-class ORPOConfig:
+class ORPOConfig(OfflineConfig):
     """Odds-ratio preference optimisation: SFT plus an odds-ratio term (arXiv:2403.07691)."""
 
     name: Literal["orpo"] = "orpo"
@@ -51,20 +70,20 @@ class ORPOConfig:
 
 
 @dataclass(frozen=True)
-class SimPOConfig:
+class SimPOConfig(OfflineConfig):
     """Simple preference optimisation: mean log-probs, a margin, no reference (arXiv:2405.14734)."""
 
     name: Literal["simpo"] = "simpo"
     beta: float = 2.0
     """Scale of the mean log-prob."""
-    gamma: float = 1.0
-    """Wanted margin of β·mean log-probs."""
+    margin: float = 1.0
+    """The paper's γ: wanted difference of β·mean log-probs."""
     sft_coef: float = 0.0
     """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
 
 
 @dataclass(frozen=True)
-class CPOConfig:
+class CPOConfig(OfflineConfig):
     """Contrastive preference optimisation: DPO's loss without reference (arXiv:2401.08417)."""
 
     name: Literal["cpo"] = "cpo"
@@ -77,9 +96,12 @@ class CPOConfig:
 
 
 @dataclass(frozen=True)
-class KTOConfig:
+class KTOConfig(OfflineConfig):
     """Kahneman-Tversky optimisation on single labelled answers (arXiv:2402.01306)."""
 
+    rows: ClassVar[Rows] = "labelled"
+    has_reference: ClassVar[bool] = True
+    whole_batch: ClassVar[bool] = True
     name: Literal["kto"] = "kto"
     beta: float = 0.1
     """β: how strongly the reference holds."""
@@ -90,9 +112,12 @@ class KTOConfig:
 
 
 @dataclass(frozen=True)
-class BCOConfig:
+class BCOConfig(OfflineConfig):
     """Binary classifier optimisation on single labelled answers (arXiv:2404.04656)."""
 
+    rows: ClassVar[Rows] = "judged"
+    has_reference: ClassVar[bool] = True
+    whole_batch: ClassVar[bool] = True
     name: Literal["bco"] = "bco"
     beta: float = 0.1
     """β: how strongly the reference holds."""

@@ -1,7 +1,7 @@
 """Algorithms that learn from responses they sample: one dataclass each, told apart by ``name``."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 Aggregation = Literal["token", "sequence", "sequence_sum", "fixed"]
 """How token losses become one number; masked.weights gives the formulas."""
@@ -14,7 +14,16 @@ PreferenceKind = Literal[
 
 @dataclass(frozen=True)
 class OnPolicyConfig:
-    """What all of them have."""
+    """What all of them have; class variables are no settings, but what a run has to provide."""
+
+    has_critic: ClassVar[bool] = False
+    """Learns a value function."""
+    has_ratio: ClassVar[bool] = True
+    """Corrects for the updates since the rollout; without, a rollout is right for one update."""
+    in_groups: ClassVar[bool] = False
+    """Compares the samples of a prompt: sample.n is at least 2."""
+    on_pairs: ClassVar[bool] = False
+    """Learns from whole responses, two a prompt, instead of from tokens."""
 
     name: str = ""
     epochs: int = 1
@@ -59,6 +68,7 @@ class OnPolicyConfig:
 class PPOConfig(OnPolicyConfig):
     """Proximal policy optimisation with a learned critic (arXiv:1707.06347, arXiv:2203.02155)."""
 
+    has_critic: ClassVar[bool] = True
     name: Literal["ppo"] = "ppo"
     epochs: int = 2
     gamma: float = 1.0
@@ -87,6 +97,8 @@ class PPOConfig(OnPolicyConfig):
 class A2CConfig(OnPolicyConfig):
     """Advantage actor-critic: the policy gradient with a learned critic (arXiv:1602.01783)."""
 
+    has_critic: ClassVar[bool] = True
+    has_ratio: ClassVar[bool] = False
     name: Literal["a2c"] = "a2c"
     aggregation: Aggregation = "sequence_sum"
     gamma: float = 1.0
@@ -103,6 +115,7 @@ class A2CConfig(OnPolicyConfig):
 class ReinforceConfig(OnPolicyConfig):
     """REINFORCE: each token is credited with the rewards that follow it (Williams 1992)."""
 
+    has_ratio: ClassVar[bool] = False
     name: Literal["reinforce"] = "reinforce"
     aggregation: Aggregation = "sequence_sum"
     gamma: float = 1.0
@@ -115,6 +128,7 @@ class ReinforceConfig(OnPolicyConfig):
 class ReMaxConfig(OnPolicyConfig):
     """ReMax: REINFORCE whose baseline is the reward of the greedy response (arXiv:2310.10505)."""
 
+    has_ratio: ClassVar[bool] = False
     name: Literal["remax"] = "remax"
     aggregation: Aggregation = "sequence_sum"
 
@@ -123,6 +137,8 @@ class ReMaxConfig(OnPolicyConfig):
 class RLOOConfig(OnPolicyConfig):
     """REINFORCE leave-one-out: the baseline is the mean of the other samples (arXiv:2402.14740)."""
 
+    has_ratio: ClassVar[bool] = False
+    in_groups: ClassVar[bool] = True
     name: Literal["rloo"] = "rloo"
     aggregation: Aggregation = "sequence_sum"
 
@@ -142,6 +158,7 @@ class ReinforcePPConfig(OnPolicyConfig):
 class GRPOConfig(OnPolicyConfig):
     """Group-relative policy optimisation (arXiv:2402.03300)."""
 
+    in_groups: ClassVar[bool] = True
     name: Literal["grpo"] = "grpo"
     aggregation: Aggregation = "sequence"
     kl_coef: float = 0.04
@@ -157,6 +174,7 @@ class GRPOConfig(OnPolicyConfig):
 class DrGRPOConfig(OnPolicyConfig):
     """GRPO without its two biases: no standard deviation, a fixed length (arXiv:2503.20783)."""
 
+    in_groups: ClassVar[bool] = True
     name: Literal["dr_grpo"] = "dr_grpo"
     aggregation: Aggregation = "fixed"
     kl_coef: float = 0.0
@@ -170,6 +188,7 @@ class DrGRPOConfig(OnPolicyConfig):
 class DAPOConfig(OnPolicyConfig):
     """GRPO with a higher upper clip, token means and dynamic sampling (arXiv:2503.14476)."""
 
+    in_groups: ClassVar[bool] = True
     name: Literal["dapo"] = "dapo"
     kl_coef: float = 0.0
     clip_low: float = 0.2
@@ -184,6 +203,7 @@ class DAPOConfig(OnPolicyConfig):
 class GSPOConfig(OnPolicyConfig):
     """Group sequence policy optimisation: one ratio a response (arXiv:2507.18071)."""
 
+    in_groups: ClassVar[bool] = True
     name: Literal["gspo"] = "gspo"
     aggregation: Aggregation = "sequence"
     kl_coef: float = 0.0
@@ -197,6 +217,7 @@ class GSPOConfig(OnPolicyConfig):
 class CISPOConfig(OnPolicyConfig):
     """Clipped importance weights on the policy gradient (MiniMax-M1; arXiv:2506.13585)."""
 
+    in_groups: ClassVar[bool] = True
     name: Literal["cispo"] = "cispo"
     kl_coef: float = 0.0
     clip_low: float = 1.0
@@ -209,6 +230,9 @@ class CISPOConfig(OnPolicyConfig):
 class OnlineDPOConfig(OnPolicyConfig):
     """DPO on the best and the worst of each prompt's samples (arXiv:2402.04792)."""
 
+    has_ratio: ClassVar[bool] = False
+    in_groups: ClassVar[bool] = True
+    on_pairs: ClassVar[bool] = True
     name: Literal["online_dpo"] = "online_dpo"
     kl_coef: float = 0.0
     beta: float = 0.1

@@ -14,7 +14,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "algorithm.clip_high "
         "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
         "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
-        "algorithm.sft_coef algorithm.desirable_weight algorithm.undesirable_weight",
+        "algorithm.margin algorithm.sft_coef algorithm.desirable_weight "
+        "algorithm.undesirable_weight",
     ),
     (
         "at least 1",

@@ -16,7 +16,7 @@ take their text from ``render``, so a model is scored on what it was trained on.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,9 @@ from jaxrlhf.errors import InputError
 Message = dict[str, Any]
 Text = str | list[Message]
 """Plain text or a chat."""
+
+
+_ANSWERS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Pair:
     chosen: str
     rejected: str
     margin: float
-    """Wanted score difference, in reward units; 0 where the row has none."""
+    """Wanted score difference, in reward units; 0 where the row has none. Reward models read it."""
     columns: Mapping[str, Any]
     where: str
 
@@ -89,9 +92,9 @@ def read_labelled(
     Raises:
       InputError: besides theirs, a label that is missing, or neither true nor false.
     """
-    split = tuple(part for row in rows.items for part in _unpaired(row))
-    read = partial(_labelled, tokenizer=tokenizer)
-    return transform(replace(rows, items=split), read, skip_bad_rows)
+    read = transform(rows, partial(_labelled, tokenizer=tokenizer), skip_bad_rows)
+    answers = tuple(answer for row in read.items for answer in row)
+    return Rows(answers, read.path, read.skipped)
 
 
 def read_pairs(
@@ -184,30 +187,25 @@ def _completion(row: Row, tokenizer: PreTrainedTokenizerFast) -> Completion:
     return Completion(text, completion, columns, row.where)
 
 
-def _unpaired(row: Row) -> tuple[Row, ...]:
-    """The two labelled rows of a pair; any other row alone."""
-    if "chosen" not in row.values or "rejected" not in row.values:
-        return (row,)
-    rest = {key: x for key, x in row.values.items() if key not in ("chosen", "rejected")}
-    return tuple(
-        Row(
-            {
-                **rest,
-                "completion": row.values[key],
-                "label": key == "chosen",
-                "ended": row.values.get(f"{key}_ended", True),
-            },
-            row.where,
+def _labelled(row: Row, tokenizer: PreTrainedTokenizerFast) -> tuple[Completion, ...]:
+    """A labelled answer, or both answers of a pair."""
+    if row.values.get("chosen") is not None and row.values.get("rejected") is not None:
+        pair = _pair(row, tokenizer)
+        ends = {f"{key}_ended": pair.columns.get(f"{key}_ended", True) for key in _ANSWERS}
+        rest = {key: x for key, x in pair.columns.items() if key not in ends}
+        return tuple(
+            Completion(
+                pair.prompt,
+                getattr(pair, key),
+                {**rest, "label": key == "chosen", "ended": ends[f"{key}_ended"]},
+                row.where,
+            )
+            for key in _ANSWERS
         )
-        for key in ("chosen", "rejected")
-    )
-
-
-def _labelled(row: Row, tokenizer: PreTrainedTokenizerFast) -> Completion:
     label = row.values.get("label")
     if not isinstance(label, bool):
         raise InputError(f"{row.where}: label={shown(label)}: give true or false")
-    return _completion(row, tokenizer)
+    return (_completion(row, tokenizer),)
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerFast) -> Pair:

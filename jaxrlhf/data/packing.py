@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.tokens import Encoded, Ids, right_pad
+from jaxrlhf.errors import InputError
 from jaxrlhf.types import PreferenceBatch, TokenBatch
 
 
@@ -49,21 +50,43 @@ def preference_batch(
     return _candidates(rows, answers, width, pad, real_B, margin_B=margin_B)
 
 
+def judged_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> PreferenceBatch:
+    """Labelled rows as a PreferenceBatch with C = 1; arguments as for ``preference_batch``."""
+    return _candidates(
+        rows, [row.answers for row in rows], width, pad, real_B, label_B=_labels(rows)
+    )
+
+
 def labelled_batch(
     rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
 ) -> PreferenceBatch:
     """Labelled rows as a PreferenceBatch; arguments as for ``preference_batch``.
 
-    Candidate 0 is the row's answer and ``label_B`` its label; candidate 1 is the next real row's
-    answer to this prompt, cut where it would be too long: what KTO estimates a KL with.
+    Candidate 0 is the row's answer and ``label_B`` its label; candidate 1 is the answer to another
+    prompt, of the next row that has one, cut where it would be too long: what KTO estimates a KL
+    with.
+
+    Raises:
+      InputError: all rows have one prompt.
     """
-    count = len(rows) if real_B is None else int(np.sum(real_B))
     answers = []
     for index, row in enumerate(rows):
-        other = rows[(index + 1) % count].answers[0][: width - len(row.prompt)]
-        answers.append((row.answers[0], other))
-    label_B = np.array([row.source.columns["label"] for row in rows], np.float32)
-    return _candidates(rows, answers, width, pad, real_B, label_B=label_B)
+        after = [*rows[index + 1 :], *rows[:index]]
+        other = next((x.answers[0] for x in after if x.prompt != row.prompt), None)
+        if other is None:
+            raise InputError(
+                f"{row.source.where}: a batch of labelled rows needs two prompts at least, and all "
+                f"{len(rows)} rows have this one: raise data.batch_size, or give more prompts"
+            )
+        answers.append((row.answers[0], other[: width - len(row.prompt)]))
+    return _candidates(rows, answers, width, pad, real_B, label_B=_labels(rows))
+
+
+def _labels(rows: Sequence[Encoded]) -> np.ndarray:
+    """1 for true, 0 for false; float32."""
+    return np.array([row.source.columns["label"] for row in rows], np.float32)
 
 
 def _candidates(

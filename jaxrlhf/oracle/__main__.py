@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the problem and of the draws")
     parser.add_argument("--beta", type=float, default=0.5, help="β, reward units a nat")
     given = parser.parse_args()
+    if given.beta <= 0:
+        parser.error(f"--beta {given.beta}: must be above 0")
     problem = make_problem(jax.random.key(given.seed), given.beta)
     print(f"{'algorithm':<14}{'start':>9}{'exact':>11}{'sampled':>11}  way there, sampled")
     for config in REGULARISED:
