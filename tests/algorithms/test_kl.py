@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf.algorithms import adaptive_kl, bounded_exp, fixed_kl, kl_estimate, token_rewards
+from jaxrlhf.algorithms import (
+    adaptive_kl,
+    bounded_exp,
+    fixed_kl,
+    kl_estimate,
+    kl_loss,
+    token_rewards,
+)
 from jaxrlhf.errors import InputError
 
 
@@ -131,3 +138,114 @@ def test_adaptive_kl_short_horizon():
 
 def test_fixed_kl_holds():
     assert fixed_kl(0.2, 12.0, 6.0, 256, 1e4) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "exact", "wanted"),
+    [("k2", False, 0.031), ("k3", False, 0.0354921), ("k1", True, -0.06), ("k3", True, 0.0354921)],
+)
+def test_kl_loss_hand_computed(rows, kind, exact, wanted):
+    """Differences .2, 0, −.5 | −.1, .1; mean over five tokens."""
+    loss = kl_loss(rows.logp, rows.ref, rows.old, rows.mask, rows.mask / 5, kind, exact)
+    np.testing.assert_allclose(loss, wanted, atol=1e-7)
+    assert loss.dtype == jnp.float32
+
+
+def test_kl_loss_k1_needs_exact(rows):
+    with pytest.raises(ValueError, match="kind='k1': its gradient is 0 on average"):
+        kl_loss(rows.logp, rows.ref, rows.old, rows.mask, rows.mask, "k1")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_kl_loss_gradient_only_into_the_policy(rows, exact):
+    def loss(logp, ref, old):
+        return kl_loss(logp, ref, old, rows.mask, rows.mask / 5, "k3", exact)
+
+    policy, *others = jax.grad(loss, (0, 1, 2))(rows.logp, rows.ref, rows.old)
+    assert jnp.abs(policy[0]).max() > 0.01
+    for gradient in others:
+        np.testing.assert_array_equal(gradient, jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_kl_loss_masked_columns_are_never_read(rows, exact, bad):
+    def both(*arrays):
+        def loss(logp):
+            return kl_loss(logp, *arrays[1:3], rows.mask, arrays[3], "k3", exact)
+
+        return jax.value_and_grad(loss)(arrays[0])
+
+    arrays = (rows.logp, rows.ref, rows.old, rows.mask / 5)
+    wanted = both(*arrays)
+    spoilt = both(*(jnp.where(rows.mask == 1, x, bad) for x in arrays))
+    jax.tree.map(np.testing.assert_array_equal, spoilt, wanted)
+
+
+def test_kl_loss_exact_gradient_hand_computed(rows):
+    """w·ρ·Σ d, whatever the estimator: Σ d is −.3 and 0, ρ e^.1, e^−.5, 1."""
+    wanted = [[-0.06 * x for x in (1.1051709, 0.6065307, 1)], [0, 0, 0]]
+    for kind in ("k1", "k2", "k3"):
+        gradient = jax.grad(kl_loss)(
+            rows.logp, rows.ref, rows.old, rows.mask, rows.mask / 5, kind, True
+        )
+        np.testing.assert_allclose(gradient, wanted, atol=1e-7)
+
+
+def sequences():
+    """All pairs of 3 tokens [9, 2], and logits → log-probs [9, 2]; the second sees the first."""
+    token_BT = jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * 2, indexing="ij"), -1).reshape(9, 2)
+
+    def logp_of(logits):
+        first, second = jax.nn.log_softmax(logits[0]), jax.nn.log_softmax(logits[1:])
+        return jnp.stack([first[token_BT[:, 0]], second[token_BT[:, 0], token_BT[:, 1]]], 1)
+
+    return logp_of
+
+
+def gradient_of_kl_loss(logits, ref, old, kind, exact):
+    """Its mean over sequences drawn from the old policy, weights 1."""
+    chance_B1 = jnp.exp(old.sum(1, keepdims=True))
+    ones = jnp.ones((9, 2))
+
+    def loss(logits):
+        return kl_loss(sequences()(logits), ref, old, ones, chance_B1 * ones, kind, exact)
+
+    return jax.grad(loss)(logits)
+
+
+def test_kl_loss_exact_gradient_is_that_of_the_sequence_kl():
+    """Over all sequences, on policy; each estimator alone is off by what it says."""
+    logp_of, logits = sequences(), jax.random.normal(jax.random.key(0), (3, 4, 3))
+    ref, policy = logp_of(logits[1]), logp_of(logits[0])
+
+    def kl(logits):
+        logp = logp_of(logits)
+        return (jnp.exp(logp.sum(1)) * (logp - ref).sum(1)).sum()
+
+    wanted = jax.grad(kl)(logits[0])
+    for kind in ("k1", "k2", "k3"):
+        gradient = gradient_of_kl_loss(logits[0], ref, policy, kind, True)
+        np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+    k2 = gradient_of_kl_loss(logits[0], ref, policy, "k2", False)
+    np.testing.assert_allclose(k2[1:], wanted[1:], atol=1e-6)  # the last choice has none later
+    assert jnp.abs(k2[0] - wanted[0]).max() > 0.01
+    k3 = gradient_of_kl_loss(logits[0], ref, policy, "k3", False)
+    reverse = jax.nn.softmax(logits[0, 0]) - jax.nn.softmax(logits[1, 0])  # of KL(π_ref‖π)
+    np.testing.assert_allclose(k3[0], reverse, atol=1e-6)
+
+
+def test_kl_loss_exact_gradient_of_a_policy_that_moved():
+    """The ratio of the token alone: exact where later tokens are still drawn from the policy."""
+    logp_of, logits = sequences(), jax.random.normal(jax.random.key(1), (3, 4, 3))
+    ref = logp_of(logits[1])
+    before = logits[0].at[0].set(logits[2, 0])  # the first token's choice has moved since
+    old = logp_of(before)
+
+    def kl(logits):
+        logp = logp_of(logits)
+        return (jnp.exp(logp.sum(1)) * (logp - ref).sum(1)).sum()
+
+    wanted = jax.grad(kl)(logits[0])
+    gradient = gradient_of_kl_loss(logits[0], ref, old, "k1", True)
+    np.testing.assert_allclose(gradient[0], wanted[0], atol=1e-6)

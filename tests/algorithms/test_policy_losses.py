@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf import masked
-from jaxrlhf.algorithms import entropy_bonus, kl_estimate, policy_gradient_loss, ppo_policy_loss
+from jaxrlhf.algorithms import (
+    cispo_loss,
+    entropy_bonus,
+    kl_estimate,
+    policy_gradient_loss,
+    ppo_policy_loss,
+)
 
 AGGREGATIONS = ["token", "sequence", "sequence_sum", "fixed"]
 BAD = jnp.array([jnp.nan, -jnp.inf, jnp.inf])
@@ -235,3 +241,97 @@ def test_entropy_bonus_masks_pads():
     mask = jnp.array([[1, 1, 0]])
     bonus = entropy_bonus(entropy, mask, masked.weights(mask))
     np.testing.assert_allclose(bonus, (0.832396 + 0.5) / 2, rtol=1e-6)
+
+
+def cispo(logp, rows, **options):
+    return cispo_loss(logp, rows.old, rows.advantage, rows.mask, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [
+        ({}, [1.1051709, 0.6065307, 1, 1, 1.2]),
+        ({"clip_low": 0.3}, [1.1051709, 0.7, 1, 1, 1.2]),
+        ({"clip_high": 0.45}, [1.1051709, 0.6065307, 1, 1, 1.45]),
+        ({"clip_high": 1.0}, [1.1051709, 0.6065307, 1, 1, 1.4918247]),
+    ],
+)
+def test_cispo_loss_hand_computed(rows, options, weight):
+    """−w·A·log π, log-probs −1, −2, −3 | −.5, −.5; the gradient is −w·A, clipped or not."""
+    (loss, metrics), gradient = jax.value_and_grad(cispo, has_aux=True)(rows.logp, rows, **options)
+    factor = np.array([-1, -2, -3, 0.5, 0.5])
+    np.testing.assert_allclose(loss, -(weight * factor).sum() / 5, rtol=1e-6)
+    wanted = [[-w / 5 for w in weight[:3]], [*(w / 5 for w in weight[3:]), 0]]
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-6)
+    free = [1.1051709, 0.6065307, 1, 1, 1.4918247]
+    np.testing.assert_allclose(metrics["clip_fraction"], np.not_equal(weight, free).mean())
+    d = np.array([0.1, -0.5, 0, 0, 0.4])
+    np.testing.assert_allclose(metrics["approx_kl"], (np.exp(d) - 1 - d).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["ratio_max"], 1.4918247, rtol=1e-6)
+    np.testing.assert_allclose(metrics["weight"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "wanted"), [("sequence", (5.3182322 / 3 - 0.55) / 2), ("fixed", 4.2182322 / 14)]
+)
+def test_cispo_loss_aggregation(rows, aggregation, wanted):
+    loss, _ = cispo(rows.logp, rows, aggregation=aggregation, length=7)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+
+
+def test_cispo_loss_between_ppo_and_policy_gradient(rows):
+    """Unclipped, PPO's gradient; weights clipped to 1, the loss of the policy gradient."""
+
+    def ppo(logp):
+        return ppo_policy_loss(
+            logp, rows.old, rows.advantage, rows.mask, clip_low=1.0, clip_high=99.0
+        )[0]
+
+    free = jax.grad(lambda logp: cispo(logp, rows, clip_high=99.0)[0])(rows.logp)
+    np.testing.assert_allclose(free, jax.grad(ppo)(rows.logp), rtol=1e-6)
+    plain, _ = policy_gradient_loss(rows.logp, rows.advantage, rows.mask)
+    np.testing.assert_allclose(cispo(rows.logp, rows, clip_low=0.0, clip_high=0.0)[0], plain)
+
+
+def test_cispo_loss_no_gradient_into_targets(rows):
+    def loss(old, advantage):
+        return cispo_loss(rows.logp, old, advantage, rows.mask)[0]
+
+    for gradient in jax.grad(loss, (0, 1))(rows.old, rows.advantage):
+        assert (gradient == 0).all()
+
+
+def test_cispo_loss_masked_columns_are_never_read(rows):
+    def loss(logp, old, advantage, weight):
+        return cispo_loss(logp, old, advantage, rows.mask, weight_BT=weight)
+
+    arrays = (rows.logp, rows.old, rows.advantage, rows.mask / 5)
+    clean = jax.value_and_grad(loss, has_aux=True)(*arrays)
+    for bad in BAD:
+        spoilt = [jnp.where(rows.mask == 1, x, bad) for x in arrays]
+        result = jax.value_and_grad(loss, has_aux=True)(*spoilt)
+        jax.tree.map(np.testing.assert_array_equal, result, clean)
+
+
+@pytest.mark.parametrize("log_ratio", [-1e4, 21.0, 1e4])
+def test_cispo_loss_extreme_ratio_is_finite(rows, log_ratio):
+    old = rows.old.at[0, 0].set(-1 - log_ratio)
+    result = jax.value_and_grad(
+        lambda logp: cispo_loss(logp, old, rows.advantage, rows.mask), has_aux=True
+    )(rows.logp)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+    np.testing.assert_allclose(result[1][0, 0], -0.24 if log_ratio > 0 else 0, rtol=1e-6)
+
+
+def test_cispo_loss_microbatches_add_up(rows):
+    """Rows under the weights of the whole."""
+    weight = masked.weights(rows.mask, "token")
+    whole, metrics = cispo(rows.logp, rows)
+    arrays = (rows.logp, rows.old, rows.advantage, rows.mask)
+    one, two = (
+        cispo_loss(*(x[r] for x in arrays), weight_BT=weight[r]) for r in (slice(1), slice(1, 2))
+    )
+    np.testing.assert_allclose(one[0] + two[0], whole, rtol=1e-6)
+    for name, wanted in metrics.items():
+        join = max if name.endswith("_max") else sum
+        np.testing.assert_allclose(join((one[1][name], two[1][name])), wanted, rtol=1e-5)
