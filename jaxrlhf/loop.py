@@ -72,8 +72,7 @@ def on_policy(run: Run, session: Session) -> None:
     session.host.setdefault("kl_coef", algorithm.kl_coef)
     for step in session.steps():
         began = time.perf_counter()
-        states, metrics, rollout, batch = iterate(run, session, step)
-        session.states = states
+        session.states, metrics, rollout, judgement = iterate(run, session, step)
         metrics = jax.device_get(metrics)
         rows = int(rollout.token_BT.shape[0])
         session.host["kl_coef"] = controller(
@@ -87,7 +86,7 @@ def on_policy(run: Run, session: Session) -> None:
         tokens = float(metrics["length"]) * rows
         metrics |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
         session.host["tokens"] = session.host.get("tokens", 0.0) + tokens
-        session.record(step + 1, metrics, shown(run, rollout, batch))
+        session.record(step + 1, metrics, shown(run, rollout, judgement))
         evaluate_before(run, session, partial(start_of, run))  # not first: a step is seen at once
         evaluate_between(run, session, step + 1)
 
@@ -143,12 +142,17 @@ def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States,
                 states["policy"], learnt = update(states["policy"], part, run.frozen["policy"])
                 metrics |= learnt
             seen.append(metrics)
-            if settings.target_kl and metrics["approx_kl"] > settings.target_kl * metrics["weight"]:
+            if settings.target_kl and _apart(metrics) > settings.target_kl:
                 return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
     return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
 
 
-def shown(run: Run, rollout: Rollout, judgement: Any) -> list[dict[str, Any]]:
+def _apart(metrics: dict[str, Any]) -> float:
+    """KL(old‖new), nats a token, of an update's metrics; 0 while only the critic learns."""
+    return float(metrics["approx_kl"] / metrics["weight"]) if "approx_kl" in metrics else 0.0
+
+
+def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, Any]]:
     """A few completions of an iteration, with their rewards."""
     picked = jax.device_get((rollout.token_BT[:SHOWN], rollout.mask_BT[:SHOWN]))
     reward_B = np.asarray(judgement.reward_B[:SHOWN])

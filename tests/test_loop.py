@@ -164,25 +164,44 @@ def test_iterate_at_rate_zero_draws_anew_each_step(tmp_path):
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence_sum", "fixed"])
-def test_learn_stops_early_on_kl(aggregation, tmp_path):
-    """In nats a token, however tokens are weighted."""
+@pytest.mark.parametrize(
+    ("aggregation", "length"), [("token", None), ("sequence_sum", None), ("fixed", 100)]
+)
+def test_learn_stops_early_on_kl(aggregation, length, tmp_path):
+    """In nats a token, however tokens are weighted: Σ weight is 1, ≈ 8 and ≈ 0.08 here."""
 
-    def updates(target):
+    def learnt(target):
+        algorithm = PPOConfig(
+            epochs=4, minibatches=2, target_kl=target, aggregation=aggregation, length=length
+        )
         config = runs.ppo(
-            tmp_path,
-            algorithm=PPOConfig(epochs=4, minibatches=2, target_kl=target, aggregation=aggregation),
-            optim=OptimConfig(learning_rate=3e-2),
+            tmp_path, algorithm=algorithm, optim=OptimConfig(learning_rate=3e-2, max_grad_norm=1e3)
         )
         mesh = one_device()
         with jax.set_mesh(mesh):
             run = setup(config, mesh)
             session = Session(run)
             session.host["kl_coef"] = 0.05
-            return loop.iterate(run, session, 0)[1]["updates"]
+            return loop.iterate(run, session, 0)[1]
 
-    assert updates(None) == 8
-    assert updates(1e-4) < 4
+    free = learnt(None)
+    assert free["updates"] == 8
+    apart = float(free["approx_kl"] / free["weight"])  # mean of the 8 updates
+    assert learnt(8 * apart)["updates"] == 8
+    assert learnt(0.3 * apart)["updates"] < 8
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_learn_with_a_limit_on_kl_lets_the_critic_warm_up(critic, tmp_path):
+    settings = runs.SEPARATE if critic == "separate" else runs.ppo(tmp_path).critic
+    algorithm = PPOConfig(minibatches=2, value_coef=0.5, target_kl=1e-9)
+    config = runs.ppo(tmp_path, critic=replace(settings, warmup=1), algorithm=algorithm)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh)
+        session = Session(run)
+        session.host["kl_coef"] = 0.05
+        assert loop.iterate(run, session, 0)[1]["updates"] == 4
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
