@@ -77,7 +77,7 @@ def smollm2_stages(folder: Path, seed: int) -> dict[str, Any]:
     pairs = PairConfig(
         model=ModelConfig(path="smollm2"),
         judge="sentiment",
-        max_prompt_tokens=12,
+        max_prompt_tokens=9,
         max_new_tokens=24,
         min_gap=0.3,
     )
