@@ -129,7 +129,30 @@ def demo(output: str = "", tiny: bool = False, seed: int = 0) -> None:
     prepare_jax()
     from jaxrlhf.demo import run
 
-    run(output or ("runs/tiny" if tiny else "runs/demo"), tiny, seed)
+    run(output, tiny, seed)
+
+
+def pipeline(
+    config: Annotated[Positional[str], arg(metavar="CONFIG")],
+    output: str = "",
+    seed: int | None = None,
+) -> None:
+    """Carry out the stages that a YAML file lists: data, runs, evaluations.
+
+    A stage that is done is not done again, one that was interrupted goes on.
+
+    Args:
+      config: the YAML file.
+      output: folder of the stages, in place of the file's.
+      seed: every draw follows from it; in place of the file's.
+    """
+    from jaxrlhf.config import load_pipeline
+
+    stages = load_pipeline(config, output, seed)
+    prepare_jax()
+    from jaxrlhf.pipeline import run_pipeline
+
+    run_pipeline(stages)
 
 
 def generate(
@@ -218,6 +241,7 @@ def env() -> None:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": ("train as a YAML file says: train CONFIG [--dotted.key value …]", train),
     "demo": ("a whole training run in minutes, on a CPU too: demo [--tiny]", typed(demo)),
+    "pipeline": ("several runs, one after the other, as a YAML file says", typed(pipeline)),
     "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
     "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
     "env": ("versions and devices", typed(env)),

@@ -8,16 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from jaxrlhf import loop
-from jaxrlhf.config import AlgorithmConfig, MeshConfig, ModelConfig, check, is_on_policy, load
+from jaxrlhf.config import (
+    AlgorithmConfig,
+    Config,
+    MeshConfig,
+    check,
+    dump,
+    is_on_policy,
+    load,
+    load_pipeline,
+)
+from jaxrlhf.config.load import build
 from jaxrlhf.data.formats import read_pairs
 from jaxrlhf.data.packing import preference_batch
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows
-from jaxrlhf.demo.pairs import PairConfig, write_pairs
-from jaxrlhf.demo.words import write_corpus
 from jaxrlhf.networks import load_model
+from jaxrlhf.pipeline import run_pipeline
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.steps.losses import candidate_logp
 
@@ -46,38 +56,18 @@ def test_every_algorithm_has_a_config_of_either_size():
 def world(tmp_path_factory):
     """What ``jaxrlhf demo --tiny`` makes before its reward model: a policy, prompts and pairs."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_corpus(folder, 0)
-    sft = load("configs/sft_tiny.yaml")
-    data = replace(sft.data, train=str(folder / "sft.jsonl"))
+    config = load_pipeline("configs/pipelines/demo_tiny.yaml", str(folder))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    loop.train(replace(sft, data=data, output=str(folder / "sft")), mesh)
-    pairs = PairConfig(
-        model=ModelConfig(path=str(folder / "sft")),
-        judge="jaxrlhf.demo.words:goodness",
-        max_prompt_tokens=4,
-        max_new_tokens=12,
-        batch_size=32,
-    )
-    jobs = {
-        folder / "pairs.jsonl": (str(folder / "prompts.jsonl"), 4),
-        folder / "pairs_held_out.jsonl": (str(folder / "held_out.jsonl"), 4),
-    }
-    with jax.set_mesh(mesh):
-        write_pairs(pairs, jobs, 0, mesh)
+    run_pipeline(replace(config, stages=config.stages[:3]), mesh)
     return folder, mesh
 
 
 def of_world(name, seed, folder):
     """The tiny config of an algorithm, on this world's files."""
     config = load(f"configs/{name}_tiny.yaml")
-    files = {key: str(folder / Path(getattr(config.data, key)).name) for key in ("train", "eval")}
-    return replace(
-        config,
-        model=ModelConfig(path=str(folder / "sft")),
-        data=replace(config.data, **files),
-        seed=seed,
-        output=str(folder / f"{name}-{seed}"),
-    )
+    moved = dump(config).replace("runs/tiny", str(folder))
+    config = build(Config, yaml.safe_load(moved), name)
+    return replace(config, seed=seed, output=str(folder / f"{name}-{seed}"))
 
 
 @pytest.mark.slow
@@ -102,7 +92,7 @@ def accuracy(path, folder, mesh):
     """Held-out pairs whose chosen answer has the higher mean log-prob a token."""
     with jax.set_mesh(mesh):
         model, params, tokenizer = load_model(str(folder / path), mesh)
-        rows = read_pairs(read_rows(str(folder / "pairs_held_out.jsonl")), tokenizer)
+        rows = read_pairs(read_rows(str(folder / "pairs/eval.jsonl")), tokenizer)
         rows = encode_rows(rows, tokenizer, model.decoder.vocab, 20)
         batch = jax.tree.map(jnp.asarray, preference_batch(rows.items, 20, 0))
         logp_BCT = jax.jit(candidate_logp, static_argnums=0)(model, params, batch)

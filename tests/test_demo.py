@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from jaxrlhf.config import check, load
+from jaxrlhf.config.load import packaged
 from jaxrlhf.data.rows import read_rows
-from jaxrlhf.demo import HELD_OUT, OPENINGS, config_file
+from jaxrlhf.demo import HELD_OUT, OPENINGS
 from jaxrlhf.demo.words import goodness, write_corpus
 from jaxrlhf.rewards.functions import resolve
 
@@ -37,9 +38,9 @@ def test_demo_tiny_raises_the_reward(seed, tmp_path):
     assert "gold measure" in done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in config_file(".").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.name for p in packaged(".").glob("*.yaml")))
 def test_configs_load_and_pass_their_checks(name):
-    check(load(config_file(name)))
+    check(load(packaged(name)))
 
 
 def test_openings_are_apart_and_neutral():

@@ -13,11 +13,12 @@ FLOORS = (
     {"data", "rewards", "checkpoint", "resume", "metrics", "display", "report"},
     {"networks", "programs"},
     {"judging"},
-    {"setup", "generating"},
+    {"setup", "generating", "preferences"},
     {"evaluation", "ahead"},
     {"session"},
     {"collecting"},
     {"loop", "plan"},
+    {"pipeline"},
     {"demo"},
     {"cli", "__main__", "__init__"},
 )

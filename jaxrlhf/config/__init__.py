@@ -46,6 +46,13 @@ from jaxrlhf.config.model import (
     ReferenceConfig,
     RopeScaling,
 )
+from jaxrlhf.config.pipeline import (
+    PipelineConfig,
+    PreferencesConfig,
+    StageConfig,
+    load_pipeline,
+    stage_run,
+)
 from jaxrlhf.config.run import (
     CheckpointConfig,
     Config,
@@ -85,7 +92,9 @@ __all__ = [
     "OnlineDPOConfig",
     "OptimConfig",
     "PPOConfig",
+    "PipelineConfig",
     "PreferenceKind",
+    "PreferencesConfig",
     "RLOOConfig",
     "ReMaxConfig",
     "ReferenceConfig",
@@ -97,6 +106,7 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "SimPOConfig",
+    "StageConfig",
     "check",
     "check_mesh",
     "check_sample",
@@ -105,9 +115,11 @@ __all__ = [
     "has_reference",
     "is_on_policy",
     "load",
+    "load_pipeline",
     "on_policy",
     "override",
     "resolve_mesh",
     "rows_at_once",
     "save",
+    "stage_run",
 ]

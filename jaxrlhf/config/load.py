@@ -90,6 +90,13 @@ def read(path: Path) -> Any:
     return content
 
 
+def packaged(name: str) -> Path:
+    """A file of configs/, which lies inside an installed package and beside its source."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs" / name
+    return inside if inside.exists() else package.parent / "configs" / name
+
+
 def build(kind: Any, value: Any, source: str, key: str = "") -> Any:
     """``value``, as read from YAML, as a ``kind``: a dataclass, a tuple of them, or a leaf.
 

@@ -1,14 +1,14 @@
-"""Preference pairs out of nothing but a policy and a judge: sample, score, compare."""
+"""Preference data out of nothing but a policy and a judge: sample, score, compare."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxrlhf.config import ModelConfig, SampleConfig
+from jaxrlhf.config import ModelConfig, PreferencesConfig, SampleConfig
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.formats import read_prompts
 from jaxrlhf.data.rows import read_rows
@@ -22,78 +22,47 @@ from jaxrlhf.sharding import put_rows
 from jaxrlhf.steps.sampling import sample
 
 
-@dataclass(frozen=True)
-class PairConfig:
-    """How pairs are made."""
-
-    model: ModelConfig
-    """The policy that writes."""
-    judge: str
-    """The reward function that compares."""
-    max_prompt_tokens: int
-    max_new_tokens: int
-    n: int = 4
-    """Completions a prompt and round; n // 2 pairs: best with worst, second with second worst."""
-    batch_size: int = 16
-    """Prompts at once."""
-    min_gap: float = 0.1
-    """Pairs closer than this, in the judge's units, are dropped."""
-
-
-def write_pairs(
-    config: PairConfig, jobs: dict[Path, tuple[str, int]], seed: int, mesh: Any
-) -> dict:
-    """Write one file of pairs for each of ``jobs`` and return how many pairs each holds.
-
-    Args:
-      jobs: file to write → (file of prompts, rounds over it).
-      seed: every draw follows from it.
+def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -> dict[str, int]:
+    """Write train.jsonl and eval.jsonl, and return how many pairs each holds.
 
     A row is ``{prompt, chosen, rejected, gap, chosen_ended, rejected_ended}``: ``gap`` is the
     judge's difference; ``ended`` is false for a completion that was cut at its last token.
+
+    Args:
+      seed: every draw follows from it.
     """
     loader = Loader(mesh)
-    network = loader.base(config.model, seed)
-    tokenizer = load_tokenizer(tokenizer_path(config.model))
-    vocab = network.model.decoder.vocab
+    model = ModelConfig(path=config.model)
+    network = loader.base(model, seed)
+    tokenizer = load_tokenizer(tokenizer_path(model))
     stop, pad = ends_of(tokenizer)
-    settings = SampleConfig(
-        max_new_tokens=config.max_new_tokens,
-        n=config.n,
-        stop=stop,
-        pad=pad,
-    )
-    draw = jax.jit(sample, static_argnums=(0, 5))
+    settings = SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, stop=stop, pad=pad)
+    draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
     judge = resolve(config.judge)
-    stream = jax.random.key(seed)
+    jobs = {"train": (config.train, config.train_rounds), "eval": (config.eval, config.eval_rounds)}
     counts = {}
-    for job, (path, (source, rounds)) in enumerate(jobs.items()):
+    for job, (name, (source, rounds)) in enumerate(jobs.items()):
         rows = read_prompts(read_rows(source), tokenizer)
+        vocab = network.model.decoder.vocab
         prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items
+        batches = held_out_batches(len(prompts), min(config.batch_size, len(prompts)))
         lines: list[dict[str, Any]] = []
         for index in range(rounds):
-            key = jax.random.fold_in(jax.random.fold_in(stream, job), index)
-            for at, (row_Q, real_Q) in enumerate(
-                held_out_batches(len(prompts), min(config.batch_size, len(prompts)))
-            ):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), job), index)
+            for at, (row_Q, real_Q) in enumerate(batches):
                 picked = [prompts[i] for i in row_Q]
                 arrays = prompt_arrays(picked, config.max_prompt_tokens, settings.pad)
-                rollout = draw(
-                    network.model,
-                    network.params,
-                    *put_rows(arrays, mesh),
-                    jax.random.fold_in(key, at),
-                    settings,
-                )
+                rollout = draw(*put_rows(arrays, mesh), jax.random.fold_in(key, at), settings)
                 host = jax.device_get(rollout)
                 lines += compare(config, judge, tokenizer, picked, host, int(real_Q.sum()))
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
-        counts[path.stem] = len(lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomic(folder / f"{name}.jsonl", text)
+        counts[f"{name}_pairs"] = len(lines)
     return counts
 
 
 def compare(
-    config: PairConfig,
+    config: PreferencesConfig,
     judge: Any,
     tokenizer: Any,
     prompts: Sequence[Encoded],

@@ -1,0 +1,162 @@
+"""Several runs one after the other, each handing its artefacts to the next: a YAML file as well."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config.load import build, read
+from jaxrlhf.config.run import Config
+from jaxrlhf.errors import InputError
+
+
+@dataclass(frozen=True)
+class PreferencesConfig:
+    """Preference data out of nothing but a policy and a judge: sample, score, compare."""
+
+    model: str
+    """The policy that writes: whatever ``model.path`` may be."""
+    judge: str
+    """The reward function that compares: a built-in or package.module:function."""
+    train: str
+    """Prompts for train.jsonl."""
+    eval: str
+    """Prompts for eval.jsonl, held out."""
+    max_prompt_tokens: int
+    max_new_tokens: int
+    train_rounds: int = 1
+    """Times that the training prompts are sampled from."""
+    eval_rounds: int = 1
+    n: int = 4
+    """Completions a prompt and round; n // 2 pairs: best with worst, second with second worst."""
+    batch_size: int = 16
+    """Prompts at once."""
+    min_gap: float = 0.1
+    """Pairs closer than this, in the judge's units, are dropped."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: exactly one of ``make``, ``preferences`` and ``train``.
+
+    In every text, ``{name}`` stands for the output folder of an earlier stage.
+    """
+
+    name: str
+    make: str = ""
+    """A Python function (folder, seed) that writes files, by its dotted path."""
+    preferences: PreferencesConfig | None = None
+    """Sample from a policy and compare: train.jsonl and eval.jsonl."""
+    train: str = ""
+    """A run: the YAML file of a Config, relative to this file."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Fields of that run, by dotted name, in place of the file's."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Stages in order, each in a folder of its own below ``output``."""
+
+    stages: tuple[StageConfig, ...]
+    seed: int = 0
+    """Of every stage."""
+    output: str = "runs/pipeline"
+
+
+KINDS = ("make", "preferences", "train")
+"""What a stage can be."""
+
+
+def load_pipeline(path: str | Path, output: str = "", seed: int | None = None) -> PipelineConfig:
+    """The pipeline that a YAML file describes, its stages' files found beside it.
+
+    Args:
+      output, seed: in place of the file's.
+
+    Raises:
+      InputError: no such file, an unknown key, a stage that is of no kind or of two, a name that
+        is taken or refers to no earlier stage.
+    """
+    path = Path(path)
+    config: PipelineConfig = build(PipelineConfig, read(path), str(path))
+    output, seed = output or config.output, config.seed if seed is None else seed
+    if seed < 0:
+        raise InputError(f"{path}: seed={seed}: give 0 or more")
+    if not config.stages:
+        raise InputError(f"{path}: stages: empty: give at least one")
+    folders: dict[str, str] = {}
+    stages = []
+    for index, stage in enumerate(config.stages):
+        where = f"{path}: stages.{index}"
+        _check(stage, where, folders)
+        stages.append(_resolved(stage, path.parent, folders, where))
+        folders[stage.name] = str(Path(output) / stage.name)
+    return PipelineConfig(tuple(stages), seed, output)
+
+
+def stage_run(stage: StageConfig, output: str, seed: int) -> Config:
+    """The run that a ``train`` stage is: its file, with ``set``, this folder and this seed.
+
+    Raises:
+      InputError: as ``load``; a field of ``set`` counts as one of the file's.
+    """
+    content = read(Path(stage.train))
+    for dotted, value in {**stage.set, "output": output, "seed": seed}.items():
+        *sections, name = dotted.split(".")
+        at = content
+        for section in sections:
+            at = at.setdefault(section, {})
+            if not isinstance(at, dict):
+                raise InputError(f"{stage.name}.set: {dotted}: {section} is no section")
+        at[name] = value
+    return build(Config, content, f"{stage.train} with stage {stage.name}")
+
+
+def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
+    given = [kind for kind in KINDS if getattr(stage, kind)]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise InputError(f"{where}: {stage.name}: give one of {', '.join(KINDS)}, not {found}")
+    if not stage.name.isidentifier():
+        raise InputError(f"{where}.name={stage.name!r}: letters, digits and _ only: it is a folder")
+    if stage.name in earlier:
+        raise InputError(f"{where}.name={stage.name}: an earlier stage has this name")
+    if stage.set and given[0] != "train":
+        raise InputError(f"{where}.set: a stage with {given[0]} has no such fields: leave it out")
+
+
+def _resolved(
+    stage: StageConfig, folder: Path, folders: Mapping[str, str], where: str
+) -> StageConfig:
+    """The stage with the folders of earlier ones written out."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return _fill(value, folders, where)
+        if isinstance(value, Mapping):
+            return {key: fill(x) for key, x in value.items()}
+        return [fill(x) for x in value] if isinstance(value, list) else value
+
+    wishes = stage.preferences
+    if wishes is not None:
+        wishes = PreferencesConfig(**fill(vars(wishes)))
+    train = str(folder / stage.train) if stage.train else ""
+    return StageConfig(
+        name=stage.name,
+        make=stage.make,
+        preferences=wishes,
+        train=train,
+        set=fill(stage.set),
+    )
+
+
+def _fill(text: str, folders: Mapping[str, str], where: str) -> str:
+    try:
+        return text.format_map(folders)
+    except KeyError as error:
+        known = ", ".join(folders) or "none"
+        raise InputError(
+            f"{where}: {text!r}: no earlier stage is called {error.args[0]} (earlier: {known})"
+        ) from None
+    except (ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{where}: {text!r}: {error}: write {{{{ for a brace") from None

@@ -1,0 +1,129 @@
+"""From data to evidence in one command: the stages of a pipeline, each done once.
+
+A stage's folder holds ``stage.json``: what it was made from and, once it is done, what came out. A
+stage that is done is skipped, one that was interrupted goes on (a run from its checkpoint, the
+others from their start), and one whose settings or inputs have changed since is refused: nothing
+stale is used, and nothing is thrown away.
+"""
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrlhf.config import MeshConfig, PipelineConfig, StageConfig, check, stage_run
+from jaxrlhf.errors import InputError
+from jaxrlhf.loop import train
+from jaxrlhf.metrics import write_atomic
+from jaxrlhf.preferences import write_pairs
+from jaxrlhf.rewards.functions import resolve
+from jaxrlhf.sharding import make_mesh
+
+RECORD = "stage.json"
+
+
+def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Carry out the stages that are not done yet.
+
+    All files and runs that the stages name are checked first, so that a slip in the last stage is
+    found before the first has begun.
+
+    Args:
+      mesh: where to; if None, on all devices, runs as their own ``mesh`` says.
+
+    Returns:
+      What each stage came to, by its name; ``summary.json`` in ``output`` holds it too.
+
+    Raises:
+      InputError: a stage cannot be used, or is not the one that its folder was made by.
+    """
+    for stage in config.stages:
+        if stage.train:
+            check(stage_run(stage, "x", config.seed))
+    results: dict[str, Any] = {}
+    ids: dict[str, str] = {}
+    for number, stage in enumerate(config.stages, 1):
+        folder = Path(config.output) / stage.name
+        folder.mkdir(parents=True, exist_ok=True)
+        made_from = {
+            "settings": json.loads(json.dumps(dataclasses.asdict(stage) | {"seed": config.seed})),
+            "inputs": {name: x for name, x in ids.items() if _reads(stage, config, name)},
+        }
+        record = _record(folder, made_from)
+        title = f"stage {number} of {len(config.stages)}: {stage.name}"
+        if "result" in record:
+            print(f"{title}: done before")
+        else:
+            print(title)
+            began = time.perf_counter()
+            result = STAGES[kind_of(stage)](stage, folder, config.seed, mesh)
+            result = {**result, "stage_seconds": time.perf_counter() - began}
+            record = {**made_from, "id": uuid.uuid4().hex, "result": result}
+            write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        ids[stage.name], results[stage.name] = record["id"], record["result"]
+    write_atomic(Path(config.output) / "summary.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def kind_of(stage: StageConfig) -> str:
+    """Which of ``STAGES`` it is."""
+    return next(kind for kind in STAGES if getattr(stage, kind))
+
+
+def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+    """The record of a folder, signed now if it has none; refused if it was made otherwise."""
+    path = folder / RECORD
+    if not path.exists():
+        write_atomic(path, json.dumps(made_from, indent=2) + "\n")
+        return made_from
+    record = json.loads(path.read_text())
+    for part, now in made_from.items():
+        before = record[part]
+        if before != now:
+            names = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
+            raise InputError(
+                f"{folder}: was made with other {part} ({', '.join(names)}): choose another "
+                "--output, or remove this folder and those of later stages"
+            )
+    return record
+
+
+def _reads(stage: StageConfig, config: PipelineConfig, name: str) -> bool:
+    """Whether the folder of an earlier stage stands anywhere in this stage's settings."""
+    folder = str(Path(config.output) / name)
+    texts = json.dumps(dataclasses.asdict(stage))
+    return any(f"{folder}{end}" in texts for end in ('"', "/"))
+
+
+def make(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+    """Call a function (folder, seed) that writes files."""
+    del mesh
+    resolve(stage.make)(folder, seed)
+    return {}
+
+
+def preferences(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+    """Write train.jsonl and eval.jsonl of preference pairs."""
+    assert stage.preferences is not None
+    mesh = mesh or make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        return write_pairs(stage.preferences, folder, seed, mesh)
+
+
+def trained(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+    """Carry out a run, or go on with it."""
+    return train(stage_run(stage, str(folder), seed), mesh)
+
+
+STAGES: dict[str, Callable[[StageConfig, Path, int, Mesh | None], dict[str, Any]]] = {
+    "make": make,
+    "preferences": preferences,
+    "train": trained,
+}
+"""What carries out a stage, by the field that makes it one."""

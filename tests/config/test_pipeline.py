@@ -1,0 +1,98 @@
+"""Pipelines: their YAML, and the runs that their stages are."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxrlhf.config import check, load_pipeline, stage_run
+from jaxrlhf.errors import InputError
+
+SFT = """
+algorithm: {name: sft}
+model: {path: smollm2}
+data: {train: nowhere.jsonl, max_tokens: 16}
+steps: 3
+output: elsewhere
+"""
+
+
+def written(folder, stages, more=""):
+    (folder / "sft.yaml").write_text(SFT)
+    path = folder / "pipeline.yaml"
+    path.write_text(f"output: out\n{more}stages:\n{stages}")
+    return path
+
+
+TWO = """
+  - {name: words, make: "jaxrlhf.demo.words:write_corpus"}
+  - name: sft
+    train: sft.yaml
+    set: {data.train: "{words}/sft.jsonl", optim.warmup: 2}
+"""
+
+
+def test_load_pipeline_hands_on_the_folders_of_earlier_stages(tmp_path):
+    config = load_pipeline(written(tmp_path, TWO))
+    assert config.stages[1].set["data.train"] == "out/words/sft.jsonl"
+    assert config.stages[1].train == str(tmp_path / "sft.yaml")
+    config = load_pipeline(written(tmp_path, TWO), output="other", seed=3)
+    assert (config.output, config.seed) == ("other", 3)
+    assert config.stages[1].set["data.train"] == "other/words/sft.jsonl"
+
+
+def test_stage_run_changes_the_fields_of_the_file(tmp_path):
+    stage = load_pipeline(written(tmp_path, TWO)).stages[1]
+    run = stage_run(stage, "there", 5)
+    assert run.data.train == "out/words/sft.jsonl"
+    assert run.data.max_tokens == 16
+    assert (run.optim.warmup, run.steps, run.output, run.seed) == (2, 3, "there", 5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("  []", "stages: empty"),
+        ("  - {name: a}", "stages.0: a: give one of make, preferences, train, not none"),
+        ("  - {name: a, make: x, train: y}", "not make and train"),
+        ("  - {name: a b, make: x}", "stages.0.name='a b': letters"),
+        ("  - {name: a, make: x}\n  - {name: a, make: x}", "stages.1.name=a: an earlier stage"),
+        ("  - {name: a, make: x, set: {y: 1}}", "stages.0.set: a stage with make"),
+        (
+            "  - {name: a, train: x, set: {y: '{b}'}}",
+            "no earlier stage is called b (earlier: none)",
+        ),
+        ("  - {name: a, train: x, set: {y: '{'}}", "write {{ for a brace"),
+        ("  - {name: a, trian: x}", "stages.0.trian: unknown key (did you mean train?)"),
+    ],
+)
+def test_load_pipeline_refuses(stages, message, tmp_path):
+    with pytest.raises(InputError) as error:
+        load_pipeline(written(tmp_path, stages))
+    assert message in str(error.value)
+
+
+def test_load_pipeline_refuses_a_negative_seed(tmp_path):
+    with pytest.raises(InputError, match="seed=-1: give 0 or more"):
+        load_pipeline(written(tmp_path, TWO), seed=-1)
+
+
+def test_stage_run_names_the_stage_of_a_bad_field(tmp_path):
+    stages = "  - {name: sft, train: sft.yaml, set: {optim.learning_rat: 1}}"
+    stage = load_pipeline(written(tmp_path, stages)).stages[0]
+    with pytest.raises(InputError, match=r"with stage sft: optim\.learning_rat: unknown key"):
+        stage_run(stage, "x", 0)
+    stages = "  - {name: sft, train: sft.yaml, set: {steps.learning_rate: 1}}"
+    stage = load_pipeline(written(tmp_path, stages)).stages[0]
+    with pytest.raises(InputError, match=r"sft\.set: steps\.learning_rate: steps is no section"):
+        stage_run(stage, "x", 0)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/pipelines").glob("*.yaml")), ids=str)
+def test_pipelines_of_the_project_can_be_started(path):
+    config = load_pipeline(path)
+    for stage in config.stages:
+        if stage.train:
+            check(stage_run(stage, "x", 0))
+    header = path.read_text(encoding="utf-8").split("output:")[0]
+    for word in ("# Launch:", "# Takes:", "Expect", "jaxrlhf pipeline"):
+        assert word in header

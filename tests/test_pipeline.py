@@ -1,0 +1,130 @@
+"""A pipeline from data to evaluation: what is skipped, refused, and gone on with after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from jaxrlhf.config import MeshConfig, load_pipeline
+from jaxrlhf.errors import InputError
+from jaxrlhf.pipeline import run_pipeline
+from jaxrlhf.sharding import make_mesh
+
+SHORT = {
+    "sft": {"steps": 8, "checkpoint.every": 2},
+    "reward_model": {"steps": 6, "checkpoint.every": 2},
+    "ppo": {"steps": 4, "checkpoint.every": 1, "eval.n": 1, "algorithm.epochs": 1},
+}
+"""What makes the stages of the tiny demo short, and save often."""
+
+
+def short(folder, **changes):
+    """The tiny demo's pipeline with short runs, as a file."""
+    source = Path("configs/pipelines/demo_tiny.yaml").resolve()
+    content = yaml.safe_load(source.read_text())
+    for stage in content["stages"]:
+        if "train" in stage:
+            stage["train"] = str((source.parent / stage["train"]).resolve())
+            stage["set"] |= SHORT[stage["name"]] | changes.get(stage["name"], {})
+        if "preferences" in stage:
+            stage["preferences"] |= {"train_rounds": 1, "eval_rounds": 1}
+    path = folder / "short.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def comparable(results):
+    """Without what a clock says."""
+    timed = ("seconds", "stage_seconds", "tokens_per_second", "peak_memory_gib")
+    return {
+        name: {key: x for key, x in result.items() if key not in timed}
+        for name, result in results.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(pipeline's file, results of an uninterrupted run of it, its folder)."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    path = short(folder)
+    config = load_pipeline(path, str(folder / "out"))
+    results = run_pipeline(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return path, results, folder / "out"
+
+
+def test_run_pipeline_hands_on_and_sums_up(done):
+    _, results, folder = done
+    assert list(results) == ["corpus", "sft", "pairs", "reward_model", "ppo"]
+    assert results["pairs"]["train_pairs"] > 100
+    assert results["ppo"]["steps"] == 4
+    assert json.loads((folder / "summary.json").read_text()) == results
+
+
+def test_run_pipeline_skips_what_is_done(done, capsys, monkeypatch):
+    path, results, folder = done
+    monkeypatch.setattr("jaxrlhf.pipeline.train", None)
+    assert run_pipeline(load_pipeline(path, str(folder))) == results
+    assert capsys.readouterr().out.count("done before") == 5
+
+
+def test_run_pipeline_refuses_a_stage_that_was_made_otherwise(done):
+    path, _, folder = done
+    with pytest.raises(InputError, match=r"corpus: was made with other settings \(seed\)"):
+        run_pipeline(load_pipeline(path, str(folder), seed=1))
+    config = load_pipeline(path, str(folder))
+    changed = replace(config.stages[1], set={**config.stages[1].set, "steps": 9})
+    stages = (config.stages[0], changed, *config.stages[2:])
+    with pytest.raises(InputError, match=r"sft: was made with other settings \(set\)"):
+        run_pipeline(replace(config, stages=stages))
+
+
+def test_run_pipeline_refuses_a_stage_whose_input_was_made_again(done, tmp_path):
+    path, _, folder = done
+    copied = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(folder), str(copied)], check=True)
+    for record in copied.glob("*/stage.json"):
+        record.write_text(record.read_text().replace(str(folder), str(copied)))
+    (copied / "corpus" / "stage.json").unlink()
+    with pytest.raises(InputError, match=r"sft: was made with other inputs \(corpus\)"):
+        run_pipeline(load_pipeline(path, str(copied)))
+
+
+def test_run_pipeline_finds_a_slip_in_the_last_stage_before_the_first(tmp_path):
+    path = short(tmp_path, ppo={"algorithm.minibatches": 7})
+    with pytest.raises(InputError, match=r"minibatches=7 is not 0"):
+        run_pipeline(load_pipeline(path, str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_run_pipeline_killed_in_every_stage_comes_to_the_same(done, tmp_path):
+    path, wanted, _ = done
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-c", "import sys; from jaxrlhf.cli import main; sys.exit(main())",
+        "pipeline", str(path), "--output", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    saved = {"sft": "2", "reward_model": "2", "ppo": "1"}
+    for stage in wanted:
+        sign = out / stage / "checkpoints" / saved[stage] if stage in saved else out / stage
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 200
+            while process.poll() is None and not sign.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert sign.exists(), stage
+            process.send_signal(signal.SIGKILL)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed after iteration" in ended.stdout + ended.stderr
+    results = json.loads((out / "summary.json").read_text())
+    for name, expected in comparable(wanted).items():
+        assert comparable(results)[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
