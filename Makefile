@@ -1,9 +1,11 @@
 # make demo    train the demo                 make test    run every test
 # make setup   .venv for development          make lint    ruff and pyright
 #
-# PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment.
+# PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment,
+# WORKERS=n how many processes run the tests (each takes up to 4 GiB).
 
 VENV ?= .venv
+WORKERS ?= 2
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
@@ -20,7 +22,7 @@ demo: setup-demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(VENV)/bin/jaxrlhf demo $(ARGS)
 
 test: setup-test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup-test
 	$(VENV)/bin/ruff check .
