@@ -210,10 +210,11 @@ def export(
       out: a new folder.
     """
     prepare_jax()
+    from jaxrlhf.config import is_reward_model
     from jaxrlhf.models.hf import write_hf
     from jaxrlhf.networks import is_run, load_model, run_config
 
-    if is_run(run) and run_config(run).algorithm.name == "reward_model":
+    if is_run(run) and is_reward_model(run_config(run)):
         raise InputError(f"{run}: a reward model; only language models have such a folder")
     model, params, tokenizer = load_model(run)
     weights = {name: part for name, part in params.items() if name != "head"}  # a critic's

@@ -7,20 +7,17 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import is_on_policy
-from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.tokens import Encoded, prompt_arrays
+from jaxrlhf.held_out import Curve, batches, measure
 from jaxrlhf.judging import Judge
 from jaxrlhf.metrics import distinct_n, mean_interval
 from jaxrlhf.rewards.text import decode_rollout
-from jaxrlhf.setup import Run, pack
-from jaxrlhf.sharding import put_rows, row_shards
-from jaxrlhf.types import Params, Rollout, TokenBatch
+from jaxrlhf.setup import Run
+from jaxrlhf.sharding import put_rows
+from jaxrlhf.types import Params, Rollout
 
 EVALUATION = 0x7FFFFFFF
 """Stream of the draws of evaluation, beside those of the steps: the same at every evaluation."""
-
-LARGE_GAP = 0.5
-"""Pairs whose ``gap`` column is at least this are also counted apart."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,8 @@ class Evaluation:
     samples: tuple[dict[str, Any], ...] = ()
     gold: np.ndarray | None = None
     """The gold measure of each completion, in an order that every evaluation shares."""
+    reliability: Curve | None = None
+    """A reward model's probabilities against what came true."""
 
 
 def evaluate(run: Run, params: Params) -> Evaluation | None:
@@ -50,7 +49,7 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     Σ_t log π − log π_ref; ``length`` (tokens); ``ended`` (fraction); ``entropy`` (nats a token);
     ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
     """
-    drawn = [_draw(run, params, rows, *batch) for batch in enumerate(_batches(run, len(rows)))]
+    drawn = [_draw(run, params, rows, *batch) for batch in enumerate(batches(run, len(rows)))]
     columns = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
     tokens = [t[m != 0].tolist() for t, m in zip(columns["token"], columns["mask"], strict=True)]
     count = columns["mask"].sum(1)
@@ -86,12 +85,6 @@ def over_prompts(x_B: np.ndarray, n: int) -> tuple[float, float]:
     count_Q = np.isfinite(x_QG).sum(1)
     mean_Q = np.nansum(x_QG, axis=1) / np.maximum(count_Q, 1)
     return mean_interval(mean_Q[count_Q > 0])
-
-
-def _batches(run: Run, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    shards = row_shards()
-    size = -(-min(run.config.eval.batch_size, count) // shards) * shards
-    return held_out_batches(count, size)
 
 
 def _draw(
@@ -134,36 +127,7 @@ def _draw(
 
 
 def evaluate_offline(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Evaluation:
-    """Loss and metrics of the training objective on held-out rows.
-
-    For reward models also ``accuracy``: the fraction of pairs with the chosen answer scored
-    higher; and, where rows have a number ``gap`` that says by how much it is better,
-    ``accuracy_large_gap`` over those with at least 0.5.
-    """
-    totals: dict[str, float] = {}
-    frozen = run.frozen["policy"]
-    right: list[bool] = []
-    for row_B, real_B in _batches(run, len(rows)):
-        picked = [rows[i] for i in row_B]
-        batch = pack(run, picked, real_B)
-        if "scores" in run.programs:
-            score_BC = run.programs["scores"](params, frozen, batch)
-            loss, metrics = run.algorithm.loss(score_BC, batch)
-            chosen_B, rejected_B = np.asarray(score_BC).T
-            right += (chosen_B > rejected_B)[real_B].tolist()
-        else:
-            loss, metrics = run.programs["loss"](params, frozen, batch)
-        share = real_B.sum() / len(rows)
-        if isinstance(batch, TokenBatch):  # its mean is over tokens
-            counts = [len(row.answers[0]) for row in picked]
-            share = np.dot(counts, real_B) / sum(len(row.answers[0]) for row in rows)
-        for name, x in {"loss": loss, **metrics}.items():
-            totals[name] = totals.get(name, 0.0) + share * float(x)
-    if right:
-        totals["accuracy"] = float(np.mean(right))
-        gaps = [row.source.columns.get("gap") for row in rows]
-        large = [r for r, g in zip(right, gaps, strict=True) if g is not None and g >= LARGE_GAP]
-        if large:
-            totals["accuracy_large_gap"] = float(np.mean(large))
-            totals["pairs_large_gap"] = float(len(large))
-    return Evaluation(totals | {"rows": float(len(rows))})
+    """Loss and metrics of the training objective on held-out rows; of reward models also accuracy,
+    calibration and the rest of ``held_out.judge_scores``."""
+    metrics, curve = measure(run, params, rows)
+    return Evaluation(metrics, reliability=curve)

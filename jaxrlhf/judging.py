@@ -1,6 +1,6 @@
 """A run's rewards: reward models on the mesh and Python functions on the host, summed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,13 +10,12 @@ import numpy as np
 
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data.formats import Prompt, stack_columns
-from jaxrlhf.errors import InputError
-from jaxrlhf.networks import Loader, Network
+from jaxrlhf.networks import Loader
 from jaxrlhf.rewards.combine import combine
 from jaxrlhf.rewards.functions import Reward, call, load_rewards
 from jaxrlhf.rewards.text import decode_rollout, repeat
+from jaxrlhf.scorers import Scorer, load_scorer
 from jaxrlhf.sharding import put_rows
-from jaxrlhf.steps.scoring import reward
 from jaxrlhf.types import Array, Rollout
 
 
@@ -34,8 +33,8 @@ class Judge:
     """The reward sources of a run, ready to be asked."""
 
     sources: tuple[Reward, ...]
-    networks: tuple[Network | None, ...]
-    """The reward model of each source that is one."""
+    scorers: tuple[Scorer | None, ...]
+    """The reward models of each source that is made of them."""
     tokenizer: Any
     mesh: Any
 
@@ -47,8 +46,8 @@ class Judge:
           prompts: the Q prompts.
         """
         scores = [
-            self._function(source, rollout, prompts) if network is None else run(network, rollout)
-            for source, network in zip(self.sources, self.networks, strict=True)
+            self._function(source, rollout, prompts) if scorer is None else scorer(rollout)
+            for source, scorer in zip(self.sources, self.scorers, strict=True)
         ]
         parts = dict(zip([source.name for source in self.sources], scores, strict=True))
         weights = [source.weight for source in self.sources]
@@ -79,24 +78,10 @@ def make_judge(
       InputError: none given, one that cannot be had, or a reward model with another vocabulary.
     """
     sources = load_rewards(configs, field)
-    networks = []
-    for index, config in enumerate(configs):
-        network = loader.trained(config.model) if config.model else None
-        if network is not None and network.model.decoder.vocab != vocab:
-            raise InputError(
-                f"{field}[{index}].model={config.model}: its vocabulary has "
-                f"{network.model.decoder.vocab} tokens, the policy's {vocab}: train it on the "
-                "policy's tokenizer"
-            )
-        networks.append(network)
-    return Judge(sources, tuple(networks), tokenizer, loader.mesh)
-
-
-def run(network: Network, rollout: Rollout) -> Array:
-    """The reward model's score of each row, [B]."""
-    return _reward(
-        network.model, network.params, rollout.token_BT, rollout.attention_mask_BT, network.lora
-    )
-
-
-_reward: Callable[..., Array] = jax.jit(reward, static_argnums=0)
+    scorers = [
+        load_scorer(config, loader, tokenizer, vocab, f"{field}[{index}]")
+        if config.model or config.ensemble
+        else None
+        for index, config in enumerate(configs)
+    ]
+    return Judge(sources, tuple(scorers), tokenizer, loader.mesh)

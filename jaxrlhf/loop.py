@@ -21,6 +21,7 @@ from jaxrlhf.config import Config, is_on_policy
 from jaxrlhf.config import on_policy as on_policy_settings
 from jaxrlhf.data.batches import order
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
+from jaxrlhf.held_out import measure_normalisation
 from jaxrlhf.judging import Judgement
 from jaxrlhf.metrics import combine
 from jaxrlhf.programs import minibatch_rows
@@ -171,6 +172,8 @@ def offline(run: Run, session: Session) -> None:
     """Learn from the rows of a file: one optimizer step an iteration."""
     config = run.config
     evaluate_before(run, session, lambda: session.states["policy"].params)
+    if session.start < config.steps:
+        session.host.pop("normalisation", None)  # of a shorter run that now goes on
     for step in session.steps():
         began = time.perf_counter()
         chosen = order(len(run.train_rows), config.data.batch_size, config.seed, step)
@@ -183,6 +186,10 @@ def offline(run: Run, session: Session) -> None:
         metrics = jax.device_get(metrics) | {"seconds": time.perf_counter() - began}
         session.record(step + 1, metrics, [])
         evaluate_between(run, session, step + 1)
+        if run.normalise_rows is not None and step + 1 == config.steps:
+            session.host["normalisation"] = measure_normalisation(
+                run, session.states["policy"].params
+            )
 
 
 def evaluate_before(run: Run, session: Session, start: Callable[[], Params]) -> None:
@@ -219,8 +226,12 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
             change = found.gold - np.array(session.host["gold_before"], np.float64)
             rise = over_prompts(change, run.config.eval.n)
             summary["gold_rise"], summary["gold_rise_ci"] = rise
+        if found.reliability is not None:
+            summary["reliability"] = found.reliability
         if "kl_nats" in after:
             summary["kl_nats"] = after["kl_nats"]
+    if "normalisation" in session.host:
+        summary["normalisation"] = session.host["normalisation"]
     summary |= session.totals()
     session.recorder.summary(summary)
     return summary

@@ -21,6 +21,7 @@ from jaxrlhf.config import (
     check_mesh,
     has_critic,
     is_on_policy,
+    is_reward_model,
     load,
 )
 from jaxrlhf.errors import InputError
@@ -83,7 +84,14 @@ class Loader:
         return put(read_weights(config.path)[1], layout)
 
     def trained(self, folder: str) -> Network:
-        """The network that a run trained, from its newest checkpoint."""
+        """The network that a run trained, from its newest checkpoint.
+
+        A reward model's scores are normalised if its run has measured how (``normalise_on``).
+
+        Raises:
+          InputError: no checkpoint, or one of a reward model that is to be normalised and is not
+            yet.
+        """
         config = run_config(folder)
         base = self.base(config.model, config.seed)
         head = needs_head(config)
@@ -91,8 +99,16 @@ class Loader:
         if self.abstract:
             return Network(base.model, *combine_params(state.params, base.params))
         wanted = {"policy": replace(state, opt_state=(), step=(), skipped=())}
-        _, found, _ = checkpoint.load(Path(folder) / "checkpoints", wanted)
+        _, found, host = checkpoint.load(Path(folder) / "checkpoints", wanted)
         params, lora = combine_params(found["policy"].params, base.params)
+        measured = host.get("normalisation")
+        if measured is not None:
+            params = {**params, "head": normalised(params["head"], **measured)}
+        elif getattr(config.algorithm, "normalise_on", ""):
+            raise InputError(
+                f"{folder}: its scores are not normalised yet: train it to its end, or anew in "
+                "another output if algorithm.normalise_on was set after that"
+            )
         return Network(base.model, params, lora)
 
 
@@ -116,7 +132,12 @@ def needs_head(config: Config) -> bool:
     """Whether the network that a run trains carries the scalar head."""
     if is_on_policy(config):
         return has_critic(config) and config.critic.kind == "shared"
-    return config.algorithm.name == "reward_model"
+    return is_reward_model(config)
+
+
+def normalised(head: Params, mean: float, std: float) -> Params:
+    """A scalar head whose score is (r − mean)/std, r being the given one's; std > 0."""
+    return {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}
 
 
 def trainable_axes(model: Model, head: bool) -> Any:

@@ -23,6 +23,7 @@ from jaxrlhf.sharding import few_rows_layout, row_layout
 from jaxrlhf.steps.losses import (
     candidate_logp,
     candidate_scores,
+    candidate_token_scores,
     combine_params,
     critic_loss,
     pairs_loss,
@@ -153,7 +154,12 @@ def offline_programs(
     mesh: Mesh,
 ) -> dict[str, Callable[..., Any]]:
     """The programs of learning from rows: the update, and what held-out rows are measured with."""
-    join = {"scores": reward_model_loss, "pairs": pairs_loss, "outputs": sft_loss}
+    join = {
+        "scores": reward_model_loss,
+        "steps": reward_model_loss,
+        "pairs": pairs_loss,
+        "outputs": sft_loss,
+    }
     loss = join[algorithm.reads](model, algorithm)
     layout = layout_of(states["policy"])
     programs: dict[str, Callable[..., Any]] = {
@@ -168,6 +174,8 @@ def offline_programs(
         programs["reference"] = jax.jit(compare, out_shardings=row_layout(mesh))
     if algorithm.reads == "scores":
         return {**programs, "scores": jax.jit(partial(candidate_scores, model))}
+    if algorithm.reads == "steps":
+        return {**programs, "scores": jax.jit(partial(candidate_token_scores, model))}
     return {**programs, "loss": jax.jit(loss)}
 
 

@@ -20,12 +20,21 @@ from jaxrlhf.config import (
     has_critic,
     has_reference,
     is_on_policy,
+    is_reward_model,
     rows_at_once,
 )
-from jaxrlhf.data.formats import read_completions, read_labelled, read_pairs, read_prompts
-from jaxrlhf.data.packing import judged_batch, labelled_batch, preference_batch, token_batch
-from jaxrlhf.data.rows import Rows, read_rows
-from jaxrlhf.data.tokens import Encoded, encode_rows
+from jaxrlhf.data.packing import (
+    judged_batch,
+    labelled_batch,
+    preference_batch,
+    ranked_batch,
+    scored_batch,
+    steps_batch,
+    token_batch,
+)
+from jaxrlhf.data.reading import load_data, load_normalise_rows
+from jaxrlhf.data.rows import Rows
+from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.errors import InputError
 from jaxrlhf.judging import Judge, make_judge
 from jaxrlhf.models.loading import build
@@ -44,19 +53,14 @@ from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs
 from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.types import AnyBatch, Params, TrainState
 
-READERS = {
-    "pairs": read_pairs,
-    "completions": read_completions,
-    "labelled": read_labelled,
-    "judged": read_labelled,
-}
-"""How the rows of a file are read, by what they are to hold."""
-
 PACKERS = {
     "pairs": preference_batch,
     "completions": token_batch,
     "labelled": labelled_batch,
     "judged": judged_batch,
+    "ranked": ranked_batch,
+    "scored": scored_batch,
+    "steps": steps_batch,
 }
 """How such rows become a batch."""
 
@@ -83,6 +87,10 @@ class Run:
     judge: Judge | None
     gold: Judge | None
     programs: dict[str, Callable[..., Any]]
+    normalise_rows: Rows[Encoded] | None = None
+    """Answers whose scores a reward model is normalised on."""
+    candidates: int = 1
+    """C, the most answers that a row of the data has."""
 
 
 def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> Run:
@@ -109,8 +117,10 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     stop = tuple(sorted({*config.sample.stop, *stop}))
     sampling = replace(config.sample, stop=stop, pad=pad)
     config = replace(config, sample=sampling)
-    train_rows = load_data(config, config.data.train, tokenizer, model)
-    eval_rows = load_data(config, config.data.eval, tokenizer, model) if config.data.eval else None
+    vocab = model.decoder.vocab
+    train_rows = load_data(config, config.data.train, tokenizer, vocab)
+    eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
+    held_out = eval_rows.items if eval_rows else ()
     run = Run(
         config=config,
         mesh=mesh,
@@ -126,6 +136,8 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
         judge=None,
         gold=None,
         programs={},
+        normalise_rows=load_normalise_rows(config, tokenizer, vocab),
+        candidates=max(len(row.answers) for row in [*train_rows.items, *held_out]),
     )
     run = _networks(run, Loader(mesh, abstract=True))
     run = replace(run, programs=_programs(run))
@@ -190,16 +202,6 @@ def _programs(run: Run) -> dict[str, Callable[..., Any]]:
     )
 
 
-def load_data(config: Config, path: str, tokenizer: Any, model: Model) -> Rows[Encoded]:
-    """The rows of a file as the run's algorithm reads them, tokenised and checked."""
-    skip = config.data.skip_bad_rows
-    kind = config.algorithm
-    read = READERS[kind.rows] if isinstance(kind, OfflineConfig) else read_prompts
-    rows = read(read_rows(path, skip), tokenizer, skip)
-    limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
-    return encode_rows(rows, tokenizer, model.decoder.vocab, limit, config.sample.stop, skip)
-
-
 def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> AnyBatch:
     """Rows as the batch that the run's offline algorithm learns from, on the mesh.
 
@@ -208,7 +210,8 @@ def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) ->
     """
     assert isinstance(run.config.algorithm, OfflineConfig)
     make = PACKERS[run.config.algorithm.rows]
-    batch = make(rows, run.config.data.max_tokens, run.config.sample.pad, real_B)
+    more = {"candidates": run.candidates} if make is ranked_batch else {}
+    batch = make(rows, run.config.data.max_tokens, run.config.sample.pad, real_B, **more)
     batch = put_rows(batch, run.mesh)
     if run.reference is None:
         return batch
@@ -220,7 +223,7 @@ def start_state(config: Config, network: Network, head: bool, loader: Loader) ->
     state = abstract_state(config, network.model, head, loader.mesh)
     if loader.abstract:
         return state
-    scores = config.algorithm.name == "reward_model"
+    scores = is_reward_model(config)
     params = start_params(network, head, config.seed, loader.mesh, random_head=scores)
     layout = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(partial(TrainState.create, tx=optimizer(config)), out_shardings=layout)(params)

@@ -91,7 +91,15 @@ class PreferenceBatch:
     """log-probs under the reference, nats, for losses that are relative to one."""
     label_B: Array | None = None
     """float32, 1 where candidate 0 is desirable, 0 where not; for single labelled answers, whose
-    candidate 1 is the answer to another prompt."""
+    candidate 1 is the answer to another prompt. For scored answers, the score."""
+    rank_BC: Array | None = None
+    """float32, 1 is best, equal ranks are a tie; for rankings."""
+    candidate_mask_BC: Array | None = None
+    """float32, 1 on a ranking's responses, 0 on what only fills a row that has fewer."""
+    step_mask_BCT: Array | None = None
+    """float32, 1 at the last token of every step; for process rewards."""
+    label_BCT: Array | None = None
+    """float32, there the probability that the step is right."""
 
 
 @struct.dataclass

@@ -15,6 +15,7 @@ from jaxrlhf.algorithms.cpo import cpo
 from jaxrlhf.algorithms.dapo import dapo
 from jaxrlhf.algorithms.dpo import dpo
 from jaxrlhf.algorithms.dr_grpo import dr_grpo
+from jaxrlhf.algorithms.ensemble import ensemble_score
 from jaxrlhf.algorithms.gae import explained_variance, gae
 from jaxrlhf.algorithms.groups import group_advantage, rloo_advantage
 from jaxrlhf.algorithms.grpo import grpo
@@ -29,7 +30,12 @@ from jaxrlhf.algorithms.kl import (
     token_rewards,
 )
 from jaxrlhf.algorithms.kto import kto
-from jaxrlhf.algorithms.listwise import listwise_reward_loss
+from jaxrlhf.algorithms.listwise import (
+    listwise_reward_loss,
+    listwise_reward_model,
+    ranked_accuracy,
+    ranked_pairs_loss,
+)
 from jaxrlhf.algorithms.off_policy import importance_weights
 from jaxrlhf.algorithms.online_dpo import online_dpo
 from jaxrlhf.algorithms.optimal_policy import (
@@ -42,6 +48,7 @@ from jaxrlhf.algorithms.optimal_policy import (
     resampling_kl,
 )
 from jaxrlhf.algorithms.orpo import orpo
+from jaxrlhf.algorithms.pointwise import pointwise_reward_loss, pointwise_reward_model
 from jaxrlhf.algorithms.policy_losses import (
     cispo_loss,
     entropy_bonus,
@@ -50,6 +57,11 @@ from jaxrlhf.algorithms.policy_losses import (
 )
 from jaxrlhf.algorithms.ppo import ppo
 from jaxrlhf.algorithms.preference_losses import PREFERENCE_KINDS, preference_loss
+from jaxrlhf.algorithms.process import (
+    aggregate_steps,
+    process_reward_loss,
+    process_reward_model,
+)
 from jaxrlhf.algorithms.reference_free_losses import cpo_loss, orpo_loss, simpo_loss
 from jaxrlhf.algorithms.reinforce import reinforce
 from jaxrlhf.algorithms.reinforce_pp import reinforce_pp
@@ -75,6 +87,9 @@ ALGORITHMS: dict[str, Callable[[Any], Algorithm]] = {
     "cispo": cispo,
     "online_dpo": online_dpo,
     "reward_model": reward_model,
+    "listwise_reward_model": listwise_reward_model,
+    "pointwise_reward_model": pointwise_reward_model,
+    "process_reward_model": process_reward_model,
     "sft": sft,
     "dpo": dpo,
     "orpo": orpo,
@@ -93,6 +108,7 @@ __all__ = [
     "Metrics",
     "a2c",
     "adaptive_kl",
+    "aggregate_steps",
     "bco",
     "bco_loss",
     "bco_shift",
@@ -106,6 +122,7 @@ __all__ = [
     "dapo",
     "dpo",
     "dr_grpo",
+    "ensemble_score",
     "entropy_bonus",
     "explained_variance",
     "fixed_kl",
@@ -121,16 +138,23 @@ __all__ = [
     "kto",
     "kto_loss",
     "listwise_reward_loss",
+    "listwise_reward_model",
     "log_z_estimate",
     "online_dpo",
     "optimal_policy",
     "orpo",
     "orpo_loss",
     "pairwise_reward_loss",
+    "pointwise_reward_loss",
+    "pointwise_reward_model",
     "policy_gradient_loss",
     "ppo",
     "ppo_policy_loss",
     "preference_loss",
+    "process_reward_loss",
+    "process_reward_model",
+    "ranked_accuracy",
+    "ranked_pairs_loss",
     "reinforce",
     "reinforce_pp",
     "remax",

@@ -34,9 +34,9 @@ class Algorithm(NamedTuple):
     needs: frozenset[str] = frozenset()
     """Which of "value", "reference", "entropy" and "greedy" (the score of each prompt's greedy
     response) have to be computed for it."""
-    reads: Literal["outputs", "scores", "pairs"] = "outputs"
-    """What its loss is given: Outputs of a batch's rows, the rewards [B, C] of its candidates, or
-    their log-probs [B, C, T]."""
+    reads: Literal["outputs", "scores", "steps", "pairs"] = "outputs"
+    """What its loss is given: Outputs of a batch's rows, the rewards [B, C] of its candidates, the
+    head at every token of them [B, C, T], or their log-probs [B, C, T]."""
 
 
 def reweight(batch: AnyBatch, aggregation: Aggregation, length: int | None = None) -> AnyBatch:

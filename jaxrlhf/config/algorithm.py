@@ -7,7 +7,6 @@ from jaxrlhf.config.offline import (
     KTOConfig,
     OfflineConfig,
     ORPOConfig,
-    RewardModelConfig,
     SFTConfig,
     SimPOConfig,
 )
@@ -28,6 +27,12 @@ from jaxrlhf.config.on_policy import (
     ReMaxConfig,
     RLOOConfig,
 )
+from jaxrlhf.config.reward_models import (
+    ListwiseRewardModelConfig,
+    PointwiseRewardModelConfig,
+    ProcessRewardModelConfig,
+    RewardModelConfig,
+)
 
 AlgorithmConfig = (
     PPOConfig
@@ -43,6 +48,9 @@ AlgorithmConfig = (
     | CISPOConfig
     | OnlineDPOConfig
     | RewardModelConfig
+    | ListwiseRewardModelConfig
+    | PointwiseRewardModelConfig
+    | ProcessRewardModelConfig
     | SFTConfig
     | DPOConfig
     | ORPOConfig
@@ -65,12 +73,15 @@ __all__ = [
     "GRPOConfig",
     "GSPOConfig",
     "KTOConfig",
+    "ListwiseRewardModelConfig",
     "ORPOConfig",
     "OfflineConfig",
     "OnPolicyConfig",
     "OnlineDPOConfig",
     "PPOConfig",
+    "PointwiseRewardModelConfig",
     "PreferenceKind",
+    "ProcessRewardModelConfig",
     "RLOOConfig",
     "ReMaxConfig",
     "ReinforceConfig",

@@ -7,6 +7,7 @@ from jaxrlhf.config.algorithm import DPOConfig, OfflineConfig, OnPolicyConfig, R
 from jaxrlhf.config.layout import axes_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
 from jaxrlhf.config.ranges import out_of_range
+from jaxrlhf.config.reward_checks import ensemble_problems, reward_model_problems
 from jaxrlhf.config.run import Config, RewardConfig, SampleConfig
 from jaxrlhf.errors import InputError
 
@@ -29,6 +30,11 @@ def has_critic(config: Config) -> bool:
 def has_reference(config: Config) -> bool:
     """Whether the run compares the policy with a reference."""
     return isinstance(config.algorithm, OnPolicyConfig) or config.algorithm.has_reference
+
+
+def is_reward_model(config: Config) -> bool:
+    """Whether the run trains a scalar head to judge."""
+    return isinstance(config.algorithm, OfflineConfig) and config.algorithm.is_reward_model
 
 
 def on_policy(config: Config) -> OnPolicyConfig:
@@ -112,8 +118,9 @@ def _sources(key: str, rewards: tuple[RewardConfig, ...]) -> Iterator[str]:
     for i, reward in enumerate(rewards):
         if reward.function and reward.model:
             yield f"{key}.{i}: function and model are both given: make them two rewards"
-        if not reward.function and not reward.model:
-            yield f"{key}.{i}: give either function or model"
+        if not (reward.function or reward.model or reward.ensemble):
+            yield f"{key}.{i}: give either function or model, or an ensemble"
+        yield from ensemble_problems(f"{key}.{i}", reward)
 
 
 def _critic(config: Config) -> Iterator[str]:
@@ -232,6 +239,7 @@ def _offline(config: Config) -> Iterator[str]:
             yield "algorithm.label_smoothing=0: the loss of exo_pair is infinite: give 0.1, say"
     pieces = config.optim.microbatches
     assert isinstance(config.algorithm, OfflineConfig)
+    yield from reward_model_problems(config.algorithm)
     if config.algorithm.whole_batch and pieces > 1:
         yield f"optim.microbatches={pieces}: {name} has a mean over the batch inside: set it to 1"
     if config.algorithm.whole_batch and data.batch_size < 2:

@@ -5,9 +5,10 @@ from typing import ClassVar, Literal
 
 from jaxrlhf.config.on_policy import PreferenceKind
 
-Rows = Literal["pairs", "completions", "labelled", "judged"]
+Rows = Literal["pairs", "completions", "labelled", "judged", "ranked", "scored", "steps"]
 """What the data holds: ``labelled`` answers are compared with answers to other prompts, ``judged``
-ones, labelled as well, are not."""
+ones, labelled as well, are not; ``ranked`` are several answers in order, ``scored`` ones have a
+number each, ``steps`` a label for each step of an answer."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,10 @@ class OfflineConfig:
     """Compares the policy with a reference."""
     whole_batch: ClassVar[bool] = False
     """Has a mean over the batch inside its loss: no microbatches."""
+    is_reward_model: ClassVar[bool] = False
+    """Trains the scalar head to judge, instead of a policy to write."""
 
     name: str = ""
-
-
-@dataclass(frozen=True)
-class RewardModelConfig(OfflineConfig):
-    """A scalar reward model trained on preference pairs (Bradley-Terry; arXiv:2203.02155)."""
-
-    name: Literal["reward_model"] = "reward_model"
-    centre_coef: float = 0.0
-    """Weight of (r_chosen + r_rejected)², which keeps scores around 0 (arXiv:2312.09244)."""
 
 
 @dataclass(frozen=True)

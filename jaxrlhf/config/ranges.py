@@ -13,6 +13,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "critic.warmup checkpoint.every eval.every sample.temperature sample.top_k sample.pad "
         "algorithm.clip_high "
         "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
+        "algorithm.score_l2 "
         "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
         "algorithm.margin algorithm.sft_coef algorithm.desirable_weight "
         "algorithm.undesirable_weight",
@@ -32,6 +33,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x > 0,
         "optim.eps optim.max_grad_norm algorithm.value_clip algorithm.target_kl "
         "algorithm.kl_target algorithm.kl_horizon algorithm.off_policy_cap algorithm.beta "
+        "algorithm.delta "
         "model.lora.alpha model.decoder.rope_theta "
         "model.decoder.norm_eps",
     ),

@@ -17,6 +17,12 @@ class RewardConfig:
     """The output folder of a reward-model run."""
     weight: float = 1.0
     """What its score is multiplied with."""
+    ensemble: tuple[str, ...] = ()
+    """Output folders of reward-model runs that judge together (arXiv:2310.02743)."""
+    combine: Literal["mean", "min", "lcb"] = "mean"
+    """The reward of an ensemble: mean or least of its scores, or mean − k · standard deviation."""
+    k: float = 1.0
+    """Standard deviations that ``lcb`` takes off."""
 
 
 @dataclass(frozen=True)

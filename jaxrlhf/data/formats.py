@@ -23,13 +23,11 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from jaxrlhf.data.fields import Message, Text
+from jaxrlhf.data.fields import columns_of as _columns
+from jaxrlhf.data.fields import text_of as _text
 from jaxrlhf.data.rows import Row, Rows, one_line, shown, transform
 from jaxrlhf.errors import InputError
-
-Message = dict[str, Any]
-Text = str | list[Message]
-"""Plain text or a chat."""
-
 
 _ANSWERS = ("chosen", "rejected")
 
@@ -237,52 +235,9 @@ def _split_common(
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _text(row: Row, key: str) -> Text:
-    """The plain text or chat in a column, checked."""
-    if key not in row.values:
-        keys = ", ".join(map(str, row.values)) or "none"
-        raise InputError(f"{row.where}: no {key!r} among its columns ({keys}); add or rename one")
-    value = row.values[key]
-    if isinstance(value, list):
-        return _chat(value, key, row.where)
-    return _string(value, key, row.where)
-
-
-def _chat(value: list[Any], key: str, where: str) -> list[Message]:
-    if not value:
-        raise InputError(f"{where}: {key} is an empty list; give messages or drop the row")
-    chat = []
-    for index, message in enumerate(value):
-        name = f"{key}[{index}]"
-        if not isinstance(message, dict):
-            raise InputError(f"{where}: {name}={shown(message)}: a message is {{role, content}}")
-        for part in ("role", "content"):
-            _string(message.get(part), f"{name}.{part}", where)
-        # Parquet writes a null for every field that some other message has.
-        chat.append({name: part for name, part in message.items() if part is not None})
-    return chat
-
-
-def _string(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        kind = "null or missing" if value is None else type(value).__name__
-        message = f"{where}: {name}={shown(value)} is {kind}, not text; mend or drop the row"
-        raise InputError(message)
-    if not value.strip():
-        raise InputError(f"{where}: {name}={shown(value)} is empty; fill it or drop the row")
-    return value
-
-
 def _margin(row: Row) -> float:
     value = row.values.get("margin", 0.0)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) < 1e38:  # the comparison is False for NaN too
         raise InputError(f"{row.where}: margin={shown(value)}: give a finite number or no margin")
     return float(value)
-
-
-def _columns(row: Row, *used: str) -> dict[str, Any]:
-    for name in ("prompts", "completions"):
-        if name in row.values:
-            raise InputError(f"{row.where}: column {name!r} is the name of an argument; rename it")
-    return {name: value for name, value in row.values.items() if name not in used}

@@ -50,6 +50,64 @@ def preference_batch(
     return _candidates(rows, answers, width, pad, real_B, margin_B=margin_B)
 
 
+def ranked_batch(
+    rows: Sequence[Encoded],
+    width: int,
+    pad: int,
+    real_B: np.ndarray | None = None,
+    candidates: int = 2,
+) -> PreferenceBatch:
+    """Rankings as a PreferenceBatch with C = ``candidates``; arguments as for ``preference_batch``.
+
+    A row with fewer responses is filled up with its first, where ``candidate_mask_BC`` is 0.
+    """
+    short = [candidates - len(row.answers) for row in rows]
+    answers = [row.answers + row.answers[:1] * more for row, more in zip(rows, short, strict=True)]
+    ranks: Any = [row.source.ranks for row in rows]  # type: ignore[union-attr]
+    rank_BC = [(*rank, *[0.0] * more) for rank, more in zip(ranks, short, strict=True)]
+    mask_BC = np.arange(candidates) < np.array([[len(row.answers)] for row in rows])
+    return _candidates(
+        rows,
+        answers,
+        width,
+        pad,
+        real_B,
+        rank_BC=np.array(rank_BC, np.float32),
+        candidate_mask_BC=mask_BC.astype(np.float32),
+    )
+
+
+def scored_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> PreferenceBatch:
+    """Answers as a PreferenceBatch with C = 1; arguments as for ``preference_batch``.
+
+    ``label_B`` is the column ``score``, NaN where a row has none: then only for being scored.
+    """
+    scores = [row.source.columns.get("score", np.nan) for row in rows]
+    answers = [row.answers for row in rows]
+    return _candidates(rows, answers, width, pad, real_B, label_B=np.array(scores, np.float32))
+
+
+def steps_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> PreferenceBatch:
+    """Stepwise answers as a PreferenceBatch with C = 1; arguments as for ``preference_batch``.
+
+    ``step_mask_BCT`` is 1 at the last token of every step, and ``label_BCT`` there its label.
+    """
+    label_BCT, step_BCT = np.zeros((2, len(rows), 1, width), np.float32)
+    for index, row in enumerate(rows):
+        at = len(row.prompt) + np.array(row.ends)
+        at = at[at < width]  # a row that is too long is refused below
+        labels: Any = row.source.labels  # type: ignore[union-attr]
+        step_BCT[index, 0, at] = 1
+        label_BCT[index, 0, at] = labels[: len(at)]
+    answers = [row.answers for row in rows]
+    more = {"step_mask_BCT": step_BCT, "label_BCT": label_BCT}
+    return _candidates(rows, answers, width, pad, real_B, **more)
+
+
 def judged_batch(
     rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
 ) -> PreferenceBatch:

@@ -22,7 +22,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.data.formats import Completion, Pair, Prompt
+from jaxrlhf.data.judged import Ranked, Stepwise
 from jaxrlhf.data.rows import Rows, shown, transform
+from jaxrlhf.data.steps import step_ends
 from jaxrlhf.errors import InputError
 
 Ids = list[int]
@@ -34,8 +36,11 @@ class Encoded:
 
     prompt: Ids
     answers: tuple[Ids, ...]
-    """None for a prompt, the completion, or chosen and rejected; each ends in its stop token."""
-    source: Prompt | Completion | Pair
+    """None for a prompt, the completion, chosen and rejected, or all that are ranked; each ends in
+    its stop token."""
+    source: Prompt | Completion | Pair | Ranked | Stepwise
+    ends: tuple[int, ...] = ()
+    """The last token of each step of the answer, counted from its first."""
 
 
 def encode_rows(
@@ -46,7 +51,7 @@ def encode_rows(
     stop: Sequence[int] = (),
     skip_bad_rows: bool = False,
 ) -> Rows[Encoded]:
-    """The token ids of Prompt, Completion or Pair rows, checked.
+    """The token ids of rows that were read, checked.
 
     Args:
       vocab: rows of the model's embedding table.
@@ -169,32 +174,53 @@ def prompt_arrays(rows: Sequence[Encoded], width: int, pad: int) -> tuple[np.nda
 
 
 def _encode_row(
-    row: Prompt | Completion | Pair,
+    row: Prompt | Completion | Pair | Ranked | Stepwise,
     tokenizer: PreTrainedTokenizerFast,
     limit: int,
     stop: tuple[int, ...],
 ) -> Encoded:
-    ended = True, True
+    field, ended = "data.max_tokens", (True,)
     match row:
         case Prompt():
-            text, texts, field = row.text, (), "data.max_prompt_tokens"
+            text, texts, field, ended = row.text, (), "data.max_prompt_tokens", ()
         case Completion():
-            text, texts, field = row.prompt, (row.completion,), "data.max_tokens"
-            ended = (_ended(row, "ended"),)
+            text, texts, ended = row.prompt, (row.completion,), (_ended(row, "ended"),)
         case Pair():
-            text, texts, field = row.prompt, (row.chosen, row.rejected), "data.max_tokens"
+            text, texts = row.prompt, (row.chosen, row.rejected)
             ended = tuple(_ended(row, f"{name}_ended") for name in ("chosen", "rejected"))
+        case Ranked():
+            text, texts, ended = row.prompt, row.responses, row.ended
+        case Stepwise():
+            text, texts = row.prompt, (row.answer,)
     prompt = encode_prompt(tokenizer, text, row.where)
     answers = tuple(
         encode_answer(tokenizer, answer, row.where, stop, whole)
-        for answer, whole in zip(texts, ended, strict=False)
+        for answer, whole in zip(texts, ended, strict=True)
     )
     longest = len(prompt) + max(map(len, answers), default=0)
     _check_length(longest, limit, field, row.where)
-    if len(answers) == 2 and answers[0] == answers[1]:
+    if isinstance(row, Pair) and answers[0] == answers[1]:
         message = f"{row.where}: chosen and rejected have the same tokens; drop the row"
         raise InputError(message)
-    return Encoded(prompt, answers, row)
+    if isinstance(row, Ranked) and len(set(map(tuple, answers))) < len(answers):
+        raise InputError(f"{row.where}: two of the responses have the same tokens; drop one")
+    return Encoded(prompt, answers, row, _step_ends(row, answers, tokenizer))
+
+
+def _step_ends(
+    row: Any, answers: tuple[Ids, ...], tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, ...]:
+    """The ends of a stepwise answer's steps, one a label; none of other rows."""
+    if not isinstance(row, Stepwise):
+        return ()
+    ends = step_ends(answers[0], tokenizer, row.separator)
+    if len(ends) != len(row.labels):
+        raise InputError(
+            f"{row.where}: {len(row.labels)} labels, and in its tokens the separator "
+            f"{row.separator!r} ends {len(ends)} steps; choose an algorithm.separator that the "
+            "tokenizer keeps"
+        )
+    return tuple(ends)
 
 
 def _ended(row: Completion | Pair, name: str) -> bool:

@@ -31,7 +31,7 @@ class Reward:
     """One source of a run's reward."""
 
     name: str
-    """The function's name as configured, or the path of the model."""
+    """The function's name as configured, the path of the model, or those of an ensemble."""
     weight: float
     function: RewardFunction | None
     """None where the source is a reward model."""
@@ -48,15 +48,18 @@ def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tup
         raise InputError(f"{field}: none given; add one, such as [{{function: sentiment}}]")
     rewards = []
     for index, config in enumerate(configs):
-        if bool(config.function) == bool(config.model):
+        given = [config.function, config.model, config.ensemble]
+        if sum(map(bool, given)) != 1:
             raise InputError(
                 f"{field}[{index}]: function={config.function!r} and model={config.model!r}; "
-                "give exactly one of them"
+                "give exactly one of them, or an ensemble"
             )
         if not math.isfinite(config.weight):
             raise InputError(f"{field}[{index}].weight={config.weight}: give a finite number")
         function = resolve(config.function) if config.function else None
-        rewards.append(Reward(config.function or config.model, config.weight, function))
+        name = config.function or config.model
+        name = name or f"{config.combine}({', '.join(config.ensemble)})"
+        rewards.append(Reward(name, config.weight, function))
     return tuple(rewards)
 
 

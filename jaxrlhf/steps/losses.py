@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithms import Algorithm
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.scoring import forward, reward, score, value
+from jaxrlhf.steps.scoring import forward, reward, score, token_scores, value
 from jaxrlhf.types import Array, Batch, Outputs, Params, PreferenceBatch, TokenBatch
 
 Metrics = dict[str, Array]
@@ -101,13 +101,25 @@ def candidate_scores(
     return reward(model, weights, token, mask, lora).reshape(rows, candidates)
 
 
+def candidate_token_scores(
+    model: Model, params: Params, frozen: Params | None, batch: PreferenceBatch
+) -> Array:
+    """The head at every token of every candidate of a batch, [B, C, T]."""
+    weights, lora = combine_params(params, frozen)
+    rows, candidates, tokens = batch.token_BCT.shape
+    token = batch.token_BCT.reshape(rows * candidates, tokens)
+    mask = batch.attention_mask_BCT.reshape(rows * candidates, tokens)
+    return token_scores(model, weights, token, mask, lora).reshape(rows, candidates, tokens)
+
+
 def reward_model_loss(model: Model, algorithm: Algorithm) -> Loss:
-    """Join a reward-model loss to a model: scores [B, C] of the candidates."""
+    """Join a reward-model loss to a model: scores [B, C] of the candidates, or of their tokens."""
+    scores = candidate_token_scores if algorithm.reads == "steps" else candidate_scores
 
     def loss(
         params: Params, frozen: Params | None, batch: PreferenceBatch
     ) -> tuple[Array, Metrics]:
-        return algorithm.loss(candidate_scores(model, params, frozen, batch), batch)
+        return algorithm.loss(scores(model, params, frozen, batch), batch)
 
     return loss
 

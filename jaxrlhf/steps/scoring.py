@@ -111,6 +111,22 @@ def reward(
     return model.scalar(params, hidden[jnp.arange(hidden.shape[0]), last_token(attention_mask_BT)])
 
 
+def token_scores(
+    model: Model,
+    params: Params,
+    token_BT: Array,
+    attention_mask_BT: Array,
+    lora: Params | None = None,
+) -> Array:
+    """The scalar head at every token, unshifted: float32 [B, T]; ``reward`` is its last column's.
+
+    Process reward models read it at the last token of each step. Columns without a real token mean
+    nothing.
+    """
+    chex.assert_rank([token_BT, attention_mask_BT], 2)
+    return model.scalar(params, model.apply(params, token_BT, attention_mask_BT, lora)[0])
+
+
 def last_token(attention_mask_BT: Array) -> Array:
     """Column of each row's last 1, int32 [B]."""
     columns = jnp.arange(attention_mask_BT.shape[1])
