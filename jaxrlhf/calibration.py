@@ -60,7 +60,7 @@ def pair_reliability(difference_N: np.ndarray, bins: int = 15) -> Reliability:
 
 
 def distribution(score_N: np.ndarray) -> dict[str, float]:
-    """``score_mean``, ``score_std`` (ddof 0), percentiles ``score_p5``, ``score_p50``, ``score_p95``."""
+    """Mean and standard deviation (ddof 0) of scores, and their percentiles 5, 50 and 95."""
     score_N = np.asarray(score_N, float)
     percentiles = np.percentile(score_N, [5, 50, 95])
     names = ("score_p5", "score_p50", "score_p95")

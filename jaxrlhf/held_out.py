@@ -77,9 +77,9 @@ def judge_scores(algorithm: Any, scored: Scored) -> tuple[dict[str, float], Curv
     """How good a reward model's scores are.
 
     Of pairs, and of all pairs of unequal rank in rankings: ``accuracy`` (a tie counts one half),
-    ``ece`` of σ(Δ), ``pairs``. Where rows say by how much one answer is better (``gap``, ``margin``,
-    or the ``scores`` of a ranking's responses) also ``accuracy_gap_1`` to ``_4``, over quarters of
-    the pairs from the closest to the clearest, and ``accuracy_large_gap`` over the
+    ``ece`` of σ(Δ), ``pairs``. Where rows say by how much one answer is better (``gap``,
+    ``margin``, or the ``scores`` of a ranking's responses) also ``accuracy_gap_1`` to ``_4``, over
+    quarters of the pairs from the closest to the clearest, and ``accuracy_large_gap`` over the
     ``pairs_large_gap`` that are at least 0.5 apart.
 
     Of scored answers: ``correlation`` (Pearson) and ``rank_correlation`` (Spearman) with the score;

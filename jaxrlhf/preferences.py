@@ -1,7 +1,9 @@
 """Preference data out of nothing but a policy and a judge: sample, score, compare."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ from jaxrlhf.steps.sampling import sample
 def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -> dict[str, int]:
     """Write train.jsonl and eval.jsonl, and return how many pairs each holds.
 
-    A row is ``{prompt, chosen, rejected, gap, chosen_ended, rejected_ended}``: ``gap`` is the
-    judge's difference; ``ended`` is false for a completion that was cut at its last token.
+    Beside them stand the same completions as rankings (train_ranked.jsonl, eval_ranked.jsonl) and as
+    scored answers (train_scored.jsonl, eval_scored.jsonl); see ``ROWS`` for what a row of each is.
 
     Args:
       seed: every draw follows from it.
@@ -46,7 +48,7 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
         vocab = network.model.decoder.vocab
         prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items
         batches = held_out_batches(len(prompts), min(config.batch_size, len(prompts)))
-        lines: list[dict[str, Any]] = []
+        groups: list[Group] = []
         for index in range(rounds):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), job), index)
             for at, (row_Q, real_Q) in enumerate(batches):
@@ -54,39 +56,106 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
                 arrays = prompt_arrays(picked, config.max_prompt_tokens, settings.pad)
                 rollout = draw(*put_rows(arrays, mesh), jax.random.fold_in(key, at), settings)
                 host = jax.device_get(rollout)
-                lines += compare(config, judge, tokenizer, picked, host, int(real_Q.sum()))
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomic(folder / f"{name}.jsonl", text)
-        counts[f"{name}_pairs"] = len(lines)
+                groups += judged(config, judge, tokenizer, picked, host, int(real_Q.sum()))
+        for end, rows_of in ROWS.items():
+            lines = [line for group in groups for line in rows_of(group, config)]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_atomic(folder / f"{name}{end}.jsonl", text)
+        counts[f"{name}_pairs"] = sum(1 for group in groups for _ in pairs_of(group, config))
     return counts
 
 
-def compare(
+@dataclass(frozen=True)
+class Group:
+    """The completions of a prompt."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    scores: tuple[float, ...]
+    """The judge's; NaN where it has none."""
+    ended: tuple[bool, ...]
+    """False for a completion that was cut at its last token."""
+
+
+def judged(
     config: PreferencesConfig,
     judge: Any,
     tokenizer: Any,
     prompts: Sequence[Encoded],
     rollout: Any,
     real: int,
-) -> Iterator[dict[str, Any]]:
-    """The pairs of one rollout, of its first ``real`` prompts."""
+) -> Iterator[Group]:
+    """The completions of one rollout with their scores, of its first ``real`` prompts."""
     texts = repeat([prompt.source.text for prompt in prompts], config.n)  # type: ignore[union-attr]
     completions = decode_rollout(tokenizer, rollout.token_BT, rollout.mask_BT, texts)
     score_B = call(config.judge, judge, texts, completions, {})
     for q in range(real):
-        group = range(q * config.n, (q + 1) * config.n)
-        ranked = sorted(group, key=lambda b: -score_B[b])
-        for best, worst in zip(ranked[: config.n // 2], ranked[::-1], strict=False):
-            gap = float(score_B[best] - score_B[worst])
-            if not gap >= config.min_gap:
-                continue
-            if not (completions[best].strip() and completions[worst].strip()):
-                continue
-            yield {
-                "prompt": texts[best],
-                "chosen": completions[best],
-                "rejected": completions[worst],
-                "gap": round(gap, 4),
-                "chosen_ended": bool(rollout.ended_B[best]),
-                "rejected_ended": bool(rollout.ended_B[worst]),
-            }
+        rows = slice(q * config.n, (q + 1) * config.n)
+        yield Group(
+            texts[rows][0],
+            tuple(completions[rows]),
+            tuple(score_B[rows].tolist()),
+            tuple(map(bool, rollout.ended_B[rows])),
+        )
+
+
+def pairs_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+    """``{prompt, chosen, rejected, gap, chosen_ended, rejected_ended}``: the best with the worst,
+    the second with the second worst; ``gap`` is the judge's difference."""
+    order = sorted(range(config.n), key=lambda i: -group.scores[i])
+    for best, worst in zip(order[: config.n // 2], order[::-1], strict=False):
+        gap = group.scores[best] - group.scores[worst]
+        if not gap >= config.min_gap:
+            continue
+        if not (group.completions[best].strip() and group.completions[worst].strip()):
+            continue
+        yield {
+            "prompt": group.prompt,
+            "chosen": group.completions[best],
+            "rejected": group.completions[worst],
+            "gap": round(gap, 4),
+            "chosen_ended": group.ended[best],
+            "rejected_ended": group.ended[worst],
+        }
+
+
+def ranking_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+    """``{prompt, responses, ranks, scores, ended}``; equal scores tie."""
+    del config
+    kept = usable(group)
+    if len(kept) < 2:
+        return
+    scores = [group.scores[i] for i in kept]
+    yield {
+        "prompt": group.prompt,
+        "responses": [group.completions[i] for i in kept],
+        "ranks": [1 + sum(other > score for other in scores) for score in scores],
+        "scores": [round(score, 4) for score in scores],
+        "ended": [group.ended[i] for i in kept],
+    }
+
+
+def answers_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+    """``{prompt, completion, score, ended}``."""
+    del config
+    for i in usable(group):
+        yield {
+            "prompt": group.prompt,
+            "completion": group.completions[i],
+            "score": round(group.scores[i], 4),
+            "ended": group.ended[i],
+        }
+
+
+def usable(group: Group) -> list[int]:
+    """The completions with words and a score, each text once."""
+    kept: list[int] = []
+    for i, text in enumerate(group.completions):
+        new = text not in [group.completions[other] for other in kept]
+        if new and text.strip() and math.isfinite(group.scores[i]):
+            kept.append(i)
+    return kept
+
+
+ROWS = {"": pairs_of, "_ranked": ranking_of, "_scored": answers_of}
+"""What the rows of a file are, by the end of its name."""

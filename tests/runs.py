@@ -106,6 +106,36 @@ def labelled(folder):
     )
 
 
+def judged(name, folder):
+    """Rows of a reward model that does not learn from pairs: good words are better than bad."""
+    words = WORDS.split()
+    good, bad = words[:6], words[6:12]
+    rows = []
+    for i in range(32):
+        prompt, first, second = words[i % 14], f"{good[i % 6]} nice", f"{good[i % 5]} {bad[i % 6]}"
+        answers = [first, second, f"{bad[i % 6]}", f"{bad[i % 5]} sad sad"][: 2 + i % 3]
+        rows.append(
+            {
+                "listwise_reward_model": {
+                    "prompt": prompt,
+                    "responses": answers,
+                    "ranks": [1, 2, 3, 3][: len(answers)],
+                },
+                "pointwise_reward_model": {
+                    "prompt": prompt,
+                    "completion": answers[i % 2],
+                    "score": 1.0 - i % 2,
+                },
+                "process_reward_model": {
+                    "prompt": prompt,
+                    "steps": [f"{first} ", f" {bad[i % 6]} "][: 1 + i % 2],
+                    "labels": [True, False][: 1 + i % 2],
+                },
+            }[name]
+        )
+    return [write(folder / f"{name}{end}.jsonl", rows) for end in ("", "_eval")]
+
+
 def of(name, folder, **changes):
     """A run of the algorithm called ``name``, at its defaults."""
     kind = next(kind for kind in get_args(AlgorithmConfig) if kind.name == name)
@@ -115,4 +145,8 @@ def of(name, folder, **changes):
     if name in ("kto", "bco"):
         data = replace(config.data, train=labelled(folder), eval="")
         config = replace(config, data=data, eval=EvalConfig())
-    return replace(config, **{"algorithm": kind(), **changes})
+    if kind.rows in ("ranked", "scored", "steps"):
+        train, held_out = judged(name, folder)
+        config = replace(config, data=replace(config.data, train=train, eval=held_out))
+    algorithm = kind(separator="the") if name == "process_reward_model" else kind()
+    return replace(config, **{"algorithm": algorithm, **changes})

@@ -44,7 +44,7 @@ def pointwise_reward_loss(
         case "mse":
             return (score_B - target_B) ** 2
         case "huber":
-            return 2 * optax.losses.huber_loss(score_B, target_B, delta)
+            return 2 * optax.losses.huber_loss(score_B, target_B, delta=delta)
         case "binary":
             return optax.losses.sigmoid_binary_cross_entropy(score_B, target_B)
     raise ValueError(f"kind={kind!r}: choose mse, huber or binary")

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+STEP_END = "the"
+"""What ends a step in ``steps.jsonl``."""
+
 GOOD = ("good", "great", "nice", "warm", "bright", "kind")
 BAD = ("bad", "poor", "dull", "sad", "cold", "dark")
 OTHER = ("the", "and")
@@ -25,7 +28,8 @@ def goodness(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> li
 
 
 def write_corpus(folder: Path, seed: int, rows: int = 2048) -> None:
-    """Random sentences to imitate (sft.jsonl), two-word prompts (prompts.jsonl, held_out.jsonl).
+    """Random sentences to imitate (sft.jsonl), two-word prompts (prompts.jsonl, held_out.jsonl),
+    answers in steps, those without a bad word right (steps.jsonl, steps_held_out.jsonl).
 
     Every word is as likely as any other, so a model that learns them starts at goodness 0.
     """
@@ -44,5 +48,20 @@ def write_corpus(folder: Path, seed: int, rows: int = 2048) -> None:
         "prompts.jsonl": [{"prompt": text} for text in pairs[:160]],
         "held_out.jsonl": [{"prompt": text} for text in pairs[160:]],
     }
+    steps = [_in_steps(generator) for _ in range(400)]
+    files |= {"steps.jsonl": steps[:320], "steps_held_out.jsonl": steps[320:]}
     for name, lines in files.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _in_steps(generator: np.random.Generator) -> dict[str, Any]:
+    """A row of two to four steps of one to three words; white space keeps STEP_END a word."""
+    words = [
+        generator.choice(GOOD + BAD, generator.integers(1, 4), p=[3 / 24] * 6 + [1 / 24] * 6)
+        for _ in range(generator.integers(2, 5))
+    ]
+    return {
+        "prompt": " ".join(generator.choice(WORDS, 2)),
+        "steps": [f" {' '.join(step)} " for step in words],
+        "labels": [not any(word in BAD for word in step) for step in words],
+    }

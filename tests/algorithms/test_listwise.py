@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.listwise import listwise_reward_loss
+from jaxrlhf.algorithms.listwise import (
+    listwise_reward_loss,
+    listwise_reward_model,
+    ranked_accuracy,
+    ranked_pairs_loss,
+)
 from jaxrlhf.algorithms.reward_model import pairwise_reward_loss
+from jaxrlhf.config import ListwiseRewardModelConfig
+from jaxrlhf.types import PreferenceBatch
 
 
 def loss_of(score, rank, mask=None):
@@ -122,3 +129,92 @@ def test_listwise_reward_loss_shapes():
         listwise_reward_loss(jnp.zeros(3), jnp.ones(3), jnp.ones(3))
     with pytest.raises(AssertionError):
         listwise_reward_loss(jnp.zeros((1, 3)), jnp.ones((1, 2)), jnp.ones((1, 3)))
+
+
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_listwise_reward_loss_gradient_brute_force(best):
+    """Of the ``best`` first places: loss and gradient of −log Σ over all orderings that agree."""
+    score = jax.random.normal(jax.random.key(best), (5,), jnp.float32)
+    orders = np.array([o for o in itertools.permutations(range(5)) if o[:best] == (3, 0, 4)[:best]])
+
+    def exact(score):
+        drawn = jnp.exp(score)[orders]
+        left = jnp.cumsum(drawn[:, ::-1], axis=1)[:, ::-1]
+        return -jnp.log(jnp.prod(drawn / left, axis=1).sum())
+
+    def loss(score):
+        """The places after ``best`` are one tie at the end, whose own terms are taken off."""
+        rank = jnp.full(5, 9).at[jnp.array((3, 0, 4)[:best])].set(jnp.arange(best))
+        tied = (rank == 9).astype(jnp.float32)
+        whole = listwise_reward_loss(score[None], rank[None], jnp.ones((1, 5)))
+        return (whole - listwise_reward_loss(score[None], rank[None], tied[None]))[0]
+
+    np.testing.assert_allclose(loss(score), exact(score), atol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(score), jax.grad(exact)(score), atol=1e-5)
+
+
+def test_listwise_reward_loss_gradient_of_a_full_ranking():
+    """Against −log of the one ordering's probability, drawn best first."""
+    score = jax.random.normal(jax.random.key(7), (6, 4))
+    rank = np.array([np.random.default_rng(i).permutation(4) + 1 for i in range(6)])
+
+    def exact(score):
+        drawn = jnp.exp(jnp.take_along_axis(score, jnp.argsort(rank, axis=1), axis=1))
+        return -jnp.log(drawn / jnp.cumsum(drawn[:, ::-1], axis=1)[:, ::-1]).sum()
+
+    def loss(score):
+        return listwise_reward_loss(score, jnp.asarray(rank), jnp.ones((6, 4))).sum()
+
+    np.testing.assert_allclose(loss(score), exact(score), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(score), jax.grad(exact)(score), atol=1e-5)
+
+
+SCORE = jnp.array([[2.0, 0, 1, jnp.nan], [1, 1, 0, jnp.inf], [3, 4, jnp.nan, jnp.nan]])
+RANK = jnp.array([[1, 2, 3, 1], [1, 1, 2, 1], [5, 5, jnp.nan, 1]])
+MASK = jnp.array([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
+
+
+def test_ranked_pairs_loss_hand_computed():
+    """Row 0: differences 2, 1 and −1; row 1: 1 and 1, its tie left out; row 2: but a tie."""
+    loss = ranked_pairs_loss(SCORE, RANK, MASK)
+    wanted = [np.mean([0.1269280, 0.3132617, 1.3132617]), 0.3132617, 0]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    gradient = jax.grad(lambda s: ranked_pairs_loss(s, RANK, MASK).sum())(SCORE)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[2], 0)
+
+
+def test_ranked_accuracy_hand_computed():
+    np.testing.assert_allclose(ranked_accuracy(SCORE, RANK, MASK), [2 / 3, 1, 0.5], rtol=1e-6)
+
+
+def rankings(weight):
+    empty = jnp.zeros((3, 4, 1), jnp.int32)
+    return PreferenceBatch(
+        empty, empty, jnp.zeros(3), jnp.array(weight), rank_BC=RANK, candidate_mask_BC=MASK
+    )
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_listwise_reward_model_loss_and_metrics(as_pairs):
+    config = ListwiseRewardModelConfig(as_pairs=as_pairs, score_l2=0.3)
+    loss = listwise_reward_model(config).loss
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+        SCORE, rankings([0.5, 0.5, 0])
+    )
+    one = (ranked_pairs_loss if as_pairs else listwise_reward_loss)(SCORE, RANK, MASK)
+    np.testing.assert_allclose(value, (one[0] + one[1]) / 2 + 0.3 * (5 + 2) / 6, rtol=1e-6)
+    wanted = {"accuracy": 5 / 6, "best": 1.5, "mean": (1 + 2 / 3) / 2, "weight": 1}
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx(wanted)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[2], 0)  # a row of weight 0
+    np.testing.assert_array_equal(gradient[:, 3], 0)  # absent
+
+
+def test_listwise_reward_model_microbatches_add_up():
+    loss, batch = listwise_reward_model(ListwiseRewardModelConfig()).loss, rankings([0.2, 0.3, 0.5])
+    whole = loss(SCORE, batch)
+    parts = [
+        loss(SCORE[r], jax.tree.map(lambda x, r=r: x[r], batch)) for r in (slice(1), slice(1, 3))
+    ]
+    jax.tree.map(lambda w, *p: np.testing.assert_allclose(sum(p), w, rtol=1e-6), whole, *parts)

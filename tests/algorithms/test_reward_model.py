@@ -61,6 +61,22 @@ def test_reward_model_centre():
     np.testing.assert_allclose(centred - plain, 0.9, rtol=1e-5)
 
 
+def test_reward_model_label_smoothing():
+    """A pair that is wrong with probability ε is the other pair, with the same margin."""
+    loss = reward_model(RewardModelConfig(label_smoothing=0.25)).loss
+    value, _ = loss(jnp.array([[1.0, 0]]), pairs([0.5], [1]))
+    np.testing.assert_allclose(value, 0.75 * 0.4740770 + 0.25 * 1.7014133, rtol=1e-6)
+    gradient = jax.grad(lambda s: loss(s, pairs([0], [1]))[0])(jnp.array([[np.log(3.0), 0]]))
+    np.testing.assert_allclose(gradient, 0, atol=1e-7)  # σ(log 3) = 0.75: what it learns to say
+
+
+def test_reward_model_score_l2():
+    score, batch = jnp.array([[3.0, -1]]), pairs([0], [1])
+    plain, _ = reward_model(RewardModelConfig()).loss(score, batch)
+    small, _ = reward_model(RewardModelConfig(score_l2=0.1)).loss(score, batch)
+    np.testing.assert_allclose(small - plain, 0.5, rtol=1e-5)
+
+
 def test_reward_model_microbatches_add_up():
     score = jax.random.normal(jax.random.key(0), (6, 2))
     batch = pairs([0.1] * 6, [1 / 6] * 6)

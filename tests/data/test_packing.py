@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jaxrlhf.data.formats import read_labelled, read_pairs
-from jaxrlhf.data.packing import judged_batch, labelled_batch, preference_batch
+from jaxrlhf.data.judged import read_ranked, read_scored, read_steps
+from jaxrlhf.data.packing import (
+    judged_batch,
+    labelled_batch,
+    preference_batch,
+    ranked_batch,
+    scored_batch,
+    steps_batch,
+)
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows
 from jaxrlhf.errors import InputError
@@ -77,3 +85,39 @@ def test_preference_batch_masks_answers_alone(tmp_path):
     found = encode_rows(read_pairs(from_file, TOKENIZER), TOKENIZER, 16, 8).items
     batch = preference_batch(found, 6, 0)
     np.testing.assert_array_equal(batch.mask_BCT[0], [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]])
+
+
+def encoded(folder, read, *lines, **options):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = read(read_rows(str(path)), TOKENIZER, **options)
+    return encode_rows(read, TOKENIZER, 16, 8).items
+
+
+def test_ranked_batch_fills_short_rows_with_their_first_response(tmp_path):
+    three = {"prompt": "a", "responses": ["b", "c", "d e"], "ranks": [2, 1, 2]}
+    two = {"prompt": "a b", "responses": ["c", "d"], "ranks": [1, 2]}
+    batch = ranked_batch(encoded(tmp_path, read_ranked, three, two), 5, 0, None, 3)
+    assert batch.token_BCT.shape == (2, 3, 5)
+    np.testing.assert_array_equal(batch.rank_BC, [[2, 1, 2], [1, 2, 0]])
+    np.testing.assert_array_equal(batch.candidate_mask_BC, [[1, 1, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(batch.token_BCT[1, 2], batch.token_BCT[1, 0])
+    np.testing.assert_array_equal(batch.attention_mask_BCT[0, 2], [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(batch.weight_B, [0.5, 0.5])
+
+
+def test_scored_batch_has_scores_as_labels(tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    found = encoded(tmp_path, read_scored, {**row, "score": -2}, {**row, "score": 0.5})
+    batch = scored_batch(found, 5, 0, np.array([True, False]))
+    assert batch.token_BCT.shape == (2, 1, 5)
+    np.testing.assert_array_equal(batch.label_B, [-2, 0.5])
+    np.testing.assert_array_equal(batch.weight_B, [1, 0])
+
+
+def test_steps_batch_marks_the_end_of_each_step(tmp_path):
+    row = {"prompt": "a b", "steps": ["c ", " d e "], "labels": [True, False]}
+    found = encoded(tmp_path, read_steps, row, separator="g")
+    batch = steps_batch(found, 8, 0)  # a b c g d e <eos>
+    np.testing.assert_array_equal(batch.step_mask_BCT, [[[0, 0, 0, 1, 0, 0, 1, 0]]])
+    np.testing.assert_array_equal(batch.label_BCT, [[[0, 0, 0, 1, 0, 0, 0, 0]]])

@@ -1,0 +1,114 @@
+"""What more data brings a reward model: held-out accuracy after 200, 400, 800, 1,600 rows.
+
+    python benchmarks/reward_model_curve.py configs/reward_model_smollm2_sentiment.yaml --rounds 10
+    python benchmarks/reward_model_curve.py configs/listwise_reward_model_smollm2.yaml \\
+        --rounds 10 --counts 100 200 400 800
+
+trains the config once for each number of rows, on the first of ``data.train``, over the same number
+of epochs, and writes a table. ``--rounds`` first samples and labels what is missing of the demo's
+pairs, rankings and scores, in that many rounds over the openings. A run that is done is not done
+again.
+"""
+
+# ruff: noqa: E402 (what jax reads from the environment comes first)
+from jaxrlhf.cli import prepare_jax
+
+prepare_jax()
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrlhf.config import Config, MeshConfig, ModelConfig, load
+from jaxrlhf.data.rows import locate
+from jaxrlhf.demo import HELD_OUT, OPENINGS
+from jaxrlhf.demo.pairs import PairConfig, write_pairs
+from jaxrlhf.errors import InputError
+from jaxrlhf.loop import train
+from jaxrlhf.sharding import make_mesh
+
+COLUMNS = ("loss", "accuracy", "accuracy_large_gap", "ece", "length_correlation")
+"""Held-out metrics after training, as summary.json calls them."""
+
+
+def curve(config: Config, counts: Sequence[int], epochs: float, folder: Path) -> list[dict]:
+    """Train on the first rows of the data, more of them each time.
+
+    Args:
+      config: of a reward model; its steps are set so that every row is seen ``epochs`` times.
+      counts: rows, each at most as many as there are.
+      folder: where rows and runs go.
+
+    Returns:
+      A dict a count: ``rows``, ``steps``, ``seconds`` of all updates, and ``COLUMNS``.
+    """
+    lines = locate(config.data.train).read_text(encoding="utf-8").splitlines(keepends=True)
+    results = []
+    for count in counts:
+        if count > len(lines):
+            raise InputError(f"{config.data.train}: {len(lines)} rows, and {count} are asked for")
+        part = folder / f"rows_{count}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text("".join(lines[:count]), encoding="utf-8")
+        steps = max(1, round(epochs * count / config.data.batch_size))
+        data = replace(config.data, train=str(part))
+        summary = train(replace(config, data=data, steps=steps, output=str(folder / str(count))))
+        measured = {name: summary.get(f"{name}_after") for name in COLUMNS}
+        seconds = summary["seconds"].get("update", 0.0)
+        results.append({"rows": count, "steps": steps, "seconds": seconds, **measured})
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a line a result."""
+    names = list(results[0])
+    lines = [f"| {' | '.join(names)} |", "|" + " ---: |" * len(names)]
+    for result in results:
+        cells = [f"{x:.3f}" if isinstance(x, float) else str(x) for x in result.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def sample(folder: Path, rounds: int, seed: int) -> None:
+    """Pairs, rankings and scored answers of the demo's openings, unless they are there."""
+    jobs = {
+        folder / "pairs.jsonl": (OPENINGS, rounds),
+        folder / "pairs_held_out.jsonl": (HELD_OUT, 2),
+    }
+    if all(path.exists() for path in jobs):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = PairConfig(ModelConfig(path="smollm2"), "sentiment", 12, 24, min_gap=0.3)
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        print(write_pairs(config, jobs, seed, mesh))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="a reward model's YAML")
+    parser.add_argument("--counts", type=int, nargs="+", default=[200, 400, 800, 1600])
+    parser.add_argument("--epochs", type=float, default=1.0, help="times that a row is seen")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of sampling before training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="runs/reward_model_curve", help="folder of all files")
+    words = parser.parse_args()
+    folder, config = Path(words.output), load(words.config)
+    config = replace(config, seed=words.seed)
+    if words.rounds:
+        sample(folder, words.rounds, words.seed)
+        files = [folder / Path(x).name for x in (config.data.train, config.data.eval)]
+        data = replace(config.data, train=str(files[0]), eval=str(files[1]))
+        config = replace(config, data=data)
+    out = folder / f"{Path(words.config).stem}-{words.seed}"
+    text = table(curve(config, words.counts, words.epochs, out))
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
