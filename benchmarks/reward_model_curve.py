@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxrlhf.config import Config, MeshConfig, ModelConfig, load
 from jaxrlhf.data.rows import locate
@@ -35,13 +36,16 @@ COLUMNS = ("loss", "accuracy", "accuracy_large_gap", "ece", "length_correlation"
 """Held-out metrics after training, as summary.json calls them."""
 
 
-def curve(config: Config, counts: Sequence[int], epochs: float, folder: Path) -> list[dict]:
+def curve(
+    config: Config, counts: Sequence[int], epochs: float, folder: Path, mesh: Mesh | None = None
+) -> list[dict[str, Any]]:
     """Train on the first rows of the data, more of them each time.
 
     Args:
       config: of a reward model; its steps are set so that every row is seen ``epochs`` times.
       counts: rows, each at most as many as there are.
       folder: where rows and runs go.
+      mesh: what to train on, if not all devices.
 
     Returns:
       A dict a count: ``rows``, ``steps``, ``seconds`` of all updates, and ``COLUMNS``.
@@ -56,7 +60,9 @@ def curve(config: Config, counts: Sequence[int], epochs: float, folder: Path) ->
         part.write_text("".join(lines[:count]), encoding="utf-8")
         steps = max(1, round(epochs * count / config.data.batch_size))
         data = replace(config.data, train=str(part))
-        summary = train(replace(config, data=data, steps=steps, output=str(folder / str(count))))
+        summary = train(
+            replace(config, data=data, steps=steps, output=str(folder / str(count))), mesh
+        )
         measured = {name: summary.get(f"{name}_after") for name in COLUMNS}
         seconds = summary["seconds"].get("update", 0.0)
         results.append({"rows": count, "steps": steps, "seconds": seconds, **measured})

@@ -91,14 +91,13 @@ def accuracy_by_gap(
     Args:
       difference_N: [N], r_better − r_worse; 0 counts one half.
       gap_N: [N], how much better, in the units of whoever labelled.
-      bins: quantiles of the gap, with as many pairs each as ties allow; those that would be empty
-        are left out.
+      bins: quantiles of the gap, with as many pairs each as ties allow; fewer where gaps tie.
 
     Returns:
       The bins' accuracies, and their lower edges in units of the gap; ascending.
     """
     difference_N, gap_N = np.asarray(difference_N, float), np.asarray(gap_N, float)
-    edges = np.unique(np.quantile(gap_N, np.arange(bins) / bins))
+    edges = np.unique(np.quantile(gap_N, np.arange(bins) / bins, method="higher"))  # none is empty
     place_N = np.searchsorted(edges, gap_N, side="right") - 1
     right_N = (1 + np.sign(difference_N)) / 2
     accuracy = [float(right_N[place_N == b].mean()) for b in range(len(edges))]

@@ -24,6 +24,7 @@ from jaxrlhf.config import (
     is_reward_model,
     load,
 )
+from jaxrlhf.data.reading import normalise_path
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
@@ -104,7 +105,7 @@ class Loader:
         measured = host.get("normalisation")
         if measured is not None:
             params = {**params, "head": normalised(params["head"], **measured)}
-        elif getattr(config.algorithm, "normalise_on", ""):
+        elif normalise_path(config):
             raise InputError(
                 f"{folder}: its scores are not normalised yet: train it to its end, or anew in "
                 "another output if algorithm.normalise_on was set after that"

@@ -80,7 +80,7 @@ def test_accuracy_by_gap_hand_computed():
     accuracy, edges = accuracy_by_gap(
         np.array([1.0, -1, 0, 2, 3, 4, -1, 5]), np.array([0, 1, 2, 3, 4, 5, 6, 7])
     )
-    assert edges == [0, 1.75, 3.5, 5.25]
+    assert edges == [0, 2, 4, 6]
     assert accuracy == [0.5, 0.75, 1, 0.5]
 
 

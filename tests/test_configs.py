@@ -33,7 +33,8 @@ from jaxrlhf.steps.losses import candidate_logp
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 NAMES = [kind.name for kind in get_args(AlgorithmConfig)]
-LEARNERS = [name for name in NAMES if name not in ("sft", "reward_model", "ppo")]
+JUDGES = ["listwise_reward_model", "pointwise_reward_model", "process_reward_model"]
+LEARNERS = [name for name in NAMES if name not in ("sft", "reward_model", "ppo", *JUDGES)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -86,6 +87,19 @@ def test_tiny_config_learns(name, seed, world):
         before, after = (accuracy(path, folder, mesh) for path in ("sft", f"{name}-{seed}"))
         print(f"{name} {seed} {before:.3f} {after:.3f}")
         assert after > before + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", JUDGES)
+def test_tiny_reward_model_learns(name, seed, world):
+    folder, mesh = world
+    summary = loop.train(of_world(name, seed, folder), mesh)
+    measure = "rank_correlation" if name == "pointwise_reward_model" else "accuracy"
+    before, after = (summary[f"{measure}_{when}"] for when in ("before", "after"))
+    print(f"{name} {seed} {before:.3f} {after:.3f}")
+    assert after > 0.85
+    assert after > before + 0.2
 
 
 def accuracy(path, folder, mesh):

@@ -11,7 +11,8 @@ from jaxrlhf.config import check, load
 from jaxrlhf.config.load import packaged
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.demo import HELD_OUT, OPENINGS
-from jaxrlhf.demo.words import goodness, write_corpus
+from jaxrlhf.demo.sums import write_sums
+from jaxrlhf.demo.words import BAD, STEP_END, goodness, write_corpus
 from jaxrlhf.rewards.functions import resolve
 
 
@@ -64,3 +65,23 @@ def test_write_corpus_is_the_same_for_a_seed(tmp_path):
         write_corpus(tmp_path / name, seed)
         texts.append((tmp_path / name / "sft.jsonl").read_text())
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_write_corpus_labels_steps_without_bad_words(tmp_path):
+    write_corpus(tmp_path, 0)
+    for row in read_rows(str(tmp_path / "steps.jsonl")).items:
+        steps = row.values["steps"]
+        good = [not set(step.split()) & set(BAD) for step in steps]
+        assert good == row.values["labels"]
+        assert STEP_END not in " ".join(steps)
+
+
+def test_write_sums_labels_until_the_first_mistake(tmp_path):
+    write_sums(tmp_path, 0, rows=50)
+    wrong = 0
+    for row in read_rows(str(tmp_path / "steps.jsonl")).items:
+        sums = [step.split(" = ") for step in row.values["steps"]]
+        right = [sum(map(int, left.split(" + "))) == int(total) for left, total in sums]
+        assert row.values["labels"] == [all(right[: i + 1]) for i in range(len(right))]
+        wrong += not all(right)
+    assert 10 < wrong < 40

@@ -37,7 +37,7 @@ def test_judge_scores_pairs():
     assert found["accuracy_large_gap"] == 0.5
     assert found["pairs_large_gap"] == 2
     assert [found[f"accuracy_gap_{i}"] for i in (1, 2, 3)] == [1, 1, 0]
-    assert curve["gap_edges"] == pytest.approx([0.1, 0.3, 0.5, 0.6])[: len(curve["gap_edges"])]
+    assert curve["gap_edges"] == [0.1, 0.5, 0.7]
     assert found["score_mean"] == 1.5
     x = np.array([1, 0, 0, 1, 2, 2, 5, 1.0])
     assert found["length_correlation"] == pytest.approx(np.corrcoef(x, [2, 1] * 4)[0, 1])
@@ -116,7 +116,6 @@ def test_measure_normalisation_refuses_one_row(tmp_path):
 def test_train_reports_calibration(tmp_path):
     config = replace(runs.reward_model(tmp_path), steps=2)
     summary = loop.train(config, make_mesh(config.mesh, jax.devices()[:1]))
-    assert {"ece_before", "ece_after", "score_std_after", "length_correlation_after"} <= set(
-        summary
-    )
+    names = {"ece_before", "ece_after", "score_std_after", "length_correlation_after"}
+    assert names <= summary.keys()
     assert sum(summary["reliability"]["count"]) == 10

