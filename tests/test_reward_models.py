@@ -30,7 +30,7 @@ def items(generator):
     return texts, np.array([sum(value[word] for word in text.split()) for text in texts])
 
 
-@pytest.mark.parametrize("as_pairs", [False, True])
+@pytest.mark.parametrize("as_pairs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_listwise_reward_model_learns_the_utilities(as_pairs, tmp_path):
     """Rankings of four are drawn best first with probability ∝ exp(u): argsort of u + Gumbel."""
     generator = np.random.default_rng(0)
