@@ -1,13 +1,13 @@
 """What more data brings a reward model: held-out accuracy after 200, 400, 800, 1,600 rows.
 
-    python benchmarks/reward_model_curve.py configs/reward_model_smollm2_sentiment.yaml --rounds 10
-    python benchmarks/reward_model_curve.py configs/listwise_reward_model_smollm2.yaml \\
-        --rounds 10 --counts 100 200 400 800
+    jaxrlhf pipeline configs/pipelines/reward_models_smollm2.yaml
+    python benchmarks/reward_model_curve.py configs/reward_model_smollm2_sentiment.yaml \\
+        --data.train runs/reward_models/pairs/train.jsonl \\
+        --data.eval runs/reward_models/pairs/eval.jsonl
 
 trains the config once for each number of rows, on the first of ``data.train``, over the same number
-of epochs, and writes a table. ``--rounds`` first samples and labels what is missing of the demo's
-pairs, rankings and scores, in that many rounds over the openings. A run that is done is not done
-again.
+of epochs, and writes a table. Further words change fields of the config, as in ``jaxrlhf train``. A
+run that is done is not done again.
 """
 
 # ruff: noqa: E402 (what jax reads from the environment comes first)
@@ -21,16 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from jaxrlhf.config import Config, MeshConfig, ModelConfig, load
+from jaxrlhf.config import Config, load
 from jaxrlhf.data.rows import locate
-from jaxrlhf.demo import HELD_OUT, OPENINGS
-from jaxrlhf.demo.pairs import PairConfig, write_pairs
 from jaxrlhf.errors import InputError
 from jaxrlhf.loop import train
-from jaxrlhf.sharding import make_mesh
 
 COLUMNS = ("loss", "accuracy", "accuracy_large_gap", "ece", "length_correlation")
 """Held-out metrics after training, as summary.json calls them."""
@@ -79,40 +75,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sample(folder: Path, rounds: int, seed: int) -> None:
-    """Pairs, rankings and scored answers of the demo's openings, unless they are there."""
-    jobs = {
-        folder / "pairs.jsonl": (OPENINGS, rounds),
-        folder / "pairs_held_out.jsonl": (HELD_OUT, 2),
-    }
-    if all(path.exists() for path in jobs):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    config = PairConfig(ModelConfig(path="smollm2"), "sentiment", 12, 24, min_gap=0.3)
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        print(write_pairs(config, jobs, seed, mesh))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a reward model's YAML")
     parser.add_argument("--counts", type=int, nargs="+", default=[200, 400, 800, 1600])
     parser.add_argument("--epochs", type=float, default=1.0, help="times that a row is seen")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds of sampling before training")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/reward_model_curve", help="folder of all files")
-    words = parser.parse_args()
-    folder, config = Path(words.output), load(words.config)
-    config = replace(config, seed=words.seed)
-    if words.rounds:
-        sample(folder, words.rounds, words.seed)
-        files = [folder / Path(x).name for x in (config.data.train, config.data.eval)]
-        data = replace(config.data, train=str(files[0]), eval=str(files[1]))
-        config = replace(config, data=data)
-    out = folder / f"{Path(words.config).stem}-{words.seed}"
-    text = table(curve(config, words.counts, words.epochs, out))
-    (out / "table.md").write_text(text, encoding="utf-8")
+    parser.add_argument("--folder", default="runs/reward_model_curve", help="of rows and runs")
+    words, fields = parser.parse_known_args()
+    config, folder = load(words.config, fields), Path(words.folder) / Path(words.config).stem
+    text = table(curve(config, words.counts, words.epochs, folder))
+    (folder / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
 

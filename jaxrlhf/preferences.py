@@ -27,8 +27,8 @@ from jaxrlhf.steps.sampling import sample
 def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -> dict[str, int]:
     """Write train.jsonl and eval.jsonl, and return how many pairs each holds.
 
-    Beside them stand the same completions as rankings (train_ranked.jsonl, eval_ranked.jsonl) and as
-    scored answers (train_scored.jsonl, eval_scored.jsonl); see ``ROWS`` for what a row of each is.
+    Beside them stand the same completions as rankings (train_ranked.jsonl, eval_ranked.jsonl) and
+    as scored answers (train_scored.jsonl, eval_scored.jsonl); ``ROWS`` says what a row of each is.
 
     Args:
       seed: every draw follows from it.

@@ -7,11 +7,18 @@ import optax
 import pytest
 
 from jaxrlhf import masked
-from jaxrlhf.algorithms import Algorithm, ppo, reward_model, sft
-from jaxrlhf.config import OptimConfig, PPOConfig, RewardModelConfig, SFTConfig
+from jaxrlhf.algorithms import Algorithm, ppo, process_reward_model, reward_model, sft
+from jaxrlhf.config import (
+    OptimConfig,
+    PPOConfig,
+    ProcessRewardModelConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from jaxrlhf.steps.losses import (
     candidate_logp,
     candidate_scores,
+    candidate_token_scores,
     combine_params,
     critic_loss,
     pairs_loss,
@@ -151,6 +158,28 @@ def test_reward_model_loss_scores_every_candidate(model, params, batch):
     chosen, rejected = np.asarray(alone, np.float64).T
     np.testing.assert_allclose(total, np.log1p(np.exp(rejected - chosen)).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], (chosen > rejected).mean())
+
+
+def test_reward_model_loss_reads_steps_at_their_tokens(model, params, batch):
+    """The head at columns 5 and 7: p of the first is to be 1, of the second 0."""
+    token, real = batch.token_BT[:, None], batch.attention_mask_BT[:, None]
+    step, label = np.zeros((2, *token.shape), np.float32)
+    step[..., [5, 7]] = label[..., 5] = 1
+    rows = PreferenceBatch(
+        token_BCT=token,
+        attention_mask_BCT=real,
+        margin_B=np.zeros(8, np.float32),
+        weight_B=np.full(8, 1 / 8, np.float32),
+        step_mask_BCT=step,
+        label_BCT=label,
+    )
+    scores = jax.jit(candidate_token_scores, static_argnums=0)(model, params, None, rows)
+    hidden, _ = model.apply(params, batch.token_BT, batch.attention_mask_BT)
+    np.testing.assert_allclose(scores[:, 0], model.scalar(params, hidden), atol=1e-5)
+    loss = jax.jit(reward_model_loss(model, process_reward_model(ProcessRewardModelConfig())))
+    first, second = np.asarray(scores, np.float64)[:, 0, [5, 7]].T
+    wanted = (np.log1p(np.exp(-first)) + np.log1p(np.exp(second))).mean() / 2
+    np.testing.assert_allclose(loss(params, None, rows)[0], wanted, rtol=1e-5)
 
 
 def test_sft_loss_is_the_mean_negative_logp(model, params, batch):

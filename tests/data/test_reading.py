@@ -1,0 +1,50 @@
+"""Which reader a run's rows go through, and what it is told."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import runs
+
+from jaxrlhf.config import AlgorithmConfig, OfflineConfig, PointwiseRewardModelConfig
+from jaxrlhf.data.reading import READERS, load_data, normalise_path
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.tokenizers import load_tokenizer
+
+TOKENIZER = load_tokenizer(f"words:{runs.WORDS}")
+
+
+def test_every_kind_of_rows_has_a_reader():
+    kinds = [kind for kind in get_args(AlgorithmConfig) if issubclass(kind, OfflineConfig)]
+    assert {kind.rows for kind in kinds} == READERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("listwise_reward_model", [2, 3, 4]),
+        ("pointwise_reward_model", [1, 1, 1]),
+        ("process_reward_model", [1, 1, 1]),
+    ],
+)
+def test_load_data_reads_rows_for_reward_models(name, answers, tmp_path):
+    config = runs.of(name, tmp_path)
+    rows = load_data(config, config.data.train, TOKENIZER, 16).items
+    assert [len(row.answers) for row in rows[:3]] == answers
+    if name == "process_reward_model":  # its separator is read
+        assert [len(row.ends) for row in rows[:2]] == [1, 2]
+
+
+def test_load_data_tells_a_classifier_that_scores_are_probabilities(tmp_path):
+    config = runs.of("pointwise_reward_model", tmp_path)
+    row = {"prompt": "the", "completion": "good", "score": 2.0}
+    path = runs.write(tmp_path / "rows.jsonl", [row])
+    assert len(load_data(config, path, TOKENIZER, 16)) == 1
+    config = replace(config, algorithm=PointwiseRewardModelConfig(kind="binary"))
+    with pytest.raises(InputError, match=r"rows.jsonl:1: score=2: a probability is in"):
+        load_data(config, path, TOKENIZER, 16)
+
+
+def test_normalise_path_of_runs_without_scores(tmp_path):
+    assert normalise_path(runs.sft(tmp_path)) == ""
+    assert normalise_path(runs.of("process_reward_model", tmp_path)) == ""
