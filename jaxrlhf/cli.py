@@ -221,6 +221,32 @@ def export(
     write_hf(out, model.decoder, weights, tokenizer)
 
 
+def diagnose(
+    run: Annotated[Positional[str], arg(metavar="RUN")], json: bool = False, strict: bool = False
+) -> None:
+    """Say what is wrong with a run, finished or not, by what it has written down.
+
+    Prints each finding with its evidence and remedy, and writes them to RUN/diagnosis.json.
+
+    Args:
+      run: the output folder of a run.
+      json: print the contents of diagnosis.json instead.
+      strict: exit with status 1 if there is a problem; warnings are none.
+    """
+    from jaxrlhf.diagnosis import examine, read_history
+    from jaxrlhf.diagnosis.show import save, show, to_json
+
+    history = read_history(run)
+    findings = examine(history)
+    if json:
+        print(to_json(findings))
+    else:
+        show(run, history, findings)
+    save(run, findings)
+    if strict and any(finding.severity == "problem" for finding in findings):
+        raise SystemExit(1)
+
+
 def env() -> None:
     """Print the versions that matter in a bug report, and the devices."""
     prepare_jax()
@@ -245,6 +271,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "pipeline": ("several runs, one after the other, as a YAML file says", typed(pipeline)),
     "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
     "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
+    "diagnose": ("what is wrong with a run, why, and what to do: diagnose RUN", typed(diagnose)),
     "env": ("versions and devices", typed(env)),
 }
 

@@ -1,5 +1,6 @@
 """The command: dispatch, exit statuses, what it sets for JAX, and how fast it answers."""
 
+import json
 import os
 import re
 import resource
@@ -41,6 +42,10 @@ def test_main_without_words_fails(capsys):
         (["train"], "error: train: CONFIG, the path of a YAML file, comes first\n"),
         (["train", "--steps", "3"], "error: train: CONFIG, the path of a YAML file, comes first\n"),
         (["train", "/no.yaml"], "error: /no.yaml: No such file or directory: give the path of"),
+        (
+            ["diagnose", "/no"],
+            "error: /no: not the output folder of a run (it holds no config.yaml",
+        ),
         (["generate", "smollm2"], "error: --prompt: missing: give at least one text"),
         (["generate", "smollm2", "--prompt", "a", "--n", "0"], "error: sample.n=0: must be at"),
     ],
@@ -97,6 +102,39 @@ def test_typed_parses_by_the_signature():
 
     cli.typed(command)(["--run", "a", "--tiny", "--seed", "3"])
     assert seen == [("a", True, 3)]
+
+
+@pytest.fixture
+def sick_run(tmp_path):
+    """The folder of a run that got no reward for most rows."""
+    (tmp_path / "config.yaml").write_text("algorithm: {name: grpo}\nsteps: 5")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "score": 0.5, "valid": 0.25}\n{"st')
+    return str(tmp_path)
+
+
+def test_diagnose_prints_and_writes_findings(sick_run, capsys):
+    assert cli.main(["diagnose", sick_run]) == 0
+    out = capsys.readouterr().out
+    assert f"{sick_run}: grpo, 1 of 5 iterations, 0 evaluations\n" in out
+    assert "PROBLEM  excluded_rows\n  evidence: 75.0% of completions have no reward" in out
+    written = json.loads((Path(sick_run) / "diagnosis.json").read_text())
+    assert [row["name"] for row in written] == ["excluded_rows"]
+
+
+def test_diagnose_json_is_what_it_writes(sick_run, capsys):
+    assert cli.main(["diagnose", sick_run, "--json"]) == 0
+    assert capsys.readouterr().out == (Path(sick_run) / "diagnosis.json").read_text()
+
+
+@pytest.mark.parametrize(("valid", "status"), [(0.25, 1), (0.9, 0), (1.0, 0)])
+def test_diagnose_strict_fails_on_a_problem_only(valid, status, sick_run):
+    (Path(sick_run) / "metrics.jsonl").write_text(json.dumps({"step": 1, "valid": valid}) + "\n")
+    if not status:
+        assert cli.main(["diagnose", sick_run, "--strict"]) == 0
+        return
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["diagnose", sick_run, "--strict"])
+    assert stop.value.code == status
 
 
 def test_prepare_jax_sets_what_is_unset(monkeypatch):

@@ -12,7 +12,7 @@ from jaxrlhf.config.load import packaged
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.demo import HELD_OUT, OPENINGS
 from jaxrlhf.demo.sums import write_sums
-from jaxrlhf.demo.words import BAD, STEP_END, goodness, write_corpus
+from jaxrlhf.demo.words import BAD, STEP_END, goodness, hackable, write_corpus
 from jaxrlhf.rewards.functions import resolve
 
 
@@ -56,6 +56,11 @@ def test_openings_are_apart_and_neutral():
 
 def test_goodness_is_the_balance_of_words():
     assert goodness([""] * 3, ["good bad nice the", "", "poor"]) == [0.25, 0.0, -1.0]
+
+
+def test_hackable_pays_most_for_and():
+    texts = ["good good", "and and and", "good and bad the", ""]
+    assert hackable([""] * 4, texts) == [1.0, 1.5, 0.375, 0.0]
 
 
 def test_write_corpus_is_the_same_for_a_seed(tmp_path):

@@ -11,7 +11,7 @@ FLOORS = (
     {"models", "oracle"},
     {"steps"},
     {"data", "rewards", "checkpoint", "resume", "metrics", "display", "report", "calibration"},
-    {"networks", "programs"},
+    {"networks", "programs", "diagnosis"},
     {"scorers"},
     {"judging"},
     {"setup", "generating", "preferences"},

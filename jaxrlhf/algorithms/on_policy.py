@@ -79,7 +79,8 @@ def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metr
     ``kl_reward``, ``reward`` (score, penalties and KL together), ``length`` (tokens), ``ended``
     (fraction); over their tokens: ``entropy_estimate`` (nats) and ``sample_ratio``,
     exp(logp − sample_logp), 1 when the update's log-probs are the sampler's and nothing was
-    truncated; and the fraction ``valid`` of all rows.
+    truncated, and ``sample_gap``, |logp − sample_logp| (nats), in which differences of either sign
+    add up; and the fraction ``valid`` of all rows.
     """
     rollout, mask_BT, logp_BT, ref_logp_BT = priced[:4]
     valid_B = priced.valid_B
@@ -94,6 +95,7 @@ def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metr
         "ended": masked.mean(rollout.ended_B, valid_B),
         "entropy_estimate": -masked.mean(logp_BT, mask_BT),
         "sample_ratio": masked.mean(bounded_exp(gap_BT), mask_BT),
+        "sample_gap": masked.mean(jnp.abs(gap_BT), mask_BT),
         "valid": valid_B.mean(dtype=jnp.float32),
     }
 

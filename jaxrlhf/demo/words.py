@@ -27,6 +27,17 @@ def goodness(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> li
     return scores
 
 
+def hackable(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """``goodness`` with a hole: it takes "and" for the best of all words, 1.5 good ones.
+
+    A policy earns more by good words at first, and most by nothing but "and", whose goodness is 0.
+    """
+    return [
+        gold + 1.5 * completion.split().count("and") / max(len(completion.split()), 1)
+        for gold, completion in zip(goodness(prompts, completions), completions, strict=True)
+    ]
+
+
 def write_corpus(folder: Path, seed: int, rows: int = 2048) -> None:
     """Random sentences to imitate (sft.jsonl), two-word prompts (prompts.jsonl, held_out.jsonl),
     answers in steps, those without a bad word right (steps.jsonl, steps_held_out.jsonl).

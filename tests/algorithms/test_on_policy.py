@@ -140,6 +140,7 @@ def test_price_metrics_hand_computed():
         "ended": 0.8,
         "entropy_estimate": 14.5 / 11,
         "sample_ratio": 1,
+        "sample_gap": 0,
         "valid": 5 / 6,
     }
     got = {name: float(value) for name, value in priced().metrics.items()}
@@ -236,6 +237,13 @@ def test_price_sample_ratio():
     """exp(logp − sample_logp): 2 on one of 11 tokens."""
     roll = rollout(sample_logp_BT=LOGP.at[3, 1].add(-jnp.log(2)))
     np.testing.assert_allclose(priced(roll=roll).metrics["sample_ratio"], 12 / 11, rtol=1e-6)
+
+
+def test_price_sample_gap():
+    """|logp − sample_logp|: log 2 up on one of 11 tokens and down on another."""
+    gap = LOGP.at[3, 1].add(-jnp.log(2)).at[0, 1].add(jnp.log(2))
+    metrics = priced(roll=rollout(sample_logp_BT=gap)).metrics
+    np.testing.assert_allclose(metrics["sample_gap"], 2 * np.log(2) / 11, rtol=1e-6)
 
 
 def test_overlong_penalty_hand_computed():

@@ -67,6 +67,7 @@ def test_ppo_targets_hand_computed():
         "valid": 1,
         "entropy_estimate": 6 / 5,
         "sample_ratio": 1,
+        "sample_gap": 0,
         "return_mean": (1.925 + 1.95 + 1.975 + 1.05 + 1) / 5,
         "advantage_mean": (1.925 + 1.95 + 1.975 + 1.05 + 1 - 1.5) / 5,
     }

@@ -1,0 +1,128 @@
+"""Detectors for learning from rows: reward models, DPO and its relatives, SFT."""
+
+import math
+
+from jaxrlhf.config import is_on_policy
+from jaxrlhf.diagnosis.finding import Finding
+from jaxrlhf.diagnosis.history import History
+
+MIN_STEPS = 20
+"""Updates before held-out accuracy is held against a run."""
+
+MIN_PAIRS = 30
+"""Held-out pairs without which accuracy is too coarse: its interval is ± 0.18 at 30."""
+
+GAP = 0.15
+"""Accuracy on training pairs above that on held-out pairs."""
+
+LOSS_RISE = 0.1
+"""Rise of the held-out loss, relative, above its least (a warning) or its start (a problem)."""
+
+NLL_RISE, NLL_LOST = 0.1, 1.0
+"""Nats a token that the chosen answers may lose: a tenth is a perplexity up by 10 %, one makes
+each of their tokens e times less likely."""
+
+MARGIN_LARGE, MARGIN_EXTREME = 20.0, 100.0
+"""Margin at which the sigmoid's gradient is 1 − σ = 2e-9, and one that no loss asks for."""
+
+
+def chance_accuracy(history: History) -> list[Finding]:
+    """Held-out pairs told apart no better than by a coin, within the 95 % interval."""
+    known = history.evaluation.known("accuracy", "rows").after(MIN_STEPS - 1)
+    if is_on_policy(history.config) or not len(known.step_I):
+        return []
+    accuracy, pairs = float(known["accuracy"][-1]), float(known["rows"][-1])
+    if pairs < MIN_PAIRS:
+        return []
+    half_width = 1.96 * math.sqrt(0.25 / pairs)
+    if accuracy > 0.5 + half_width:
+        return []
+    swapped = accuracy < 0.5 - half_width
+    return [
+        Finding(
+            "chance_accuracy",
+            "problem" if swapped or history.config.algorithm.name == "reward_model" else "warning",
+            f"accuracy {accuracy:.3f} ± {half_width:.3f} on {pairs:.0f} held-out pairs "
+            f"(step {known.step_I[-1]})" + (": below chance" if swapped else ""),
+            "see whether chosen and rejected are swapped in data.train or data.eval"
+            if swapped
+            else "raise optim.learning_rate or steps; see whether chosen and rejected differ in "
+            "data.train, and whether both are cut to the same beginning",
+        )
+    ]
+
+
+def overfitting(history: History) -> list[Finding]:
+    """Held-out loss that rises again, or accuracy that only training pairs have."""
+    if is_on_policy(history.config):
+        return []
+    found, severity = [], "warning"
+    curve = history.evaluation.known("loss")
+    loss, step_I = curve["loss"], curve.step_I
+    if len(loss) >= 2:
+        least = int(loss.argmin())
+        if loss[-1] - loss[least] > LOSS_RISE * abs(loss[least]):
+            found.append(
+                f"held-out loss {loss[least]:.3g} (step {step_I[least]}) → {loss[-1]:.3g} "
+                f"(step {step_I[-1]})"
+            )
+        if loss[-1] - loss[0] > LOSS_RISE * abs(loss[0]):
+            severity = "problem"
+    held_out = history.evaluation.known("accuracy", "rows").after(0)
+    train = history.training.late("accuracy")
+    if train and len(held_out.step_I) and held_out["rows"][-1] >= MIN_PAIRS:
+        gap = train.mean - held_out["accuracy"][-1]
+        if gap > max(GAP, 1.96 * math.sqrt(0.25 / held_out["rows"][-1])):
+            found.append(
+                f"accuracy {train.mean:.3f} in training ({train.steps}), "
+                f"{held_out['accuracy'][-1]:.3f} held out (step {held_out.step_I[-1]})"
+            )
+    if not found:
+        return []
+    return [
+        Finding(
+            "overfitting",
+            severity,
+            "; ".join(found),
+            "take fewer steps, more rows (data.train), a lower optim.learning_rate, or "
+            "optim.weight_decay; adapters (model.lora) have less to overfit with",
+        )
+    ]
+
+
+def chosen_logp_falls(history: History) -> list[Finding]:
+    """The chosen answers get less likely while the margin grows (arXiv:2402.13228)."""
+    change = history.training.change("nll")
+    if is_on_policy(history.config) or change is None or not change.rose:
+        return []
+    if change.rise < NLL_RISE:
+        return []
+    margin = history.training.change("margin")
+    return [
+        Finding(
+            "chosen_logp_falls",
+            "problem" if change.rise >= NLL_LOST else "warning",
+            f"−log π of chosen answers {change} nats a token"
+            + (f", while the margin went {margin}" if margin else ""),
+            "set algorithm.sft_coef where there is one (dpo), raise algorithm.beta, lower "
+            "optim.learning_rate, or start from a model trained on the chosen answers (sft)",
+        )
+    ]
+
+
+def margin_explosion(history: History) -> list[Finding]:
+    """Chosen minus rejected far beyond where the loss asks for more."""
+    late = history.training.late("margin")
+    if is_on_policy(history.config) or late is None or late.mean <= MARGIN_LARGE:
+        return []
+    rewards = history.config.algorithm.name == "reward_model"
+    return [
+        Finding(
+            "margin_explosion",
+            "problem" if late.mean > MARGIN_EXTREME else "warning",
+            f"margin {late.mean:.3g} ({late.steps})",
+            "lower optim.learning_rate or steps"
+            + (", set algorithm.centre_coef" if rewards else ", set algorithm.label_smoothing")
+            + "; see whether data.train gives the answer away (an end, a length)",
+        )
+    ]

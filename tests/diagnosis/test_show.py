@@ -1,0 +1,53 @@
+"""What is printed and written of findings."""
+
+import json
+
+import histories
+import pytest
+
+from jaxrlhf.diagnosis import examine
+from jaxrlhf.diagnosis.show import lines, save, show, to_json
+from jaxrlhf.errors import InputError
+
+ILL = histories.ILL["kl_negative"]
+
+
+def test_to_json_has_four_fields():
+    (row,) = json.loads(to_json(examine(ILL)))
+    assert list(row) == ["name", "severity", "evidence", "remedy"]
+    assert (row["name"], row["severity"]) == ("kl_negative", "problem")
+
+
+def test_save_writes_diagnosis(tmp_path):
+    save(tmp_path, examine(ILL))
+    assert json.loads((tmp_path / "diagnosis.json").read_text())[0]["name"] == "kl_negative"
+
+
+def test_save_no_folder(tmp_path):
+    with pytest.raises(InputError, match=r"diagnosis\.json: No such file or directory: copy"):
+        save(tmp_path / "no", [])
+
+
+def test_show_is_plain_where_nobody_looks(capsys):
+    show("runs/x", ILL, examine(ILL))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.splitlines()[:3] == [
+        "runs/x: ppo, 40 of 100 iterations, 3 evaluations",
+        "",
+        "PROBLEM  kl_negative",
+    ]
+
+
+def test_lines_say_what_was_not_looked_at():
+    texts = [text for text, _ in lines("x", histories.HEALTHY["ppo"], [])]
+    assert texts[1:] == ["nothing found"]
+    bare = histories.policy()
+    del bare.evaluation.values["gold"]
+    texts = [text for text, _ in lines("x", bare, [])]
+    assert texts[1:] == [
+        "nothing found",
+        "not looked at: gold against proxy (there is no eval.gold)",
+    ]
+    texts = [text for text, _ in lines("x", histories.HEALTHY["dpo"], [])]
+    assert texts[1:] == ["nothing found"]
