@@ -57,12 +57,15 @@ class Series:
     def known(self, *names: str) -> "Series":
         """The steps that have all of these names."""
         there = np.all([np.isfinite(self[name]) for name in names], axis=0)
-        return Series(self.step_I[there], {name: self[name][there] for name in names})
+        return Series(self.step_I, {name: self[name] for name in names}).where(there)
+
+    def where(self, chosen_I: np.ndarray) -> "Series":
+        """The steps at which ``chosen_I`` is true."""
+        return Series(self.step_I[chosen_I], {name: x[chosen_I] for name, x in self.values.items()})
 
     def after(self, step: int) -> "Series":
         """The steps later than ``step``."""
-        late = self.step_I > step
-        return Series(self.step_I[late], {name: x[late] for name, x in self.values.items()})
+        return self.where(self.step_I > step)
 
     def with_ratio(self, name: str, over: str) -> "Series":
         """``name`` divided by ``over``: a sum under weights becomes the mean under them."""

@@ -23,6 +23,15 @@ def test_value_function_is_given_time():
     assert value_function(history) == []
 
 
+def test_value_function_where_rewards_are_equal():
+    """From step 21 on they hardly differ, and nothing of it counts."""
+    late = np.arange(STEPS) >= 20
+    changes = {"explained_variance": np.where(late, -20.0, 0.5), "score_std": 0.5 - 0.48 * late}
+    assert value_function(policy(**changes)) == []
+    changes["score_std"] = 0.5 - 0.4 * late
+    assert [f.severity for f in value_function(policy(**changes))] == ["problem"]
+
+
 def test_value_function_of_algorithms_with_a_critic_only():
     history = grpo()
     values = history.training.values | {"explained_variance": line(0, -2)}
