@@ -15,4 +15,4 @@ def test_python_blocks_run(path):
 
 
 def test_there_are_docs():
-    assert {path.stem for path in DOCS} >= {"adding_an_algorithm", "oracle"}
+    assert {path.stem for path in DOCS} >= {"adding_an_algorithm", "oracle", "reward_hacking"}
