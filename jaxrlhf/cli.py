@@ -113,9 +113,10 @@ def train(words: list[str]) -> None:
     config = load(words[0], words[1:])
     check(config)
     prepare_jax()
-    from jaxrlhf import loop
+    from jaxrlhf import distributed, loop
 
-    loop.train(config)
+    with distributed.together(config.distributed) as watchdog:
+        loop.train(distributed.placeless(config), feed=watchdog.feed)
 
 
 def demo(output: str = "", tiny: bool = False, seed: int = 0) -> None:

@@ -20,6 +20,7 @@ from jaxrlhf.collecting import collect
 from jaxrlhf.config import Config, is_on_policy
 from jaxrlhf.config import on_policy as on_policy_settings
 from jaxrlhf.data.batches import order
+from jaxrlhf.distributed import guarded
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
 from jaxrlhf.held_out import measure_normalisation
 from jaxrlhf.judging import Judgement
@@ -38,12 +39,15 @@ SHOWN = 4
 States = dict[str, TrainState]
 
 
-def train(config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
+def train(
+    config: Config, mesh: Mesh | None = None, feed: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Carry out a run, or go on with it, and return its summary.
 
     Args:
       config: the run.
       mesh: where to, if not on all devices as ``config.mesh`` says.
+      feed: called after every phase of an iteration, as a sign that the run goes on.
 
     Raises:
       InputError: config, data, weights or output folder cannot be used.
@@ -55,7 +59,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
         run = setup(config, mesh, abstract=True)
         compile_ahead(run)
         run = fill(run)
-        with lock(config.output), Session(run, began) as session:
+        with lock(config.output), Session(run, began, feed) as session, guarded():
             session.lap("setup")
             if summary := session.finished():
                 return summary

@@ -6,7 +6,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Session:
     Args:
       run: what to do.
       began: ``time.perf_counter()`` when its set-up began, which the first lap is counted from.
+      feed: called at every lap.
 
     Attributes:
       states: the training states, restored or at their start.
@@ -38,13 +39,16 @@ class Session:
       start: iterations already done.
     """
 
-    def __init__(self, run: Run, began: float | None = None):
+    def __init__(
+        self, run: Run, began: float | None = None, feed: Callable[[], None] | None = None
+    ):
         self.run = run
         self.output = Path(run.config.output)
         self.states: dict[str, TrainState] = run.states
         self.host: dict[str, Any] = {"seconds": {}}
         self.start = 0
         self._lapped = time.perf_counter() if began is None else began
+        self._feed = feed
         self._stopped = False
         self._stack = ExitStack()
 
@@ -128,6 +132,8 @@ class Session:
     def lap(self, phase: str, *arrays: Any) -> float:
         """Charge the seconds since the last lap to a phase, once ``arrays`` are computed."""
         jax.block_until_ready(arrays)
+        if self._feed is not None:
+            self._feed()
         now = time.perf_counter()
         spent, self._lapped = now - self._lapped, now
         seconds = self.host["seconds"]

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "jaxrlhf"
 FLOORS = (
     {"types", "masked", "errors", "config"},
-    {"sharding", "algorithms", "digest"},
+    {"sharding", "algorithms", "digest", "distributed"},
     {"models", "oracle"},
     {"steps"},
     {"data", "rewards", "checkpoint", "resume", "metrics", "display", "report", "calibration"},

@@ -10,8 +10,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 0",
         lambda x: x >= 0,
         "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
-        "critic.warmup checkpoint.every eval.every sample.temperature sample.top_k sample.pad "
-        "algorithm.clip_high "
+        "critic.warmup checkpoint.every eval.every distributed.processes distributed.watchdog "
+        "sample.temperature sample.top_k sample.pad algorithm.clip_high "
         "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
         "algorithm.score_l2 "
         "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
@@ -23,6 +23,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x >= 1,
         "steps data.batch_size data.max_prompt_tokens sample.max_new_tokens sample.n "
         "optim.microbatches optim.max_skipped checkpoint.keep eval.n eval.batch_size "
+        "distributed.initialization_timeout distributed.heartbeat "
         "algorithm.epochs algorithm.minibatches algorithm.length algorithm.rounds model.lora.rank "
         "model.decoder.vocab model.decoder.embed model.decoder.layers model.decoder.heads "
         "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context",

@@ -1,7 +1,9 @@
 """A whole run, and its parts that are neither networks nor algorithms."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from jaxrlhf.config.algorithm import AlgorithmConfig, PPOConfig
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
@@ -100,6 +102,24 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run; left alone, JAX_* variables or the cluster say who they are."""
+
+    coordinator: Annotated[str, arg(aliases=("--coordinator",))] = ""
+    """HOST:PORT of process 0; with processes and process: all three, or none."""
+    processes: Annotated[int, arg(aliases=("--processes",))] = 0
+    """How many processes there are; 0 leaves it open."""
+    process: Annotated[int, arg(aliases=("--process",))] = -1
+    """The number of this one, from 0; -1 leaves it open."""
+    initialization_timeout: int = 300
+    """Seconds within which all processes must have come up."""
+    heartbeat: int = 20
+    """Seconds without a sign of life after which a process counts as dead, and all end."""
+    watchdog: float = 1800.0
+    """Seconds without progress after which several processes end; 0 waits for ever."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Orbax checkpoints under output/checkpoints; a run resumes from the newest by itself."""
 
@@ -136,6 +156,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     steps: int = 100

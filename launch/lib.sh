@@ -1,0 +1,41 @@
+# shellcheck shell=bash
+# What the launch scripts share: errors, options, and commands that a dry run only prints.
+
+die() { # MESSAGE: one line on stderr, exit status 2
+    echo "error: $*" >&2
+    exit 2
+}
+
+usage() { # the comment at the head of the script that runs
+    awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' "$0"
+}
+
+value_of() { # OPTION COUNT: dies unless a value follows the option
+    (($2 > 1)) || die "$1: a value must follow"
+}
+
+need() { # VARIABLE OPTION: dies unless the variable is set
+    [[ -n ${!1-} ]] || die "$2 is missing: give it, or set $1 (-h explains)"
+}
+
+need_program() { # PROGRAM: dies unless it is on the PATH; a dry run does without
+    [[ -n ${DRY_RUN-} ]] || command -v "$1" >/dev/null || die "$1 is not on the PATH: install it"
+}
+
+quoted() { # WORDS…: as a shell would read them back
+    local text
+    printf -v text '%q ' "$@"
+    printf '%s' "${text% }"
+}
+
+run() { # COMMAND…: runs it; a dry run prints it
+    if [[ -n ${DRY_RUN-} ]]; then
+        echo "+ $(quoted "$@")"
+    else
+        "$@"
+    fi
+}
+
+try() { # COMMAND…: whether it succeeds, quietly; in a dry run nothing exists yet
+    [[ -z ${DRY_RUN-} ]] && "$@" >/dev/null 2>&1
+}
