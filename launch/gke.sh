@@ -73,14 +73,19 @@ hosts() { # of a slice, or the nodes
 }
 
 manifest() { # WORDS of the jaxrlhf command
-    local text name
-    HOSTS=$(hosts)
-    ARGS=$("${PYTHON:-python3}" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@")
+    local text name hosts args
+    hosts=$(hosts)
+    args=$("${PYTHON:-python3}" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@")
+    declare -A values=(
+        [NAME]=$NAME [IMAGE]=$IMAGE [TYPE]=$TYPE [TOPOLOGY]=$TOPOLOGY [SLICES]=$SLICES
+        [HOSTS]=$hosts [CHIPS]=$CHIPS [QUEUE]=$QUEUE [CLAIM]=$CLAIM
+    )
     text=$(<"$here/gke/$kind.yaml")
     [[ -n $QUEUE ]] || text=$(sed '/queue-name/d' <<<"$text")
-    for name in NAME IMAGE TYPE TOPOLOGY SLICES HOSTS CHIPS QUEUE CLAIM ARGS; do
-        text=${text//"\${$name}"/"${!name}"}
+    for name in "${!values[@]}"; do
+        text=${text//"\${$name}"/"${values[$name]}"}
     done
+    text=${text//"\${ARGS}"/"$args"} # last: the user's words stay as they are
     printf '%s\n' "$text"
 }
 

@@ -67,14 +67,15 @@ killer=
 left=$processes
 while ((left)); do
     code=0
-    wait -n -p done "${pids[@]}" || code=$?
-    if [[ -z ${done-} ]]; then
+    ended=
+    wait -n -p ended "${pids[@]}" || code=$?
+    if [[ -z ${ended-} ]]; then
         kill -0 "${pids[@]}" 2>/dev/null && continue # a signal came; they are still ending
         break
     fi
     left=$((left - 1))
     for i in "${!pids[@]}"; do
-        [[ ${pids[i]} != "$done" ]] || unset "pids[i]"
+        [[ ${pids[i]} != "$ended" ]] || unset "pids[i]"
     done
     if ((code && !status)); then
         status=$code

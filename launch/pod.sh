@@ -16,6 +16,7 @@ need DEVICE "DEVICE (cpu, gpu or tpu)"
 
 stopped=
 child=
+# shellcheck disable=SC2329 # by the trap
 stop() {
     stopped=1
     [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
