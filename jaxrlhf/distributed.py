@@ -1,41 +1,26 @@
-"""Several processes, one run: how they find each other, and how they all end when one does.
+"""Several processes, one run: how they find each other.
 
 Who a process is comes from the first of these that says anything: the config's ``distributed``
 section, that is flags; the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
 the cluster that started it, as JAX detects it (Open MPI, Slurm, TPU slices on GKE and on Cloud TPU
 VMs). Else it is alone, and nothing here does anything.
-
-A process that fails leaves the others waiting in a collective. So it ends at once, without the
-tidying up that would wait for them; they hear no heartbeat from it any more, and end too.
 """
 
-import faulthandler
 import importlib.util
 import os
 import re
 import socket
 import sys
-import threading
-import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from jaxrlhf.config import Config, DistributedConfig
 from jaxrlhf.errors import InputError
-
-FAILED = 13
-"""Exit status of a process that ends because the run cannot go on."""
-
-PATIENCE = 60
-"""Seconds until a process says that it still waits for the others."""
-
-GRACE = 5
-"""Seconds that JAX's own timeouts have to say more than ``Deadline`` can."""
+from jaxrlhf.watchdog import GRACE, Deadline, Watchdog, end, guarded
 
 PARTS = (
     ("coordinator", "JAX_COORDINATOR_ADDRESS"),
@@ -43,6 +28,12 @@ PARTS = (
     ("process", "JAX_PROCESS_ID"),
 )
 """What a process has to be told: fields of the config, and the variables that say the same."""
+
+LATE = (
+    "not all processes are there: is process 0 up and its port open, did you start every worker, "
+    "all with the same --processes?"
+)
+"""What may be wrong where some never come."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +143,14 @@ def initialise(config: DistributedConfig) -> int:
         }
     else:
         named, given = f"a process of {found or 'a TPU slice'}", {}
-    with Deadline(config.initialization_timeout, named):
+    with Deadline(config.initialization_timeout, named, LATE):
         try:
             jax.distributed.initialize(
                 **given,
-                initialization_timeout=config.initialization_timeout,
+                # JAX's own aborts without a word to the user: Deadline comes before it.
+                initialization_timeout=config.initialization_timeout + GRACE,
                 heartbeat_timeout_seconds=config.heartbeat,
-                shutdown_timeout_seconds=int(min(300, config.watchdog or 300)),
+                shutdown_timeout_seconds=max(1, int(min(300, config.watchdog or 300))),
             )
         except ValueError as error:  # what JAX says where it detects no cluster
             if where is None and not found:
@@ -167,7 +159,7 @@ def initialise(config: DistributedConfig) -> int:
                 f"{named}: {_line(error)}: give --coordinator HOST:PORT --processes N --process I"
             ) from None
         except RuntimeError as error:
-            raise InputError(_lonely(named, config.initialization_timeout, _line(error))) from None
+            raise InputError(f"{named}: could not join the others: {_line(error)}") from None
         if where is not None and jax.process_count() != where.processes:
             raise InputError(
                 f"{named}: the backend has {jax.process_count()} processes: start all "
@@ -203,92 +195,8 @@ def _refuse_busy_port(where: Place) -> None:
             ) from None
 
 
-def _lonely(named: str, seconds: float, reason: str) -> str:
-    return (
-        f"{named}: not all processes came up within {seconds:g} s ({reason}): is process 0 up "
-        "and its port open, did you start every worker, all with the same --processes?"
-    )
-
-
 def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-class Deadline:
-    """``with Deadline(seconds, named):`` ends this process if what is inside takes longer."""
-
-    def __init__(self, seconds: float, named: str):
-        wait = min(PATIENCE, seconds / 2)
-        text = f"{named}: still waiting for the others: did you start every worker?"
-        self._timers = [
-            threading.Timer(wait, print, (text,), {"file": sys.stderr, "flush": True}),
-            threading.Timer(seconds + GRACE, end, (_lonely(named, seconds, "they disagree"), 2)),
-        ]
-
-    def __enter__(self) -> None:
-        for timer in self._timers:
-            timer.daemon = True
-            timer.start()
-
-    def __exit__(self, *error: Any) -> None:
-        for timer in self._timers:
-            timer.cancel()
-
-
-class Watchdog:
-    """``with Watchdog(seconds) as watchdog:`` ends this process when nothing calls ``feed``.
-
-    Args:
-      seconds: most time between two calls of ``feed``; 0: there is no watchdog.
-    """
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self._fed = time.monotonic()
-        self._stop = threading.Event()
-
-    def __enter__(self) -> "Watchdog":
-        self.feed()
-        if self.seconds:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stop.set()
-        if self.seconds:
-            faulthandler.cancel_dump_traceback_later()
-
-    def feed(self) -> None:
-        """The run goes on."""
-        self._fed = time.monotonic()
-        if self.seconds:  # for C code that keeps the interpreter to itself, a regex say
-            faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._fed > self.seconds:
-                faulthandler.dump_traceback(all_threads=True)
-                end(
-                    f"{_me()}: no progress for {self.seconds:g} s (distributed.watchdog): "
-                    "its stacks are above; all processes end"
-                )
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """End this process at once when what is inside raises, where others would wait for it."""
-    try:
-        yield
-    except BaseException as error:
-        done = isinstance(error, SystemExit) and not error.code
-        if done or not jax.distributed.is_initialized():
-            raise
-        if isinstance(error, InputError):
-            end(f"error: {_me()}: {error}", 2)
-        if isinstance(error, KeyboardInterrupt):
-            end(f"{_me()}: interrupted; all processes end", 130)
-        traceback.print_exc()
-        end(f"{_me()}: failed; all processes end")
 
 
 @contextmanager
@@ -308,15 +216,3 @@ def together(config: DistributedConfig) -> Iterator[Watchdog]:
         yield watchdog
         if count > 1:
             jax.distributed.shutdown()  # waits for the others; one that has failed never comes
-
-
-def end(message: str, status: int = FAILED) -> NoReturn:
-    """Say why, and end this process without waiting for any other."""
-    print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _me() -> str:
-    return f"process {jax.process_index()} of {jax.process_count()}"

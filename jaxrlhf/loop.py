@@ -20,7 +20,6 @@ from jaxrlhf.collecting import collect
 from jaxrlhf.config import Config, is_on_policy
 from jaxrlhf.config import on_policy as on_policy_settings
 from jaxrlhf.data.batches import order
-from jaxrlhf.distributed import guarded
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
 from jaxrlhf.held_out import measure_normalisation
 from jaxrlhf.judging import Judgement
@@ -32,6 +31,7 @@ from jaxrlhf.session import Session
 from jaxrlhf.setup import Run, fill, pack, setup, start_of
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.types import AnyBatch, Params, Rollout, TrainState
+from jaxrlhf.watchdog import guarded
 
 SHOWN = 4
 """Completions of each iteration that go to samples.jsonl."""

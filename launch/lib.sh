@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What the launch scripts share: errors, options, and commands that a dry run only prints.
 
+shopt -s inherit_errexit # a failure inside $(…) is one
+
 die() { # MESSAGE: one line on stderr, exit status 2
     echo "error: $*" >&2
     exit 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "jaxrlhf"
 FLOORS = (
-    {"types", "masked", "errors", "config"},
+    {"types", "masked", "errors", "config", "watchdog"},
     {"sharding", "algorithms", "digest", "distributed"},
     {"models", "oracle"},
     {"steps"},
