@@ -81,7 +81,11 @@ while ((left)); do
         status=$code
         if ((left)); then
             stop TERM
-            (sleep "${GRACE_SECONDS:-10}" && stop KILL) &
+            (
+                sleep "${GRACE_SECONDS:-10}" &
+                trap 'kill $!' TERM
+                wait $! && stop KILL
+            ) >/dev/null 2>&1 &
             killer=$!
         fi
     fi

@@ -80,11 +80,11 @@ def test_watchdog_sleeps_while_fed():
     done = python(
         "import time\n"
         "from jaxrlhf.watchdog import Watchdog\n"
-        "with Watchdog(1.0) as watchdog:\n"
+        "with Watchdog(3.0) as watchdog:\n"
         "    for _ in range(8):\n"
-        "        time.sleep(0.25)\n"
+        "        time.sleep(0.5)\n"
         "        watchdog.feed()\n"
-        "time.sleep(1.5)\n"
+        "time.sleep(4)\n"
         "print('alive')\n"
     )
     assert (done.returncode, done.stdout) == (0, "alive\n")

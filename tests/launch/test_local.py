@@ -1,7 +1,5 @@
 """Several processes on one machine: their environment, their output, their end."""
 
-import time
-
 SUM = """
 import jax, numpy as np
 from jaxrlhf.config import DistributedConfig
@@ -38,11 +36,9 @@ def test_local_runs_the_command(workshop):
 
 
 def test_local_one_failure_ends_all(workshop):
-    began = time.monotonic()
     code = "[[ $JAX_PROCESS_ID == 0 ]] && exec sleep 50; exit 7"
-    done = workshop.run("local.sh", "-p", "1", "--", "bash", "-c", code)
-    assert done.returncode == 7
-    assert time.monotonic() - began < 8
+    done = workshop.run("local.sh", "-p", "1", "--", "bash", "-c", code, GRACE_SECONDS="100")
+    assert done.returncode == 7  # before GRACE_SECONDS are over, or run would have given up
 
 
 def test_local_kills_what_does_not_listen(workshop):
