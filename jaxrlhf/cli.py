@@ -248,6 +248,66 @@ def diagnose(
         raise SystemExit(1)
 
 
+def serve(
+    what: Annotated[Positional[str], arg(metavar="RUN|FUNCTION")],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch_size: int = 32,
+    concurrency: int = 1,
+    header_env: str = "",
+) -> None:
+    """Serve rewards by HTTP, as docs/reward_service.md describes, until interrupted.
+
+    Args:
+      what: the output folder of a reward-model run, or package.module:function.
+      host: where to listen; 0.0.0.0 is everywhere.
+      port: where to listen; 0 takes a free one.
+      batch_size: rows that a reward model scores at once.
+      concurrency: requests that a function is asked at once.
+      header_env: environment variable with the value that requests must have in their header
+        Authorization; empty lets everybody in.
+    """
+    prepare_jax()
+    from jaxrlhf import serving
+
+    with serving.serve(what, host, port, batch_size, concurrency, header_env) as server:
+        print(f"{what} → {server.url}", flush=True)
+        server.serve_forever()
+
+
+def tasks(
+    task: Annotated[Positional[str], arg(metavar="TASK")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    size: int = 500,
+    seed: int = 0,
+    option: tuple[str, ...] = (),
+    prompt: str = "{question}",
+    completion: str = "",
+    chat: bool = False,
+) -> None:
+    """Write tasks of reasoning-gym as a JSONL file of prompts, for verifier: reasoning_gym.
+
+    Args:
+      task: its name in reasoning-gym, such as chain_sum.
+      out: the .jsonl file.
+      size: rows.
+      seed: another seed gives other tasks.
+      option: options of the task, such as min_terms=2.
+      prompt: the prompt's text, {question} in it.
+      completion: also write right completions to imitate: their text, {answer} in it.
+      chat: write chats of one turn.
+    """
+    import yaml
+
+    from jaxrlhf.data.tasks import task_rows, write_tasks
+
+    for word in option:
+        if "=" not in word:
+            raise InputError(f"--option {word}: give name=value")
+    options = {name: yaml.safe_load(x) for name, _, x in (word.partition("=") for word in option)}
+    write_tasks(out, task_rows(task, size, seed, options, prompt, completion, chat))
+
+
 def env() -> None:
     """Print the versions that matter in a bug report, and the devices."""
     prepare_jax()
@@ -273,6 +333,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
     "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
     "diagnose": ("what is wrong with a run, why, and what to do: diagnose RUN", typed(diagnose)),
+    "serve": ("rewards by HTTP: serve RUN|package.module:function", typed(serve)),
+    "tasks": ("tasks of reasoning-gym as rows of data: tasks TASK OUT", typed(tasks)),
     "env": ("versions and devices", typed(env)),
 }
 

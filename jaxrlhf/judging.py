@@ -1,5 +1,6 @@
-"""A run's rewards: reward models on the mesh and Python functions on the host, summed."""
+"""A run's rewards: reward models on the mesh, all else on the host, summed behind their gates."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ import numpy as np
 
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data.formats import Prompt, stack_columns
+from jaxrlhf.errors import InputError
 from jaxrlhf.networks import Loader
-from jaxrlhf.rewards.combine import combine
-from jaxrlhf.rewards.functions import Reward, call, load_rewards
+from jaxrlhf.rewards.asked import Asked
+from jaxrlhf.rewards.combine import combine, fold
+from jaxrlhf.rewards.sources import Reward, load_rewards
 from jaxrlhf.rewards.text import decode_rollout, repeat
 from jaxrlhf.scorers import Scorer, load_scorer
 from jaxrlhf.sharding import put_rows
@@ -37,40 +40,101 @@ class Judge:
     """The reward models of each source that is made of them."""
     tokenizer: Any
     mesh: Any
+    max_excluded: float = 1.0
+    """Share of the rows that may go without a reward."""
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Judgement:
-        """Score every row. Arrays stay on their devices where all sources are reward models.
+        """Score every row. Arrays stay on their devices where no source is on the host.
 
         Args:
           rollout: B = Q·G rows.
           prompts: the Q prompts.
-        """
-        scores = [
-            self._function(source, rollout, prompts) if scorer is None else scorer(rollout)
-            for source, scorer in zip(self.sources, self.scorers, strict=True)
-        ]
-        parts = dict(zip([source.name for source in self.sources], scores, strict=True))
-        weights = [source.weight for source in self.sources]
-        if all(isinstance(x, jax.Array) for x in scores):
-            weighted = [w * jnp.asarray(x) for w, x in zip(weights, scores, strict=True)]
-            reward_B = jnp.stack(weighted).sum(0)
-            return Judgement(reward_B, jnp.isfinite(reward_B), parts)
-        host = combine([np.asarray(x) for x in scores], weights)
-        reward_B, valid_B = put_rows(host, self.mesh)
-        return Judgement(reward_B, valid_B, parts)
 
-    def _function(self, source: Reward, rollout: Rollout, prompts: Sequence[Prompt]) -> np.ndarray:
-        token_BT, mask_BT = jax.device_get((rollout.token_BT, rollout.mask_BT))
+        Raises:
+          InputError: more than ``max_excluded`` of the rows have no reward.
+        """
+        asked = None
+        scores: list[Any] = []
+        problems = []
+        for source, scorer in zip(self.sources, self.scorers, strict=True):
+            problem = ""
+            if scorer is not None:
+                scores.append(scorer(rollout))
+            elif source.length is not None:
+                scores.append(_length(rollout.mask_BT, source.length.start, source.length.end))
+            else:
+                asked = asked or self._asked(rollout, prompts)
+                assert source.ask is not None
+                score_B, problem = source.ask(asked)
+                scores.append(score_B)
+            problems.append(problem)
+        parts = dict(zip([source.name for source in self.sources], scores, strict=True))
+        judgement = Judgement(*self._combined(scores), parts)
+        self._refuse_too_few(judgement, problems)
+        return judgement
+
+    def _combined(self, scores: Sequence[Any]) -> tuple[Array, Array]:
+        weights = [source.weight for source in self.sources]
+        gates = [source.gate for source in self.sources]
+        if all(isinstance(x, jax.Array) for x in scores):
+            reward_B = fold(scores, weights, gates, jnp)
+            return reward_B, jnp.isfinite(reward_B)
+        return put_rows(combine([np.asarray(x) for x in scores], weights, gates), self.mesh)
+
+    def _refuse_too_few(self, judgement: Judgement, problems: Sequence[str]) -> None:
+        if self.max_excluded >= 1:
+            return
+        valid_B = np.asarray(judgement.valid_B)
+        lost, rows = int((~valid_B).sum()), len(valid_B)
+        if lost <= self.max_excluded * rows:
+            return
+        said = []
+        for (name, score_B), problem in zip(judgement.parts.items(), problems, strict=True):
+            without = int((~np.isfinite(np.asarray(score_B))).sum())
+            if without:
+                why = f", the last because: {problem}" if problem else ""
+                said.append(f"{name} has none for {without}{why}")
+        raise InputError(
+            f"rewards: {lost} of {rows} completions got none, and max_excluded="
+            f"{self.max_excluded:g} of them may: {'; '.join(said) or 'their sum overflows'}: mend "
+            "the source, or raise max_excluded"
+        )
+
+    def _asked(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Asked:
+        """The rollout as text, with the other columns of its prompts."""
+        token_BT, mask_BT, ended_B = jax.device_get(
+            (rollout.token_BT, rollout.mask_BT, rollout.ended_B)
+        )
         n = len(token_BT) // len(prompts)
         texts = repeat([prompt.text for prompt in prompts], n)
         completions = decode_rollout(self.tokenizer, token_BT, mask_BT, texts)
         columns = {name: repeat(x, n) for name, x in stack_columns(prompts).items()}
-        assert source.function is not None
-        return call(source.name, source.function, texts, completions, columns)
+        return Asked(texts, completions, columns, ended_B.tolist())
+
+
+def measures(judgement: Judgement) -> dict[str, float]:
+    """What a run logs of a judgement.
+
+    ``reward/NAME``, the mean score of each source, unweighted, over the rows that have it (NaN if
+    none has), and ``excluded/NAME``, the share of the rows that do not; ``reward/excluded``, the
+    share of the rows without a reward.
+    """
+    metrics = {"reward/excluded": 1 - float(np.mean(np.asarray(judgement.valid_B)))}
+    for name, score_B in judgement.parts.items():
+        score_B = np.asarray(score_B, np.float64)
+        known_B = np.isfinite(score_B)
+        metrics[f"reward/{name}"] = float(score_B[known_B].mean()) if known_B.any() else math.nan
+        metrics[f"excluded/{name}"] = 1 - float(known_B.mean())
+    return metrics
 
 
 def make_judge(
-    configs: Sequence[RewardConfig], loader: Loader, tokenizer: Any, vocab: int, field: str
+    configs: Sequence[RewardConfig],
+    loader: Loader,
+    tokenizer: Any,
+    vocab: int,
+    field: str,
+    max_excluded: float = 1.0,
 ) -> Judge:
     """The judge that a list of reward configs describes.
 
@@ -84,4 +148,4 @@ def make_judge(
         else None
         for index, config in enumerate(configs)
     ]
-    return Judge(sources, tuple(scorers), tokenizer, loader.mesh)
+    return Judge(sources, tuple(scorers), tokenizer, loader.mesh, max_excluded)

@@ -22,7 +22,7 @@ from jaxrlhf.config import on_policy as on_policy_settings
 from jaxrlhf.data.batches import order
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
 from jaxrlhf.held_out import measure_normalisation
-from jaxrlhf.judging import Judgement
+from jaxrlhf.judging import Judgement, measures
 from jaxrlhf.metrics import combine
 from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
@@ -123,8 +123,8 @@ def iterate(
 
     states, learnt = learn(run, states, batch, step)
     session.lap("update", learnt)
-    parts = {f"reward/{name}": np.nanmean(x) for name, x in judgement.parts.items()}
-    return states, {**metrics, **measured, **parts, **learnt, **coefficients}, rollout, judgement
+    judged = measures(judgement)
+    return states, {**metrics, **measured, **judged, **learnt, **coefficients}, rollout, judgement
 
 
 def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:

@@ -50,6 +50,7 @@ from jaxrlhf.networks import (
     tokenizer_path,
 )
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
+from jaxrlhf.rewards.sources import check_truths
 from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.types import AnyBatch, Params, TrainState
 
@@ -174,7 +175,13 @@ def _networks(run: Run, loader: Loader) -> Run:
         frozen["critic"] = critic.params if critic.model.lora else None
 
     def judge(sources: tuple[RewardConfig, ...], field: str) -> Judge:
-        return make_judge(sources, loader, run.tokenizer, model.decoder.vocab, field)
+        vocab, limit = model.decoder.vocab, config.max_excluded
+        made = make_judge(sources, loader, run.tokenizer, vocab, field, limit)
+        if loader.abstract:  # the first of two times
+            asked = (run.train_rows if field == "rewards" else None, run.eval_rows)
+            rows = [row.source for part in asked if part for row in part.items]
+            check_truths(made.sources, rows)
+        return made
 
     return replace(
         run,

@@ -14,7 +14,7 @@ FLOORS = (
     {"networks", "programs", "diagnosis"},
     {"scorers"},
     {"judging"},
-    {"setup", "generating", "preferences"},
+    {"setup", "generating", "preferences", "serving"},
     {"held_out"},
     {"evaluation", "ahead"},
     {"session"},
@@ -26,7 +26,7 @@ FLOORS = (
 )
 """From the ground up: a module imports lower floors and its own package; the ground, itself."""
 
-EXTRAS = {"vader", "datasets", "matplotlib"}
+EXTRAS = {"vader", "datasets", "matplotlib", "math_verify", "reasoning_gym"}
 """Optional dependencies: the only ones that a function may import outside cli.py."""
 
 

@@ -57,6 +57,15 @@ from jaxrlhf.config.pipeline import (
     load_pipeline,
     stage_run,
 )
+from jaxrlhf.config.rewards import (
+    GateConfig,
+    IsolateConfig,
+    LengthConfig,
+    RewardConfig,
+    ServiceConfig,
+    kind_of,
+    reward_problems,
+)
 from jaxrlhf.config.run import (
     CheckpointConfig,
     Config,
@@ -65,7 +74,6 @@ from jaxrlhf.config.run import (
     EvalConfig,
     MeshConfig,
     OptimConfig,
-    RewardConfig,
     SampleConfig,
 )
 
@@ -88,7 +96,10 @@ __all__ = [
     "EvalConfig",
     "GRPOConfig",
     "GSPOConfig",
+    "GateConfig",
+    "IsolateConfig",
     "KTOConfig",
+    "LengthConfig",
     "ListwiseRewardModelConfig",
     "LoraConfig",
     "MeshConfig",
@@ -114,6 +125,7 @@ __all__ = [
     "RopeScaling",
     "SFTConfig",
     "SampleConfig",
+    "ServiceConfig",
     "SimPOConfig",
     "StageConfig",
     "check",
@@ -124,11 +136,13 @@ __all__ = [
     "has_reference",
     "is_on_policy",
     "is_reward_model",
+    "kind_of",
     "load",
     "load_pipeline",
     "on_policy",
     "override",
     "resolve_mesh",
+    "reward_problems",
     "rows_at_once",
     "save",
     "stage_run",

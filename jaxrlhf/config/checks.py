@@ -7,8 +7,9 @@ from jaxrlhf.config.algorithm import DPOConfig, OfflineConfig, OnPolicyConfig, R
 from jaxrlhf.config.layout import axes_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
 from jaxrlhf.config.ranges import out_of_range
-from jaxrlhf.config.reward_checks import ensemble_problems, reward_model_problems
-from jaxrlhf.config.run import Config, RewardConfig, SampleConfig
+from jaxrlhf.config.reward_checks import reward_model_problems
+from jaxrlhf.config.rewards import reward_problems
+from jaxrlhf.config.run import Config, SampleConfig
 from jaxrlhf.errors import InputError
 
 UNREAD_BY_PAIRS = (
@@ -54,8 +55,8 @@ def check(config: Config) -> None:
         out_of_range(config),
         _model(config),
         _data(config),
-        _sources("rewards", config.rewards),
-        _sources("eval.gold", config.eval.gold),
+        reward_problems("rewards", config.rewards),
+        reward_problems("eval.gold", config.eval.gold),
         _critic(config),
         _warmup(config),
         axes_problems(config.mesh),
@@ -112,15 +113,6 @@ def _data(config: Config) -> Iterator[str]:
             yield f"eval.{name}={value!r:.80}: there are no rows to evaluate on: give data.eval"
     if not config.output:
         yield "output: empty: give the folder that the run is written to"
-
-
-def _sources(key: str, rewards: tuple[RewardConfig, ...]) -> Iterator[str]:
-    for i, reward in enumerate(rewards):
-        if reward.function and reward.model:
-            yield f"{key}.{i}: function and model are both given: make them two rewards"
-        if not (reward.function or reward.model or reward.ensemble):
-            yield f"{key}.{i}: give either function or model, or an ensemble"
-        yield from ensemble_problems(f"{key}.{i}", reward)
 
 
 def _critic(config: Config) -> Iterator[str]:
@@ -231,6 +223,8 @@ def _offline(config: Config) -> Iterator[str]:
     name, data = config.algorithm.name, config.data
     if config.rewards:
         yield f"rewards: algorithm.name={name} learns from its data alone: leave rewards out"
+    if config.max_excluded != Config.max_excluded:
+        yield f"max_excluded={config.max_excluded}: {name} asks for no rewards: leave it out"
     if isinstance(config.algorithm, DPOConfig):
         smoothing, kind = config.algorithm.label_smoothing, config.algorithm.kind
         if smoothing and kind not in ("sigmoid", "robust", "exo_pair"):

@@ -40,7 +40,11 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
     ("above 1", lambda x: x > 1, "algorithm.dual_clip"),
     ("below 4294967296", lambda x: x < 2**32, "seed"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "algorithm.gamma algorithm.lam algorithm.clip_low"),
+    (
+        "in [0, 1]",
+        lambda x: 0 <= x <= 1,
+        "max_excluded algorithm.gamma algorithm.lam algorithm.clip_low",
+    ),
     ("in [0, 1)", lambda x: 0 <= x < 1, "optim.b1 optim.b2 sample.min_p"),
     ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "algorithm.label_smoothing"),
     ("in (0, 1]", lambda x: 0 < x <= 1, "sample.top_p"),

@@ -7,24 +7,7 @@ from tyro.conf import arg
 
 from jaxrlhf.config.algorithm import AlgorithmConfig, PPOConfig
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """One source of reward; a run's reward is the weighted sum of its sources."""
-
-    function: str = ""
-    """A built-in (sentiment) or a Python function by its dotted path, package.module:function."""
-    model: str = ""
-    """The output folder of a reward-model run."""
-    weight: float = 1.0
-    """What its score is multiplied with."""
-    ensemble: tuple[str, ...] = ()
-    """Output folders of reward-model runs that judge together (arXiv:2310.02743)."""
-    combine: Literal["mean", "min", "lcb"] = "mean"
-    """The reward of an ensemble: mean or least of its scores, or mean − k · standard deviation."""
-    k: float = 1.0
-    """Standard deviations that ``lcb`` takes off."""
+from jaxrlhf.config.rewards import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -152,6 +135,9 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rewards: tuple[RewardConfig, ...] = ()
+    max_excluded: float = 0.5
+    """Share of a batch's rows that may go without a reward, and are left out of learning; above it
+    the run stops."""
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,5 +1,7 @@
 """Reward functions: ``(prompts, completions, **columns) → list of floats``, one a completion.
 
+They may be asynchronous (``async def``); all of those run in one event loop (``background``).
+
 ``prompts`` and ``completions`` are lists of text, special tokens removed; each further column of
 the data arrives as a list under its own name, so a function names those it wants and takes the
 rest as ``**columns``. A score that is not a finite number (None, a string, NaN, inf) says "no
@@ -8,59 +10,22 @@ reward for this row": the row is then left out of learning. It is never read as 
 
 import difflib
 import importlib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
-from jaxrlhf.config import RewardConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import sentiment
+from jaxrlhf.rewards.background import finish
 
 RewardFunction = Callable[..., Sequence[float]]
 
 BUILTIN: dict[str, Callable[[], RewardFunction]] = {"sentiment": sentiment.make}
 """Name → maker of the function."""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """One source of a run's reward."""
-
-    name: str
-    """The function's name as configured, the path of the model, or those of an ensemble."""
-    weight: float
-    function: RewardFunction | None
-    """None where the source is a reward model."""
-
-
-def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tuple[Reward, ...]:
-    """The sources of reward that a config names, in its order.
-
-    Raises:
-      InputError: none at all, an entry with neither or both of function and model, a weight that
-        is not finite, or a function that cannot be had.
-    """
-    if not configs:
-        raise InputError(f"{field}: none given; add one, such as [{{function: sentiment}}]")
-    rewards = []
-    for index, config in enumerate(configs):
-        given = [config.function, config.model, config.ensemble]
-        if sum(map(bool, given)) != 1:
-            raise InputError(
-                f"{field}[{index}]: function={config.function!r} and model={config.model!r}; "
-                "give exactly one of them, or an ensemble"
-            )
-        if not math.isfinite(config.weight):
-            raise InputError(f"{field}[{index}].weight={config.weight}: give a finite number")
-        function = resolve(config.function) if config.function else None
-        name = config.function or config.model
-        name = name or f"{config.combine}({', '.join(config.ensemble)})"
-        rewards.append(Reward(name, config.weight, function))
-    return tuple(rewards)
 
 
 def resolve(dotted: str) -> RewardFunction:
@@ -81,7 +46,7 @@ def resolve(dotted: str) -> RewardFunction:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise InputError(
-            f"reward function {dotted!r}: importing {module_name!r} raised {_describe(error)}; "
+            f"reward function {dotted!r}: importing {module_name!r} raised {describe(error)}; "
             "mend it, install it, or put its folder on PYTHONPATH"
         ) from error
     function: Any = getattr(module, name, None)
@@ -118,9 +83,14 @@ def call(
     try:
         # Copies: what one function does to its arguments does not reach the next.
         lists = {key: list(values) for key, values in columns.items()}
-        result = function(list(prompts), list(completions), **lists)
+        result: Any = function(list(prompts), list(completions), **lists)
+        if inspect.isawaitable(result):
+            result = finish(result)
     except (Exception, SystemExit) as error:
-        raise RuntimeError(f"reward function {name!r} raised {_describe(error)}") from error
+        raise RuntimeError(
+            f"reward function {name!r} raised {describe(error)}; mend it, or set isolate, which "
+            "leaves out the rows concerned"
+        ) from error
     is_list = hasattr(result, "__len__") and not isinstance(result, str | bytes | Mapping)
     got = f"{len(result)} scores" if is_list else type(result).__name__
     if not is_list or len(result) != len(completions):
@@ -128,10 +98,10 @@ def call(
             f"reward function {name!r} returned {got} for {len(completions)} completions; "
             "return a list with one number for each"
         )
-    return np.array([_number(score) for score in result], np.float64)
+    return np.array([number(score) for score in result], np.float64)
 
 
-def _number(score: Any) -> float:
+def number(score: Any) -> float:
     """``score`` if it is a finite number (a 0-d array will do), else NaN."""
     if getattr(score, "shape", None) == () and hasattr(score, "item"):
         score = score.item()
@@ -149,5 +119,6 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {' or '.join(close)}?" if close else ""
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """An error's type and message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

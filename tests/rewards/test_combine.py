@@ -1,8 +1,10 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.config import GateConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.combine import combine
+from jaxrlhf.rewards.combine import combine, fold
 
 
 def test_combine_weighted_sum_by_hand():
@@ -46,3 +48,25 @@ def test_combine_shapes_that_differ():
     ]:
         with pytest.raises(ValueError, match="do not combine"):
             combine(scores, weights)
+
+
+def test_combine_gate_by_hand():
+    """open at the threshold, shut, unknown; a shut gate needs no other score."""
+    nan = np.nan
+    gate = np.array([0.5, 0.4, nan, 0.4, 0.9])
+    scores = [gate, np.array([3.0, 3.0, 3.0, nan, nan])]
+    gates = [GateConfig(at_least=0.5, otherwise=-1.0), None]
+    for xp in (np, jnp):
+        got = fold([xp.asarray(x) for x in scores], [7.0, 2.0], gates, xp)
+        np.testing.assert_array_equal(got, [6.0, -1.0, nan, -1.0, nan])
+    reward_B, valid_B = combine(scores, [7.0, 2.0], gates)
+    np.testing.assert_array_equal(reward_B, [6.0, -1.0, nan, -1.0, nan])
+    np.testing.assert_array_equal(valid_B, [True, True, False, True, False])
+
+
+def test_combine_first_gate_that_is_shut_decides():
+    nan = np.nan
+    first, second = np.array([0.0, 1.0, 0.0, 1.0, nan]), np.array([0.0, 0.0, nan, nan, 0.0])
+    gates = [GateConfig(1.0, -1.0), None, GateConfig(1.0, -2.0)]
+    reward_B, _ = combine([first, np.ones(5), second], [1.0, 1.0, 1.0], gates)
+    np.testing.assert_array_equal(reward_B, [-1.0, -2.0, -1.0, nan, nan])

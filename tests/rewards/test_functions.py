@@ -1,12 +1,12 @@
+import asyncio
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.config import RewardConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.functions import call, load_rewards, resolve
+from jaxrlhf.rewards.functions import call, resolve
 
 MODULE = """
 constant = 3
@@ -64,28 +64,6 @@ def test_resolve_missing_function_suggests(module):
         resolve(f"{name}:constant")
     with pytest.raises(InputError, match="no function ''"):
         resolve(f"{name}:")
-
-
-def test_load_rewards_keeps_order_and_weights():
-    configs = (RewardConfig(model="runs/rm", weight=2.0), RewardConfig(function="sentiment"))
-    model, function = load_rewards(configs)
-    assert (model.name, model.weight, model.function) == ("runs/rm", 2.0, None)
-    assert (function.name, function.weight) == ("sentiment", 1.0)
-    assert callable(function.function)
-
-
-@pytest.mark.parametrize(
-    ("configs", "message"),
-    [
-        ((), "rewards: none given; add one"),
-        ((RewardConfig(),), r"rewards\[0\]: function='' and model=''; give exactly one"),
-        ((RewardConfig("sentiment", "runs/rm"),), r"rewards\[0\]: .* exactly one"),
-        ((RewardConfig("sentiment", weight=float("nan")),), r"rewards\[0\]\.weight=nan"),
-    ],
-)
-def test_load_rewards_bad_config(configs, message):
-    with pytest.raises(InputError, match=message):
-        load_rewards(configs)
 
 
 def test_call_passes_prompts_completions_and_columns():
@@ -164,3 +142,37 @@ def test_call_function_that_raises_keeps_the_cause(error):
 
 def test_call_empty_completions_are_scored():
     np.testing.assert_array_equal(score(resolve("sentiment"), ["", "good"])[0], 0.0)
+
+
+def test_call_async_functions_share_a_loop_that_stays():
+    loops = []
+
+    async def function(prompts, completions):
+        await asyncio.sleep(0)
+        loops.append(asyncio.get_running_loop())
+        return [float(len(text)) for text in completions]
+
+    for _ in range(2):
+        np.testing.assert_array_equal(score(function, ["a", "bb"]), [1.0, 2.0])
+    assert loops[0] is loops[1]
+    assert not loops[0].is_closed()
+
+
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), SystemExit(3)])
+def test_call_async_function_that_raises(error):
+    async def function(prompts, completions):
+        raise error
+
+    for _ in range(2):  # and the loop goes on
+        with pytest.raises(RuntimeError, match=f"raised .*{type(error).__name__}|{error}"):
+            score(function)
+
+
+def test_call_async_inside_an_event_loop():
+    async def function(prompts, completions):
+        return [1.0, 2.0]
+
+    async def inside():
+        return score(function)
+
+    np.testing.assert_array_equal(asyncio.run(inside()), [1.0, 2.0])

@@ -1,0 +1,194 @@
+"""Where rewards come from, and the rules between the fields of a source. Never imports jax."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """A reward service: rows by HTTP, as docs/reward_service.md describes."""
+
+    url: str
+    """Where batches are posted to, http:// or https://."""
+    timeout: float = 60.0
+    """Seconds that an attempt may take in all, from connecting to the last byte of the answer."""
+    connect_timeout: float = 5.0
+    """Seconds of it that connecting may take."""
+    retries: int = 3
+    """Attempts after the first, where another may help."""
+    backoff: float = 0.5
+    """Seconds before the first further attempt; they double from one to the next, up to 30."""
+    batch_size: int = 64
+    """Most rows of one request."""
+    concurrency: int = 4
+    """Most requests under way at once."""
+    max_bytes: int = 16_777_216
+    """Most bytes of an answer."""
+    header: str = "Authorization"
+    """Name of the header that authenticates."""
+    header_env: str = ""
+    """Environment variable that holds this header's value; empty sends no such header."""
+
+
+@dataclass(frozen=True)
+class IsolateConfig:
+    """Limits on a function, which then runs in processes of its own.
+
+    A call that raises, exits, or exceeds a limit costs the rows of that call and nothing else.
+    """
+
+    workers: int = 1
+    """Processes that take calls at once."""
+    chunk: int = 8
+    """Most rows of one call."""
+    timeout: float = 30.0
+    """Seconds that a call may take; the process is then killed and started anew."""
+    memory_gib: float = 4.0
+    """GiB of address space that a process may have, libraries included."""
+
+
+@dataclass(frozen=True)
+class LengthConfig:
+    """A penalty on n tokens, stop token included: −clip((n − start)/(end − start), 0, 1)."""
+
+    start: int
+    """Tokens up to which it is 0."""
+    end: int
+    """Tokens from which on it is −1."""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The sum of the other sources counts only where this one's score is high enough."""
+
+    at_least: float
+    """The lowest score that lets a row pass."""
+    otherwise: float = 0.0
+    """The reward of a row that does not pass."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One source of reward: exactly one of function, model, ensemble, verifier, service and length.
+
+    A row's reward is the weighted sum of its sources, and ``gate.otherwise`` where a gate is shut.
+    """
+
+    function: str = ""
+    """A built-in (sentiment) or a Python function by its dotted path, package.module:function;
+    async ones too."""
+    model: str = ""
+    """The output folder of a reward-model run."""
+    weight: float = 1.0
+    """What its score is multiplied with."""
+    ensemble: tuple[str, ...] = ()
+    """Output folders of reward-model runs that judge together (arXiv:2310.02743)."""
+    combine: Literal["mean", "min", "lcb"] = "mean"
+    """The reward of an ensemble: mean or least of its scores, or mean − k · standard deviation."""
+    k: float = 1.0
+    """Standard deviations that ``lcb`` takes off."""
+    verifier: Literal["", "exact", "regex", "number", "choice", "math", "reasoning_gym"] = ""
+    """1 for a right answer, 0 for a wrong one; math and reasoning_gym need jaxrlhf[verifiers]."""
+    answer: str = "answer"
+    """Column of the data with the truth that a verifier compares with."""
+    pattern: str = ""
+    """Regular expression that verifier: regex looks for, where the rows do not bring their own."""
+    service: ServiceConfig | None = None
+    """A server that scores rows."""
+    length: LengthConfig | None = None
+    """A penalty on length."""
+    isolate: IsolateConfig | None = None
+    """Run a function or verifier in processes with limits; null calls it in this one."""
+    gate: GateConfig | None = None
+    """Make it a condition on the other sources, instead of a part of their sum."""
+
+
+KINDS = ("function", "model", "ensemble", "verifier", "service", "length")
+"""The fields of which a source has exactly one."""
+
+READERS = {
+    "isolate": ("function", "verifier"),
+    "answer": ("verifier",),
+    "pattern": ("verifier",),
+    "combine": ("ensemble",),
+    "k": ("ensemble",),
+}
+"""Which kinds of source read an option; all of them read the others."""
+
+
+def kind_of(reward: RewardConfig) -> str:
+    """Which of ``KINDS`` a checked source is."""
+    return next(kind for kind in KINDS if getattr(reward, kind))
+
+
+def reward_problems(key: str, rewards: Sequence[RewardConfig]) -> Iterator[str]:
+    """What is wrong with a list of sources, a line each.
+
+    Args:
+      key: the dotted name of the list.
+    """
+    for i, reward in enumerate(rewards):
+        given = [kind for kind in KINDS if getattr(reward, kind)]
+        if not given:
+            yield f"{key}.{i}: give either function or model, or one of {', '.join(KINDS[2:])}"
+        elif len(given) > 1:
+            yield f"{key}.{i}: {' and '.join(given)} are both given: make them two rewards"
+        else:
+            yield from _source(f"{key}.{i}", given[0], reward)
+    if rewards and all(reward.gate for reward in rewards):
+        yield f"{key}: all of them are gates: there is nothing that they could let pass: add one"
+
+
+def _source(key: str, kind: str, reward: RewardConfig) -> Iterator[str]:
+    defaults = RewardConfig()
+    for name, readers in READERS.items():
+        value = getattr(reward, name)
+        if value != getattr(defaults, name) and kind not in readers:
+            yield f"{key}.{name}={_shown(value)}: a {kind} does not read it: leave it out"
+    if reward.pattern and reward.verifier != "regex":
+        yield f"{key}.pattern={reward.pattern!r:.80}: only verifier: regex reads it: leave it out"
+    if reward.pattern and reward.answer != defaults.answer:
+        yield f"{key}.answer={reward.answer}: the pattern stands in its place: leave one out"
+    if len(reward.ensemble) == 1:
+        yield f"{key}.ensemble: one member: give at least two, or model instead"
+    if reward.ensemble and reward.combine != "lcb" and reward.k != defaults.k:
+        yield f"{key}.k={reward.k}: combine={reward.combine} does not read it: leave it out"
+    if reward.k < 0:
+        yield f"{key}.k={reward.k}: must be at least 0"
+    if not math.isfinite(reward.weight):
+        yield f"{key}.weight={reward.weight}: give a finite number"
+    if reward.gate is not None:
+        if reward.weight != 1:
+            yield f"{key}.weight={reward.weight:g}: a gate is no part of the sum: leave it out"
+        for name, value in dataclasses.asdict(reward.gate).items():
+            if not math.isfinite(value):
+                yield f"{key}.gate.{name}={value}: give a finite number"
+    if reward.length is not None and not 0 <= reward.length.start < reward.length.end:
+        start, end = reward.length.start, reward.length.end
+        yield f"{key}.length: start={start}, end={end}: must be 0 ≤ start < end, in tokens"
+    if reward.service is not None:
+        if not reward.service.url.startswith(("http://", "https://")):
+            yield f"{key}.service.url={reward.service.url!r:.80}: must be http://… or https://…"
+        positive = ("timeout", "connect_timeout", "batch_size", "concurrency", "max_bytes")
+        yield from _ranges(f"{key}.service", reward.service, positive, ("retries", "backoff"))
+        if not reward.service.header:
+            yield f"{key}.service.header: empty: give the name of a header"
+    if reward.isolate is not None:
+        names = ("workers", "chunk", "timeout", "memory_gib")
+        yield from _ranges(f"{key}.isolate", reward.isolate, names)
+
+
+def _ranges(
+    key: str, section: object, positive: Sequence[str], others: Sequence[str] = ()
+) -> Iterator[str]:
+    for name in (*positive, *others):
+        value = getattr(section, name)
+        if value < 0 or (value == 0 and name in positive):
+            yield f"{key}.{name}={value}: must be {'above' if name in positive else 'at least'} 0"
+
+
+def _shown(value: object) -> str:
+    return "{…}" if dataclasses.is_dataclass(value) else f"{value!r:.80}"

@@ -1,0 +1,83 @@
+"""Verifiable tasks of reasoning-gym (arXiv:2505.24760) as rows of data.
+
+A row has what a run needs to sample and to check: ``prompt``; ``answer``; ``task``, ``question``
+and ``metadata``, which the task's own checker reads (``verifier: reasoning_gym``); and
+``completion``, a right answer to imitate, if wanted.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.errors import InputError
+
+
+def task_rows(
+    task: str,
+    size: int,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    prompt: str = "{question}",
+    completion: str = "",
+    chat: bool = False,
+) -> list[dict[str, Any]]:
+    """``size`` tasks, the same ones for the same seed; metadata as JSON has it.
+
+    Args:
+      task: its name in reasoning-gym, such as chain_sum.
+      size: rows; the n-th does not depend on it.
+      seed: another seed gives other tasks.
+      options: of the task, by its names, such as ``{"min_terms": 2}``.
+      prompt: the prompt's text; {question} stands for the task's.
+      completion: a right completion's text, {answer} in it; empty leaves the column out.
+      chat: make the prompt, and the completion, chats of one turn.
+
+    Raises:
+      InputError: reasoning-gym is missing, has no such task, or refuses the options.
+    """
+    try:
+        import reasoning_gym  # noqa: PLC0415 (optional extra)
+    except ImportError as error:
+        message = "tasks: reasoning-gym is missing: pip install 'jaxrlhf[verifiers]'"
+        raise InputError(message) from error
+    known = reasoning_gym.factory.DATASETS
+    if task not in known:
+        close = difflib.get_close_matches(task, known, 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {len(known)}"
+        raise InputError(f"task={task}: reasoning-gym has none of this name ({hint})")
+    for name, text, part in (("prompt", prompt, "question"), ("completion", completion, "answer")):
+        if text and f"{{{part}}}" not in text:
+            raise InputError(f"{name}={text!r:.60}: {{{part}}} must stand in it")
+    try:
+        entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed, **(options or {})))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"task={task}, options={dict(options or {})}: {error}") from error
+
+    def turn(role: str, text: str) -> Any:
+        return [{"role": role, "content": text}] if chat else text
+
+    rows = []
+    for entry in entries:
+        question, answer = str(entry["question"]), str(entry["answer"])
+        asked = prompt.replace("{question}", question)
+        row = {"prompt": turn("user", asked), "answer": answer, "task": task, "question": question}
+        if completion:
+            row["completion"] = turn("assistant", completion.replace("{answer}", answer))
+        metadata = json.loads(json.dumps(entry["metadata"], default=str))
+        rows.append({**row, "metadata": metadata})
+    return rows
+
+
+def write_tasks(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSONL, UTF-8.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        Path(path).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error

@@ -1,0 +1,126 @@
+"""Reward functions in processes of their own, with limits on time and memory.
+
+A call that raises, exits, never returns or takes too much memory costs the rows of that call. The
+processes are started afresh, never forked: a fork of a process with JAX's threads can hang.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.config import IsolateConfig, RewardConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.asked import Asked, Scored
+from jaxrlhf.rewards.local import name_of
+
+START_SECONDS = 120.0
+"""Seconds that a process may take to import the function."""
+
+
+class Isolated:
+    """A source that calls a function or verifier in worker processes.
+
+    One process is started at once, so that a function which cannot be imported is found early, the
+    others when they are needed. They end with this object, or with the process that holds it.
+
+    Raises:
+      InputError: the function cannot be had.
+    """
+
+    def __init__(self, config: RewardConfig):
+        assert config.isolate is not None
+        self._config, self._limits = config, config.isolate
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._workers: list[_Worker | None] = [None] * self._limits.workers
+        for slot in range(self._limits.workers):
+            self._free.put(slot)
+        self._workers[0] = _Worker(config, self._limits)
+        self.close = weakref.finalize(self, _stop, self._workers)
+
+    def __call__(self, asked: Asked) -> Scored:
+        """The scores of all rows, in calls of ``chunk``, ``workers`` of them at once."""
+        with ThreadPoolExecutor(self._limits.workers) as threads:
+            parts = list(threads.map(self._call, asked.split(self._limits.chunk)))
+        problems = [part.problem for part in parts if part.problem]
+        return Scored(np.concatenate([part.score_B for part in parts]), (problems or [""])[-1])
+
+    def _call(self, asked: Asked) -> Scored:
+        slot = self._free.get()
+        try:
+            worker = self._workers[slot]
+            if worker is None or worker.process.poll() is not None:
+                worker = self._workers[slot] = _Worker(self._config, self._limits)
+            kind, said = worker.ask(asked, self._limits.timeout)
+        finally:
+            self._free.put(slot)
+        if kind == "scores":
+            return Scored(np.array(said, np.float64))
+        return Scored(np.full(len(asked), np.nan), " ".join(said.split()))
+
+
+class _Worker:
+    """One process, ready to be asked."""
+
+    def __init__(self, config: RewardConfig, limits: IsolateConfig):
+        ours, theirs = Pipe()
+        self.connection = ours
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "jaxrlhf.rewards.worker", str(theirs.fileno())],
+            # The accelerators are this process's.
+            env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            start_new_session=True,
+        )
+        theirs.close()
+        size = int(limits.memory_gib * 2**30)
+        kind, said = self._exchange((config, size, os.getpid()), START_SECONDS)
+        if kind != "ready":
+            self.stop()
+            what = said if kind == "unusable" else f"{name_of(config)}: importing it {said}"
+            raise InputError(f"{what} (in a process with memory_gib={limits.memory_gib:g})")
+
+    def ask(self, asked: Asked, seconds: float) -> tuple[str, Any]:
+        """("scores", list of floats) or ("problem", why)."""
+        columns = {name: list(values) for name, values in asked.columns.items()}
+        return self._exchange((list(asked.prompts), list(asked.completions), columns), seconds)
+
+    def _exchange(self, message: Any, seconds: float) -> tuple[str, Any]:
+        try:
+            self.connection.send(message)
+            if self.connection.poll(seconds):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            try:
+                status = self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.stop()
+                return "problem", "closed its connection"
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+            return "problem", f"ended its process ({how})"
+        self.stop()
+        return "problem", f"took more than {seconds:g} s"
+
+    def stop(self) -> None:
+        """Kill the process, with all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+
+
+def _stop(workers: list[_Worker | None]) -> None:
+    for worker in workers:
+        if worker is not None:
+            worker.stop()

@@ -1,0 +1,188 @@
+"""The client of a reward service: rows by HTTP, as docs/reward_service.md describes.
+
+Whatever a service does, a row gets the number that was given for its id or none at all. What may
+pass by itself (no connection, a timeout, HTTP 5xx, 408, 425 or 429, an answer that is no such
+answer) is tried again, ``retries`` times.
+"""
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import random
+from collections.abc import Mapping
+
+import httpx2
+import numpy as np
+
+from jaxrlhf.config import ServiceConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.asked import Asked, Scored, Source
+from jaxrlhf.rewards.background import finish
+from jaxrlhf.rewards.functions import describe, number
+
+LONGEST_PAUSE = 30.0
+"""Seconds."""
+
+AGAIN = (408, 425, 429)
+"""Statuses below 500 after which another attempt may help."""
+
+
+class NoAnswerError(Exception):
+    """A request without a usable answer."""
+
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
+        self.final = final
+
+
+def make(config: ServiceConfig) -> Source:
+    """A source that asks the service.
+
+    Raises:
+      InputError: the environment variable that authenticates is unset or cannot be a header.
+    """
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    if config.header_env:
+        value = os.environ.get(config.header_env, "")
+        if not value or not value.isascii() or not value.isprintable():
+            what = "not printable ASCII" if value else "unset or empty"
+            raise InputError(
+                f"service.header_env={config.header_env}: this environment variable is {what}: "
+                f"set it to the value of the header {config.header}"
+            )
+        headers[config.header] = value
+    calls = itertools.count()
+
+    def ask(asked: Asked) -> Scored:
+        return finish(_ask_all(config, headers, asked, next(calls)))
+
+    return ask
+
+
+async def _ask_all(
+    config: ServiceConfig, headers: Mapping[str, str], asked: Asked, call: int
+) -> Scored:
+    """All rows, in requests of ``batch_size``, ``concurrency`` of them at once."""
+    turn = asyncio.Semaphore(config.concurrency)
+    timeout = httpx2.Timeout(config.timeout, connect=config.connect_timeout)
+    # trust_env: no proxies and passwords out of the environment.
+    async with httpx2.AsyncClient(headers=headers, timeout=timeout, trust_env=False) as client:
+
+        async def one(piece: Asked, name: str) -> Scored:
+            async with turn:
+                return await _ask(client, config, piece, name)
+
+        pieces = asked.split(config.batch_size)
+        scored = await asyncio.gather(*(one(p, f"{call}-{i}") for i, p in enumerate(pieces)))
+    problems = [part.problem for part in scored if part.problem]
+    return Scored(np.concatenate([part.score_B for part in scored]), (problems or [""])[-1])
+
+
+async def _ask(
+    client: httpx2.AsyncClient, config: ServiceConfig, asked: Asked, name: str
+) -> Scored:
+    """One request, attempted until it is answered, at most ``1 + retries`` times."""
+    body = question(asked, name)
+    draws = random.Random(name)  # requests that fail together do not come back together
+    for attempt in range(config.retries + 1):
+        try:
+            return read_answer(await _attempt(client, config, body), name, len(asked))
+        except NoAnswerError as error:
+            problem = str(error)
+            if error.final or attempt == config.retries:
+                break
+        pause = min(config.backoff * 2**attempt, LONGEST_PAUSE)
+        await asyncio.sleep(pause * draws.uniform(0.5, 1.0))
+    return Scored(np.full(len(asked), np.nan), problem)
+
+
+async def _attempt(client: httpx2.AsyncClient, config: ServiceConfig, body: bytes) -> bytes:
+    """The body of an answer with status 200."""
+    content = bytearray()
+    try:
+        async with (
+            asyncio.timeout(config.timeout),
+            client.stream("POST", config.url, content=body) as response,
+        ):
+            status = response.status_code
+            if status != 200:
+                raise NoAnswerError(f"HTTP {status}", final=status < 500 and status not in AGAIN)
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > config.max_bytes:
+                    raise NoAnswerError(f"an answer of more than max_bytes={config.max_bytes}")
+    except TimeoutError:
+        raise NoAnswerError(f"no answer within timeout={config.timeout:g} s") from None
+    except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError) as error:
+        raise NoAnswerError(describe(error)) from error
+    return bytes(content)
+
+
+def question(asked: Asked, name: str) -> bytes:
+    """The body of a request; rows are called "0", "1", … in it.
+
+    Raises:
+      InputError: a column holds a number that JSON has not.
+    """
+    rows = [
+        {
+            "id": str(b),
+            "prompt": asked.prompts[b],
+            "completion": asked.completions[b],
+            "ended": bool(asked.ended[b]),
+            "columns": {key: values[b] for key, values in asked.columns.items()},
+        }
+        for b in range(len(asked))
+    ]
+    try:
+        return json.dumps({"id": name, "rows": rows}, allow_nan=False, default=str).encode()
+    except ValueError as error:
+        raise InputError(
+            "rewards: a column of the data holds NaN or infinity, which cannot be sent to a "
+            "service: make it null"
+        ) from error
+
+
+def read_answer(body: bytes, name: str, rows: int) -> Scored:
+    """The scores in the body of an answer, in the order of the rows that were asked.
+
+    A row that is missing, stands there twice, or has anything but a finite number gets NaN;
+    rows that were not asked about are passed over.
+
+    Args:
+      name: the id of the request; an answer may leave it out, but not have another.
+      rows: that were asked about, B.
+
+    Raises:
+      NoAnswerError: not an answer at all.
+    """
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        raise NoAnswerError(f"an answer that is not JSON: {body[:40]!r}") from None
+    rewards = answer.get("rewards") if isinstance(answer, dict) else None
+    if not isinstance(rewards, list):
+        raise NoAnswerError(f"an answer without a list of rewards: {body[:40]!r}")
+    if answer.get("id", name) != name:
+        raise NoAnswerError(f"an answer to another request: id={answer['id']!r:.40}")
+    score_B, seen_B, problem = np.full(rows, np.nan), np.zeros(rows, int), ""
+    places = {str(b): b for b in range(rows)}
+    for item in rewards:
+        given = item.get("id") if isinstance(item, dict) else None
+        if not isinstance(given, str) or given not in places:
+            problem = f"a reward for an unknown row: {item!r:.60}"
+            continue
+        b = places[given]
+        seen_B[b] += 1
+        reward = item.get("reward")
+        score_B[b] = math.nan if isinstance(reward, bool) else number(reward)
+        if not math.isfinite(score_B[b]):
+            said = item.get("error") or f"reward={reward!r}"
+            problem = f"row {given}: {' '.join(str(said).split()):.80}"
+    if (seen_B > 1).any():
+        problem = f"row {int(np.argmax(seen_B > 1))} has several rewards"
+    if (seen_B == 0).any():
+        problem = f"row {int(np.argmax(seen_B == 0))} has no reward"
+    return Scored(np.where(seen_B == 1, score_B, np.nan), problem)

@@ -1,0 +1,202 @@
+r"""Verifiers: is the answer right? 1.0 if it is, 0.0 if not, by rules that need no model.
+
+    exact          the answer is the truth, or one of a list of them, after ``normalise``
+    number         the last number of the answer equals that of the truth, as exact fractions
+    choice         the chosen letter is the truth, a letter or the index (0 is A) of one
+    regex          the truth, a pattern, is found in the completion
+    math           math-verify finds answer and truth equal: LaTeX, sets, intervals, equations
+    reasoning_gym  the score, from 0 to 1, that a task of reasoning-gym gives its own answer
+
+``answers`` says what counts as the answer of a completion. The truth stands in the data's column
+``answer``, or another that the config names. Without a truth there is no score: NaN here, and a run
+refuses such a row, by its place, before it starts.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.answers import choice_letter, final_answer, last_number, normalise
+
+PATTERN_SECONDS = 1.0
+"""Seconds that a pattern may take on a completion; the row then has no reward."""
+
+EXTRA = "needs math-verify and reasoning-gym: pip install 'jaxrlhf[verifiers]'"
+
+Columns = Mapping[str, Any]
+"""The columns of one row."""
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A rule for right and wrong, in two parts, so that bad rows are found before a run."""
+
+    truth: Callable[[Columns], Any]
+    """A row's truth, ready to compare with. Raises ValueError where it has none."""
+    score: Callable[[str, Any], float]
+    """(completion, truth) → score."""
+
+
+def make(name: str, answer: str = "answer", pattern: str = "") -> Verifier:
+    """The verifier called ``name``.
+
+    Args:
+      answer: the column that holds the truth.
+      pattern: of regex; the truth of every row if given.
+
+    Raises:
+      InputError: an optional package is missing, or the pattern is not one.
+    """
+    if name == "reasoning_gym":
+        return _reasoning_gym()
+    truth, score = {"math": _math}[name]() if name == "math" else CORE[name]
+    if pattern:
+        try:
+            fixed = _pattern(pattern)
+        except ValueError as error:
+            raise InputError(f"pattern={pattern!r:.80}: {error}") from error
+        return Verifier(lambda _: fixed, score)
+    return Verifier(lambda columns: truth(_value(columns, answer)), score)
+
+
+def verify(verifier: Verifier, completions: Sequence[str], columns: Mapping[str, Any]) -> list:
+    """The scores of B completions; NaN where a row has no truth.
+
+    Args:
+      columns: by name, B values each.
+    """
+    scores = []
+    for index, completion in enumerate(completions):
+        try:
+            truth = verifier.truth({name: values[index] for name, values in columns.items()})
+        except ValueError:
+            scores.append(math.nan)
+        else:
+            scores.append(verifier.score(completion, truth))
+    return scores
+
+
+def function_of(verifier: Verifier) -> Callable[..., list]:
+    """The verifier as a reward function."""
+
+    def function(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list:
+        return verify(verifier, completions, columns)
+
+    return function
+
+
+def _value(columns: Columns, name: str) -> Any:
+    value = columns.get(name)
+    if value is None:
+        raise ValueError(f"the row has no {name!r}")
+    return value
+
+
+def _texts(value: Any) -> frozenset[str]:
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(_is_scalar(text) for text in texts):
+        raise ValueError("the truth is neither text nor a number, nor a list of them")
+    normal = frozenset(normalise(str(text)) for text in texts)
+    if "" in normal:
+        raise ValueError("the truth is empty")
+    return normal
+
+
+def _exact(completion: str, truth: frozenset[str]) -> float:
+    return float(normalise(final_answer(completion)) in truth)
+
+
+def _number_of(value: Any) -> Any:
+    number = last_number(final_answer(str(value))) if _is_scalar(value) else None
+    if number is None:
+        raise ValueError("the truth holds no number")
+    return number
+
+
+def _number(completion: str, truth: Any) -> float:
+    return float(last_number(final_answer(completion)) == truth)
+
+
+def _letter_of(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 26:
+        return chr(ord("A") + value)
+    letter = choice_letter(value) if isinstance(value, str) else None
+    if letter is None:
+        raise ValueError("the truth is neither a letter nor an index from 0 to 25")
+    return letter
+
+
+def _choice(completion: str, truth: str) -> float:
+    return float(choice_letter(completion) == truth)
+
+
+def _pattern(value: Any) -> Any:
+    if not isinstance(value, str) or not value:
+        raise ValueError("no text that could be a pattern")
+    try:
+        return regex.compile(value)
+    except regex.error as error:
+        raise ValueError(f"no pattern ({error})") from error
+
+
+def _regex(completion: str, truth: Any) -> float:
+    try:
+        return float(truth.search(completion, timeout=PATTERN_SECONDS) is not None)
+    except TimeoutError:
+        return math.nan
+
+
+def _math() -> tuple[Callable[[Any], Any], Callable[[str, Any], float]]:
+    try:
+        import math_verify  # noqa: PLC0415 (optional extra)
+    except ImportError as error:
+        raise InputError(f"verifier: math {EXTRA}") from error
+
+    def truth(value: Any) -> Any:
+        text = str(value) if _is_scalar(value) else ""
+        parsed = math_verify.parse(text) or math_verify.parse(f"${text}$")
+        if not parsed:
+            raise ValueError("the truth is nothing that math-verify can read")
+        return parsed
+
+    def score(completion: str, truth: Any) -> float:
+        return float(math_verify.verify(truth, math_verify.parse(completion)))
+
+    return truth, score
+
+
+def _reasoning_gym() -> Verifier:
+    try:
+        import reasoning_gym  # noqa: PLC0415 (optional extra)
+    except ImportError as error:
+        raise InputError(f"verifier: reasoning_gym {EXTRA}") from error
+
+    def truth(columns: Columns) -> Any:
+        task = _value(columns, "task")
+        entry = {name: _value(columns, name) for name in ("question", "answer", "metadata")}
+        if task not in reasoning_gym.factory.DATASETS:
+            raise ValueError(f"task={task!r:.80} is none of reasoning-gym's")
+        return reasoning_gym.get_score_answer_fn(task), entry
+
+    def score(completion: str, truth: Any) -> float:
+        checker, entry = truth
+        return float(checker(final_answer(completion), entry))
+
+    return Verifier(truth, score)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+CORE: dict[str, tuple[Callable[[Any], Any], Callable[[str, Any], float]]] = {
+    "exact": (_texts, _exact),
+    "number": (_number_of, _number),
+    "choice": (_letter_of, _choice),
+    "regex": (_pattern, _regex),
+}
+"""(the column's value → the truth, (completion, truth) → score) of those that need no extra."""

@@ -1,0 +1,112 @@
+"""Serving a reward model, or a reward function, to others (``rewards.server``)."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.data.tokens import encode_answer, encode_prompt, right_pad
+from jaxrlhf.errors import InputError
+from jaxrlhf.judging import run as score
+from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
+from jaxrlhf.networks import Loader, is_run, run_config, tokenizer_path
+from jaxrlhf.rewards import local
+from jaxrlhf.rewards.asked import Asked, Scored, Source
+from jaxrlhf.rewards.server import Server
+from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.types import Rollout
+
+
+def serve(
+    what: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch_size: int = 32,
+    concurrency: int = 1,
+    header_env: str = "",
+) -> Server:
+    """A server of rewards, ready for ``serve_forever()``.
+
+    Args:
+      what: the output folder of a reward-model run, or a function: a built-in or
+        package.module:function.
+      host, port: where to listen; port 0 takes a free one.
+      batch_size: rows that the reward model scores at once.
+      concurrency: requests that a function is asked at once, from as many threads.
+      header_env: environment variable with the value that requests must have in their header
+        Authorization; empty lets everybody in.
+
+    Raises:
+      InputError: one of these cannot be used.
+    """
+    secret = os.environ.get(header_env, "") if header_env else ""
+    if header_env and not secret:
+        raise InputError(f"header_env={header_env}: this environment variable is unset or empty")
+    if is_run(what):
+        source, concurrency = model_source(what, batch_size), 1
+    else:
+        source = local.make(RewardConfig(function=what))
+    return Server(source, host, port, concurrency, secret=secret)
+
+
+def model_source(folder: str, batch_size: int = 32, mesh: Mesh | None = None) -> Source:
+    """The reward model of a run as a source of text's rewards.
+
+    Rows are padded to the run's ``data.max_tokens`` and batches to ``batch_size``: one shape, which
+    is compiled once. A row that does not fit or has no token gets no reward.
+
+    Args:
+      mesh: where it lies (default: on the first device).
+
+    Raises:
+      InputError: not the folder of a reward-model run.
+    """
+    config = run_config(folder)
+    if config.algorithm.name != "reward_model":
+        name = config.algorithm.name
+        raise InputError(f"{folder}: a run of {name}: give the folder of a reward_model run")
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        network = Loader(mesh).trained(folder)
+    tokenizer = load_tokenizer(tokenizer_path(config.model))
+    (stop, pad), width = ends_of(tokenizer), config.data.max_tokens
+
+    def encode(prompt: str, completion: str, ended: bool) -> list[int]:
+        ids = encode_prompt(tokenizer, prompt, "prompt")
+        if completion or not ended:
+            ids = ids + encode_answer(tokenizer, completion, "completion", stop, ended)
+        else:  # ended at once
+            ids = ids + list(stop[:1])
+        if len(ids) > width:
+            raise InputError(f"{len(ids)} tokens, and the reward model's data.max_tokens={width}")
+        return ids
+
+    def batch(rows: Sequence[list[int]]) -> np.ndarray:
+        filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
+        token_BT, mask_BT = right_pad(filled, width, pad, [""] * batch_size)
+        zero_BT = np.zeros(token_BT.shape, np.float32)
+        ended_B = np.ones(batch_size, bool)
+        with jax.set_mesh(mesh):
+            arrays = put_rows((token_BT, mask_BT, zero_BT, zero_BT, zero_BT, ended_B), mesh)
+            return np.asarray(score(network, Rollout(*arrays)), np.float64)[: len(rows)]
+
+    def ask(asked: Asked) -> Scored:
+        ids, problem = {}, ""
+        rows = zip(asked.prompts, asked.completions, asked.ended, strict=True)
+        for b, row in enumerate(rows):
+            try:
+                ids[b] = encode(*row)
+            except InputError as error:
+                problem = str(error)
+        score_B = np.full(len(asked), np.nan)
+        places = np.array(list(ids), int)
+        for start in range(0, len(places), batch_size):
+            some = places[start : start + batch_size]
+            score_B[some] = batch([ids[b] for b in some])
+        return Scored(score_B, problem)
+
+    batch([[pad]])  # compiles, before anybody waits
+    return ask

@@ -1,0 +1,115 @@
+"""One line of config a source, and what does not go together in one."""
+
+import math
+
+import pytest
+
+from jaxrlhf.config import (
+    Config,
+    GateConfig,
+    IsolateConfig,
+    LengthConfig,
+    RewardConfig,
+    ServiceConfig,
+    dump,
+    kind_of,
+    load,
+    override,
+    reward_problems,
+)
+
+URL = "http://host:8000"
+
+TEXT = """
+rewards:
+  - function: sentiment
+  - {function: "mine:f", isolate: {workers: 2, memory_gib: 1}}
+  - {model: runs/rm, weight: 2}
+  - verifier: number
+  - {verifier: exact, answer: truth, isolate: {}}
+  - {verifier: regex, pattern: "<think>", gate: {at_least: 1, otherwise: -1}}
+  - service: {url: "http://host:8000", header_env: KEY}
+  - {length: {start: 200, end: 400}, weight: 0.5}
+max_excluded: 0.1
+"""
+
+REWARDS = (
+    RewardConfig("sentiment"),
+    RewardConfig("mine:f", isolate=IsolateConfig(workers=2, memory_gib=1.0)),
+    RewardConfig(model="runs/rm", weight=2.0),
+    RewardConfig(verifier="number"),
+    RewardConfig(verifier="exact", answer="truth", isolate=IsolateConfig()),
+    RewardConfig(verifier="regex", pattern="<think>", gate=GateConfig(1.0, -1.0)),
+    RewardConfig(service=ServiceConfig(URL, header_env="KEY")),
+    RewardConfig(length=LengthConfig(200, 400), weight=0.5),
+)
+
+
+def test_load_every_kind(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(TEXT)
+    config = load(path)
+    assert config == Config(rewards=REWARDS, max_excluded=0.1)
+    assert list(reward_problems("rewards", config.rewards)) == []
+    path.write_text(dump(config))
+    assert load(path) == config
+
+
+def test_override_of_nested_parts():
+    words = ["--rewards.6.service.retries", "7", "--rewards.1.isolate.timeout=9"]
+    changed = override(Config(rewards=REWARDS), words)
+    assert changed.rewards[6].service == ServiceConfig(URL, header_env="KEY", retries=7)
+    assert changed.rewards[1].isolate == IsolateConfig(2, memory_gib=1.0, timeout=9.0)
+
+
+def test_kind_of():
+    assert [kind_of(reward) for reward in REWARDS] == [
+        *("function", "function", "model"),
+        *("verifier", "verifier", "verifier"),
+        *("service", "length"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        (RewardConfig(), "rewards.0: give either function or model, or one of verifier, service"),
+        (RewardConfig("f", "m"), "rewards.0: function and model are both given: make them two"),
+        (
+            RewardConfig("f", length=LengthConfig(1, 2)),
+            "rewards.0: function and length are both given",
+        ),
+        (RewardConfig(model="m", isolate=IsolateConfig()), "rewards.0.isolate={…}: a model does"),
+        (RewardConfig("f", answer="a"), "rewards.0.answer='a': a function does not read it"),
+        (RewardConfig("f", pattern="a"), "rewards.0.pattern='a': a function does not read it"),
+        (
+            RewardConfig(verifier="exact", pattern="a"),
+            "rewards.0.pattern='a': only verifier: regex reads it",
+        ),
+        (
+            RewardConfig(verifier="regex", pattern="a", answer="b"),
+            "rewards.0.answer=b: the pattern stands in its place",
+        ),
+        (RewardConfig("f", weight=math.inf), "rewards.0.weight=inf: give a finite number"),
+        (RewardConfig("f", weight=2, gate=GateConfig(1)), "rewards.0.weight=2: a gate is no part"),
+        (RewardConfig("f", gate=GateConfig(math.nan)), "rewards.0.gate.at_least=nan: give a fin"),
+        (RewardConfig("f", gate=GateConfig(1)), "rewards: all of them are gates"),
+        (RewardConfig(length=LengthConfig(2, 2)), "rewards.0.length: start=2, end=2: must be 0"),
+        (RewardConfig(length=LengthConfig(-1, 2)), "rewards.0.length: start=-1"),
+        (RewardConfig(service=ServiceConfig("host:8000")), "rewards.0.service.url='host:8000': m"),
+        (RewardConfig(service=ServiceConfig(URL, timeout=0)), "rewards.0.service.timeout=0: must"),
+        (
+            RewardConfig(service=ServiceConfig(URL, retries=-1)),
+            "rewards.0.service.retries=-1: must be at least 0",
+        ),
+        (RewardConfig(service=ServiceConfig(URL, header="")), "rewards.0.service.header: empty"),
+        (
+            RewardConfig("f", isolate=IsolateConfig(workers=0)),
+            "rewards.0.isolate.workers=0: must be above 0",
+        ),
+    ],
+)
+def test_reward_problems(reward, problem):
+    first, *_ = reward_problems("rewards", [reward])
+    assert first.startswith(problem)
+    assert "\n" not in first

@@ -1,0 +1,67 @@
+"""Tasks of reasoning-gym as rows: what is written is read, asked and checked."""
+
+import json
+
+import pytest
+
+from jaxrlhf import cli
+from jaxrlhf.data.rows import read_rows
+from jaxrlhf.data.tasks import task_rows, write_tasks
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.verifiers import make, verify
+
+pytest.importorskip("reasoning_gym")
+
+
+def test_rows_that_are_written_are_checked_as_they_were(tmp_path):
+    for task in ("chain_sum", "basic_arithmetic", "letter_counting"):
+        rows = task_rows(task, 4, completion=" {answer}")
+        write_tasks(tmp_path / "tasks.jsonl", rows)
+        read = [row.values for row in read_rows(str(tmp_path / "tasks.jsonl")).items]
+        columns = {name: [row[name] for row in read] for name in read[0]}
+        assert verify(make("reasoning_gym"), columns["completion"], columns) == [1.0] * 4
+        assert max(verify(make("reasoning_gym"), ["none"] * 4, columns)) < 0.1
+
+
+def test_task_rows_follow_from_the_seed():
+    assert task_rows("chain_sum", 3) == task_rows("chain_sum", 3) == task_rows("chain_sum", 5)[:3]
+    assert task_rows("chain_sum", 3) != task_rows("chain_sum", 3, seed=1)
+
+
+def test_task_rows_options_and_templates():
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    rows = task_rows("chain_sum", 2, 0, options, "Q: {question}\nA:", " {answer}")
+    for row in rows:
+        assert row["prompt"] == f"Q: {row['question']}\nA:"
+        assert row["completion"] == f" {row['answer']}"
+        assert len(row["metadata"]["expression"]) == len("1 + 2")
+    (row,) = task_rows("chain_sum", 1, chat=True)
+    assert row["prompt"] == [{"role": "user", "content": row["question"]}]
+    assert "completion" not in row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chain_sums", 1), "task=chain_sums: .*did you mean chain_sum"),
+        (("chain_sum", 1, 0, {"terms": 1}), "task=chain_sum, options={'terms': 1}: "),
+        (("chain_sum", 1, 0, {"min_terms": 0}), "task=chain_sum, options={'min_terms': 0}: "),
+        (("chain_sum", 1, 0, {}, "Q"), r"prompt='Q': {question} must stand in it"),
+        (("chain_sum", 1, 0, {}, "{question}", "A"), r"completion='A': {answer} must stand"),
+    ],
+)
+def test_task_rows_bad_input(arguments, message):
+    with pytest.raises(InputError, match=message):
+        task_rows(*arguments)
+
+
+def test_tasks_command(tmp_path, capsys):
+    out = tmp_path / "tasks.jsonl"
+    words = ["tasks", "chain_sum", str(out), "--size", "2", "--option", "max_terms=2"]
+    assert cli.main(words) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == task_rows("chain_sum", 2, options={"max_terms": 2})
+    assert cli.main([*words[:-1], "max_terms"]) == 2
+    assert "--option max_terms: give name=value" in capsys.readouterr().err
+    assert cli.main(["tasks", "chain_sum", str(tmp_path / "no" / "tasks.jsonl")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+import math
+
+import numpy as np
+import pytest
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards import verifiers
+from jaxrlhf.rewards.functions import call
+from jaxrlhf.rewards.verifiers import function_of, make, verify
+
+
+def score(name, completion, answer, **options):
+    return verify(make(name, **options), [completion], {"answer": [answer]})[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "answer", "right"),
+    [
+        ("exact", "It is\nAnswer: paris.", "Paris", 1.0),
+        ("exact", "Paris", "Paris", 1.0),
+        ("exact", "Paris it is", "Paris", 0.0),
+        ("exact", "NYC", ["New York", "nyc"], 1.0),
+        ("exact", "42", 42, 1.0),
+        ("number", "so 3 + 4 = 7", "7", 1.0),
+        ("number", "so 3 + 4 = 7", 7.0, 1.0),
+        ("number", r"\boxed{0.5}, not 3", "1/2", 1.0),
+        ("number", "1,000", "3 + 997\n#### 1000", 1.0),
+        ("number", "0.3333", "1/3", 0.0),
+        ("number", "seven", "7", 0.0),
+        ("choice", "Answer: (B)", "B", 1.0),
+        ("choice", "Answer: (B)", "(b)", 1.0),
+        ("choice", "Answer: (B)", 1, 1.0),
+        ("choice", "Answer: (B)", 0, 0.0),
+        ("choice", "no idea", "B", 0.0),
+        ("regex", "the end is near", r"\bnear$", 1.0),
+        ("regex", "near the end", r"\bnear$", 0.0),
+    ],
+)
+def test_verify(name, completion, answer, right):
+    assert score(name, completion, answer) == right
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("exact", None, "has no 'answer'"),
+        ("exact", ".", "is empty"),
+        ("exact", {"a": 1}, "neither text nor a number"),
+        ("exact", [], "neither text nor a number"),
+        ("number", "seven", "holds no number"),
+        ("number", True, "holds no number"),
+        ("number", float("nan"), "holds no number"),
+        ("choice", "the moon", "neither a letter nor an index"),
+        ("choice", 26, "neither a letter nor an index"),
+        ("choice", True, "neither a letter nor an index"),
+        ("regex", "(", "no pattern"),
+        ("regex", "", "could be a pattern"),
+        ("regex", 5, "could be a pattern"),
+    ],
+)
+def test_truth_that_is_none_has_no_score(name, answer, message):
+    assert math.isnan(score(name, "5", answer))
+    with pytest.raises(ValueError, match=message):
+        make(name).truth({"answer": answer})
+
+
+def test_make_other_column():
+    assert verify(make("exact", "truth"), ["a", "a"], {"truth": ["a", "b"]}) == [1.0, 0.0]
+
+
+def test_make_fixed_pattern_needs_no_column():
+    verifier = make("regex", pattern=r"(?s)<think>.*</think>")
+    assert verify(verifier, ["<think>\n</think> 5", "5"], {}) == [1.0, 0.0]
+    with pytest.raises(InputError, match=r"pattern='\(': no pattern"):
+        make("regex", pattern="(")
+
+
+@pytest.mark.timeout(30)
+def test_regex_that_takes_too_long_has_no_score(monkeypatch):
+    monkeypatch.setattr(verifiers, "PATTERN_SECONDS", 0.05)
+    assert math.isnan(score("regex", "a" * 40 + "b", r"(a|aa)+(?<!b)$"))
+
+
+def test_function_of_is_a_reward_function():
+    function = function_of(make("number"))
+    scores = call("number", function, ["p"] * 3, ["1", "2", "3"], {"answer": [1, 1, None]})
+    np.testing.assert_array_equal(scores, [1.0, 0.0, np.nan])
+
+
+def test_math():
+    pytest.importorskip("math_verify")
+    assert score("math", r"so $x = \boxed{\frac{2}{4}}$", "0.5") == 1.0
+    assert score("math", r"\boxed{\{2, 1\}}", r"$\{1, 2\}$") == 1.0
+    assert score("math", r"\boxed{3}", "0.5") == 0.0
+    assert score("math", "I do not know", "0.5") == 0.0
+    with pytest.raises(ValueError, match="math-verify"):
+        make("math").truth({"answer": ""})
+
+
+def test_reasoning_gym():
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)[0]
+    columns = {name: [entry[name]] * 3 for name in ("question", "answer", "metadata")}
+    columns["task"] = ["chain_sum"] * 3
+    right, verifier = entry["answer"], make("reasoning_gym")
+    said = [f"<answer>{right}</answer>", f"{right}", f"Answer: {int(right) + 1}"]
+    scores = verify(verifier, said, columns)
+    assert scores[:2] == [1.0, 1.0]
+    assert scores[2] < 0.1
+    with pytest.raises(ValueError, match="has no 'task'"):
+        verifier.truth({"answer": right})
+    with pytest.raises(ValueError, match="none of reasoning-gym's"):
+        verifier.truth({name: "x" for name in ("question", "answer", "metadata", "task")})
