@@ -5,6 +5,7 @@ and ``metadata``, which the task's own checker reads (``verifier: reasoning_gym`
 ``completion``, a right answer to imitate, if wanted.
 """
 
+import ast
 import difflib
 import json
 from collections.abc import Mapping
@@ -23,7 +24,10 @@ def task_rows(
     completion: str = "",
     chat: bool = False,
 ) -> list[dict[str, Any]]:
-    """``size`` tasks, the same ones for the same seed; metadata as JSON has it.
+    """``size`` tasks, the same ones for the same seed.
+
+    ``answer`` is null for tasks that many answers solve. ``metadata`` is text, a Python literal,
+    where JSON would change it.
 
     Args:
       task: its name in reasoning-gym, such as chain_sum.
@@ -60,14 +64,27 @@ def task_rows(
 
     rows = []
     for entry in entries:
-        question, answer = str(entry["question"]), str(entry["answer"])
+        question, answer = str(entry["question"]), entry["answer"]
         asked = prompt.replace("{question}", question)
         row = {"prompt": turn("user", asked), "answer": answer, "task": task, "question": question}
+        if completion and answer is None:
+            raise InputError(f"completion={completion!r:.60}: {task} gives no answers to imitate")
         if completion:
-            row["completion"] = turn("assistant", completion.replace("{answer}", answer))
-        metadata = json.loads(json.dumps(entry["metadata"], default=str))
-        rows.append({**row, "metadata": metadata})
+            row["completion"] = turn("assistant", completion.replace("{answer}", str(answer)))
+        rows.append({**row, "metadata": _kept(entry["metadata"])})
     return rows
+
+
+def _kept(metadata: Mapping[str, Any]) -> Any:
+    """Metadata without its difficulty, which no checker reads, so that a file keeps it."""
+    metadata = {name: value for name, value in metadata.items() if name != "difficulty"}
+    plain = json.loads(json.dumps(metadata, default=str))
+    if plain == metadata:
+        return plain
+    try:
+        return repr(metadata) if ast.literal_eval(repr(metadata)) == metadata else plain
+    except (ValueError, SyntaxError):  # dates and the like
+        return plain
 
 
 def write_tasks(path: str | Path, rows: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ r"""Verifiers: is the answer right? 1.0 if it is, 0.0 if not, by rules that need
 refuses such a row, by its place, before it starts.
 """
 
+import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,11 @@ def _reasoning_gym() -> Verifier:
 
     def truth(columns: Columns) -> Any:
         task = _value(columns, "task")
-        entry = {name: _value(columns, name) for name in ("question", "answer", "metadata")}
+        metadata = _value(columns, "metadata")
+        if isinstance(metadata, str):  # where JSON would have changed it (data.tasks)
+            metadata = _literal(metadata)
+        question, answer = _value(columns, "question"), columns.get("answer")
+        entry = {"question": question, "answer": answer, "metadata": metadata}
         if task not in reasoning_gym.factory.DATASETS:
             raise ValueError(f"task={task!r:.80} is none of reasoning-gym's")
         return reasoning_gym.get_score_answer_fn(task), entry
@@ -187,6 +192,13 @@ def _reasoning_gym() -> Verifier:
         return float(checker(final_answer(completion), entry))
 
     return Verifier(truth, score)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError("metadata is text, and no Python literal") from error
 
 
 def _is_scalar(value: Any) -> bool:

@@ -14,7 +14,7 @@ pytest.importorskip("reasoning_gym")
 
 
 def test_rows_that_are_written_are_checked_as_they_were(tmp_path):
-    for task in ("chain_sum", "basic_arithmetic", "letter_counting"):
+    for task in ("chain_sum", "letter_counting", "rearc"):  # the last has tuples in its metadata
         rows = task_rows(task, 4, completion=" {answer}")
         write_tasks(tmp_path / "tasks.jsonl", rows)
         read = [row.values for row in read_rows(str(tmp_path / "tasks.jsonl")).items]
@@ -38,6 +38,8 @@ def test_task_rows_options_and_templates():
     (row,) = task_rows("chain_sum", 1, chat=True)
     assert row["prompt"] == [{"role": "user", "content": row["question"]}]
     assert "completion" not in row
+    (row,) = task_rows("graph_color", 1)
+    assert row["answer"] is None
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_task_rows_options_and_templates():
         (("chain_sum", 1, 0, {"min_terms": 0}), "task=chain_sum, options={'min_terms': 0}: "),
         (("chain_sum", 1, 0, {}, "Q"), r"prompt='Q': {question} must stand in it"),
         (("chain_sum", 1, 0, {}, "{question}", "A"), r"completion='A': {answer} must stand"),
+        (("graph_color", 1, 0, {}, "{question}", "{answer}"), "graph_color gives no answers"),
     ],
 )
 def test_task_rows_bad_input(arguments, message):
