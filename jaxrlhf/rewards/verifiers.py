@@ -178,13 +178,12 @@ def _reasoning_gym() -> Verifier:
 
     def truth(columns: Columns) -> Any:
         task = _value(columns, "task")
-        metadata = _value(columns, "metadata")
-        if isinstance(metadata, str):  # where JSON would have changed it (data.tasks)
-            metadata = _literal(metadata)
-        question, answer = _value(columns, "question"), columns.get("answer")
-        entry = {"question": question, "answer": answer, "metadata": metadata}
         if task not in reasoning_gym.factory.DATASETS:
             raise ValueError(f"task={task!r:.80} is none of reasoning-gym's")
+        question, metadata = _value(columns, "question"), _value(columns, "metadata")
+        if isinstance(metadata, str):  # where JSON would have changed it (data.tasks)
+            metadata = _literal(metadata)
+        entry = {"question": question, "answer": columns.get("answer"), "metadata": metadata}
         return reasoning_gym.get_score_answer_fn(task), entry
 
     def score(completion: str, truth: Any) -> float:
