@@ -275,37 +275,11 @@ def serve(
         server.serve_forever()
 
 
-def tasks(
-    task: Annotated[Positional[str], arg(metavar="TASK")],
-    out: Annotated[Positional[Path], arg(metavar="OUT")],
-    size: int = 500,
-    seed: int = 0,
-    option: tuple[str, ...] = (),
-    prompt: str = "{question}",
-    completion: str = "",
-    chat: bool = False,
-) -> None:
-    """Write tasks of reasoning-gym as a JSONL file of prompts, for verifier: reasoning_gym.
+def tasks(words: list[str]) -> None:
+    """Write tasks of reasoning-gym as rows of data."""
+    from jaxrlhf.data import tasks
 
-    Args:
-      task: its name in reasoning-gym, such as chain_sum.
-      out: the .jsonl file.
-      size: rows.
-      seed: another seed gives other tasks.
-      option: options of the task, such as min_terms=2.
-      prompt: the prompt's text, {question} in it.
-      completion: also write right completions to imitate: their text, {answer} in it.
-      chat: write chats of one turn.
-    """
-    import yaml
-
-    from jaxrlhf.data.tasks import task_rows, write_tasks
-
-    for word in option:
-        if "=" not in word:
-            raise InputError(f"--option {word}: give name=value")
-    options = {name: yaml.safe_load(x) for name, _, x in (word.partition("=") for word in option)}
-    write_tasks(out, task_rows(task, size, seed, options, prompt, completion, chat))
+    typed(tasks.tasks)(words)
 
 
 def env() -> None:
@@ -334,7 +308,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
     "diagnose": ("what is wrong with a run, why, and what to do: diagnose RUN", typed(diagnose)),
     "serve": ("rewards by HTTP: serve RUN|package.module:function", typed(serve)),
-    "tasks": ("tasks of reasoning-gym as rows of data: tasks TASK OUT", typed(tasks)),
+    "tasks": ("tasks of reasoning-gym as rows of data: tasks TASK OUT", tasks),
     "env": ("versions and devices", typed(env)),
 }
 

@@ -149,3 +149,6 @@ def make_judge(
         for index, config in enumerate(configs)
     ]
     return Judge(sources, tuple(scorers), tokenizer, loader.mesh, max_excluded)
+
+
+_length: Callable[..., Array] = jax.jit(length_penalty, static_argnums=(1, 2))

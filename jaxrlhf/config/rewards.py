@@ -62,7 +62,12 @@ class LengthConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """The sum of the other sources counts only where this one's score is high enough."""
+    """The sum of the other sources counts only where this one's score is high enough.
+
+    Gates are asked in the order of the list. The first that has no score for a row leaves the row
+    without a reward; the first whose score is below ``at_least`` gives it ``otherwise``, whatever
+    the other sources say. Gates add nothing to the sum.
+    """
 
     at_least: float
     """The lowest score that lets a row pass."""

@@ -10,7 +10,10 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import yaml
+from tyro.conf import Positional, arg
 
 from jaxrlhf.errors import InputError
 
@@ -98,3 +101,32 @@ def write_tasks(path: str | Path, rows: list[dict[str, Any]]) -> None:
         Path(path).write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
+
+
+def tasks(
+    task: Annotated[Positional[str], arg(metavar="TASK")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    size: int = 500,
+    seed: int = 0,
+    option: tuple[str, ...] = (),
+    prompt: str = "{question}",
+    completion: str = "",
+    chat: bool = False,
+) -> None:
+    """Write tasks of reasoning-gym as a JSONL file of prompts, for verifier: reasoning_gym.
+
+    Args:
+      task: its name in reasoning-gym, such as chain_sum.
+      out: the .jsonl file.
+      size: rows.
+      seed: another seed gives other tasks.
+      option: options of the task, such as min_terms=2.
+      prompt: the prompt's text, {question} in it.
+      completion: also write right completions to imitate: their text, {answer} in it.
+      chat: write chats of one turn.
+    """
+    for word in option:
+        if "=" not in word:
+            raise InputError(f"--option {word}: give name=value")
+    options = {name: yaml.safe_load(x) for name, _, x in (word.partition("=") for word in option)}
+    write_tasks(out, task_rows(task, size, seed, options, prompt, completion, chat))
