@@ -1,7 +1,7 @@
 """A run's rewards: reward models on the mesh, all else on the host, summed behind their gates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.networks import Loader
 from jaxrlhf.rewards.asked import Asked
 from jaxrlhf.rewards.combine import combine, fold
+from jaxrlhf.rewards.length import length_penalty
 from jaxrlhf.rewards.sources import Reward, load_rewards
 from jaxrlhf.rewards.text import decode_rollout, repeat
 from jaxrlhf.scorers import Scorer, load_scorer

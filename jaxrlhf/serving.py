@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 from jaxrlhf.config import MeshConfig, RewardConfig
 from jaxrlhf.data.tokens import encode_answer, encode_prompt, right_pad
 from jaxrlhf.errors import InputError
-from jaxrlhf.judging import run as score
 from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
+from jaxrlhf.models.loading import build
 from jaxrlhf.networks import Loader, is_run, run_config, tokenizer_path
 from jaxrlhf.rewards import local
 from jaxrlhf.rewards.asked import Asked, Scored, Source
 from jaxrlhf.rewards.server import Server
+from jaxrlhf.scorers import load_scorer
 from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.types import Rollout
 
@@ -65,33 +66,35 @@ def model_source(folder: str, batch_size: int = 32, mesh: Mesh | None = None) ->
       InputError: not the folder of a reward-model run.
     """
     config = run_config(folder)
-    if config.algorithm.name != "reward_model":
-        name = config.algorithm.name
-        raise InputError(f"{folder}: a run of {name}: give the folder of a reward_model run")
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        network = Loader(mesh).trained(folder)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
+    vocab = build(config.model).decoder.vocab
+    with jax.set_mesh(mesh):
+        score = load_scorer(RewardConfig(model=folder), Loader(mesh), tokenizer, vocab, "serve")
     (stop, pad), width = ends_of(tokenizer), config.data.max_tokens
 
-    def encode(prompt: str, completion: str, ended: bool) -> list[int]:
+    def encode(prompt: str, completion: str, ended: bool) -> tuple[list[int], list[int]]:
         ids = encode_prompt(tokenizer, prompt, "prompt")
+        answer = list(stop[:1])  # where it ended at once
         if completion or not ended:
-            ids = ids + encode_answer(tokenizer, completion, "completion", stop, ended)
-        else:  # ended at once
-            ids = ids + list(stop[:1])
-        if len(ids) > width:
-            raise InputError(f"{len(ids)} tokens, and the reward model's data.max_tokens={width}")
-        return ids
+            answer = encode_answer(tokenizer, completion, "completion", stop, ended)
+        if len(ids) + len(answer) > width:
+            raise InputError(
+                f"{len(ids) + len(answer)} tokens, and the reward model's data.max_tokens={width}"
+            )
+        return ids, answer
 
-    def batch(rows: Sequence[list[int]]) -> np.ndarray:
+    def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
-        token_BT, mask_BT = right_pad(filled, width, pad, [""] * batch_size)
+        texts = [prompt + answer for prompt, answer in filled]
+        token_BT, real_BT = right_pad(texts, width, pad, [""] * batch_size)
+        starts_B = np.array([len(prompt) for prompt, _ in filled])
+        mask_BT = (real_BT * (np.arange(width) >= starts_B[:, None])).astype(np.float32)
         zero_BT = np.zeros(token_BT.shape, np.float32)
         ended_B = np.ones(batch_size, bool)
         with jax.set_mesh(mesh):
-            arrays = put_rows((token_BT, mask_BT, zero_BT, zero_BT, zero_BT, ended_B), mesh)
-            return np.asarray(score(network, Rollout(*arrays)), np.float64)[: len(rows)]
+            arrays = put_rows((token_BT, real_BT, mask_BT, zero_BT, zero_BT, ended_B), mesh)
+            return np.asarray(score(Rollout(*arrays)), np.float64)[: len(rows)]
 
     def ask(asked: Asked) -> Scored:
         ids, problem = {}, ""
@@ -108,5 +111,5 @@ def model_source(folder: str, batch_size: int = 32, mesh: Mesh | None = None) ->
             score_B[some] = batch([ids[b] for b in some])
         return Scored(score_B, problem)
 
-    batch([[pad]])  # compiles, before anybody waits
+    batch([([pad], [pad])])  # compiles, before anybody waits
     return ask
