@@ -178,7 +178,7 @@ def initialise(config: DistributedConfig) -> int:
 
 def _may_have_tpu() -> bool:
     """Whether JAX should look for a TPU slice, which no variable need tell."""
-    wanted = (jax.config.jax_platforms or "tpu").split(",")
+    wanted = (getattr(jax.config, "jax_platforms", None) or "tpu").split(",")
     return "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
 
 
