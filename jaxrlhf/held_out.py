@@ -20,7 +20,7 @@ from jaxrlhf.calibration import (
 from jaxrlhf.config import ProcessRewardModelConfig
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.packing import scored_batch
-from jaxrlhf.data.tokens import Encoded
+from jaxrlhf.data.tokens import Encoded, imitated
 from jaxrlhf.errors import InputError
 from jaxrlhf.setup import Run, pack
 from jaxrlhf.sharding import put_rows, row_shards
@@ -62,8 +62,8 @@ def measure(
             loss, metrics = run.programs["loss"](params, frozen, batch)
         share = real_B.sum() / len(rows)
         if isinstance(batch, TokenBatch):  # its mean is over tokens
-            counts = [len(row.answers[0]) for row in picked]
-            share = np.dot(counts, real_B) / sum(len(row.answers[0]) for row in rows)
+            counts = [imitated(row).sum() for row in picked]
+            share = np.dot(counts, real_B) / sum(imitated(row).sum() for row in rows)
         for name, x in {"loss": loss, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + share * float(x)
     curve = None

@@ -19,8 +19,8 @@ from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.collecting import collect
 from jaxrlhf.config import Config, is_on_policy
 from jaxrlhf.config import on_policy as on_policy_settings
-from jaxrlhf.data.batches import order
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
+from jaxrlhf.feeding import batches, example, packing_metrics
 from jaxrlhf.held_out import measure_normalisation
 from jaxrlhf.judging import Judgement, measures
 from jaxrlhf.metrics import combine
@@ -28,8 +28,9 @@ from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.session import Session
-from jaxrlhf.setup import Run, fill, pack, setup, start_of
+from jaxrlhf.setup import Run, fill, place, setup, start_of
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.stopping import compare, exchange, has_ended, is_over
 from jaxrlhf.types import AnyBatch, Params, Rollout, TrainState
 from jaxrlhf.watchdog import guarded
 
@@ -63,6 +64,7 @@ def train(
             session.lap("setup")
             if summary := session.finished():
                 return summary
+            session.example(example(run))
             learn = on_policy if is_on_policy(config) else offline
             learn(run, session)
             return summarise(run, session)
@@ -174,23 +176,25 @@ def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, An
 
 def offline(run: Run, session: Session) -> None:
     """Learn from the rows of a file: one optimizer step an iteration."""
-    config = run.config
+    batch_of = batches(run)
     evaluate_before(run, session, lambda: session.states["policy"].params)
-    if session.start < config.steps:
-        session.host.pop("normalisation", None)  # of a shorter run that now goes on
+    config = run.config
+    if run.config.eval.patience and "best" not in session.host:
+        session.states = compare(session.states, session.host, 0, session.host["before"])
     for step in session.steps():
         began = time.perf_counter()
-        chosen = order(len(run.train_rows), config.data.batch_size, config.seed, step)
-        rows = [run.train_rows.items[i] for i in chosen]
-        batch = pack(run, rows)
+        rows = batch_of(step)
         session.states["policy"], metrics = run.programs["update"](
-            session.states["policy"], batch, run.frozen["policy"]
+            session.states["policy"], place(run, rows), run.frozen["policy"]
         )
         session.lap("update", metrics)
-        metrics = jax.device_get(metrics) | {"seconds": time.perf_counter() - began}
+        metrics = jax.device_get(metrics) | packing_metrics(rows)
+        metrics["seconds"] = time.perf_counter() - began
         session.record(step + 1, metrics, [])
         evaluate_between(run, session, step + 1)
-        if run.normalise_rows is not None and step + 1 == config.steps:
+        session.host.pop("normalisation", None)  # of a shorter run that now goes on
+        ended = step + 1 == config.steps or has_ended(session.host)
+        if run.normalise_rows is not None and ended:
             session.host["normalisation"] = measure_normalisation(
                 run, session.states["policy"].params
             )
@@ -206,23 +210,36 @@ def evaluate_before(run: Run, session: Session, start: Callable[[], Params]) -> 
 
 
 def evaluate_between(run: Run, session: Session, done: int) -> None:
-    """Measure again every ``eval.every`` iterations."""
-    every = run.config.eval.every
-    if every and done % every == 0 and done < run.config.steps:
-        found = evaluate(run, session.states["policy"].params)
-        assert found is not None
-        session.evaluated(done, found)
-        session.lap("evaluate")
+    """Measure again every ``eval.every`` iterations; with patience at the last one too."""
+    every, patience = run.config.eval.every, run.config.eval.patience
+    last = done == run.config.steps
+    if not (patience if last else every and done % every == 0):
+        return
+    found = evaluate(run, session.states["policy"].params)
+    assert found is not None
+    session.evaluated(done, found)
+    if patience:
+        session.states = compare(session.states, session.host, done, found.metrics)
+        if last or is_over(session.host, patience):
+            session.states = exchange(session.states, session.host, True)
+            best = session.host["best"]
+            session.show.note(f"ends at step {done} with the parameters of step {best['step']}")
+    session.lap("evaluate")
 
 
 def summarise(run: Run, session: Session) -> dict[str, Any]:
     """Measure the end of the run, and write summary.json."""
-    steps = run.config.steps
-    found: Evaluation | None = evaluate(run, session.states["policy"].params)
+    steps, best = run.config.steps, session.host.get("best")
+    found: Evaluation | None
+    if best is not None:  # measured already
+        found, steps = Evaluation(best["metrics"]), best["last"]
+    elif found := evaluate(run, session.states["policy"].params):
+        session.evaluated(steps, found)
     session.lap("evaluate")
     summary: dict[str, Any] = {"algorithm": run.config.algorithm.name, "steps": steps}
+    if best is not None:
+        summary["best_step"] = best["step"]
     if found is not None:
-        session.evaluated(steps, found)
         before, after = session.host["before"], found.metrics
         for name in after:
             summary |= {f"{name}_before": before.get(name), f"{name}_after": after[name]}

@@ -71,6 +71,7 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
         "data": _without(full["data"], "eval"),
         "sample": {"n": config.sample.n},
         "seed": config.seed,
+        "eval": {"patience": "on" if config.eval.patience else "off"},  # a second set of parameters
         **facts,
     }
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxrlhf.config import MeshConfig, RewardConfig
 from jaxrlhf.data.tokens import encode_answer, encode_prompt, right_pad
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
 from jaxrlhf.models.loading import build
+from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
 from jaxrlhf.networks import Loader, is_run, run_config, tokenizer_path
 from jaxrlhf.rewards import local
 from jaxrlhf.rewards.asked import Asked, Scored, Source

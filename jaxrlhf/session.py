@@ -20,9 +20,13 @@ from jaxrlhf.evaluation import Evaluation
 from jaxrlhf.metrics import Recorder, plain, write_atomic
 from jaxrlhf.resume import check_fingerprint, fingerprint
 from jaxrlhf.setup import Run
+from jaxrlhf.stopping import exchange, has_ended, is_over
 from jaxrlhf.types import TrainState
 
 log = logging.getLogger(__name__)
+
+EXAMPLE = 1200
+"""Characters of the example that are shown at most."""
 
 
 class Session:
@@ -59,7 +63,7 @@ class Session:
         self._fingerprint = fingerprint(config, rows=len(self.run.train_rows))
         if self.run.eval_rows is not None:
             measured = {"n": config.eval.n, "gold": len(config.eval.gold)}
-            self._fingerprint["eval"] = {"rows": len(self.run.eval_rows), **measured}
+            self._fingerprint["eval"] |= {"rows": len(self.run.eval_rows), **measured}
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
         )
@@ -68,6 +72,8 @@ class Session:
         if found is not None:
             self.start, self.states, self.host = found
             check_fingerprint(self.host.get("fingerprint", {}), self._fingerprint)
+            more = self.start < config.steps and not is_over(self.host, config.eval.patience)
+            self.states = exchange(self.states, self.host, False) if more else self.states
         self.host["fingerprint"] = self._fingerprint
         write_atomic(self.output / "config.yaml", dump(config))
         resumed = self.start if found is not None else None
@@ -102,15 +108,17 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The iterations that are left; a SIGTERM ends them after the one in progress."""
-        for step in range(self.start, self.run.config.steps):
-            yield step
-            self._end_of(step + 1)
+        done = self.start
+        while done < self.run.config.steps and not has_ended(self.host):
+            yield done
+            done += 1
+            self._end_of(done)
             if self._stopped:
-                self.save(step + 1)
+                self.save(done)
                 self.checkpoints.wait()
-                self.show.note(f"stopped by SIGTERM after iteration {step + 1}, which is saved")
+                self.show.note(f"stopped by SIGTERM after iteration {done}, which is saved")
                 raise SystemExit(0)
-        self.save(self.run.config.steps)
+        self.save(done)
 
     def _end_of(self, done: int) -> None:
         every = self.run.config.checkpoint.every
@@ -146,6 +154,15 @@ class Session:
         self.recorder.samples(step, samples)
         self.show.step(step, plain(metrics), samples)
 
+    def example(self, text: str) -> None:
+        """Show a row that is learnt from, cut if it is long, and write it to example.txt whole."""
+        write_atomic(self.output / "example.txt", text + "\n")
+        half = EXAMPLE // 2
+        brief = text if len(text) <= EXAMPLE else f"{text[:half]} … {text[-half:]}"
+        self.show.note("an example, what is trained on between ⟦ and ⟧:")
+        for line in brief.splitlines():
+            self.show.note(f"  {line}")
+
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Log an evaluation, its completions included."""
         values = {f"eval/{name}": x for name, x in evaluation.metrics.items()}
@@ -157,7 +174,8 @@ class Session:
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run with no iteration left; None if there is something to do."""
         path = self.output / "summary.json"
-        if self.start < self.run.config.steps or not path.is_file():
+        more = self.start < self.run.config.steps and not has_ended(self.host)
+        if more or not path.is_file():
             return None
         self.show.note(f"nothing to do: all {self.start} iterations are done")
         return json.loads(path.read_text())

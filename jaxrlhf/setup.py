@@ -52,6 +52,7 @@ from jaxrlhf.networks import (
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
 from jaxrlhf.rewards.sources import check_truths
 from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.stopping import keep
 from jaxrlhf.types import AnyBatch, Params, TrainState
 
 PACKERS = {
@@ -155,6 +156,8 @@ def _networks(run: Run, loader: Loader) -> Run:
     config, model = run.config, run.model
     start = loader.base(config.model, config.seed)
     states = {"policy": start_state(config, start, needs_head(config), loader)}
+    if config.eval.patience:
+        states["best"] = keep(states["policy"])
     frozen = {"policy": start.params if model.lora else None}
     reference = start if has_reference(config) else None
     if config.reference.path:
@@ -215,10 +218,20 @@ def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) ->
     Where it is relative to a reference, that one's log-probs are in it. Rows that only fill the
     batch (``real_B`` False) have weight 0.
     """
-    assert isinstance(run.config.algorithm, OfflineConfig)
-    make = PACKERS[run.config.algorithm.rows]
+    return place(run, host_batch(run, rows, real_B))
+
+
+def host_batch(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> Any:
+    """As ``pack``, but of numpy arrays, and without a reference's log-probs."""
+    config = run.config
+    assert isinstance(config.algorithm, OfflineConfig)
+    make = PACKERS[config.algorithm.rows]
     more = {"candidates": run.candidates} if make is ranked_batch else {}
-    batch = make(rows, run.config.data.max_tokens, run.config.sample.pad, real_B, **more)
+    return make(rows, config.data.max_tokens, config.sample.pad, real_B, **more)
+
+
+def place(run: Run, batch: Any) -> AnyBatch:
+    """A batch of numpy arrays on the mesh, with what it needs of a reference."""
     batch = put_rows(batch, run.mesh)
     if run.reference is None:
         return batch

@@ -110,6 +110,9 @@ class TokenBatch:
     attention_mask_BT: Array
     weight_BT: Array
     """Σ weight·x is the mean over the tokens that are trained on; 0 on prompt and padding."""
+    segment_BT: Array | None = None
+    """int32; of rows that are several rows one after the other, which one (from 1; 0 on padding):
+    tokens see those of their own segment, and positions start anew in each."""
 
 
 AnyBatch = Batch | PreferenceBatch | TokenBatch

@@ -92,6 +92,14 @@ def sft(folder, **changes):
     return replace(config, **changes)
 
 
+def sft_packed(folder, **changes):
+    """Three or four rows in each packed row."""
+    config = sft(folder)
+    return replace(
+        config, data=replace(config.data, batch_size=2, max_tokens=20, packing=True), **changes
+    )
+
+
 SEPARATE = CriticConfig(kind="separate", learning_rate=2e-3)
 
 

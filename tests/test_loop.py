@@ -56,6 +56,7 @@ RUNS = {
     ),
     "reward_model": runs.reward_model,
     "sft": runs.sft,
+    "sft-packed": runs.sft_packed,
 }
 
 

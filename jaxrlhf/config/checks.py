@@ -111,6 +111,16 @@ def _data(config: Config) -> Iterator[str]:
         value = getattr(config.eval, name)
         if value and not config.data.eval:
             yield f"eval.{name}={value!r:.80}: there are no rows to evaluate on: give data.eval"
+    if config.eval.patience and not (config.eval.every and config.data.eval):
+        yield (
+            f"eval.patience={config.eval.patience}: counts evaluations, and there are none in "
+            "between: give data.eval and eval.every"
+        )
+    if config.eval.patience and is_on_policy(config):
+        name = config.algorithm.name
+        yield f"eval.patience={config.eval.patience}: {name} has no held-out loss: leave it out"
+    if config.data.packing and config.algorithm.name != "sft":
+        yield f"data.packing: only sft packs rows, not {config.algorithm.name}: leave it out"
     if not config.output:
         yield "output: empty: give the folder that the run is written to"
 

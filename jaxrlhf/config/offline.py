@@ -32,6 +32,9 @@ class SFTConfig(OfflineConfig):
 
     rows: ClassVar[Rows] = "completions"
     name: Literal["sft"] = "sft"
+    train_on: Literal["completion", "assistant"] = "completion"
+    """Of chats: imitate the completion (of ``messages``, the last turn), or all turns of the
+    assistant's, those in the prompt too."""
 
 
 @dataclass(frozen=True)

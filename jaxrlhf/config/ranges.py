@@ -10,7 +10,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 0",
         lambda x: x >= 0,
         "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
-        "critic.warmup checkpoint.every eval.every distributed.processes distributed.watchdog "
+        "critic.warmup checkpoint.every eval.every eval.patience distributed.processes "
+        "distributed.watchdog "
         "sample.temperature sample.top_k sample.pad algorithm.clip_high "
         "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
         "algorithm.score_l2 "

@@ -19,11 +19,14 @@ class DataConfig:
     eval: str = ""
     """Held-out rows of the same kind."""
     batch_size: int = 8
-    """Rows of the data (prompts, pairs) an iteration."""
+    """Rows of the data (prompts, pairs) an iteration; with packing, packed rows."""
     max_prompt_tokens: int = 64
     """Width that prompts are padded to; a longer prompt is an error."""
     max_tokens: int = 128
     """Width that whole rows (prompt and answer) are padded to, offline; longer is an error."""
+    packing: bool = False
+    """SFT: lay short rows one after the other in rows of max_tokens, where they do not see each
+    other. Held-out rows are never packed."""
     skip_bad_rows: bool = False
     """Skip malformed or overlong rows and count them, instead of stopping at the first."""
 
@@ -122,6 +125,10 @@ class EvalConfig:
     """Completions a held-out prompt."""
     batch_size: int = 32
     """Held-out rows a step."""
+    patience: int = 0
+    """Offline: stop after this many evaluations in a row without a lower held-out loss, and end
+    with the parameters of the lowest (also if steps run out); 0 is off. Keeps a second copy of what
+    is trained."""
     gold: tuple[RewardConfig, ...] = ()
     """Rewards that are measured and never trained on."""
 

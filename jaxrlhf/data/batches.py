@@ -36,7 +36,7 @@ def order(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     place = np.arange(step * batch_size, (step + 1) * batch_size)
     epoch, offset = np.divmod(place, count)
     return np.array(
-        [_permutation(count, seed, int(e))[o] for e, o in zip(epoch, offset, strict=True)]
+        [permutation(count, seed, int(e))[o] for e, o in zip(epoch, offset, strict=True)]
     )
 
 
@@ -65,8 +65,9 @@ def _check(count: int, batch_size: int) -> None:
 
 
 @lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's rows in its order, drawn from (seed, epoch); read-only, shared by all callers."""
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    permutation = generator.permutation(count)
-    permutation.setflags(write=False)  # it is shared by all callers
-    return permutation
+    drawn = generator.permutation(count)
+    drawn.setflags(write=False)
+    return drawn

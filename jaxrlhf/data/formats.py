@@ -1,4 +1,4 @@
-"""What the columns of a row mean, and the one place where chats become text.
+"""What the columns of a row mean.
 
 The column names are TRL's. A value is plain text, or a chat: a list of ``{role, content}``.
 
@@ -7,26 +7,27 @@ The column names are TRL's. A value is plain text, or a chat: a list of ``{role,
     pairs         prompt, chosen, rejected  or chosen, rejected (chats that start with the prompt),
                   and margin, a number, if wanted
 
+Answers that are compared (pairs, labelled completions) are one turn of the assistant's each.
+
 All other columns are kept with the row, and reach the reward functions under their names.
 
 Plain text is used as it stands: prompt and answer are simply joined, so an answer brings its own
-leading space. A chat goes through the tokenizer's chat template; the answer's text is what the
-template writes after the prompt and the header of the assistant's turn. Training and scoring both
-take their text from ``render``, so a model is scored on what it was trained on.
+leading space. A chat goes through the tokenizer's chat template (chat.py), in training as in
+scoring, so a model is scored on what it was trained on.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from jaxrlhf.data.chat import cut_turns, render
 from jaxrlhf.data.fields import Message, Text
 from jaxrlhf.data.fields import columns_of as _columns
 from jaxrlhf.data.fields import text_of as _text
-from jaxrlhf.data.rows import Row, Rows, one_line, shown, transform
+from jaxrlhf.data.rows import Row, Rows, shown, transform
 from jaxrlhf.errors import InputError
 
 _ANSWERS = ("chosen", "rejected")
@@ -51,6 +52,9 @@ class Completion:
     completion: str
     columns: Mapping[str, Any]
     where: str
+    pieces: tuple[str, ...] = ()
+    """``completion``, cut where it passes from the assistant to others and back; empty where it is
+    one turn."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,19 @@ def read_prompts(
 
 
 def read_completions(
-    rows: Rows[Row], tokenizer: PreTrainedTokenizerFast, skip_bad_rows: bool = False
+    rows: Rows[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    skip_bad_rows: bool = False,
+    train_on: Literal["completion", "assistant"] = "completion",
 ) -> Rows[Completion]:
-    """Prompts with an answer. Raises InputError on the first bad row, or counts it as skipped."""
-    return transform(rows, partial(_completion, tokenizer=tokenizer), skip_bad_rows)
+    """Prompts with an answer. Raises InputError on the first bad row, or counts it as skipped.
+
+    Args:
+      train_on: of a chat, imitate the assistant's turns of the completion (of ``messages``: the
+        last turn), or those of the prompt too; plain text has the completion alone.
+    """
+    read = partial(_imitation, tokenizer=tokenizer, train_on=train_on)
+    return transform(rows, read, skip_bad_rows)
 
 
 def read_labelled(
@@ -108,79 +121,36 @@ def stack_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
-def render(
-    tokenizer: PreTrainedTokenizerFast, prompt: Text, answers: Sequence[Text], where: str
-) -> tuple[str, tuple[str, ...]]:
-    """The text of a prompt and of each answer to it: THE rendering, for training and scoring.
-
-    Args:
-      prompt, answers: all plain text, or all chats.
-      where: the row's place, for errors.
-
-    Returns:
-      The prompt's text, header of the assistant's turn included, and each answer's text:
-      ``rendered(prompt + answer)`` less its prefix ``rendered(prompt)``.
-
-    Raises:
-      InputError: a chat beside plain text, a prompt that ends in an assistant's turn or an answer
-        that does not begin with one, a missing or failing chat template, or one that renders the
-        prompt otherwise once an answer follows.
-    """
-    kinds = {type(text) for text in (prompt, *answers)}
-    if kinds == {str}:
-        return str(prompt), tuple(str(answer) for answer in answers)
-    if isinstance(prompt, str) or str in kinds:
-        raise InputError(f"{where}: plain text beside a chat; make all columns one or the other")
-    if prompt[-1]["role"] == "assistant":
-        raise InputError(f"{where}: the prompt ends with an assistant's turn; end with a user's")
-    text = _apply_template(tokenizer, prompt, where, open_turn=True)
-    return text, tuple(_render_answer(tokenizer, prompt, text, answer, where) for answer in answers)
-
-
-def _render_answer(
-    tokenizer: PreTrainedTokenizerFast, prompt: list[Message], text: str, answer: Any, where: str
-) -> str:
-    if answer[0]["role"] != "assistant":
-        role = shown(answer[0]["role"])
-        raise InputError(f"{where}: the answer begins with role {role}; it must be 'assistant'")
-    whole = _apply_template(tokenizer, prompt + answer, where, open_turn=False)
-    if not whole.startswith(text):
-        raise InputError(
-            f"{where}: the chat template renders the prompt otherwise once an answer follows; "
-            "use a template under which prompt + answer starts with the prompt"
-        )
-    return whole[len(text) :]
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerFast, chat: list[Message], where: str, open_turn: bool
-) -> str:
-    if not tokenizer.chat_template:
-        raise InputError(f"{where}: a chat, and the tokenizer has no chat template; use plain text")
-    try:
-        return str(
-            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=open_turn)
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        message = f"{where}: the chat template failed ({one_line(error)}); mend the row or template"
-        raise InputError(message) from error
-
-
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerFast) -> Prompt:
     text, _ = render(tokenizer, _text(row, "prompt"), (), row.where)
     return Prompt(text, _columns(row, "prompt"), row.where)
 
 
-def _completion(row: Row, tokenizer: PreTrainedTokenizerFast) -> Completion:
+def _columns_of_completion(row: Row) -> tuple[Text, Text, dict[str, Any]]:
+    """Prompt, completion and the other columns of a row, which may have both in ``messages``."""
     if "messages" in row.values and "prompt" not in row.values:
         chat = _text(row, "messages")
         if isinstance(chat, str) or len(chat) < 2:
             raise InputError(f"{row.where}: messages={shown(chat)}: give a question and an answer")
-        prompt, answer = chat[:-1], chat[-1:]
-        columns = _columns(row, "messages")
-    else:
-        prompt, answer = _text(row, "prompt"), _text(row, "completion")
-        columns = _columns(row, "prompt", "completion")
+        return chat[:-1], chat[-1:], _columns(row, "messages")
+    columns = _columns(row, "prompt", "completion")
+    return _text(row, "prompt"), _text(row, "completion"), columns
+
+
+def _imitation(row: Row, tokenizer: PreTrainedTokenizerFast, train_on: str) -> Completion:
+    """A completion whose chat, if it is one, may have several turns to imitate."""
+    prompt, answer, columns = _columns_of_completion(row)
+    whole = train_on == "assistant"
+    if isinstance(prompt, str) or isinstance(answer, str) or (len(answer) == 1 and not whole):
+        return _completion(row, tokenizer)
+    chat, first = prompt + answer, 0 if whole else len(prompt)
+    text, pieces = cut_turns(tokenizer, chat, first, row.where)
+    several = pieces if len(pieces) > 1 else ()
+    return Completion(text, "".join(pieces), columns, row.where, several)
+
+
+def _completion(row: Row, tokenizer: PreTrainedTokenizerFast) -> Completion:
+    prompt, answer, columns = _columns_of_completion(row)
     text, (completion,) = render(tokenizer, prompt, (answer,), row.where)
     return Completion(text, completion, columns, row.where)
 

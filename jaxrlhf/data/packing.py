@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.tokens import Encoded, Ids, right_pad
+from jaxrlhf.data.tokens import Encoded, Ids, imitated, right_pad
 from jaxrlhf.errors import InputError
 from jaxrlhf.types import PreferenceBatch, TokenBatch
 
@@ -15,7 +15,7 @@ def token_batch(
 ) -> TokenBatch:
     """Completion rows as a TokenBatch of numpy arrays, right-padded to T = ``width``.
 
-    weight_BT is 1/n on the n tokens of completions, stop tokens included, 0 elsewhere.
+    weight_BT is 1/n on the n tokens to imitate, stop tokens included, 0 elsewhere.
 
     Args:
       rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
@@ -23,15 +23,16 @@ def token_batch(
     """
     where = [row.source.where for row in rows]
     token_BT, mask_BT = right_pad([row.prompt + row.answers[0] for row in rows], width, pad, where)
-    learn_BT = mask_BT.copy()
+    learn_BT = np.zeros_like(mask_BT)
     for index, row in enumerate(rows):
-        learn_BT[index, : len(row.prompt)] = 0
+        learn = imitated(row)
+        learn_BT[index, : len(learn)] = learn
     if real_B is not None:
         learn_BT = learn_BT * real_B[:, None]
     arrays: dict[str, Any] = {
         "token_BT": token_BT,
         "attention_mask_BT": mask_BT,
-        "weight_BT": _mean_weights(learn_BT),
+        "weight_BT": mean_weights(learn_BT),
     }
     return TokenBatch(**arrays)
 
@@ -170,13 +171,13 @@ def _candidates(
         "attention_mask_BCT": real_RT.reshape(shape),
         "mask_BCT": mask_RT.reshape(shape).astype(np.float32),
         "margin_B": np.zeros(len(rows), np.float32),
-        "weight_B": _mean_weights(np.ones(len(rows)) if real_B is None else real_B),
+        "weight_B": mean_weights(np.ones(len(rows)) if real_B is None else real_B),
         **more,
     }
     return PreferenceBatch(**arrays)
 
 
-def _mean_weights(mask: np.ndarray) -> np.ndarray:
+def mean_weights(mask: np.ndarray) -> np.ndarray:
     """What masked.weights gives by token, without sending the batch to a device."""
     mask = (mask != 0).astype(np.float32)
     return mask / np.maximum(mask.sum(), np.float32(1))

@@ -9,6 +9,7 @@ from jaxrlhf.config import (
     PointwiseRewardModelConfig,
     ProcessRewardModelConfig,
     RewardModelConfig,
+    SFTConfig,
     is_on_policy,
 )
 from jaxrlhf.data.formats import read_completions, read_labelled, read_pairs, read_prompts
@@ -36,12 +37,14 @@ def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Enc
       vocab: rows of the model's embedding table.
     """
     skip, kind = config.data.skip_bad_rows, config.algorithm
-    read = READERS[kind.rows] if isinstance(kind, OfflineConfig) else read_prompts
+    read: Any = READERS[kind.rows] if isinstance(kind, OfflineConfig) else read_prompts
     options: dict[str, Any] = {}
     if isinstance(kind, PointwiseRewardModelConfig):
         options = {"binary": kind.kind == "binary"}
     if isinstance(kind, ProcessRewardModelConfig):
         options = {"separator": kind.separator}
+    if isinstance(kind, SFTConfig):
+        options = {"train_on": kind.train_on}
     rows = read(read_rows(path, skip), tokenizer, skip, **options)
     limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
     return encode_rows(rows, tokenizer, vocab, limit, config.sample.stop, skip)

@@ -1,7 +1,8 @@
 """Text → token ids → padded arrays, on the host: numpy in, numpy out.
 
 Prompt and answer are tokenised apart, in training as in sampling, where the prompt stands alone:
-a training row's first ids are exactly what the sampler would have been given.
+a training row's first ids are exactly what the sampler would have been given. Of an answer with
+several turns (SFT), each turn and what stands between two is tokenised apart likewise.
 
 The end-of-sequence rule. A response that the sampler finished carries its stop token, as its last
 id. So does every answer to be trained on, exactly once: whatever a chat template writes after a
@@ -41,6 +42,8 @@ class Encoded:
     source: Prompt | Completion | Pair | Ranked | Stepwise
     ends: tuple[int, ...] = ()
     """The last token of each step of the answer, counted from its first."""
+    spans: tuple[tuple[int, int], ...] | None = None
+    """From where to where in the completion the assistant's tokens are; None: all of it."""
 
 
 def encode_rows(
@@ -112,14 +115,62 @@ def encode_answer(
         raise InputError(f"{where}: answer {shown(text)} has no token; fill it or drop the row")
     if not ended:
         return ids
+    if end := _end_of_turn(tokenizer, ids, stop):
+        return ids[:end]
+    eos: Any = tokenizer.eos_token_id
+    return ids if eos is None else [*ids, eos]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerFast,
+    pieces: Sequence[str],
+    where: str,
+    stop: Sequence[int] = (),
+    ended: bool = True,
+) -> tuple[Ids, tuple[tuple[int, int], ...]]:
+    """Ids of an answer of several turns, and the span of each turn of the assistant's in them.
+
+    A turn's span ends with its stop token; what the template writes after it belongs to others.
+
+    Args:
+      pieces: by turns the assistant's and others' (``Completion.pieces``).
+      stop, ended: as for ``encode_answer``, which the last turn is encoded by.
+
+    Raises:
+      InputError: a turn of the assistant's has no token.
+    """
+    ids: Ids = []
+    spans: list[tuple[int, int]] = []
+    for index, text in enumerate(pieces):
+        start, last = len(ids), index == len(pieces) - 1
+        if index % 2:
+            ids += tokenizer.encode(text, add_special_tokens=False)
+            continue
+        turn = encode_answer(tokenizer, text, where, stop, ended and last)
+        end = 0 if last else _end_of_turn(tokenizer, turn, stop)
+        spans.append((start, start + (end or len(turn))))
+        ids += turn
+    return ids, tuple(spans)
+
+
+def imitated(row: Encoded) -> np.ndarray:
+    """True on the tokens of prompt and completion that are to be imitated; bool [n]."""
+    learn = np.zeros(len(row.prompt) + len(row.answers[0]), bool)
+    for start, end in row.spans or ((0, len(row.answers[0])),):
+        learn[len(row.prompt) + start : len(row.prompt) + end] = True
+    return learn
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast, ids: Ids, stop: Sequence[int]) -> int:
+    """Where the first of the stop tokens that end a turn has passed; 0 if none ends it."""
     eos: Any = tokenizer.eos_token_id
     stops = {*stop, eos} - {None}
     last = max((at for at, token in enumerate(ids) if token in stops), default=-1)
-    if last >= 0 and not str(tokenizer.decode(ids[last + 1 :])).strip():
-        while last > 0 and ids[last - 1] in stops:
-            last -= 1
-        return ids[: last + 1]
-    return ids if eos is None else [*ids, eos]
+    if last < 0 or str(tokenizer.decode(ids[last + 1 :])).strip():
+        return 0
+    while last > 0 and ids[last - 1] in stops:
+        last -= 1
+    return last + 1
 
 
 def check_ids(ids: Sequence[int], vocab: int, where: str) -> None:
@@ -193,10 +244,15 @@ def _encode_row(
         case Stepwise():
             text, texts = row.prompt, (row.answer,)
     prompt = encode_prompt(tokenizer, text, row.where)
-    answers = tuple(
-        encode_answer(tokenizer, answer, row.where, stop, whole)
-        for answer, whole in zip(texts, ended, strict=True)
-    )
+    spans = None
+    if isinstance(row, Completion) and row.pieces:
+        ids, spans = encode_turns(tokenizer, row.pieces, row.where, stop, ended[0])
+        answers: tuple[Ids, ...] = (ids,)
+    else:
+        answers = tuple(
+            encode_answer(tokenizer, answer, row.where, stop, whole)
+            for answer, whole in zip(texts, ended, strict=True)
+        )
     longest = len(prompt) + max(map(len, answers), default=0)
     _check_length(longest, limit, field, row.where)
     if isinstance(row, Pair) and answers[0] == answers[1]:
@@ -204,7 +260,7 @@ def _encode_row(
         raise InputError(message)
     if isinstance(row, Ranked) and len(set(map(tuple, answers))) < len(answers):
         raise InputError(f"{row.where}: two of the responses have the same tokens; drop one")
-    return Encoded(prompt, answers, row, _step_ends(row, answers, tokenizer))
+    return Encoded(prompt, answers, row, _step_ends(row, answers, tokenizer), spans)
 
 
 def _step_ends(

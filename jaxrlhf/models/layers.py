@@ -94,6 +94,18 @@ class RMSNorm(nnx.Module):
         return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+def positions(mask_BT: Array, segment_BT: Array | None = None) -> Array:
+    """Real tokens before each token, in its row or in its segment of it; [B, T] int32, at least 0.
+
+    A segment is a stretch of equal numbers.
+    """
+    count_BT = jnp.cumsum(mask_BT, axis=1) - 1
+    if segment_BT is not None:
+        starts = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1]) != 0
+        count_BT -= jax.lax.cummax(jnp.where(starts, count_BT, 0), axis=1)
+    return jnp.maximum(count_BT, 0)
+
+
 def rotary_angles(position_BT: Array, config: DecoderConfig) -> tuple[Array, Array]:
     """cos and sin [B, T, 1, H/2] of the rotary embedding (arXiv:2104.09864), float32."""
     half = config.head_dim // 2

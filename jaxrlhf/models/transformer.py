@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
-from jaxrlhf.models.layers import Block, Ends, rotary_angles
+from jaxrlhf.models.layers import Block, Ends, positions, rotary_angles
 from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array, Params
 
@@ -159,11 +159,14 @@ class Model:
         attention_mask_BT: Array,
         lora: Params | None = None,
         cache: Cache | None = None,
+        segment_BT: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Hidden states after the last norm, [B, T, D] in the compute dtype.
 
         Positions count real tokens, so padding on either side changes nothing. With a ``cache``,
-        the T tokens follow those already in it, and the cache with them added is returned.
+        the T tokens follow those already in it, and the cache with them added is returned. Without
+        one, ``segment_BT`` may say which of several rows in one each token belongs to: they do not
+        see each other, and positions start at 0 in each.
 
         Raises:
           ValueError: if ``params`` or ``lora`` is not the tree that this model declares; the
@@ -176,8 +179,7 @@ class Model:
         x = constrain(outer.embed(token_BT, self.dtype), ("batch", "length", "activation"))
         layers = self.cast(layers)
         if cache is None:
-            position = jnp.maximum(jnp.cumsum(attention_mask_BT, axis=1) - 1, 0)
-            x = self._run(declared, layers, x, position, attention_mask_BT)
+            x = self._run(declared, layers, x, attention_mask_BT, segment_BT)
         else:
             x, cache = self._run_cached(declared, layers, x, attention_mask_BT, cache)
         return outer.norm(x), cache
@@ -203,12 +205,19 @@ class Model:
         return nnx.merge(declared.graph, outer)
 
     def _run(
-        self, declared: Declared, layers: Params, x: Array, position_BT: Array, mask_BT: Array
+        self,
+        declared: Declared,
+        layers: Params,
+        x: Array,
+        mask_BT: Array,
+        segment_BT: Array | None,
     ) -> Array:
         """All layers over whole rows."""
-        angles = rotary_angles(position_BT, self.decoder)
+        angles = rotary_angles(positions(mask_BT, segment_BT), self.decoder)
         steps = jnp.arange(x.shape[1])
         allowed = (steps[:, None] >= steps) & (mask_BT[:, None] != 0)
+        if segment_BT is not None:
+            allowed &= segment_BT[:, :, None] == segment_BT[:, None]
 
         def layer(x: Array, weights: Params) -> tuple[Array, None]:
             module = nnx.merge(declared.graph, weights)

@@ -129,7 +129,8 @@ def sft_loss(model: Model, algorithm: Algorithm) -> Loss:
 
     def loss(params: Params, frozen: Params | None, batch: TokenBatch) -> tuple[Array, Metrics]:
         weights, lora = combine_params(params, frozen)
-        outputs = forward(model, weights, batch.token_BT, batch.attention_mask_BT, lora=lora)
+        rows = (batch.token_BT, batch.attention_mask_BT)
+        outputs = forward(model, weights, *rows, lora=lora, segment_BT=batch.segment_BT)
         return algorithm.loss(outputs, batch)
 
     return loss

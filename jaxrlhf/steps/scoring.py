@@ -26,6 +26,7 @@ def forward(
     value: bool = False,
     lora: Params | None = None,
     first: int = 1,
+    segment_BT: Array | None = None,
 ) -> Outputs:
     """One pass over whole rows; the [B, T, V] logits never exist at once.
 
@@ -41,15 +42,19 @@ def forward(
       lora: adapters, or None.
       first: static, ≥ 1; columns before it are left at 0, which saves their logits (the prompt's,
         say, when only responses count).
+      segment_BT: int32 [B, T]; rows are several rows one after the other, and this says which (from
+        1; 0 on padding). Each is then as if it stood alone.
 
     Returns:
       Outputs, float32 [B, T] each; log-probs and entropies in nats.
     """
     chex.assert_rank([token_BT, attention_mask_BT], 2)
     chex.assert_equal_shape([token_BT, attention_mask_BT])
-    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora)
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
     real = attention_mask_BT != 0
     known = real[:, first:] & real[:, first - 1 : -1]
+    if segment_BT is not None:
+        known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
     before = hidden[:, first - 1 : -1]
     logp, spread = _token_logp(model, params, before, token_BT[:, first:], temperature, entropy)
 

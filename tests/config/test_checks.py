@@ -151,6 +151,11 @@ def test_check_passes(config):
         ({"model": fresh(head_dim=3)}, "model.decoder.head_dim=3: must be even"),
         ({"model": fresh(context=87)}, "model.decoder.context=87: rows are 88 tokens wide"),
         ({"model": ModelConfig("p", lora=LoraConfig(targets=()))}, "model.lora.targets: empty"),
+        (
+            {"eval": EvalConfig(patience=1, every=1), "data": replace(PPO.data, eval="e")},
+            "eval.patience=1: ppo has no held-out loss: leave it out",
+        ),
+        ({"eval": EvalConfig(patience=-1)}, "eval.patience=-1: must be at least 0"),
         ({"critic": CriticConfig(path="p")}, "critic.path=p: a shared critic has none"),
         ({"mesh": MeshConfig(fsdp=0)}, "mesh.fsdp=0: must be at least 1, or -1"),
         ({"mesh": MeshConfig(fsdp=-1)}, "mesh: data=-1, fsdp=-1, tensor=1: only one axis"),
@@ -169,6 +174,15 @@ def test_check_refuses(changes, message):
         ({"rewards": PPO.rewards}, "rewards: algorithm.name=sft learns from its data alone"),
         ({"optim": OptimConfig(microbatches=3)}, "data.batch_size=8 % optim.microbatches=3"),
         ({"model": fresh(context=127)}, "rows are 128 tokens wide"),
+        (
+            {"algorithm": DPOConfig(), "data": replace(PPO.data, packing=True)},
+            "data.packing: only sft packs rows, not dpo: leave it out",
+        ),
+        (
+            {"eval": EvalConfig(patience=2), "data": replace(PPO.data, eval="e")},
+            "eval.patience=2: counts evaluations, and there are none",
+        ),
+        ({"eval": EvalConfig(patience=2, every=5)}, "eval.every=5: there are no rows to evaluate"),
         (
             {"algorithm": KTOConfig(), "optim": OptimConfig(microbatches=2)},
             "optim.microbatches=2: kto has a mean",

@@ -81,7 +81,10 @@ def test_load_floats_are_floats(write):
             ": rewards.1.functon: unknown key (did you mean function?)",
         ),
         ("model: {lora: {rnk: 1}}", ": model.lora.rnk: unknown key (did you mean rank?)"),
-        ("algorithm: {name: sft, gamma: 1}", ": algorithm.gamma: unknown key (known: name)"),
+        (
+            "algorithm: {name: sft, gamma: 1}",
+            ": algorithm.gamma: unknown key (known: name, train_on)",
+        ),
         (
             "algorithm: {name: pppo}",
             ": algorithm.name='pppo': unknown (choose one of ppo, a2c, reinforce,",

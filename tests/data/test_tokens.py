@@ -1,5 +1,7 @@
 """The tiny vocabulary: <eos> 0 (also padding), <bos> 1, <unk> 2, <stop> 3, … a 8, b 9, c 10."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from jaxrlhf.data.tokens import (
     encode_answer,
     encode_prompt,
     encode_rows,
+    encode_turns,
+    imitated,
     left_pad,
     prompt_arrays,
     right_pad,
@@ -82,6 +86,27 @@ def test_encode_answer_without_eos_in_the_tokenizer(make_tokenizer):
 def test_encode_answer_empty(tokenizer):
     with pytest.raises(InputError, match="x:1: answer '' has no token"):
         encode_answer(tokenizer, "", "x:1")
+
+
+def test_encode_turns_trains_up_to_each_stop_token(tokenizer):
+    """Between a turn's end and the next header: the template's line break, and the question."""
+    pieces = ("a <stop> \n", "user : b <eos>\nassistant : ", "c <eos>\n")
+    ids, spans = encode_turns(tokenizer, pieces, "x:1", stop=(STOP,))
+    user, assistant, colon = tokenizer.convert_tokens_to_ids(["user", "assistant", ":"])
+    assert ids == [A, STOP, user, colon, B, EOS, assistant, colon, C, EOS]
+    assert spans == ((0, 2), (8, 10))
+    ids, spans = encode_turns(tokenizer, ("a <eos> b", "c", "c"), "x:1", ended=False)
+    assert ids == [A, EOS, B, C, C]  # no turn ends in a stop token, and none is added
+    assert spans == ((0, 3), (4, 5))
+
+
+def test_imitated_marks_completions_and_spans():
+    whole, part = completion([A, B], [C, EOS]), completion([A], [B, C, EOS, B])
+    assert imitated(whole).tolist() == [False, False, True, True]
+    part = replace(part, spans=((0, 1), (3, 4)))
+    assert imitated(part).tolist() == [False, True, False, False, True]
+    batch = token_batch([whole, part], 5, pad=EOS)
+    np.testing.assert_array_equal(batch.weight_BT != 0, [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]])
 
 
 @pytest.mark.parametrize("chat", [False, True])

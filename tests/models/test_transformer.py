@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import LoraConfig, RopeScaling
+from jaxrlhf.models.layers import positions
 from jaxrlhf.models.transformer import Model, check_tree, merge_lora
 from jaxrlhf.sharding import RULES
 
@@ -54,6 +55,32 @@ def test_apply_padding_changes_nothing(model, params):
     assert jnp.isfinite(padded).all()
     for row, at in enumerate(columns):
         np.testing.assert_allclose(padded[row, at], alone, atol=1e-5)
+
+
+def test_apply_segments_are_rows_of_their_own(model, params):
+    """Two rows in one, then padding: each token sees what it would see alone, and no more."""
+    lengths = (4, 5)
+    token = jnp.concatenate([TOKEN[0, :4], TOKEN[1, :5], jnp.full(3, 7)])[None]
+    segment = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([*lengths, 3]))[None]
+    hidden, _ = model.apply(params, token, (segment != 0).astype(jnp.int32), segment_BT=segment)
+    packed, start = model.logits(params, hidden)[0], 0
+    assert jnp.isfinite(packed).all()
+    for row, length in enumerate(lengths):
+        alone = logits(model, params, TOKEN[row : row + 1, :length], FULL[:1, :length])[0]
+        np.testing.assert_allclose(packed[start : start + length], alone, atol=1e-5)
+        start += length
+    together = logits(model, params, token, (segment != 0).astype(jnp.int32))[0]
+    assert abs(together[4:9] - packed[4:9]).max() > 1e-2  # it is the segments that do it
+
+
+def test_positions_start_anew_in_each_segment():
+    """Rotations only see differences of positions, so this shows in no logit of a short row."""
+    segment = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
+    real = (segment != 0).astype(jnp.int32)
+    expected = [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 0]]
+    np.testing.assert_array_equal(positions(real, segment), expected)
+    padded = jnp.array([[0, 0, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(positions(padded), [[0, 0, 0, 1, 2, 2]])
 
 
 def test_apply_is_causal(model, params):

@@ -15,6 +15,10 @@ from jaxrlhf.config import (
     RewardModelConfig,
     SFTConfig,
 )
+from jaxrlhf.data.formats import Completion
+from jaxrlhf.data.packing import token_batch
+from jaxrlhf.data.sequences import packed_batch
+from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.steps.losses import (
     candidate_logp,
     candidate_scores,
@@ -187,6 +191,34 @@ def test_sft_loss_is_the_mean_negative_logp(model, params, batch):
     loss, _ = jax.jit(sft_loss(model, sft(SFTConfig())))(params, None, rows)
     logp = score_rows(model, params, batch.token_BT, batch.attention_mask_BT, 1.0)
     np.testing.assert_allclose(loss, -masked.mean(logp, batch.mask_BT), rtol=1e-5)
+
+
+def test_sft_loss_packed_is_that_of_the_rows(model, params):
+    """Seven rows, and the same seven in four packed rows: one loss, one gradient."""
+    rng = np.random.default_rng(0)
+    rows = [
+        Encoded(
+            rng.integers(0, model.decoder.vocab, p).tolist(),
+            (rng.integers(0, model.decoder.vocab, a).tolist(),),
+            Completion("", "", {}, "x:1"),
+        )
+        for p, a in ((1, 5), (4, 3), (2, 2), (3, 6), (1, 1), (5, 4), (2, 7))
+    ]
+    alone = token_batch(rows, 20, 0)
+    packed = packed_batch([rows[:2], rows[2:5], rows[5:6], rows[6:]], 20, 0)
+    assert packed.token_BT.shape == (4, 20)
+    loss = sft_loss(model, sft(SFTConfig()))
+    tx = optax.sgd(1.0)
+
+    def step(batch, pieces):
+        update = make_update(tx, loss, pieces)
+        state, metrics = update(start(params, tx), jax.tree.map(jnp.asarray, batch))
+        return state.params, metrics
+
+    (apart, one), (together, other) = step(alone, 1), step(packed, 2)
+    assert one["tokens"] == other["tokens"] == 28
+    np.testing.assert_allclose(one["loss"], other["loss"], atol=1e-5)
+    close(apart, together, 1e-5)
 
 
 def test_pairs_loss_gives_the_log_probs_of_every_candidate(model, params, batch):

@@ -1,0 +1,77 @@
+"""Early stopping: the parameters that held-out rows liked best are kept beside those that learn.
+
+They are a part of the training states ("best") and of every checkpoint, as is what is known of them
+(``host["best"]``): a run that is killed goes on with both as they were. When it ends, the two
+change places, so that whoever reads the run finds the best ones as its policy; a run that is given
+more steps, or more patience, changes them back first.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.types import TrainState
+
+States = dict[str, TrainState]
+Host = dict[str, Any]
+
+
+def keep(state: TrainState) -> TrainState:
+    """A copy of a state's parameters, laid out as they are, without its optimizer."""
+    kept = state.replace(opt_state=())
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(kept)):
+        return kept
+    layout = jax.tree.map(lambda x: x.sharding, kept)
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=layout)(kept)
+
+
+def compare(states: States, host: Host, step: int, metrics: Mapping[str, float]) -> States:
+    """Note an evaluation of the policy, and keep its parameters if its loss is the lowest so far.
+
+    Args:
+      host: its ``best`` is written: ``step`` and ``metrics`` of the best evaluation, ``last``, the
+        step of this one, and ``waited``, evaluations since the best.
+      step: iterations done.
+      metrics: of the evaluation, ``loss`` among them; one that is not a number is never the best.
+
+    Returns:
+      The states, with "best" as it now is.
+    """
+    best = host.get("best")
+    lowest = math.inf if best is None else _number(best["metrics"]["loss"])
+    if best is None or _number(metrics["loss"]) < lowest:
+        host["best"] = {"step": step, "metrics": dict(metrics), "last": step, "waited": 0}
+        return {**states, "best": keep(states["policy"])}
+    host["best"] = {**best, "last": step, "waited": best["waited"] + 1}
+    return states
+
+
+def is_over(host: Host, patience: int) -> bool:
+    """Whether the last ``patience`` evaluations have not improved on the best; never if it is 0."""
+    return bool(patience) and "best" in host and host["best"]["waited"] >= patience
+
+
+def has_ended(host: Host) -> bool:
+    """Whether the best parameters are the policy's: the run is over, early or in its time."""
+    return host.get("best", {}).get("in_use", False)
+
+
+def exchange(states: States, host: Host, in_use: bool) -> States:
+    """The states with the best parameters as the policy's (``in_use``), or back as they were."""
+    if has_ended(host) == in_use:
+        return states
+    host["best"] = {**host["best"], "in_use": in_use}
+    policy, best = states["policy"], states["best"]
+    swapped = {
+        "policy": policy.replace(params=best.params),
+        "best": best.replace(params=policy.params),
+    }
+    return {**states, **swapped}
+
+
+def _number(loss: float | None) -> float:
+    """The loss, or infinity in place of what is no number."""
+    return math.inf if loss is None or math.isnan(loss) else loss

@@ -1,0 +1,63 @@
+"""The batch of each step, and what is shown of the first."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from jaxrlhf.config import DPOConfig, MeshConfig
+from jaxrlhf.data.batches import order
+from jaxrlhf.feeding import batches, example, packing_metrics
+from jaxrlhf.setup import host_batch, setup
+from jaxrlhf.sharding import make_mesh
+
+
+@pytest.fixture
+def ready():
+    """A run without its weights, and so without a compilation."""
+
+    def make(config):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            return setup(config, mesh, abstract=True)
+
+    return make
+
+
+def test_batches_follow_the_order_of_rows(ready, tmp_path):
+    run = ready(runs.sft(tmp_path))
+    chosen = [run.train_rows.items[i] for i in order(14, 8, 0, 3)]
+    expected = host_batch(run, chosen)
+    found = batches(run)(3)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert found.segment_BT is None
+    assert packing_metrics(found) == {}
+
+
+def test_batches_packed_hold_every_row_once_an_epoch(ready, tmp_path):
+    """14 rows of 5 tokens, 4 to a row of 20: an epoch is 4 packed rows, two steps."""
+    run = ready(runs.sft_packed(tmp_path))
+    batch_of = batches(run)
+    for epoch in range(2):
+        steps = [batch_of(2 * epoch + i) for i in range(2)]
+        words = run.tokenizer.decode(np.concatenate([b.token_BT.ravel() for b in steps])).split()
+        assert all(words.count(word) == 2 for word in runs.WORDS.split() if word not in "the and")
+        assert sum(packing_metrics(b)["rows"] for b in steps) == 14
+        real = sum(packing_metrics(b)["packing_efficiency"] * b.token_BT.size for b in steps)
+        assert real == pytest.approx(70)
+
+
+def test_example_of_rows(ready, tmp_path):
+    shown = example(ready(runs.sft(tmp_path)))
+    word = shown.split()[1]
+    assert shown == f"the⟦ {word} and {word} <eos>⟧"
+    assert example(ready(runs.sft_packed(tmp_path))).count("⟦") == 1
+    pair = example(ready(replace(runs.reward_model(tmp_path), algorithm=DPOConfig()))).split("\n")
+    assert [line[:4] for line in pair] == ["[1] ", "[2] "]
+    assert pair[0].endswith(" nice <eos>⟧")
+
+
+def test_example_on_policy_is_a_prompt(ready, tmp_path):
+    assert example(ready(runs.ppo(tmp_path))).endswith(" the⟦…⟧")
