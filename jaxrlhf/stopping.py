@@ -8,6 +8,7 @@ more steps, or more patience, changes them back first.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ Host = dict[str, Any]
 
 def keep(state: TrainState) -> TrainState:
     """A copy of a state's parameters, laid out as they are, without its optimizer."""
-    kept = state.replace(opt_state=())
+    kept = replace(state, opt_state=())
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(kept)):
         return kept
     layout = jax.tree.map(lambda x: x.sharding, kept)
@@ -66,8 +67,8 @@ def exchange(states: States, host: Host, in_use: bool) -> States:
     host["best"] = {**host["best"], "in_use": in_use}
     policy, best = states["policy"], states["best"]
     swapped = {
-        "policy": policy.replace(params=best.params),
-        "best": best.replace(params=policy.params),
+        "policy": replace(policy, params=best.params),
+        "best": replace(best, params=policy.params),
     }
     return {**states, **swapped}
 
