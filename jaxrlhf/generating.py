@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import importance_resample
 from jaxrlhf.config import MeshConfig, RewardConfig, SampleConfig, check_sample
 from jaxrlhf.data.formats import Prompt
-from jaxrlhf.data.tokens import encode_prompt, left_pad
+from jaxrlhf.data.padding import left_pad
+from jaxrlhf.data.tokens import encode_prompt
 from jaxrlhf.errors import InputError
 from jaxrlhf.judging import make_judge
 from jaxrlhf.models.tokenizers import ends_of

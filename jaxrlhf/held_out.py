@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.algorithms import aggregate_steps
@@ -217,5 +218,6 @@ def _steps(
         "accuracy": float(np.mean((score_N > 0) == (label_N > 0.5))),
         "steps": len(score_N) / len(scored),
     }
-    rewards = np.asarray(aggregate_steps(score_NT, end_NT, algorithm.aggregate))
+    aggregate = aggregate_steps(jnp.asarray(score_NT), jnp.asarray(end_NT), algorithm.aggregate)
+    rewards = np.asarray(aggregate)
     return rewards, metrics, reliability(sigmoid(score_N), label_N)

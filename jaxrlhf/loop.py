@@ -179,7 +179,7 @@ def offline(run: Run, session: Session) -> None:
     batch_of = batches(run)
     evaluate_before(run, session, lambda: session.states["policy"].params)
     config = run.config
-    if run.config.eval.patience and "best" not in session.host:
+    if config.eval.patience and "best" not in session.host:
         session.states = compare(session.states, session.host, 0, session.host["before"])
     for step in session.steps():
         began = time.perf_counter()

@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.config import MeshConfig, RewardConfig
-from jaxrlhf.data.tokens import encode_answer, encode_prompt, right_pad
+from jaxrlhf.data.padding import right_pad
+from jaxrlhf.data.tokens import encode_answer, encode_prompt
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build
 from jaxrlhf.models.tokenizers import ends_of, load_tokenizer

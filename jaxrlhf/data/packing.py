@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.tokens import Encoded, Ids, imitated, right_pad
+from jaxrlhf.data.padding import Ids, right_pad
+from jaxrlhf.data.tokens import Encoded, imitated
 from jaxrlhf.errors import InputError
 from jaxrlhf.types import PreferenceBatch, TokenBatch
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxrlhf.data.batches import permutation
 from jaxrlhf.data.packing import mean_weights
-from jaxrlhf.data.tokens import Encoded, imitated, right_pad
+from jaxrlhf.data.padding import right_pad
+from jaxrlhf.data.tokens import Encoded, imitated
 from jaxrlhf.errors import InputError
 from jaxrlhf.types import TokenBatch
 

@@ -24,11 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.data.formats import Completion, Pair, Prompt
 from jaxrlhf.data.judged import Ranked, Stepwise
+from jaxrlhf.data.padding import Ids, check_length, left_pad
 from jaxrlhf.data.rows import Rows, shown, transform
 from jaxrlhf.data.steps import step_ends
 from jaxrlhf.errors import InputError
-
-Ids = list[int]
 
 
 @dataclass(frozen=True)
@@ -187,38 +186,6 @@ def check_ids(ids: Sequence[int], vocab: int, where: str) -> None:
             )
 
 
-def left_pad(
-    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts, padded on the left.
-
-    Args:
-      rows: Q lists of ids.
-      width: P, data.max_prompt_tokens.
-      pad: id to fill with.
-      where: the place of each row.
-
-    Returns:
-      token_QP int32 and mask_QP int32, 1 on real tokens.
-
-    Raises:
-      InputError: a row longer than ``width``.
-    """
-    for ids, place in zip(rows, where, strict=True):
-        _check_length(len(ids), width, "data.max_prompt_tokens", place)
-    return _pad(rows, width, pad, left=True)
-
-
-def right_pad(
-    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whole rows, padded on the right: token_BT and mask_BT, int32. As ``left_pad``, but T =
-    ``width`` is data.max_tokens."""
-    for ids, place in zip(rows, where, strict=True):
-        _check_length(len(ids), width, "data.max_tokens", place)
-    return _pad(rows, width, pad, left=False)
-
-
 def prompt_arrays(rows: Sequence[Encoded], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """token_QP and mask_QP of Prompt rows, left-padded to P = ``width``; int32."""
     return left_pad([row.prompt for row in rows], width, pad, [row.source.where for row in rows])
@@ -246,15 +213,15 @@ def _encode_row(
     prompt = encode_prompt(tokenizer, text, row.where)
     spans = None
     if isinstance(row, Completion) and row.pieces:
-        ids, spans = encode_turns(tokenizer, row.pieces, row.where, stop, ended[0])
-        answers: tuple[Ids, ...] = (ids,)
+        ids, spans = encode_turns(tokenizer, row.pieces, row.where, stop, _ended(row, "ended"))
+        answers = tuple([ids])
     else:
         answers = tuple(
             encode_answer(tokenizer, answer, row.where, stop, whole)
             for answer, whole in zip(texts, ended, strict=True)
         )
     longest = len(prompt) + max(map(len, answers), default=0)
-    _check_length(longest, limit, field, row.where)
+    check_length(longest, limit, field, row.where)
     if isinstance(row, Pair) and answers[0] == answers[1]:
         message = f"{row.where}: chosen and rejected have the same tokens; drop the row"
         raise InputError(message)
@@ -284,21 +251,3 @@ def _ended(row: Completion | Pair, name: str) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{row.where}: {name}={shown(value)}: true, false, or leave it out")
     return value
-
-
-def _check_length(length: int, limit: int, field: str, where: str) -> None:
-    if length > limit:
-        raise InputError(
-            f"{where}: {length} tokens, and {field} is {limit}; "
-            "raise it, shorten the row, or set data.skip_bad_rows"
-        )
-
-
-def _pad(rows: Sequence[Ids], width: int, pad: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    token_BT = np.full((len(rows), width), pad, np.int32)
-    mask_BT = np.zeros((len(rows), width), np.int32)
-    for index, ids in enumerate(rows):
-        real = slice(width - len(ids), width) if left else slice(len(ids))
-        token_BT[index, real] = ids
-        mask_BT[index, real] = 1
-    return token_BT, mask_BT

@@ -26,9 +26,7 @@ from jaxrlhf.data.tokens import (
     encode_rows,
     encode_turns,
     imitated,
-    left_pad,
     prompt_arrays,
-    right_pad,
 )
 from jaxrlhf.errors import InputError
 
@@ -171,26 +169,6 @@ def test_check_ids_edges():
         check_ids([0, 5], 5, "x:1")
     with pytest.raises(InputError, match="x:1: token 0 has id -1, outside"):
         check_ids([-1], 5, "x:1")
-
-
-def test_left_pad_by_hand():
-    token_QP, mask_QP = left_pad([[A], [EOS, B, EOS]], 3, EOS, ["x:1", "x:2"])
-    np.testing.assert_array_equal(token_QP, [[EOS, EOS, A], [EOS, B, EOS]])
-    np.testing.assert_array_equal(mask_QP, [[0, 0, 1], [1, 1, 1]])
-    assert token_QP.dtype == mask_QP.dtype == np.int32
-
-
-def test_left_pad_too_long():
-    with pytest.raises(InputError, match=r"x:2: 3 tokens, and data\.max_prompt_tokens is 2"):
-        left_pad([[A], [A, B, C]], 2, EOS, ["x:1", "x:2"])
-
-
-def test_right_pad_by_hand():
-    token_BT, mask_BT = right_pad([[A, EOS], [A, B, C]], 3, 7, ["x:1", "x:2"])
-    np.testing.assert_array_equal(token_BT, [[A, EOS, 7], [A, B, C]])
-    np.testing.assert_array_equal(mask_BT, [[1, 1, 0], [1, 1, 1]])
-    with pytest.raises(InputError, match=r"x:2: 3 tokens, and data\.max_tokens is 2"):
-        right_pad([[A], [A, B, C]], 2, EOS, ["x:1", "x:2"])
 
 
 def test_prompt_arrays_pads_left():
