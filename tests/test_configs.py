@@ -98,7 +98,7 @@ def test_tiny_reward_model_learns(name, seed, world):
     measure = "rank_correlation" if name == "pointwise_reward_model" else "accuracy"
     before, after = (summary[f"{measure}_{when}"] for when in ("before", "after"))
     print(f"{name} {seed} {before:.3f} {after:.3f}")
-    assert after > 0.85
+    assert after > 0.8
     assert after > before + 0.2
 
 

@@ -59,8 +59,8 @@ def write_corpus(folder: Path, seed: int, rows: int = 2048) -> None:
         "prompts.jsonl": [{"prompt": text} for text in pairs[:160]],
         "held_out.jsonl": [{"prompt": text} for text in pairs[160:]],
     }
-    steps = [_in_steps(generator) for _ in range(400)]
-    files |= {"steps.jsonl": steps[:320], "steps_held_out.jsonl": steps[320:]}
+    steps = [_in_steps(generator) for _ in range(1200)]
+    files |= {"steps.jsonl": steps[:1000], "steps_held_out.jsonl": steps[1000:]}
     for name, lines in files.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
