@@ -24,9 +24,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.data.chat import cut_turns, render
-from jaxrlhf.data.fields import Message, Text
-from jaxrlhf.data.fields import columns_of as _columns
-from jaxrlhf.data.fields import text_of as _text
+from jaxrlhf.data.fields import Message, Text, columns_of, text_of
 from jaxrlhf.data.rows import Row, Rows, shown, transform
 from jaxrlhf.errors import InputError
 
@@ -122,19 +120,19 @@ def stack_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerFast) -> Prompt:
-    text, _ = render(tokenizer, _text(row, "prompt"), (), row.where)
-    return Prompt(text, _columns(row, "prompt"), row.where)
+    text, _ = render(tokenizer, text_of(row, "prompt"), (), row.where)
+    return Prompt(text, columns_of(row, "prompt"), row.where)
 
 
 def _columns_of_completion(row: Row) -> tuple[Text, Text, dict[str, Any]]:
     """Prompt, completion and the other columns of a row, which may have both in ``messages``."""
     if "messages" in row.values and "prompt" not in row.values:
-        chat = _text(row, "messages")
+        chat = text_of(row, "messages")
         if isinstance(chat, str) or len(chat) < 2:
             raise InputError(f"{row.where}: messages={shown(chat)}: give a question and an answer")
-        return chat[:-1], chat[-1:], _columns(row, "messages")
-    columns = _columns(row, "prompt", "completion")
-    return _text(row, "prompt"), _text(row, "completion"), columns
+        return chat[:-1], chat[-1:], columns_of(row, "messages")
+    columns = columns_of(row, "prompt", "completion")
+    return text_of(row, "prompt"), text_of(row, "completion"), columns
 
 
 def _imitation(row: Row, tokenizer: PreTrainedTokenizerFast, train_on: str) -> Completion:
@@ -177,17 +175,17 @@ def _labelled(row: Row, tokenizer: PreTrainedTokenizerFast) -> tuple[Completion,
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerFast) -> Pair:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if chosen == rejected:
         raise InputError(f"{row.where}: chosen == rejected, {shown(chosen)}; drop the row")
     if "prompt" in row.values or isinstance(chosen, str) or isinstance(rejected, str):
-        prompt = _text(row, "prompt")
+        prompt = text_of(row, "prompt")
     else:
         prompt, chosen, rejected = _split_common(chosen, rejected, row.where)
     text, (good, bad) = render(tokenizer, prompt, (chosen, rejected), row.where)
     if good == bad:
         raise InputError(f"{row.where}: chosen and rejected render to one text, {shown(good)}")
-    columns = _columns(row, "prompt", "chosen", "rejected", "margin")
+    columns = columns_of(row, "prompt", "chosen", "rejected", "margin")
     return Pair(text, good, bad, _margin(row), columns, row.where)
 
 

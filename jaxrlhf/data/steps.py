@@ -6,6 +6,9 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from jaxrlhf.data.judged import Stepwise
+from jaxrlhf.errors import InputError
+
 
 def step_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, separator: str) -> list[int]:
     """The place of each step's last token.
@@ -35,6 +38,24 @@ def step_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, separator:
     if text[start:].strip() or not ends:
         ends.append(len(ids) - 1)
     return sorted(set(ends))
+
+
+def ends_by_label(
+    row: Stepwise, ids: Sequence[int], tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, ...]:
+    """The place of the last token of each step of a row, one a label.
+
+    Raises:
+      InputError: the answer's tokens have another number of steps.
+    """
+    ends = step_ends(ids, tokenizer, row.separator)
+    if len(ends) != len(row.labels):
+        raise InputError(
+            f"{row.where}: {len(row.labels)} labels, and in its tokens the separator "
+            f"{row.separator!r} ends {len(ends)} steps; choose an algorithm.separator that the "
+            "tokenizer keeps"
+        )
+    return tuple(ends)
 
 
 def mark_step_ends(

@@ -26,7 +26,7 @@ from jaxrlhf.data.formats import Completion, Pair, Prompt
 from jaxrlhf.data.judged import Ranked, Stepwise
 from jaxrlhf.data.padding import Ids, check_length, left_pad
 from jaxrlhf.data.rows import Rows, shown, transform
-from jaxrlhf.data.steps import step_ends
+from jaxrlhf.data.steps import ends_by_label
 from jaxrlhf.errors import InputError
 
 
@@ -227,23 +227,8 @@ def _encode_row(
         raise InputError(message)
     if isinstance(row, Ranked) and len(set(map(tuple, answers))) < len(answers):
         raise InputError(f"{row.where}: two of the responses have the same tokens; drop one")
-    return Encoded(prompt, answers, row, _step_ends(row, answers, tokenizer), spans)
-
-
-def _step_ends(
-    row: Any, answers: tuple[Ids, ...], tokenizer: PreTrainedTokenizerFast
-) -> tuple[int, ...]:
-    """The ends of a stepwise answer's steps, one a label; none of other rows."""
-    if not isinstance(row, Stepwise):
-        return ()
-    ends = step_ends(answers[0], tokenizer, row.separator)
-    if len(ends) != len(row.labels):
-        raise InputError(
-            f"{row.where}: {len(row.labels)} labels, and in its tokens the separator "
-            f"{row.separator!r} ends {len(ends)} steps; choose an algorithm.separator that the "
-            "tokenizer keeps"
-        )
-    return tuple(ends)
+    ends = ends_by_label(row, answers[0], tokenizer) if isinstance(row, Stepwise) else ()
+    return Encoded(prompt, answers, row, ends, spans)
 
 
 def _ended(row: Completion | Pair, name: str) -> bool:

@@ -13,7 +13,7 @@ LENGTHS = np.random.default_rng(0).integers(2, 17, 60)
 
 
 def row(prompt, answer, spans=None):
-    return Encoded(prompt, (answer,), Completion("", "", {}, "x:1"), spans)
+    return Encoded(prompt, (answer,), Completion("", "", {}, "x:1"), spans=spans)
 
 
 def test_first_fit_decreasing_by_hand():
