@@ -200,6 +200,21 @@ def generate(
             print(text if score is None else f"{score:.3f}\t{text}")
 
 
+def report(
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN…")],
+    output: str = "",
+) -> None:
+    """Write one page about a run, or about several side by side, that needs no network to be read.
+
+    Args:
+      runs: output folders of runs.
+      output: the .html file; report.html in the folder of a single run, if empty.
+    """
+    from jaxrlhf.report import write_report
+
+    print(write_report(runs, output))
+
+
 def export(
     run: Annotated[Positional[str], arg(metavar="RUN")],
     out: Annotated[Positional[str], arg(metavar="OUT")],
@@ -305,6 +320,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "demo": ("a whole training run in minutes, on a CPU too: demo [--tiny]", typed(demo)),
     "pipeline": ("several runs, one after the other, as a YAML file says", typed(pipeline)),
     "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
+    "report": ("a page about a run, or several compared: report RUN…", typed(report)),
     "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
     "diagnose": ("what is wrong with a run, why, and what to do: diagnose RUN", typed(diagnose)),
     "serve": ("rewards by HTTP: serve RUN|package.module:function", typed(serve)),

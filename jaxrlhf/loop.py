@@ -228,7 +228,7 @@ def evaluate_between(run: Run, session: Session, done: int) -> None:
 
 
 def summarise(run: Run, session: Session) -> dict[str, Any]:
-    """Measure the end of the run, and write summary.json."""
+    """Measure the end of the run, and write summary.json and report.html."""
     steps, best = run.config.steps, session.host.get("best")
     found: Evaluation | None
     if best is not None:  # measured already
@@ -255,4 +255,5 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
         summary["normalisation"] = session.host["normalisation"]
     summary |= session.totals()
     session.recorder.summary(summary)
+    session.report()
     return summary

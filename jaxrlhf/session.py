@@ -16,8 +16,10 @@ import jax
 from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.config import dump, load
 from jaxrlhf.display import display
+from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation
 from jaxrlhf.metrics import Recorder, plain, write_atomic
+from jaxrlhf.report import write_report
 from jaxrlhf.resume import check_fingerprint, fingerprint
 from jaxrlhf.setup import Run
 from jaxrlhf.stopping import exchange, has_ended, is_over
@@ -170,6 +172,14 @@ class Session:
         self.recorder.samples(step, [{"split": "eval", **row} for row in evaluation.samples])
         listed = "  ".join(f"{name} {x:.3g}" for name, x in evaluation.metrics.items())
         self.show.note(f"held out, step {step}: {listed}")
+
+    def report(self) -> None:
+        """Write report.html from the run's files; the run stands even if they make no page."""
+        if jax.process_index() == 0:
+            try:
+                write_report([self.output])
+            except (InputError, OSError) as error:
+                log.warning("no report: %s", error)
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run with no iteration left; None if there is something to do."""

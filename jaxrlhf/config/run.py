@@ -157,4 +157,4 @@ class Config:
     seed: int = 0
     """Every draw follows from seed and step."""
     output: str = "runs/run"
-    """Folder of the run: config.yaml, metrics.jsonl, samples.jsonl, summary.json, checkpoints/."""
+    """Folder of the run: config.yaml, metrics.jsonl, samples.jsonl, summary.json, report.html, …"""
