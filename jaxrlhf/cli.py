@@ -200,6 +200,17 @@ def generate(
             print(text if score is None else f"{score:.3f}\t{text}")
 
 
+def evaluate(words: list[str]) -> None:
+    """Measure MODEL on held-out prompts, beside what it must beat, and print the figures."""
+    from jaxrlhf.config import parse_evaluate
+
+    wish = parse_evaluate(words)
+    prepare_jax()
+    from jaxrlhf.evaluating import evaluate_model, table
+
+    print(table(evaluate_model(wish)))
+
+
 def report(
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN…")],
     output: str = "",
@@ -320,6 +331,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "demo": ("a whole training run in minutes, on a CPU too: demo [--tiny]", typed(demo)),
     "pipeline": ("several runs, one after the other, as a YAML file says", typed(pipeline)),
     "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
+    "eval": ("held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", evaluate),
     "report": ("a page about a run, or several compared: report RUN…", typed(report)),
     "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
     "diagnose": ("what is wrong with a run, why, and what to do: diagnose RUN", typed(diagnose)),

@@ -40,6 +40,7 @@ from jaxrlhf.config.checks import (
     on_policy,
     rows_at_once,
 )
+from jaxrlhf.config.evaluate import EvaluateConfig, check_evaluate, parse_evaluate
 from jaxrlhf.config.layout import check_mesh, resolve_mesh
 from jaxrlhf.config.load import dump, load, override, save
 from jaxrlhf.config.model import (
@@ -94,6 +95,7 @@ __all__ = [
     "DistributedConfig",
     "DrGRPOConfig",
     "EvalConfig",
+    "EvaluateConfig",
     "GRPOConfig",
     "GSPOConfig",
     "GateConfig",
@@ -129,6 +131,7 @@ __all__ = [
     "SimPOConfig",
     "StageConfig",
     "check",
+    "check_evaluate",
     "check_mesh",
     "check_sample",
     "dump",
@@ -141,6 +144,7 @@ __all__ = [
     "load_pipeline",
     "on_policy",
     "override",
+    "parse_evaluate",
     "resolve_mesh",
     "reward_problems",
     "rows_at_once",

@@ -1,0 +1,121 @@
+"""``jaxrlhf eval``: what a policy is worth on held-out prompts, beside what it must beat."""
+
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrlhf.config import Config, EvaluateConfig, MeshConfig, check_evaluate
+from jaxrlhf.errors import InputError
+from jaxrlhf.evaluating.drawing import draw
+from jaxrlhf.evaluating.entrants import config_of, read_entrants
+from jaxrlhf.evaluating.figures import best_of_n_curve, compare, completions, describe, solved
+from jaxrlhf.evaluating.table import table
+from jaxrlhf.metrics import plain, write_atomic
+from jaxrlhf.networks import is_run
+from jaxrlhf.sharding import make_mesh
+
+STREAMS = {"model": 0x7FFFFFF0, "reference": 0x7FFFFFF1, "against": 0x7FFFFFF2}
+"""Streams of the draws of each, beside those of training and of the evaluations in a run."""
+
+__all__ = ["evaluate_model", "table"]
+
+
+def evaluate_model(
+    wish: EvaluateConfig,
+    mesh: Mesh | None = None,
+    extract: Callable[[str], Hashable | None] = str.strip,
+) -> dict[str, Any]:
+    """Measure a policy on held-out prompts and write evaluation.json.
+
+    ``wish.n`` completions of each prompt are sampled at T = 1, untruncated, by the model and by
+    what it is compared with; a prompt that stands in several rows counts once. Means are over
+    prompts, and ``_ci`` is the half width of the 95 % interval of such a mean.
+
+    Args:
+      wish: what to measure.
+      mesh: where, if not on all devices as the run's mesh and ``wish`` say.
+      extract: completion → its answer, for maj@k; None for a completion without one.
+
+    Returns:
+      What evaluation.json holds: ``policy`` and ``against``, the figures of each (``describe``),
+      the policy's with its KL to the reference; ``win_rate``, by each judge; ``pass_at_k`` and
+      ``maj_at_k`` for verifiable tasks; ``best_of_n``, the curve of the reference (of the model, if
+      it has none), and ``equal_kl``, what that curve reaches at the policy's KL; and the policy's
+      ``completions``.
+
+    Raises:
+      InputError: a model, data or reward that cannot be used, or no folder to write to.
+    """
+    check_evaluate(wish)
+    folder = _folder(wish)
+    config = config_of(wish.model)
+    mesh = mesh or make_mesh(_mesh_config(wish, config))
+    with jax.set_mesh(mesh):
+        found = _measure(wish, config, mesh, extract)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(plain(found), indent=1, allow_nan=False)
+        write_atomic(folder / "evaluation.json", text + "\n")
+    return found
+
+
+def _measure(
+    wish: EvaluateConfig,
+    config: Config,
+    mesh: Mesh,
+    extract: Callable[[str], Hashable | None],
+) -> dict[str, Any]:
+    bench, entrants = read_entrants(wish, config, mesh)
+    judges = tuple(bench.judges)
+    best_of = wish.best_of if judges else 0
+    stream = jax.random.key(wish.seed)
+    keys = {name: jax.random.fold_in(stream, number) for name, number in STREAMS.items()}
+    networks = {name: getattr(entrants, name) for name in STREAMS}
+    baseline = "model" if entrants.reference is None else "reference"
+    compared = baseline if entrants.against is None else "against"
+    most = {name: wish.n if name in ("model", compared) else 0 for name in STREAMS}
+    most[baseline] = max(most[baseline], best_of)
+    drawn = {}
+    for name, network in networks.items():
+        if network is not None and most[name]:
+            print(f"{name}: {most[name]} completions of {len(bench.prompts)} prompts", flush=True)
+            other = entrants.reference if name == "model" else None
+            drawn[name] = draw(bench, network, most[name], keys[name], other)
+    ours = drawn["model"]
+    found: dict[str, Any] = {
+        "models": entrants.names,
+        "rewards": {n: [source.name for source in j.sources] for n, j in bench.judges.items()},
+        "data": wish.data or config.data.eval,
+        "prompts": len(bench.prompts),
+        "n": wish.n,
+        "max_new_tokens": bench.sampling.max_new_tokens,
+        "seed": wish.seed,
+        "policy": describe(ours, wish.n, judges),
+    }
+    if compared != "model":
+        found["against"] = describe(drawn[compared], wish.n, judges)
+        found["win_rate"] = compare(ours, drawn[compared], wish.n, judges)
+    found |= solved(ours, wish.n, judges, wish.correct_at, extract)
+    if best_of:
+        found |= best_of_n_curve(drawn[baseline], best_of, judges, found["policy"])
+    return found | {"completions": completions(ours, wish.n, bench.prompts, judges)}
+
+
+def _folder(wish: EvaluateConfig) -> Path:
+    if not wish.output and not is_run(wish.model):
+        raise InputError(
+            f"output: missing: {wish.model} is no run's folder: give one for evaluation.json"
+        )
+    return Path(wish.output or wish.model)
+
+
+def _mesh_config(wish: EvaluateConfig, config: Config) -> MeshConfig:
+    """The run's way to split its parameters, on all the devices there are now."""
+    given = {name: getattr(wish, name) for name in ("fsdp", "tensor") if getattr(wish, name)}
+    mesh = replace(config.mesh, **given)
+    return mesh if -1 in (mesh.fsdp, mesh.tensor) else replace(mesh, data=-1)

@@ -1,0 +1,241 @@
+"""Measuring a trained policy on held-out prompts, from its folder to evaluation.json."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from jaxrlhf import cli, evaluating, loop
+from jaxrlhf.config import EvalConfig, EvaluateConfig, MeshConfig, save
+from jaxrlhf.demo.words import goodness
+from jaxrlhf.errors import InputError
+from jaxrlhf.evaluating import drawing, evaluate_model
+from jaxrlhf.evaluating.drawing import shape_of
+from jaxrlhf.evaluating.figures import best_of_n_curve, describe, solved
+from jaxrlhf.measures import best_of_n
+from jaxrlhf.session import Session
+from jaxrlhf.sharding import make_mesh
+
+GOLD = "jaxrlhf.demo.words:goodness"
+
+
+def one_device(config):
+    return make_mesh(config.mesh, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = runs.ppo(folder, steps=3, eval=EvalConfig(gold=(runs.GOODNESS,)))
+    held_out = [{"prompt": f"{w} the"} for w in ("good", "bad", "cold", "good", "warm", "sad")]
+    config = replace(
+        config, data=replace(config.data, eval=runs.write(folder / "held_out.jsonl", held_out))
+    )
+    loop.train(config, one_device(config))
+    return config
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    wish = EvaluateConfig(run.output, n=4, best_of=8, rows=16)
+    return evaluate_model(wish, one_device(run))
+
+
+def test_evaluate_model_measures_what_it_writes(found, run):
+    with open(f"{run.output}/evaluation.json") as file:
+        written = json.load(file)
+    assert written == json.loads(json.dumps(found))
+    assert found["prompts"] == 5  # one of the six stands there twice
+    rows = found["completions"]
+    assert len(rows) == 5 * 4
+    scores = goodness([], [row["completion"] for row in rows])
+    np.testing.assert_allclose([row["gold"] for row in rows], scores, rtol=1e-6)
+    assert found["policy"]["gold"] == pytest.approx(np.mean(scores))
+    assert found["policy"]["gold"] == found["policy"]["proxy"]
+    kl = np.array([row["kl_nats"] for row in rows]).reshape(5, 4).mean(1)
+    assert found["policy"]["kl_nats"] == pytest.approx(kl.mean())
+    half = 1.959964 * kl.std(ddof=1) / 5**0.5
+    assert found["policy"]["kl_nats_ci"] == pytest.approx(half)
+    assert found["policy"]["kl_nats"] > 1e-4  # three updates have moved it
+    assert found["policy"]["unknown"] == 0
+
+
+def test_evaluate_model_draws_the_baseline_from_the_reference(found):
+    curve = found["best_of_n"]
+    assert curve["n"] == [1, 2, 4, 8]
+    np.testing.assert_allclose(curve["kl_nats"][:2], [0, np.log(2) - 0.5])
+    assert curve["proxy"] == sorted(curve["proxy"])  # chosen by it, so more are better
+    assert curve["proxy"][-1] > found["policy"]["proxy"]
+    assert found["equal_kl"]["kl_nats"] == found["policy"]["kl_nats"]
+    assert 0 < found["win_rate"]["gold"] < 1
+    # its n = 1 is the mean of 8 samples, and the opponent's figure that of the first 4 of them
+    assert curve["gold"][0] == pytest.approx(found["against"]["gold"], abs=0.35)
+
+
+def test_evaluate_model_against_itself(run, tmp_path):
+    wish = EvaluateConfig(run.output, against=run.output, n=4, best_of=0, output=str(tmp_path))
+    found = evaluate_model(wish, one_device(run))
+    assert found["win_rate"]["gold"] == pytest.approx(0.5, abs=found["win_rate"]["gold_ci"] + 0.1)
+    assert found["policy"]["gold"] != found["against"]["gold"]  # each has draws of its own
+    assert "best_of_n" not in found
+    assert (tmp_path / "evaluation.json").exists()
+
+
+def test_evaluate_model_is_the_same_on_any_mesh(found, run, tmp_path):
+    wish = EvaluateConfig(run.output, n=4, best_of=0, rows=4, output=str(tmp_path))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    split = evaluate_model(wish, mesh)
+    assert split["policy"] == pytest.approx(found["policy"], rel=1e-4)
+    texts = [[row["completion"] for row in each["completions"]] for each in (found, split)]
+    assert texts[0] == texts[1]
+
+
+def test_evaluate_model_compiles_once(run, tmp_path):
+    drawing._sample.clear_cache()
+    drawing._score.clear_cache()
+    wish = EvaluateConfig(run.output, n=3, best_of=0, rows=6, output=str(tmp_path))
+    evaluate_model(wish, one_device(run))  # 3 batches of each network
+    assert drawing._sample._cache_size() == 1
+    assert drawing._score._cache_size() == 1
+
+
+def test_evaluate_model_of_a_run_from_rows(tmp_path):
+    config = runs.of("dpo", tmp_path, steps=1)
+    loop.train(config, one_device(config))
+    wish = EvaluateConfig(config.output, n=2, best_of=2, reward=GOLD)
+    found = evaluate_model(wish, one_device(config))
+    assert found["prompts"] == 10
+    assert found["max_new_tokens"] == config.data.max_tokens - 1  # prompts are one word
+    assert found["rewards"] == {"gold": [GOLD]}
+    assert found["best_of_n"]["n"] == [1, 2]
+
+
+def test_evaluate_model_of_a_plain_model(run, tmp_path):
+    out = str(tmp_path / "hf")
+    assert cli.main(["export", run.output, out]) == 0
+    wish = EvaluateConfig(
+        out, data=run.data.eval, reward=GOLD, n=2, best_of=4, max_new_tokens=8, rows=8
+    )
+    with pytest.raises(InputError, match="output: missing"):
+        evaluate_model(wish)
+    found = evaluate_model(replace(wish, output=out), one_device(run))
+    assert found["best_of_n"]["n"] == [1, 2, 4]  # its own
+    assert "kl_nats" not in found["policy"]
+    assert "win_rate" not in found
+    wish = replace(wish, output=out, reference=run.output, best_of=0)
+    assert evaluate_model(wish, one_device(run))["policy"]["kl_nats"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 0}, "n=0: must be at least 1"),
+        ({"best_of": -1}, "best_of=-1: must be at least 0"),
+        ({"reward": "a", "reward_model": "b"}, "both given"),
+        ({"max_new_tokens": 63}, "exceed the context of model, 64"),
+        ({"data": "no.jsonl"}, "no.jsonl"),
+    ],
+)
+def test_evaluate_model_refuses(change, message, run):
+    with pytest.raises(InputError, match=message):
+        evaluate_model(replace(EvaluateConfig(run.output), **change), one_device(run))
+
+
+def test_evaluate_model_refuses_reward_models(tmp_path):
+    config = runs.reward_model(tmp_path)
+    Path(config.output).mkdir()
+    save(config, f"{config.output}/config.yaml")
+    with pytest.raises(InputError, match="a reward model, which completes nothing"):
+        evaluate_model(EvaluateConfig(config.output))
+
+
+def test_main_eval(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluating, "make_mesh", lambda config: one_device(run))
+    words = ["eval", run.output, "--n", "4", "--best-of", "8", "--rows", "16", "--output"]
+    assert cli.main([*words, str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "on 5 held-out prompts, 4 each" in out
+    assert "KL to the reference, nats" in out
+    assert "Best of n, without training" in out
+    assert cli.main(["eval", run.output, "--n", "0"]) == 2
+    assert capsys.readouterr().err == "error: n=0: must be at least 1\n"
+    assert cli.main(["eval", "smollm2", "--output", str(tmp_path)]) == 2
+    assert "data: missing" in capsys.readouterr().err
+
+
+def test_train_writes_a_report(run):
+    assert "Gold against proxy" in Path(run.output, "report.html").read_text()
+
+
+def test_session_stands_without_a_report(tmp_path, caplog):
+    Session.report(SimpleNamespace(output=tmp_path))
+    assert "no report: " in caplog.text
+    assert "not the output folder of a run" in caplog.text
+
+
+def test_shape_of_batches():
+    assert shape_of(count=45, n=64, rows=64) == (1, 64, 1)
+    assert shape_of(count=45, n=8, rows=64) == (8, 8, 1)
+    assert shape_of(count=3, n=8, rows=64) == (3, 8, 1)
+    assert shape_of(count=45, n=100, rows=64) == (1, 50, 2)
+
+
+def columns(gold_QN, **others):
+    gold_QN = np.asarray(gold_QN, float)
+    blank = np.full(gold_QN.shape, None, object)
+    blank[:] = [["a b a"] * gold_QN.shape[1]] * len(gold_QN)
+    tokens = np.empty(gold_QN.shape, object)
+    for place in np.ndindex(gold_QN.shape):
+        tokens[place] = [1, 2, 1]
+    return {
+        "gold": gold_QN,
+        "text": blank,
+        "token": tokens,
+        "length": np.full(gold_QN.shape, 3.0),
+        "ended": np.ones(gold_QN.shape),
+        "logp": np.full(gold_QN.shape, -6.0),
+        **others,
+    }
+
+
+def test_describe_by_hand():
+    drawn = columns([[1.0, np.nan, 9.0], [3.0, 5.0, 9.0]])
+    figures = describe(drawn, 2, ("gold",))
+    assert figures["gold"] == pytest.approx((1 + 4) / 2)
+    assert figures["gold_ci"] == pytest.approx(1.959964 * np.std([1, 4], ddof=1) / 2**0.5)
+    assert figures["unknown"] == 0.25
+    assert figures["entropy"] == 2
+    assert figures["distinct_1"] == 2 / 12
+    assert figures["repetition_3"] == 0
+    assert "kl_nats" not in figures
+
+
+def test_solved_by_hand():
+    drawn = columns([[1, 0, 0, 0], [1, 1, 1, 1]])
+    drawn["text"][0] = ["yes", "no ", " no", "no"]
+    found = solved(drawn, 4, ("gold",), None, str.strip)
+    assert found["pass_at_k"]["k"] == [1, 2, 4]
+    np.testing.assert_allclose(found["pass_at_k"]["rate"], [0.625, 0.75, 1])
+    np.testing.assert_allclose(found["maj_at_k"]["rate"], [0.625, 0.625, 0.5])
+    assert solved(columns([[0.5, 1.0]]), 2, ("gold",), None, str.strip) == {}
+    assert solved(columns([[0.5, 1.0]]), 2, ("gold",), 0.5, str.strip)["pass_at_k"]["rate"] == [
+        1,
+        1,
+    ]
+
+
+def test_best_of_n_curve_judges_gold_by_the_proxy():
+    rng = np.random.default_rng(0)
+    gold, proxy = rng.standard_normal((2, 3, 8))
+    drawn = columns(gold, proxy=proxy)
+    found = best_of_n_curve(drawn, 8, ("proxy", "gold"), {"kl_nats": 100.0})
+    curve = found["best_of_n"]
+    picked = gold[np.arange(3), proxy.argmax(1)]
+    assert curve["gold"][-1] == pytest.approx(picked.mean())
+    assert curve["proxy"][1] == pytest.approx(best_of_n(proxy, 2).mean())
+    assert found["equal_kl"] == {"kl_nats": 100.0, "proxy": None, "gold": None}
