@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxrlhf import cli
+from jaxrlhf.cli import environment
 from jaxrlhf.errors import InputError
 
 
@@ -139,9 +140,9 @@ def test_diagnose_strict_fails_on_a_problem_only(valid, status, sick_run):
 
 def test_prepare_jax_sets_what_is_unset(monkeypatch):
     monkeypatch.setattr(os, "environ", {"TF_CPP_MIN_LOG_LEVEL": "0"})
-    cli.prepare_jax()
+    environment.prepare_jax()
     assert os.environ == {
-        "JAX_COMPILATION_CACHE_DIR": str(cli.compile_cache()),
+        "JAX_COMPILATION_CACHE_DIR": str(environment.compile_cache()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "0",
@@ -152,7 +153,8 @@ def test_prepare_jax_sets_what_is_unset(monkeypatch):
 
 def test_prepare_jax_is_read_by_jax(tmp_path):
     code = (
-        "from jaxrlhf.cli import prepare_jax; prepare_jax(); import jax; c = jax.config;"
+        "from jaxrlhf.cli.environment import prepare_jax; prepare_jax();"
+        "import jax; c = jax.config;"
         "print(c.jax_compilation_cache_dir, c.jax_persistent_cache_min_compile_time_secs,"
         " c.jax_persistent_cache_min_entry_size_bytes)"
     )
@@ -161,7 +163,7 @@ def test_prepare_jax_is_read_by_jax(tmp_path):
 
 def test_compile_cache_names_the_version():
     assert re.fullmatch(
-        rf"{Path.home()}/\.cache/jaxrlhf/xla/[\d.]+-[0-9a-f]{{8}}", str(cli.compile_cache())
+        rf"{Path.home()}/\.cache/jaxrlhf/xla/[\d.]+-[0-9a-f]{{8}}", str(environment.compile_cache())
     )
 
 
