@@ -17,11 +17,23 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxrlhf.config import MeshConfig, PipelineConfig, StageConfig, check, stage_run
+from jaxrlhf.config import (
+    MeshConfig,
+    PipelineConfig,
+    StageConfig,
+    check,
+    stage_evaluation,
+    stage_run,
+)
+from jaxrlhf.diagnosis import diagnose
+from jaxrlhf.diagnosis.show import save
 from jaxrlhf.errors import InputError
+from jaxrlhf.evaluating import evaluate_model
 from jaxrlhf.loop import train
-from jaxrlhf.metrics import write_atomic
+from jaxrlhf.metrics import plain, write_atomic
+from jaxrlhf.networks import is_run
 from jaxrlhf.preferences import write_pairs
+from jaxrlhf.report import write_report
 from jaxrlhf.rewards.functions import resolve
 from jaxrlhf.sharding import make_mesh
 
@@ -46,6 +58,8 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
     for stage in config.stages:
         if stage.train:
             check(stage_run(stage, "x", config.seed))
+        if stage.evaluate:
+            stage_evaluation(stage, "x", config.seed)
     results: dict[str, Any] = {}
     ids: dict[str, str] = {}
     for number, stage in enumerate(config.stages, 1):
@@ -63,7 +77,7 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
             print(title)
             began = time.perf_counter()
             result = STAGES[kind_of(stage)](stage, folder, config.seed, mesh)
-            result = {**result, "stage_seconds": time.perf_counter() - began}
+            result = plain({**result, "stage_seconds": time.perf_counter() - began})
             record = {**made_from, "id": uuid.uuid4().hex, "result": result}
             write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
         ids[stage.name], results[stage.name] = record["id"], record["result"]
@@ -121,9 +135,21 @@ def trained(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> d
     return train(stage_run(stage, str(folder), seed), mesh)
 
 
+def evaluated(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+    """Evaluate a model; a run's evaluation, diagnosis and page are written to the run's folder."""
+    model = stage.evaluate
+    output = model if is_run(model) else str(folder)
+    found = evaluate_model(stage_evaluation(stage, output, seed), mesh)
+    if is_run(model):
+        save(model, diagnose(model))
+        write_report([model])
+    return {name: x for name, x in found.items() if name not in ("completions", "best_of_n")}
+
+
 STAGES: dict[str, Callable[[StageConfig, Path, int, Mesh | None], dict[str, Any]]] = {
     "make": make,
     "preferences": preferences,
     "train": trained,
+    "evaluate": evaluated,
 }
 """What carries out a stage, by the field that makes it one."""

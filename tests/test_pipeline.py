@@ -15,6 +15,7 @@ import yaml
 
 from jaxrlhf.config import MeshConfig, load_pipeline
 from jaxrlhf.errors import InputError
+from jaxrlhf.metrics import plain
 from jaxrlhf.pipeline import run_pipeline
 from jaxrlhf.sharding import make_mesh
 
@@ -62,17 +63,20 @@ def done(tmp_path_factory):
 
 def test_run_pipeline_hands_on_and_sums_up(done):
     _, results, folder = done
-    assert list(results) == ["corpus", "sft", "pairs", "reward_model", "ppo"]
+    assert list(results) == ["corpus", "sft", "pairs", "reward_model", "ppo", "evaluation"]
     assert results["pairs"]["train_pairs"] > 100
     assert results["ppo"]["steps"] == 4
-    assert json.loads((folder / "summary.json").read_text()) == results
+    assert 0 <= results["evaluation"]["win_rate"]["gold"] <= 1
+    assert (folder / "ppo" / "report.html").exists()
+    assert (folder / "ppo" / "diagnosis.json").exists()
+    assert json.loads((folder / "summary.json").read_text()) == plain(results)
 
 
 def test_run_pipeline_skips_what_is_done(done, capsys, monkeypatch):
     path, results, folder = done
     monkeypatch.setattr("jaxrlhf.pipeline.train", None)
-    assert run_pipeline(load_pipeline(path, str(folder))) == results
-    assert capsys.readouterr().out.count("done before") == 5
+    assert run_pipeline(load_pipeline(path, str(folder))) == plain(results)
+    assert capsys.readouterr().out.count("done before") == 6
 
 
 def test_run_pipeline_refuses_a_stage_that_was_made_otherwise(done):

@@ -51,13 +51,6 @@ from jaxrlhf.config.model import (
     ReferenceConfig,
     RopeScaling,
 )
-from jaxrlhf.config.pipeline import (
-    PipelineConfig,
-    PreferencesConfig,
-    StageConfig,
-    load_pipeline,
-    stage_run,
-)
 from jaxrlhf.config.rewards import (
     GateConfig,
     IsolateConfig,
@@ -76,6 +69,14 @@ from jaxrlhf.config.run import (
     MeshConfig,
     OptimConfig,
     SampleConfig,
+)
+from jaxrlhf.config.stages import (
+    PipelineConfig,
+    PreferencesConfig,
+    StageConfig,
+    load_pipeline,
+    stage_evaluation,
+    stage_run,
 )
 
 __all__ = [
@@ -149,5 +150,6 @@ __all__ = [
     "reward_problems",
     "rows_at_once",
     "save",
+    "stage_evaluation",
     "stage_run",
 ]

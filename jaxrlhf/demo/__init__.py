@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def run(output: str = "", tiny: bool = False, seed: int = 0) -> dict[str, Any]:
     The policy is SmolLM2-135M-Instruct and the gold measure VADER sentiment (the pipeline
     ``demo_smollm2.yaml``); with ``tiny``, a model of 75,000 parameters that first learns a
     language of fourteen words (``demo_tiny.yaml``). A stage that is done is not done again, one
-    that was interrupted goes on.
+    that was interrupted goes on. The last stage, a longer evaluation, is left to ``pipeline``.
 
     Args:
       output: folder of the stages; that of the pipeline's file if empty.
@@ -33,7 +34,8 @@ def run(output: str = "", tiny: bool = False, seed: int = 0) -> dict[str, Any]:
     began = time.perf_counter()
     name = "demo_tiny.yaml" if tiny else "demo_smollm2.yaml"
     config = load_pipeline(packaged(f"pipelines/{name}"), output, seed)
-    stages = run_pipeline(config)
+    learning = tuple(stage for stage in config.stages if not stage.evaluate)
+    stages = run_pipeline(replace(config, stages=learning))
     summary = flat(stages) | {"minutes": (time.perf_counter() - began) / 60}
     folder = Path(config.output)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

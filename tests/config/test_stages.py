@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrlhf.config import check, load_pipeline, stage_run
+from jaxrlhf.config import check, load_pipeline, stage_evaluation, stage_run
 from jaxrlhf.errors import InputError
 
 SFT = """
@@ -52,7 +52,7 @@ def test_stage_run_changes_the_fields_of_the_file(tmp_path):
     ("stages", "message"),
     [
         ("  []", "stages: empty"),
-        ("  - {name: a}", "stages.0: a: give one of make, preferences, train, not none"),
+        ("  - {name: a}", "stages.0: a: give one of make, preferences, train, evaluate, not none"),
         ("  - {name: a, make: x, train: y}", "not make and train"),
         ("  - {name: a b, make: x}", "stages.0.name='a b': letters"),
         ("  - {name: a, make: x}\n  - {name: a, make: x}", "stages.1.name=a: an earlier stage"),
@@ -85,6 +85,25 @@ def test_stage_run_names_the_stage_of_a_bad_field(tmp_path):
     stage = load_pipeline(written(tmp_path, stages)).stages[0]
     with pytest.raises(InputError, match=r"sft\.set: steps\.learning_rate: steps is no section"):
         stage_run(stage, "x", 0)
+
+
+def test_stage_evaluation_takes_the_options_of_eval(tmp_path):
+    stages = "  - {name: judge, evaluate: smollm2, set: {n: 4, best_of: 16}}"
+    stage = load_pipeline(written(tmp_path, stages)).stages[0]
+    wish = stage_evaluation(stage, "there", 5)
+    assert (wish.model, wish.n, wish.best_of) == ("smollm2", 4, 16)
+    assert (wish.output, wish.seed) == ("there", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("{m: 4}", "stage judge: m: unknown key"), ("{n: 0}", "n=0: must be at least 1")],
+)
+def test_stage_evaluation_refuses(options, message, tmp_path):
+    stages = f"  - {{name: judge, evaluate: smollm2, set: {options}}}"
+    stage = load_pipeline(written(tmp_path, stages)).stages[0]
+    with pytest.raises(InputError, match=message):
+        stage_evaluation(stage, "there", 5)
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/pipelines").glob("*.yaml")), ids=str)

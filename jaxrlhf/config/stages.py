@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.config.evaluate import EvaluateConfig, check_evaluate
 from jaxrlhf.config.load import build, read
 from jaxrlhf.config.run import Config
 from jaxrlhf.errors import InputError
@@ -37,7 +38,7 @@ class PreferencesConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage: exactly one of ``make``, ``preferences`` and ``train``.
+    """One stage: exactly one of ``make``, ``preferences``, ``train``, ``evaluate``.
 
     In every text, ``{name}`` stands for the output folder of an earlier stage.
     """
@@ -49,8 +50,11 @@ class StageConfig:
     """Sample from a policy and compare: train.jsonl and eval.jsonl."""
     train: str = ""
     """A run: the YAML file of a Config, relative to this file."""
+    evaluate: str = ""
+    """A model to evaluate on held-out prompts, as ``jaxrlhf eval`` does, its page written too."""
     set: dict[str, Any] = field(default_factory=dict)
-    """Fields of that run, by dotted name, in place of the file's."""
+    """Fields of that run, by dotted name, in place of the file's; or options of the
+    evaluation."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class PipelineConfig:
     output: str = "runs/pipeline"
 
 
-KINDS = ("make", "preferences", "train")
+KINDS = ("make", "preferences", "train", "evaluate")
 """What a stage can be."""
 
 
@@ -112,6 +116,18 @@ def stage_run(stage: StageConfig, output: str, seed: int) -> Config:
     return build(Config, content, f"{stage.train} with stage {stage.name}")
 
 
+def stage_evaluation(stage: StageConfig, output: str, seed: int) -> EvaluateConfig:
+    """What an ``evaluate`` stage is to measure.
+
+    Raises:
+      InputError: an option that is not known, or out of its range.
+    """
+    content = {**stage.set, "model": stage.evaluate, "output": output, "seed": seed}
+    wish: EvaluateConfig = build(EvaluateConfig, content, f"stage {stage.name}")
+    check_evaluate(wish)
+    return wish
+
+
 def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
     given = [kind for kind in KINDS if getattr(stage, kind)]
     if len(given) != 1:
@@ -121,7 +137,7 @@ def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
         raise InputError(f"{where}.name={stage.name!r}: letters, digits and _ only: it is a folder")
     if stage.name in earlier:
         raise InputError(f"{where}.name={stage.name}: an earlier stage has this name")
-    if stage.set and given[0] != "train":
+    if stage.set and given[0] not in ("train", "evaluate"):
         raise InputError(f"{where}.set: a stage with {given[0]} has no such fields: leave it out")
 
 
@@ -146,6 +162,7 @@ def _resolved(
         make=stage.make,
         preferences=wishes,
         train=train,
+        evaluate=fill(stage.evaluate),
         set=fill(stage.set),
     )
 
