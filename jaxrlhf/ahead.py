@@ -68,7 +68,8 @@ def _prompts(run: Run) -> tuple[Any, ...]:
     width = (run.config.data.batch_size, run.config.data.max_prompt_tokens)
     layout = few_rows_layout(run.mesh, width[0])
     prompts = (jax.ShapeDtypeStruct(width, jnp.int32, sharding=layout),) * 2
-    return *prompts, jax.random.fold_in(jax.random.key(0), 0)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return *prompts, jax.ShapeDtypeStruct(key.shape, key.dtype)
 
 
 def _updates(run: Run, batch: Any) -> Arguments:

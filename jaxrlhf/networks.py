@@ -18,6 +18,7 @@ from jaxrlhf.config import (
     Config,
     MeshConfig,
     ModelConfig,
+    RewardModelConfig,
     check_mesh,
     has_critic,
     is_on_policy,
@@ -54,6 +55,8 @@ class Loader:
     mesh: Mesh
     abstract: bool = False
     """Give shapes with layouts in place of arrays, and read no weights."""
+    stand_in: ModelConfig | None = None
+    """Shape of a reward model whose run is not there yet; only on shapes."""
     weights: dict[Any, Params] = field(default_factory=dict)
 
     def base(self, config: ModelConfig, seed: int = 0) -> Network:
@@ -84,6 +87,12 @@ class Loader:
             return merged(network.model, body, network.lora)
         return put(read_weights(config.path)[1], layout)
 
+    def config_of(self, folder: str) -> Config:
+        """The config of a run; a reward model's of the ``stand_in``'s shape if it is not there."""
+        if self.abstract and self.stand_in and not is_run(folder):
+            return Config(algorithm=RewardModelConfig(), model=self.stand_in)
+        return run_config(folder)
+
     def trained(self, folder: str) -> Network:
         """The network that a run trained, from its newest checkpoint.
 
@@ -93,7 +102,7 @@ class Loader:
           InputError: no checkpoint, or one of a reward model that is to be normalised and is not
             yet.
         """
-        config = run_config(folder)
+        config = self.config_of(folder)
         base = self.base(config.model, config.seed)
         head = needs_head(config)
         state = abstract_state(config, base.model, head, self.mesh)
@@ -202,6 +211,30 @@ def check_layout(model: Model, mesh: Mesh) -> None:
     """The model's axes divide by the mesh's, or an InputError that names those that do not."""
     sizes = MeshConfig(**{name: mesh.shape[name] for name in ("data", "fsdp", "tensor")})
     check_mesh(sizes, model.decoder, mesh.size, rows=0)
+
+
+def check_context(config: Config, model: Model) -> None:
+    """The rows of a run fit into a model's context, or an InputError says how long they are."""
+    sampled = is_on_policy(config)
+    new = config.data.max_prompt_tokens + config.sample.max_new_tokens
+    tokens = new if sampled else config.data.max_tokens
+    if tokens > model.decoder.context:
+        fields = "max_prompt_tokens + sample.max_new_tokens" if sampled else "max_tokens"
+        raise InputError(
+            f"data.{fields} = {tokens} tokens exceed the model's context of "
+            f"{model.decoder.context}: lower them"
+        )
+
+
+def check_speaks_alike(field: str, network: Network, config: Config, policy: Model) -> None:
+    """Another network reads the policy's rows: same vocabulary, and a context that holds them."""
+    theirs, ours = network.model.decoder, policy.decoder
+    if theirs.vocab != ours.vocab:
+        raise InputError(
+            f"{field}: a vocabulary of {theirs.vocab}, and the policy's has {ours.vocab}: give one "
+            "with the policy's tokenizer"
+        )
+    check_context(config, network.model)
 
 
 def tokenizer_path(config: ModelConfig) -> str:

@@ -13,7 +13,7 @@ from jaxrlhf.algorithms import aggregate_steps, ensemble_score
 from jaxrlhf.config import ProcessRewardModelConfig, RewardConfig, is_reward_model
 from jaxrlhf.data.steps import mark_step_ends
 from jaxrlhf.errors import InputError
-from jaxrlhf.networks import Loader, Network, run_config
+from jaxrlhf.networks import Loader, Network
 from jaxrlhf.sharding import put_rows
 from jaxrlhf.steps.scoring import reward, token_scores
 from jaxrlhf.types import Array, Rollout
@@ -70,7 +70,7 @@ def load_scorer(
     name = "ensemble" if config.ensemble else "model"
     members = []
     for folder in config.ensemble or (config.model,):
-        trained = run_config(folder)
+        trained = loader.config_of(folder)
         if not is_reward_model(trained):
             raise InputError(
                 f"{field}.{name}={folder}: a run of {trained.algorithm.name}: give the folder "

@@ -35,7 +35,6 @@ from jaxrlhf.data.packing import (
 from jaxrlhf.data.reading import load_data, load_normalise_rows
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded
-from jaxrlhf.errors import InputError
 from jaxrlhf.judging import Judge, make_judge
 from jaxrlhf.models.loading import build
 from jaxrlhf.models.tokenizers import check_vocab, ends_of, load_tokenizer
@@ -44,6 +43,8 @@ from jaxrlhf.networks import (
     Loader,
     Network,
     abstract_state,
+    check_context,
+    check_speaks_alike,
     is_run,
     needs_head,
     start_params,
@@ -107,12 +108,8 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     Raises:
       InputError: whatever in config, data or weights cannot be used; nothing is written before.
     """
-    check(config)
-    mesh = mesh or make_mesh(config.mesh)
-    model = build(config.model)
-    sizes = MeshConfig(**{name: mesh.shape[name] for name in ("data", "fsdp", "tensor")})
-    check_mesh(sizes, model.decoder, mesh.size, rows_at_once(config))
-    _check_context(config, model)
+    run = _described(config, mesh)
+    model = run.model
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     check_vocab(tokenizer, model.decoder)
     stop, pad = ends_of(tokenizer)
@@ -123,14 +120,51 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     train_rows = load_data(config, config.data.train, tokenizer, vocab)
     eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
     held_out = eval_rows.items if eval_rows else ()
-    run = Run(
+    run = replace(
+        run,
+        config=config,
+        tokenizer=tokenizer,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        normalise_rows=load_normalise_rows(config, tokenizer, vocab),
+        candidates=max(len(row.answers) for row in [*train_rows.items, *held_out]),
+    )
+    run = _on_shapes(run, Loader(run.mesh, abstract=True))
+    return run if abstract else fill(run)
+
+
+def outline(config: Config, mesh: Mesh | None = None) -> Run:
+    """A run as far as its config alone describes it: shapes, layouts and programs.
+
+    Neither data nor tokenizer nor weights are read, so they need not be there yet. A reward model
+    whose run is not there is taken to have the policy's shape. Call it outside of
+    ``jax.set_mesh(mesh)`` if nothing can be run on the mesh's devices.
+
+    Raises:
+      InputError: whatever in config or in the headers of its models cannot be used.
+    """
+    run = _described(config, mesh)
+    stop = config.sample.stop or (0,)  # the tokenizer's, whichever it is
+    run = replace(run, config=replace(config, sample=replace(config.sample, stop=stop)))
+    return _on_shapes(run, Loader(run.mesh, abstract=True, stand_in=config.model))
+
+
+def _described(config: Config, mesh: Mesh | None) -> Run:
+    """The run's config, mesh, model and algorithm; all else is empty."""
+    check(config)
+    mesh = mesh or make_mesh(config.mesh)
+    model = build(config.model)
+    sizes = MeshConfig(**{name: mesh.shape[name] for name in ("data", "fsdp", "tensor")})
+    check_mesh(sizes, model.decoder, mesh.size, rows_at_once(config))
+    check_context(config, model)
+    return Run(
         config=config,
         mesh=mesh,
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=None,
         algorithm=ALGORITHMS[config.algorithm.name](config.algorithm),
-        train_rows=train_rows,
-        eval_rows=eval_rows,
+        train_rows=Rows((), config.data.train),
+        eval_rows=None,
         states={},
         frozen={},
         reference=None,
@@ -138,12 +172,13 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
         judge=None,
         gold=None,
         programs={},
-        normalise_rows=load_normalise_rows(config, tokenizer, vocab),
-        candidates=max(len(row.answers) for row in [*train_rows.items, *held_out]),
     )
-    run = _networks(run, Loader(mesh, abstract=True))
-    run = replace(run, programs=_programs(run))
-    return run if abstract else fill(run)
+
+
+def _on_shapes(run: Run, loader: Loader) -> Run:
+    """The run with shapes and layouts of its networks, and its programs."""
+    run = _networks(run, loader)
+    return replace(run, programs=_programs(run))
 
 
 def fill(run: Run) -> Run:
@@ -162,7 +197,7 @@ def _networks(run: Run, loader: Loader) -> Run:
     reference = start if has_reference(config) else None
     if config.reference.path:
         reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
-        _check_speaks_alike("reference.path", reference, run)
+        check_speaks_alike("reference.path", reference, config, model)
     run = replace(run, states=states, frozen=frozen, reference=reference)
     if not is_on_policy(config):
         return run
@@ -173,7 +208,7 @@ def _networks(run: Run, loader: Loader) -> Run:
             critic = loader.trained(config.critic.path)
         elif config.critic.path:
             critic = loader.base(replace(config.model, path=config.critic.path, decoder=None))
-        _check_speaks_alike("critic.path", critic, run)
+        check_speaks_alike("critic.path", critic, config, model)
         states["critic"] = start_state(critic_config(config), critic, True, loader)
         frozen["critic"] = critic.params if critic.model.lora else None
 
@@ -258,26 +293,3 @@ def start_of(run: Run) -> Params:
     network = Loader(run.mesh).base(config.model, config.seed) if weights is None else None
     network = network or Network(run.model, weights)
     return start_params(network, needs_head(config), config.seed, run.mesh)
-
-
-def _check_context(config: Config, model: Model) -> None:
-    sampled = is_on_policy(config)
-    new = config.data.max_prompt_tokens + config.sample.max_new_tokens
-    tokens = new if sampled else config.data.max_tokens
-    if tokens > model.decoder.context:
-        fields = "max_prompt_tokens + sample.max_new_tokens" if sampled else "max_tokens"
-        raise InputError(
-            f"data.{fields} = {tokens} tokens exceed the model's context of "
-            f"{model.decoder.context}: lower them"
-        )
-
-
-def _check_speaks_alike(field: str, network: Network, run: Run) -> None:
-    """Another network reads the policy's rows: same vocabulary, and a context that holds them."""
-    theirs, ours = network.model.decoder, run.model.decoder
-    if theirs.vocab != ours.vocab:
-        raise InputError(
-            f"{field}: a vocabulary of {theirs.vocab}, and the policy's has {ours.vocab}: give one "
-            "with the policy's tokenizer"
-        )
-    _check_context(run.config, network.model)

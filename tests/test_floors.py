@@ -20,7 +20,7 @@ FLOORS = (
     {"evaluation", "ahead", "feeding"},
     {"session", "evaluating"},
     {"collecting"},
-    {"loop", "plan"},
+    {"loop", "planning"},
     {"pipeline"},
     {"demo"},
     {"cli", "__main__", "__init__"},

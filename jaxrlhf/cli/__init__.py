@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from jaxrlhf.cli.environment import env
 from jaxrlhf.cli.parsing import typed
+from jaxrlhf.cli.planning import plan
 from jaxrlhf.cli.reading import diagnose, report
 from jaxrlhf.cli.training import demo, pipeline, train
 from jaxrlhf.cli.using import evaluate, export, generate, serve, tasks
@@ -63,6 +64,7 @@ def find(name: str) -> Callable[[list[str]], None]:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": ("train as a YAML file says: train CONFIG [--dotted.key value …]", train),
+    "plan": ("what a run takes, on devices not at hand: plan CONFIG --topology NAME", plan),
     "demo": ("a whole training run in minutes, on a CPU too: demo [--tiny]", typed(demo)),
     "pipeline": ("several runs, one after the other, as a YAML file says", typed(pipeline)),
     "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
