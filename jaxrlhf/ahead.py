@@ -17,18 +17,19 @@ log = logging.getLogger(__name__)
 Arguments = dict[str, tuple[Any, ...]]
 
 
-def arguments(run: Run) -> Arguments:
+def arguments(run: Run, key: Any = None) -> Arguments:
     """Shape, dtype and layout of every argument of the programs that one iteration calls, by name.
 
     This is ``loop.iterate`` on shapes: no array is made, nothing is compiled.
 
     Args:
       run: one that samples.
+      key: the shape of a key, where nothing can be run on the mesh's devices; None makes a key.
     """
     config, programs = run.config, run.programs
     policy, base = shapes(run.states["policy"]).params, shapes(run.frozen["policy"])
     assert run.reference is not None
-    out: Arguments = {"sample": (policy, base, *_prompts(run))}
+    out: Arguments = {"sample": (policy, base, *_prompts(run, key))}
 
     def rows(name: str) -> Any:
         """What the program returns: rows, laid out as all rows are."""
@@ -63,13 +64,12 @@ def arguments(run: Run) -> Arguments:
     return out | _updates(run, batch)
 
 
-def _prompts(run: Run) -> tuple[Any, ...]:
+def _prompts(run: Run, key: Any) -> tuple[Any, ...]:
     """Prompts, their mask, and the key of the draws."""
     width = (run.config.data.batch_size, run.config.data.max_prompt_tokens)
     layout = few_rows_layout(run.mesh, width[0])
     prompts = (jax.ShapeDtypeStruct(width, jnp.int32, sharding=layout),) * 2
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return *prompts, jax.ShapeDtypeStruct(key.shape, key.dtype)
+    return *prompts, jax.random.fold_in(jax.random.key(0), 0) if key is None else key
 
 
 def _updates(run: Run, batch: Any) -> Arguments:
