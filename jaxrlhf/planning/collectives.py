@@ -35,11 +35,31 @@ class Collective(NamedTuple):
 
 def collectives(module: Module, trips: int | None = None) -> list[Collective]:
     """Every exchange of a program; ``trips`` as in ``visits``."""
-    return [
-        _collective(module, visit)
-        for visit in visits(module, trips)
-        if visit.op.opcode.removesuffix("-start") in SENT
-    ]
+    found = [x for x in visits(module, trips) if x.op.opcode.removesuffix("-start") in SENT]
+    return [_collective(module, visit) for visit in _once(found)]
+
+
+def _once(found: list[Visit]) -> list[Visit]:
+    """One visit of each exchange that a TPU carries out piece by piece beside other work.
+
+    Every piece, a fusion called async_collective_fusion, names the whole exchange again, some of
+    them in a loop inside the one that it belongs to: what they share is their channel.
+    """
+    pieces: dict[str, Visit] = {}
+    rest = []
+    fused = {_channel(x) for x in found if x.computation.startswith("async_collective_fusion")}
+    for visit in found:
+        channel = _channel(visit)
+        if not channel or channel not in fused:
+            rest.append(visit)
+        elif channel not in pieces or visit.times < pieces[channel].times:
+            pieces[channel] = visit
+    return [*rest, *pieces.values()]
+
+
+def _channel(visit: Visit) -> str:
+    number = re.search(r"channel_id=(\d+)", visit.op.text)
+    return number[1] if number else ""
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:

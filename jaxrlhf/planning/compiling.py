@@ -95,7 +95,8 @@ def step_of(run: Run, name: str, call: Call, chip: Chip, mean_length: float | No
         seconds = {"compute": work / chip.flops, "memory": 0.0, "links": 0.0}
         return Step(name, call.calls, kinds, work, 0.0, {}, seconds, trips, refused=True)
     module = hlo.parse(compiled.as_text())
-    kinds, outputs = _with_temporaries(run, call, kinds, compiled.memory_analysis())
+    analysis = compiled.memory_analysis()
+    kinds, outputs = _with_temporaries(run, call, kinds, analysis)
     sent = exchange.totals(exchange.collectives(module, trips))
     moved = sum(kinds[kind] for kind in ARGUMENTS) + outputs
     moved += exchange.product_bytes(module, trips)
@@ -104,7 +105,8 @@ def step_of(run: Run, name: str, call: Call, chip: Chip, mean_length: float | No
         "memory": moved / chip.bandwidth,
         "links": sum(size for _, size in sent.values()) / chip.link,
     }
-    return Step(name, call.calls, kinds, work, moved, sent, seconds, trips)
+    given = float(analysis.argument_size_in_bytes)
+    return Step(name, call.calls, kinds, work, moved, sent, seconds, trips, given)
 
 
 def _with_temporaries(run: Run, call: Call, kinds: Kinds, analysis: Any) -> tuple[Kinds, float]:

@@ -31,6 +31,8 @@ class Step:
     """A call by the roofline: compute, memory, links. It takes the longest of them at least."""
     trips: int | None = None
     """Of its decode loop."""
+    arguments: float = 0.0
+    """Bytes of its arguments on each device as the compiler has them, padding included."""
     refused: bool = False
     """The compiler refused it for its size: what it sends and moves is not known."""
 

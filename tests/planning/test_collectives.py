@@ -73,6 +73,22 @@ def test_group_size_that_cannot_be_read_is_an_error():
         group_size(op["wrapped"]["rs"], 8)
 
 
+def test_collectives_in_pieces_count_once():
+    piece = """
+%async_collective_fusion.NAME (q: f32[2,8]) -> f32[16,8] {
+  %q = f32[2,8]{1,0} parameter(0)
+  ROOT %NAME = f32[16,8]{1,0} all-gather(%q), channel_id=7, replica_groups={}, dimensions={0}
+}
+"""
+    call = (
+        "  %NAME.call = f32[16,8] fusion(%x), kind=kCustom, calls=%async_collective_fusion.NAME\n"
+    )
+    calls = call.replace("NAME", "first") + call.replace("NAME", "second")
+    text = TEXT.replace("  ROOT %done", f"{calls}  ROOT %done")
+    text += piece.replace("NAME", "first") + piece.replace("NAME", "second")
+    assert totals(collectives(parse(text)))["all-gather"] == (2, 2 * 448)
+
+
 def program(f, mesh, *given):
     args = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))

@@ -60,6 +60,12 @@ def test_plan_of_the_decode_loop(planned):
     assert set(sample.bytes) <= set(KINDS)
 
 
+def test_plan_states_the_arguments_that_the_compiler_has(planned):
+    for step in planned.steps:
+        kinds = sum(step.bytes[kind] for kind in ARGUMENTS)
+        assert kinds == pytest.approx(step.arguments, rel=0.01, abs=32), step.name
+
+
 def test_plan_counts_elsewhere_what_other_steps_need(planned):
     held = {s.name: s.bytes["parameters"] + s.bytes["optimizer"] for s in planned.steps}
     everywhere = {s.name: held[s.name] + s.bytes["elsewhere"] for s in planned.steps}
