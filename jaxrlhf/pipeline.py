@@ -7,10 +7,12 @@ stale is used, and nothing is thrown away.
 """
 
 import dataclasses
+import hashlib
 import json
+import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,14 @@ from jaxrlhf.metrics import plain, write_atomic
 from jaxrlhf.networks import is_run
 from jaxrlhf.preferences import write_pairs
 from jaxrlhf.report import write_report
+from jaxrlhf.resume import lock
 from jaxrlhf.rewards.functions import resolve
 from jaxrlhf.sharding import make_mesh
 
 RECORD = "stage.json"
+
+STOPPED = 143
+"""Exit status after a SIGTERM: what was asked for is not all done."""
 
 
 def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -55,19 +61,25 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
     Raises:
       InputError: a stage cannot be used, or is not the one that its folder was made by.
     """
-    for stage in config.stages:
-        if stage.train:
-            check(stage_run(stage, "x", config.seed))
-        if stage.evaluate:
-            stage_evaluation(stage, "x", config.seed)
+    settings = {stage.name: _settings(stage, config) for stage in config.stages}
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    with lock(config.output):
+        return _carry_out(config, settings, mesh)
+
+
+def _carry_out(
+    config: PipelineConfig, settings: dict[str, Any], mesh: Mesh | None
+) -> dict[str, Any]:
     results: dict[str, Any] = {}
     ids: dict[str, str] = {}
     for number, stage in enumerate(config.stages, 1):
         folder = Path(config.output) / stage.name
         folder.mkdir(parents=True, exist_ok=True)
+        texts = set(_texts(settings[stage.name]))
         made_from = {
-            "settings": json.loads(json.dumps(dataclasses.asdict(stage) | {"seed": config.seed})),
-            "inputs": {name: x for name, x in ids.items() if _reads(stage, config, name)},
+            "settings": settings[stage.name],
+            "inputs": {name: x for name, x in ids.items() if _below(config, name, texts)},
+            "files": {text: _digest(text) for text in sorted(texts) if Path(text).is_file()},
         }
         record = _record(folder, made_from)
         title = f"stage {number} of {len(config.stages)}: {stage.name}"
@@ -76,7 +88,7 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
         else:
             print(title)
             began = time.perf_counter()
-            result = STAGES[kind_of(stage)](stage, folder, config.seed, mesh)
+            result = _run_stage(stage, folder, config.seed, mesh)
             result = plain({**result, "stage_seconds": time.perf_counter() - began})
             record = {**made_from, "id": uuid.uuid4().hex, "result": result}
             write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
@@ -85,9 +97,26 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
     return results
 
 
-def kind_of(stage: StageConfig) -> str:
-    """Which of ``STAGES`` it is."""
-    return next(kind for kind in STAGES if getattr(stage, kind))
+def _run_stage(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+    kind = next(kind for kind in STAGES if getattr(stage, kind))
+    try:
+        return STAGES[kind](stage, folder, seed, mesh)
+    except SystemExit as stopped:  # a run that was asked to stop has done so, its stages have not
+        raise SystemExit(stopped.code or STOPPED) from stopped
+
+
+def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
+    """All that a stage does, files that it names read, as JSON has it; checked."""
+    folder = str(Path(config.output) / stage.name)
+    content = dataclasses.asdict(stage) | {"seed": config.seed}
+    if stage.train:
+        run = stage_run(stage, folder, config.seed)
+        check(run)
+        content = {"name": stage.name, "run": dataclasses.asdict(run)}
+    if stage.evaluate:
+        wish = stage_evaluation(stage, folder, config.seed)
+        content = {"name": stage.name, "evaluation": dataclasses.asdict(wish)}
+    return json.loads(json.dumps(content))
 
 
 def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +127,7 @@ def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
         return made_from
     record = json.loads(path.read_text())
     for part, now in made_from.items():
-        before = record[part]
+        before = record.get(part, {})
         if before != now:
             names = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
             raise InputError(
@@ -108,11 +137,24 @@ def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _reads(stage: StageConfig, config: PipelineConfig, name: str) -> bool:
-    """Whether the folder of an earlier stage stands anywhere in this stage's settings."""
-    folder = str(Path(config.output) / name)
-    texts = json.dumps(dataclasses.asdict(stage))
-    return any(f"{folder}{end}" in texts for end in ('"', "/"))
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a piece of JSON."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, str | dict | list) and item != value:
+            yield from _texts(item)
+
+
+def _below(config: PipelineConfig, name: str, texts: set[str]) -> bool:
+    """Whether a text is the folder of an earlier stage, or something in it."""
+    folder = Path(config.output) / name
+    return any(folder == Path(text) or folder in Path(text).parents for text in texts)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
@@ -136,11 +178,11 @@ def trained(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> d
 
 
 def evaluated(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Evaluate a model; a run's evaluation, diagnosis and page are written to the run's folder."""
+    """Evaluate a model; a run also gets evaluation, diagnosis and page in its own folder."""
     model = stage.evaluate
-    output = model if is_run(model) else str(folder)
-    found = evaluate_model(stage_evaluation(stage, output, seed), mesh)
+    found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
     if is_run(model):
+        shutil.copy(folder / "evaluation.json", Path(model) / "evaluation.json")
         save(model, diagnose(model))
         write_report([model])
     return {name: x for name, x in found.items() if name not in ("completions", "best_of_n")}

@@ -17,6 +17,7 @@ from jaxrlhf.config import MeshConfig, load_pipeline
 from jaxrlhf.errors import InputError
 from jaxrlhf.metrics import plain
 from jaxrlhf.pipeline import run_pipeline
+from jaxrlhf.resume import lock
 from jaxrlhf.sharding import make_mesh
 
 SHORT = {
@@ -86,7 +87,20 @@ def test_run_pipeline_refuses_a_stage_that_was_made_otherwise(done):
     config = load_pipeline(path, str(folder))
     changed = replace(config.stages[1], set={**config.stages[1].set, "steps": 9})
     stages = (config.stages[0], changed, *config.stages[2:])
-    with pytest.raises(InputError, match=r"sft: was made with other settings \(set\)"):
+    with pytest.raises(InputError, match=r"sft: was made with other settings \(run\)"):
+        run_pipeline(replace(config, stages=stages))
+
+
+def test_run_pipeline_refuses_a_stage_whose_file_says_something_else_now(done, tmp_path):
+    path, _, folder = done
+    config = load_pipeline(path, str(folder))
+    edited = tmp_path / "sft.yaml"
+    text = Path(config.stages[1].train).read_text()
+    edited.write_text(text)
+    stages = (config.stages[0], replace(config.stages[1], train=str(edited)), *config.stages[2:])
+    run_pipeline(replace(config, stages=stages[:2]))  # where the file lies is no matter
+    edited.write_text(text.replace("warmup: 10", "warmup: 9"))
+    with pytest.raises(InputError, match=r"sft: was made with other settings \(run\)"):
         run_pipeline(replace(config, stages=stages))
 
 
@@ -94,7 +108,7 @@ def test_run_pipeline_refuses_a_stage_whose_input_was_made_again(done, tmp_path)
     path, _, folder = done
     copied = tmp_path / "out"
     subprocess.run(["cp", "-r", str(folder), str(copied)], check=True)
-    for record in copied.glob("*/stage.json"):
+    for record in [*copied.glob("*/stage.json"), *copied.glob("*/config.yaml")]:
         record.write_text(record.read_text().replace(str(folder), str(copied)))
     (copied / "corpus" / "stage.json").unlink()
     with pytest.raises(InputError, match=r"sft: was made with other inputs \(corpus\)"):
@@ -106,6 +120,27 @@ def test_run_pipeline_finds_a_slip_in_the_last_stage_before_the_first(tmp_path):
     with pytest.raises(InputError, match=r"minibatches=7 is not 0"):
         run_pipeline(load_pipeline(path, str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_run_pipeline_takes_one_at_a_time(done):
+    path, _, folder = done
+    with (
+        lock(folder),
+        pytest.raises(InputError, match="another run writes there"),
+    ):
+        run_pipeline(load_pipeline(path, str(folder)))
+
+
+def test_run_pipeline_ends_with_a_status_when_a_run_is_stopped(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr("jaxrlhf.pipeline.train", stopped)
+    config = load_pipeline(short(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as end:
+        run_pipeline(config)
+    assert end.value.code == 143
+    assert "result" not in json.loads((tmp_path / "out/sft/stage.json").read_text())
 
 
 @pytest.mark.slow

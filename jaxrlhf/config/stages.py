@@ -63,7 +63,7 @@ class PipelineConfig:
 
     stages: tuple[StageConfig, ...]
     seed: int = 0
-    """Of every stage."""
+    """Of every stage that does not set its own."""
     output: str = "runs/pipeline"
 
 
@@ -105,7 +105,7 @@ def stage_run(stage: StageConfig, output: str, seed: int) -> Config:
       InputError: as ``load``; a field of ``set`` counts as one of the file's.
     """
     content = read(Path(stage.train))
-    for dotted, value in {**stage.set, "output": output, "seed": seed}.items():
+    for dotted, value in {"seed": seed, **stage.set, "output": output}.items():
         *sections, name = dotted.split(".")
         at = content
         for section in sections:
@@ -122,7 +122,7 @@ def stage_evaluation(stage: StageConfig, output: str, seed: int) -> EvaluateConf
     Raises:
       InputError: an option that is not known, or out of its range.
     """
-    content = {**stage.set, "model": stage.evaluate, "output": output, "seed": seed}
+    content = {"seed": seed, **stage.set, "model": stage.evaluate, "output": output}
     wish: EvaluateConfig = build(EvaluateConfig, content, f"stage {stage.name}")
     check_evaluate(wish)
     return wish
@@ -137,6 +137,8 @@ def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
         raise InputError(f"{where}.name={stage.name!r}: letters, digits and _ only: it is a folder")
     if stage.name in earlier:
         raise InputError(f"{where}.name={stage.name}: an earlier stage has this name")
+    for name in {"output", "model" if stage.evaluate else "output"} & set(stage.set):
+        raise InputError(f"{where}.set: {name}: the pipeline's own: leave it out")
     if stage.set and given[0] not in ("train", "evaluate"):
         raise InputError(f"{where}.set: a stage with {given[0]} has no such fields: leave it out")
 

@@ -62,6 +62,8 @@ def test_stage_run_changes_the_fields_of_the_file(tmp_path):
             "no earlier stage is called b (earlier: none)",
         ),
         ("  - {name: a, train: x, set: {y: '{'}}", "write {{ for a brace"),
+        ("  - {name: a, train: x, set: {output: y}}", "set: output: the pipeline's own"),
+        ("  - {name: a, evaluate: x, set: {model: y}}", "set: model: the pipeline's own"),
         ("  - {name: a, trian: x}", "stages.0.trian: unknown key (did you mean train?)"),
     ],
 )
