@@ -52,6 +52,7 @@ def measure(
     totals: dict[str, float] = {}
     frozen = run.frozen["policy"]
     scored: Scored = []
+    tokens_R = np.array([imitated(row).sum() for row in rows])
     for row_B, real_B in batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
         batch = pack(run, picked, real_B)
@@ -63,8 +64,7 @@ def measure(
             loss, metrics = run.programs["loss"](params, frozen, batch)
         share = real_B.sum() / len(rows)
         if isinstance(batch, TokenBatch):  # its mean is over tokens
-            counts = [imitated(row).sum() for row in picked]
-            share = np.dot(counts, real_B) / sum(imitated(row).sum() for row in rows)
+            share = np.dot(tokens_R[row_B], real_B) / tokens_R.sum()
         for name, x in {"loss": loss, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + share * float(x)
     curve = None

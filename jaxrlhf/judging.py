@@ -79,7 +79,8 @@ class Judge:
         gates = [source.gate for source in self.sources]
         if all(isinstance(x, jax.Array) for x in scores):
             reward_B = fold(scores, weights, gates, jnp)
-            return reward_B, jnp.isfinite(reward_B)
+            known_B = jnp.isfinite(reward_B)
+            return jnp.where(known_B, reward_B, jnp.nan), known_B
         return put_rows(combine([np.asarray(x) for x in scores], weights, gates), self.mesh)
 
     def _refuse_too_few(self, judgement: Judgement, problems: Sequence[str]) -> None:

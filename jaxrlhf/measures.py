@@ -168,6 +168,7 @@ def at_equal_kl(kl_K: Sequence[float], value_K: Sequence[float], kl: float) -> f
       value_K: any unit.
       kl: nats.
     """
+    kl = max(kl, 0.0)  # an estimate from samples may be just below
     if not kl_K or not kl_K[0] <= kl <= kl_K[-1]:
         return None
     return float(np.interp(kl, kl_K, value_K))

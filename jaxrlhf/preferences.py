@@ -102,8 +102,9 @@ def judged(
 def pairs_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
     """``{prompt, chosen, rejected, gap, chosen_ended, rejected_ended}``: the best with the worst,
     the second with the second worst; ``gap`` is the judge's difference."""
-    order = sorted(range(config.n), key=lambda i: -group.scores[i])
-    for best, worst in zip(order[: config.n // 2], order[::-1], strict=False):
+    known = [i for i in range(config.n) if math.isfinite(group.scores[i])]
+    order = sorted(known, key=lambda i: -group.scores[i])
+    for best, worst in zip(order[: len(order) // 2], order[::-1], strict=False):
         gap = group.scores[best] - group.scores[worst]
         if not gap >= config.min_gap:
             continue

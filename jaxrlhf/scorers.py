@@ -23,6 +23,7 @@ from jaxrlhf.types import Array, Rollout
 class Member:
     """A reward model, ready to be asked."""
 
+    folder: str
     network: Network
     process: ProcessRewardModelConfig | None
     """How a process reward model's steps are found and become one reward; None for others."""
@@ -39,12 +40,22 @@ class Scorer:
     """Scores [M, B] of the members → [B]."""
 
     def __call__(self, rollout: Rollout) -> Array:
-        """The score of each row, [B], reward units; NaN where there is none."""
+        """The score of each row, [B], reward units; NaN where there is none.
+
+        Raises:
+          InputError: rows longer than a member's context.
+        """
         score_MB = jnp.stack([self._ask(member, rollout) for member in self.members])
         return self.combine(score_MB) if len(self.members) > 1 else score_MB[0]
 
     def _ask(self, member: Member, rollout: Rollout) -> Array:
         network, process = member.network, member.process
+        width, context = rollout.token_BT.shape[1], network.model.decoder.context
+        if width > context:
+            raise InputError(
+                f"reward model {member.folder}: rows of {width} tokens, and its context is "
+                f"{context}: lower the token limits of data and sample"
+            )
         rows = (network.model, network.params, rollout.token_BT, rollout.attention_mask_BT)
         if process is None:
             return _reward(*rows, network.lora)
@@ -85,7 +96,7 @@ def load_scorer(
             )
         kind = trained.algorithm
         process = kind if isinstance(kind, ProcessRewardModelConfig) else None
-        members.append(Member(network, process))
+        members.append(Member(folder, network, process))
     combine = jax.jit(partial(ensemble_score, combine=config.combine, k=config.k))
     return Scorer(tuple(members), tokenizer, loader.mesh, combine)
 

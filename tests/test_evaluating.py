@@ -229,6 +229,14 @@ def test_solved_by_hand():
     ]
 
 
+def test_best_of_n_curve_is_over_the_same_prompts_for_every_n():
+    """Prompt 1 has one sample too few for the largest n: it would drop out there alone."""
+    score_QN = np.array([[0.0] * 4, [1.0, 1.0, 1.0, np.nan]])
+    found = best_of_n_curve({"proxy": score_QN}, 4, ("proxy",), {})
+    assert found["best_of_n"]["proxy"] == [0.0, 0.0, 0.0]
+    assert found["best_of_n_prompts"] == 1
+
+
 def test_best_of_n_curve_judges_gold_by_the_proxy():
     rng = np.random.default_rng(0)
     gold, proxy = rng.standard_normal((2, 3, 8))

@@ -119,8 +119,12 @@ def test_repetition_by_hand():
     assert np.isnan(repetition([1, 2]))
 
 
+def test_at_equal_kl_of_an_estimate_below_0_is_the_start():
+    assert at_equal_kl([0.0, 1.0], [0.5, 0.9], -0.003) == 0.5
+
+
 def test_at_equal_kl():
     assert at_equal_kl([0, 1, 3], [0, 10, 20], 2) == 15
     assert at_equal_kl([0, 1, 3], [0, 10, 20], 3.1) is None
-    assert at_equal_kl([0, 1, 3], [0, 10, 20], -0.1) is None
+    assert at_equal_kl([0.5, 1, 3], [0, 10, 20], 0.4) is None
     assert at_equal_kl([], [], 0) is None

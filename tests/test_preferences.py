@@ -1,10 +1,19 @@
 """What becomes of the completions of a prompt once they are judged."""
 
+from dataclasses import replace
+
 from jaxrlhf.config import PreferencesConfig
 from jaxrlhf.preferences import Group, answers_of, pairs_of, ranking_of
 
 GROUP = Group("a", ("b", "c", " ", "b"), (0.5, 0.9, 2.0, 0.5), (True, False, True, True))
 WISH = PreferencesConfig("x", "f", "t", "e", max_prompt_tokens=1, max_new_tokens=1, min_gap=0.3)
+
+
+def test_pairs_of_a_group_with_an_unknown_score():
+    scores = (0.0, float("nan"), 2.0, 1.0)
+    group = Group("p", ("a", "b", "c", "d"), scores, (True,) * 4)
+    (row,) = pairs_of(group, replace(WISH, n=4))
+    assert (row["chosen"], row["rejected"], row["gap"]) == ("c", "a", 2.0)
 
 
 def test_pairs_of_the_best_with_the_worst():

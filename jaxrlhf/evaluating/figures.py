@@ -98,20 +98,26 @@ def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Fi
 
     The same samples serve every n (see ``measures.best_of_n``), at KL log n − (n − 1)/n. And
     ``equal_kl``, the curve at the policy's own KL, by linear interpolation: what training has to
-    beat. None in it where the policy is further from its reference than the curve reaches.
+    beat. None in it where the policy is further from its reference than the curve reaches. All of the
+    curve is over the same ``best_of_n_prompts``: those with enough known samples for its largest n.
     """
     counts = powers_of_two(most)
     score_QN = drawn[judges[0]][:, :most]
+    values = {
+        judge: np.stack([best_of_n(score_QN, n, drawn[judge][:, :most]) for n in counts])
+        for judge in judges
+    }
+    whole_Q = np.all([np.isfinite(value_KQ[-1]) for value_KQ in values.values()], axis=0)
     curve: Figures = {"n": counts, "kl_nats": [best_of_n_kl(n) for n in counts]}
-    for judge in judges:
-        values = [best_of_n(score_QN, n, drawn[judge][:, :most]) for n in counts]
-        both = [over_prompts(value_Q, 1) for value_Q in values]
+    for judge, value_KQ in values.items():
+        both = [over_prompts(value_Q, 1) for value_Q in value_KQ[:, whole_Q]]
         curve[judge], curve[f"{judge}_ci"] = [mean for mean, _ in both], [ci for _, ci in both]
+    found = {"best_of_n": curve, "best_of_n_prompts": int(whole_Q.sum())}
     if "kl_nats" not in policy:
-        return {"best_of_n": curve}
+        return found
     kl = policy["kl_nats"]
     equal = {judge: at_equal_kl(curve["kl_nats"], curve[judge], kl) for judge in judges}
-    return {"best_of_n": curve, "equal_kl": {"kl_nats": kl, **equal}}
+    return found | {"equal_kl": {"kl_nats": kl, **equal}}
 
 
 def completions(
