@@ -59,7 +59,8 @@ class ModelConfig:
     decoder: DecoderConfig | None = None
     """The shape of a model that starts from random weights; leave out when ``path`` is given."""
     tokenizer: str = ""
-    """Where the tokenizer comes from, if not from ``path``: any of the same, or words:TEXT."""
+    """Where the tokenizer comes from, if not from ``path``: any of the same, words:TEXT or
+    chars:TEXT."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; parameters are kept in float32."""
     lora: LoraConfig | None = None

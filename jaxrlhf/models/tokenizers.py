@@ -1,10 +1,11 @@
-"""Tokenizers: from a Hugging Face folder, a GGUF file, or a few words."""
+"""Tokenizers: from a Hugging Face folder, a GGUF file, or a few words or characters."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.config.model import DecoderConfig
@@ -17,8 +18,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
     Args:
       path: ``smollm2``; a .gguf file; a Hugging Face folder with tokenizer.json; or
-        ``words:TEXT``, whose vocabulary is <pad>, <eos> and the distinct words of TEXT (for tiny
-        models; a word that is not in TEXT cannot be encoded).
+        ``words:TEXT`` or ``chars:TEXT``, whose vocabulary is <pad>, <eos> and the distinct words or
+        characters of TEXT (for tiny models; one that is not in TEXT cannot be encoded).
 
     Returns:
       A tokenizer that pads on the left and has a pad token. Where the source names none it is the
@@ -30,6 +31,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     path = os.fspath(path)
     if path.startswith("words:"):
         return _words(path.removeprefix("words:"))
+    if path.startswith("chars:"):
+        return _chars(path.removeprefix("chars:"))
     if path == "smollm2":
         tokenizer = gguf_tokenizer(smollm2_path())
     elif path.endswith(".gguf"):
@@ -51,7 +54,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").is_file():
         raise InputError(
             f"{folder}: no tokenizer.json; give smollm2, a .gguf file, a Hugging Face folder with "
-            "a fast tokenizer, or words:TEXT"
+            "a fast tokenizer, words:TEXT or chars:TEXT"
         )
     try:
         # Not AutoTokenizer: some of its classes rebuild what tokenizer.json says.
@@ -62,11 +65,29 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _words(text: str) -> PreTrainedTokenizerFast:
-    words = dict.fromkeys(["<pad>", "<eos>", *text.split()])
-    if len(words) == 2:
+    if not text.split():
         raise InputError("words:: no words; write words: and the words, separated by spaces")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _of_units(text.split(), pre_tokenizers.WhitespaceSplit())
+
+
+def _chars(text: str) -> PreTrainedTokenizerFast:
+    if not text:
+        raise InputError("chars:: no characters; write chars: and the characters, with the space")
+    single = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return _of_units(text, single, decoders.Fuse())
+
+
+def _of_units(
+    units: Iterable[str],
+    splitter: pre_tokenizers.PreTokenizer,
+    joiner: decoders.Decoder | None = None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of <pad>, <eos> and ``units``; joined by spaces if there is no ``joiner``."""
+    vocab = {unit: i for i, unit in enumerate(dict.fromkeys(["<pad>", "<eos>", *units]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = splitter
+    if joiner is not None:
+        tokenizer.decoder = joiner
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -20,6 +20,25 @@ def test_load_tokenizer_words():
         load_tokenizer("words: ")
 
 
+def test_load_tokenizer_chars():
+    tokenizer = load_tokenizer("chars:ab a\n+")
+    assert tokenizer.get_vocab() == {
+        "<pad>": 0,
+        "<eos>": 1,
+        "a": 2,
+        "b": 3,
+        " ": 4,
+        "\n": 5,
+        "+": 6,
+    }
+    assert tokenizer("b  a\n+a<eos>").input_ids == [3, 4, 4, 2, 5, 6, 2, 1]
+    assert tokenizer.decode([3, 4, 4, 2, 5, 6]) == "b  a\n+"
+    assert tokenizer.decode([3, 2, 1, 0], skip_special_tokens=True) == "ba"
+    assert tokenizer(["a", "ab"], padding=True).input_ids == [[0, 2], [2, 3]]
+    with pytest.raises(InputError, match="no characters"):
+        load_tokenizer("chars:")
+
+
 def test_load_tokenizer_folder(tmp_path, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
