@@ -8,6 +8,7 @@ stale is used, and nothing is thrown away.
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 import time
@@ -109,6 +110,8 @@ def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
     """All that a stage does, files that it names read, as JSON has it; checked."""
     folder = str(Path(config.output) / stage.name)
     content = dataclasses.asdict(stage) | {"seed": config.seed}
+    if stage.make:
+        maker(stage)
     if stage.train:
         run = stage_run(stage, folder, config.seed)
         check(run)
@@ -157,10 +160,24 @@ def _digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def maker(stage: StageConfig) -> Callable[..., Any]:
+    """The function of a ``make`` stage.
+
+    Raises:
+      InputError: there is none, or it does not take the arguments that ``set`` gives.
+    """
+    function: Callable[..., Any] = resolve(stage.make)
+    try:
+        inspect.signature(function).bind(Path(), 0, **stage.set)
+    except TypeError as error:
+        raise InputError(f"{stage.name}.set: {stage.make}: {error}: mend the names") from None
+    return function
+
+
 def make(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Call a function (folder, seed) that writes files."""
+    """Call a function (folder, seed, **set) that writes files."""
     del mesh
-    resolve(stage.make)(folder, seed)
+    maker(stage)(folder, seed, **stage.set)
     return {}
 
 

@@ -143,6 +143,39 @@ def test_run_pipeline_ends_with_a_status_when_a_run_is_stopped(tmp_path, monkeyp
     assert "result" not in json.loads((tmp_path / "out/sft/stage.json").read_text())
 
 
+def letters(folder, seed, text, times=1):
+    """What a stage of the next test makes."""
+    (folder / "text").write_text(f"{text * times} {seed}")
+
+
+def make_only(folder, **options):
+    content = {"stages": [{"name": "a", "make": "test_pipeline:letters", "set": options}]}
+    path = folder / "make.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_pipeline(path, str(folder / "out"), seed=3)
+
+
+def test_run_pipeline_calls_a_function_with_its_arguments(tmp_path):
+    run_pipeline(make_only(tmp_path, text="ab", times=2))
+    assert (tmp_path / "out/a/text").read_text() == "abab 3"
+    with pytest.raises(InputError, match=r"a: was made with other settings \(set\)"):
+        run_pipeline(make_only(tmp_path, text="ab", times=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "a.set: test_pipeline:letters: missing a required argument: 'text': mend the names"),
+        ({"text": "a", "time": 2}, "got an unexpected keyword argument 'time'"),
+    ],
+)
+def test_run_pipeline_refuses_arguments_before_the_first_stage(options, message, tmp_path):
+    with pytest.raises(InputError) as error:
+        run_pipeline(make_only(tmp_path, **options))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_run_pipeline_killed_in_every_stage_comes_to_the_same(done, tmp_path):
     path, wanted, _ = done

@@ -45,7 +45,7 @@ class StageConfig:
 
     name: str
     make: str = ""
-    """A Python function (folder, seed) that writes files, by its dotted path."""
+    """A Python function (folder, seed, **set) that writes files, by its dotted path."""
     preferences: PreferencesConfig | None = None
     """Sample from a policy and compare: train.jsonl and eval.jsonl."""
     train: str = ""
@@ -54,7 +54,7 @@ class StageConfig:
     """A model to evaluate on held-out prompts, as ``jaxrlhf eval`` does, its page written too."""
     set: dict[str, Any] = field(default_factory=dict)
     """Fields of that run, by dotted name, in place of the file's; or options of the
-    evaluation."""
+    evaluation; or further arguments of the function."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
         raise InputError(f"{where}.name={stage.name}: an earlier stage has this name")
     for name in {"output", "model" if stage.evaluate else "output"} & set(stage.set):
         raise InputError(f"{where}.set: {name}: the pipeline's own: leave it out")
-    if stage.set and given[0] not in ("train", "evaluate"):
+    if stage.set and given[0] == "preferences":
         raise InputError(f"{where}.set: a stage with {given[0]} has no such fields: leave it out")
 
 
@@ -175,7 +175,8 @@ def _fill(text: str, folders: Mapping[str, str], where: str) -> str:
     except KeyError as error:
         known = ", ".join(folders) or "none"
         raise InputError(
-            f"{where}: {text!r}: no earlier stage is called {error.args[0]} (earlier: {known})"
+            f"{where}: {text!r}: no earlier stage is called {error.args[0]} (earlier: {known}): "
+            "mend the name, or write {{ for a brace"
         ) from None
     except (ValueError, IndexError, AttributeError) as error:
         raise InputError(f"{where}: {text!r}: {error}: write {{{{ for a brace") from None

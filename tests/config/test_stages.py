@@ -15,6 +15,8 @@ steps: 3
 output: elsewhere
 """
 
+PREFERENCES = "{model: a, judge: b, train: c, eval: d, max_prompt_tokens: 1, max_new_tokens: 1}"
+
 
 def written(folder, stages, more=""):
     (folder / "sft.yaml").write_text(SFT)
@@ -40,6 +42,16 @@ def test_load_pipeline_hands_on_the_folders_of_earlier_stages(tmp_path):
     assert config.stages[1].set["data.train"] == "other/words/sft.jsonl"
 
 
+def test_load_pipeline_hands_on_folders_to_a_function(tmp_path):
+    stages = """
+  - {name: a, make: "x:y"}
+  - {name: b, make: "x:y", set: {source: "{a}/rows.jsonl", options: {size: 3}, n: [1, "{a}"]}}
+"""
+    config = load_pipeline(written(tmp_path, stages))
+    expected = {"source": "out/a/rows.jsonl", "options": {"size": 3}, "n": [1, "out/a"]}
+    assert config.stages[1].set == expected
+
+
 def test_stage_run_changes_the_fields_of_the_file(tmp_path):
     stage = load_pipeline(written(tmp_path, TWO)).stages[1]
     run = stage_run(stage, "there", 5)
@@ -56,7 +68,8 @@ def test_stage_run_changes_the_fields_of_the_file(tmp_path):
         ("  - {name: a, make: x, train: y}", "not make and train"),
         ("  - {name: a b, make: x}", "stages.0.name='a b': letters"),
         ("  - {name: a, make: x}\n  - {name: a, make: x}", "stages.1.name=a: an earlier stage"),
-        ("  - {name: a, make: x, set: {y: 1}}", "stages.0.set: a stage with make"),
+        ("  - {name: a, make: x, set: {y: '{b}'}}", "no earlier stage is called b"),
+        (f"  - {{name: a, preferences: {PREFERENCES}, set: {{y: 1}}}}", "set: a stage with pref"),
         (
             "  - {name: a, train: x, set: {y: '{b}'}}",
             "no earlier stage is called b (earlier: none)",
