@@ -103,6 +103,55 @@ def write_tasks(path: str | Path, rows: list[dict[str, Any]]) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
 
 
+def write_task_files(
+    folder: Path,
+    seed: int,
+    task: str,
+    train: int,
+    held_out: int,
+    warm_start: int = 0,
+    options: Mapping[str, Any] | None = None,
+    prompt: str = "{question}",
+    completion: str = "{answer}",
+    chat: bool = False,
+) -> None:
+    """Write prompts.jsonl, held_out.jsonl and warm_start.jsonl: the files of a ``make`` stage.
+
+    All come from one draw, since another seed may give much the same tasks in another order. No
+    question of held_out.jsonl stands there twice, or in another of the files.
+
+    Args:
+      folder: where to.
+      seed: of the draw.
+      task, options, prompt, chat: as for ``task_rows``.
+      train: rows drawn for prompts.jsonl; those with a question that is held out are left out.
+      held_out: rows of held_out.jsonl.
+      warm_start: rows of warm_start.jsonl: the first of prompts.jsonl, each with a right completion
+        to imitate; 0 writes none.
+      completion: a right completion's text, {answer} in it.
+
+    Raises:
+      InputError: as ``task_rows``, or too few questions differ.
+    """
+    text = completion if warm_start else ""
+    rows = task_rows(task, train + held_out, seed, options, prompt, text, chat)
+    distinct = {row["question"]: row for row in reversed(rows)}
+    kept_out = dict(list(reversed(distinct.items()))[:held_out])
+    rest = [row for row in rows if row["question"] not in kept_out]
+    if len(kept_out) < held_out or len(rest) < max(warm_start, 1):
+        raise InputError(
+            f"held_out={held_out}: {task} gave {len(distinct)} different questions in {len(rows)}, "
+            f"which leaves {len(rest)} rows to learn from: lower it, or give other options"
+        )
+    imitated = [{name: row[name] for name in ("prompt", "completion")} for row in rest[:warm_start]]
+    for row in rows:
+        row.pop("completion", None)
+    files = {"prompts": rest, "held_out": list(kept_out.values()), "warm_start": imitated}
+    for name, part in files.items():
+        if part:
+            write_tasks(folder / f"{name}.jsonl", part)
+
+
 def tasks(
     task: Annotated[Positional[str], arg(metavar="TASK")],
     out: Annotated[Positional[Path], arg(metavar="OUT")],

@@ -6,7 +6,7 @@ import pytest
 
 from jaxrlhf import cli
 from jaxrlhf.data.rows import read_rows
-from jaxrlhf.data.tasks import task_rows, write_tasks
+from jaxrlhf.data.tasks import task_rows, write_task_files, write_tasks
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.verifiers import make, verify
 
@@ -68,3 +68,39 @@ def test_tasks_command(tmp_path, capsys):
     assert "--option max_terms: give name=value" in capsys.readouterr().err
     assert cli.main(["tasks", "chain_sum", str(tmp_path / "no" / "tasks.jsonl")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+"""Two hundred different sums, so that a draw has some of them twice."""
+
+
+def test_write_task_files_holds_questions_out(tmp_path):
+    write_task_files(tmp_path, 0, "chain_sum", 300, 40, 20, SMALL, completion=" {answer}")
+    rows = {
+        name: [row.values for row in read_rows(str(tmp_path / f"{name}.jsonl")).items]
+        for name in ("prompts", "held_out", "warm_start")
+    }
+    asked = {name: [row["prompt"] for row in part] for name, part in rows.items()}
+    assert len(asked["held_out"]) == len(set(asked["held_out"])) == 40
+    assert not set(asked["held_out"]) & set(asked["prompts"])
+    assert len(set(asked["prompts"])) < len(asked["prompts"]) < 300
+    assert asked["warm_start"] == asked["prompts"][:20]
+    pairs = zip(rows["warm_start"], rows["prompts"], strict=False)
+    for imitated, row in pairs:
+        assert imitated == {"prompt": row["prompt"], "completion": f" {row['answer']}"}
+    assert "completion" not in rows["prompts"][0]
+    columns = {name: [row[name] for row in rows["held_out"]] for name in rows["held_out"][0]}
+    assert verify(make("reasoning_gym"), columns["answer"], columns) == [1.0] * 40
+
+
+def test_write_task_files_without_a_warm_start(tmp_path):
+    write_task_files(tmp_path, 0, "graph_color", 2, 1)  # it has no answer to imitate
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["held_out.jsonl", "prompts.jsonl"]
+
+
+def test_write_task_files_too_few_questions(tmp_path):
+    with pytest.raises(InputError, match=r"held_out=250: chain_sum gave 1\d\d different questions"):
+        write_task_files(tmp_path, 0, "chain_sum", 100, 250, 0, SMALL)
+    with pytest.raises(InputError, match=r"leaves \d+ rows to learn from"):
+        write_task_files(tmp_path, 0, "chain_sum", 20, 5, 30, SMALL)
+    assert not list(tmp_path.iterdir())
