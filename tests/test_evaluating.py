@@ -1,6 +1,7 @@
 """Measuring a trained policy on held-out prompts, from its folder to evaluation.json."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,22 @@ import pytest
 import runs
 
 from jaxrlhf import cli, evaluating, loop
-from jaxrlhf.config import EvalConfig, EvaluateConfig, MeshConfig, save
+from jaxrlhf.config import (
+    EvalConfig,
+    EvaluateConfig,
+    LengthConfig,
+    MeshConfig,
+    RewardConfig,
+    save,
+)
 from jaxrlhf.demo.words import goodness
 from jaxrlhf.errors import InputError
-from jaxrlhf.evaluating import drawing, evaluate_model
+from jaxrlhf.evaluating import Rule, drawing, evaluate_model, rule_of
 from jaxrlhf.evaluating.drawing import shape_of
 from jaxrlhf.evaluating.figures import best_of_n_curve, describe, solved
-from jaxrlhf.measures import best_of_n
+from jaxrlhf.judging import Judge
+from jaxrlhf.measures import best_of_n, maj_at_k, pass_at_k
+from jaxrlhf.rewards.sources import load_rewards
 from jaxrlhf.session import Session
 from jaxrlhf.sharding import make_mesh
 
@@ -235,6 +245,51 @@ def test_best_of_n_curve_is_over_the_same_prompts_for_every_n():
     found = best_of_n_curve({"proxy": score_QN}, 4, ("proxy",), {})
     assert found["best_of_n"]["proxy"] == [0.0, 0.0, 0.0]
     assert found["best_of_n_prompts"] == 1
+
+
+def judge_of(*configs):
+    return Judge(load_rewards(configs), (None,) * len(configs), None, None)
+
+
+def test_rule_of_a_verifier():
+    rule = rule_of(judge_of(RewardConfig(verifier="number", weight=0.7)))
+    assert np.float32(0.7) >= rule.correct_at > 0.69
+    assert rule.extract("so 1/2") == rule.extract("0.5") != rule.extract("2")
+    penalty = RewardConfig(length=LengthConfig(start=1, end=4))
+    for others in (runs.GOODNESS,), (RewardConfig(verifier="number"), penalty):
+        assert rule_of(judge_of(*others)) == Rule()
+
+
+def test_solved_by_the_rule_of_a_verifier():
+    """What is nearly right is wrong, and two ways to say the same are one vote."""
+    drawn = columns([[1.0, 1.0, 0.6, 0.6], [0.6, 0.6, 0.6, 1.0]])
+    drawn["text"][0] = ["7", "3 + 4 = 7", "9", "8"]
+    drawn["text"][1] = ["5", "it is 5", "none", "6"]
+    found = solved(drawn, 4, ("gold",), *rule_of(judge_of(RewardConfig(verifier="number"))))
+    assert found["correct_at"] == 1
+    np.testing.assert_allclose(found["pass_at_k"]["rate"], [3 / 8, (5 / 6 + 1 / 2) / 2, 1])
+    # Four votes: 7 wins the first, 5 the second. Two: (1 + ½·0)/2 and (0 + 1)/2 of the stretches.
+    np.testing.assert_allclose(found["maj_at_k"]["rate"], [3 / 8, (1 / 2 + 1 / 2) / 2, 1 / 2])
+    assert solved(drawn, 4, ("gold",), None, str.strip) == {}
+
+
+def test_evaluate_model_asks_the_verifier_what_an_answer_is(run, tmp_path):
+    rows = [{"prompt": f"{word} the", "answer": word} for word in ("good", "bad", "cold")]
+    data = runs.write(tmp_path / "rows.jsonl", rows)
+    verifier = RewardConfig(verifier="exact")
+    config = replace(run, eval=replace(run.eval, gold=(verifier,)), output=str(tmp_path / "run"))
+    shutil.copytree(run.output, config.output)
+    save(config, f"{config.output}/config.yaml")
+    wish = EvaluateConfig(config.output, data=data, n=4, best_of=0, max_new_tokens=1)
+    found = evaluate_model(wish, one_device(run))
+    truth_QN = [[row["answer"]] * 4 for row in rows]
+    said_QN = np.array([row["completion"] for row in found["completions"]]).reshape(3, 4)
+    right_QN = (said_QN == truth_QN).astype(float)
+    assert found["correct_at"] == 1
+    for k, rate in zip((1, 2, 4), found["pass_at_k"]["rate"], strict=True):
+        assert rate == pytest.approx(pass_at_k(right_QN, k).mean())
+    answers = [[text or None for text in row] for row in said_QN.tolist()]
+    assert found["maj_at_k"]["rate"][-1] == pytest.approx(maj_at_k(answers, right_QN, 4).mean())
 
 
 def test_best_of_n_curve_judges_gold_by_the_proxy():

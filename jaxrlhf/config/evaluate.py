@@ -31,7 +31,8 @@ class EvaluateConfig:
     """Completions a prompt of the reference, for the best-of-n curve; 0 leaves it out."""
     correct_at: float | None = None
     """A completion with at least this gold measure (without one: reward) is correct, for pass@k and
-    maj@k. None: 1, if all are 0 or 1; else neither is measured."""
+    maj@k. None: the full score of a verifier, where one alone measures; else 1, if all are 0 or 1;
+    else neither is measured."""
     max_new_tokens: int | None = None
     """Most tokens of a completion. None: as the run samples; what its data.max_tokens leaves, if it
     learnt from rows; 64 for a model that is no run."""

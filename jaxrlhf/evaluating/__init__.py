@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.config import Config, EvaluateConfig, MeshConfig, check_evaluate
@@ -15,6 +16,7 @@ from jaxrlhf.evaluating.drawing import draw
 from jaxrlhf.evaluating.entrants import config_of, read_entrants
 from jaxrlhf.evaluating.figures import best_of_n_curve, compare, completions, describe, solved
 from jaxrlhf.evaluating.table import table
+from jaxrlhf.judging import Judge
 from jaxrlhf.metrics import plain, write_atomic
 from jaxrlhf.networks import is_run
 from jaxrlhf.sharding import make_mesh
@@ -22,13 +24,16 @@ from jaxrlhf.sharding import make_mesh
 STREAMS = {"model": 0x7FFFFFF0, "reference": 0x7FFFFFF1, "against": 0x7FFFFFF2}
 """Streams of the draws of each, beside those of training and of the evaluations in a run."""
 
+Extract = Callable[[str], Hashable | None]
+"""Completion → its answer, or None."""
+
 __all__ = ["evaluate_model", "table"]
 
 
 def evaluate_model(
     wish: EvaluateConfig,
     mesh: Mesh | None = None,
-    extract: Callable[[str], Hashable | None] = str.strip,
+    extract: Extract | None = None,
 ) -> dict[str, Any]:
     """Measure a policy on held-out prompts and write evaluation.json.
 
@@ -39,7 +44,8 @@ def evaluate_model(
     Args:
       wish: what to measure.
       mesh: where, if not on all devices as the run's mesh and ``wish`` say.
-      extract: completion → its answer, for maj@k; None for a completion without one.
+      extract: completion → its answer, for maj@k; None for a completion without one. If not given,
+        what the verifier that judges takes for the answer; without one, the stripped text.
 
     Returns:
       What evaluation.json holds: ``policy`` and ``against``, the figures of each (``describe``),
@@ -68,7 +74,7 @@ def _measure(
     wish: EvaluateConfig,
     config: Config,
     mesh: Mesh,
-    extract: Callable[[str], Hashable | None],
+    extract: Extract | None,
 ) -> dict[str, Any]:
     bench, entrants = read_entrants(wish, config, mesh)
     judges = tuple(bench.judges)
@@ -100,10 +106,31 @@ def _measure(
     if compared != "model":
         found["against"] = describe(drawn[compared], wish.n, judges)
         found["win_rate"] = compare(ours, drawn[compared], wish.n, judges)
-    found |= solved(ours, wish.n, judges, wish.correct_at, extract)
+    rule = rule_of(bench.judges[judges[-1]]) if judges else Rule()
+    correct_at = rule.correct_at if wish.correct_at is None else wish.correct_at
+    found |= solved(ours, wish.n, judges, correct_at, extract or rule.extract)
     if best_of:
         found |= best_of_n_curve(drawn[baseline], best_of, judges, found["policy"])
     return found | {"completions": completions(ours, wish.n, bench.prompts, judges)}
+
+
+class Rule(NamedTuple):
+    """What is right, and what is an answer."""
+
+    correct_at: float | None = None
+    extract: Extract = str.strip
+
+
+def rule_of(judge: Judge) -> Rule:
+    """The rule of a judge that is one verifier: its full score is right, and only that.
+
+    A verifier may pay for what is nearly right, which is then no reason to measure nothing.
+    """
+    if len(judge.sources) != 1 or judge.sources[0].answer is None:
+        return Rule()
+    (source,) = judge.sources
+    full = float(np.float32(source.weight))  # as scores are kept
+    return Rule(full if full > 0 else None, source.answer or str.strip)
 
 
 def _folder(wish: EvaluateConfig) -> Path:

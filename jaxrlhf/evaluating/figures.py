@@ -68,7 +68,7 @@ def solved(
     """``pass_at_k`` and ``maj_at_k`` for k = 1, 2, 4, … n; nothing where nothing is correct or not.
 
     Args:
-      correct_at: the least score, by the last of the judges, of a correct completion; None: 1 if
+      correct_at: the least score, by the last of the judges, of a correct completion. None: 1 if
         its known scores are all 0 or 1, and no measure else.
       extract: completion → its answer.
     """

@@ -1,6 +1,6 @@
 """The sources of reward that a config lists, ready to be asked."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ class Reward:
     length: LengthConfig | None = None
     truth: Callable[[Mapping[str, Any]], Any] | None = None
     """Raises ValueError for a row (its columns) that a verifier could not judge."""
+    answer: Callable[[str], Hashable | None] | None = None
+    """A verifier's: completion → what it answers."""
 
 
 def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tuple[Reward, ...]:
@@ -47,10 +49,11 @@ def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tup
             ask = _source(config)
         except InputError as error:
             raise InputError(f"{field}.{index}: {error}") from error
-        truth = None
+        truth = answer = None
         if config.verifier:
-            truth = verifiers.make(config.verifier, config.answer, config.pattern).truth
-        rewards.append(Reward(name, config.weight, config.gate, ask, config.length, truth))
+            verifier = verifiers.make(config.verifier, config.answer, config.pattern)
+            truth, answer = verifier.truth, verifier.answer
+        rewards.append(Reward(name, config.weight, config.gate, ask, config.length, truth, answer))
     return tuple(rewards)
 
 

@@ -13,8 +13,9 @@ refuses such a row, by its place, before it starts.
 """
 
 import ast
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class Verifier:
     """A row's truth, ready to compare with. Raises ValueError where it has none."""
     score: Callable[[str, Any], float]
     """(completion, truth) → score."""
+    answer: Callable[[str], Hashable | None]
+    """What a completion answers, for a vote among several; None where it has no answer."""
 
 
 def make(name: str, answer: str = "answer", pattern: str = "") -> Verifier:
@@ -60,8 +63,9 @@ def make(name: str, answer: str = "answer", pattern: str = "") -> Verifier:
             fixed = _pattern(pattern)
         except ValueError as error:
             raise InputError(f"pattern={pattern!r:.80}: {error}") from error
-        return Verifier(lambda _: fixed, score)
-    return Verifier(lambda columns: truth(_value(columns, answer)), score)
+        return Verifier(lambda _: fixed, score, _said)
+    said = ANSWERS.get(name, _said)
+    return Verifier(lambda columns: truth(_value(columns, answer)), score, said)
 
 
 def verify(verifier: Verifier, completions: Sequence[str], columns: Mapping[str, Any]) -> list:
@@ -175,6 +179,7 @@ def _reasoning_gym() -> Verifier:
         import reasoning_gym  # noqa: PLC0415 (optional extra)
     except ImportError as error:
         raise InputError(f"verifier: reasoning_gym {EXTRA}") from error
+    checker_of = functools.cache(reasoning_gym.get_score_answer_fn)  # some read a book each time
 
     def truth(columns: Columns) -> Any:
         task = _value(columns, "task")
@@ -184,13 +189,13 @@ def _reasoning_gym() -> Verifier:
         if isinstance(metadata, str):  # where JSON would have changed it (data.tasks)
             metadata = _literal(metadata)
         entry = {"question": question, "answer": columns.get("answer"), "metadata": metadata}
-        return reasoning_gym.get_score_answer_fn(task), entry
+        return checker_of(task), entry
 
     def score(completion: str, truth: Any) -> float:
         checker, entry = truth
         return float(checker(final_answer(completion), entry))
 
-    return Verifier(truth, score)
+    return Verifier(truth, score, lambda completion: final_answer(completion) or None)
 
 
 def _literal(text: str) -> Any:
@@ -198,6 +203,10 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError("metadata is text, and no Python literal") from error
+
+
+def _said(completion: str) -> str | None:
+    return normalise(final_answer(completion)) or None
 
 
 def _is_scalar(value: Any) -> bool:
@@ -211,3 +220,9 @@ CORE: dict[str, tuple[Callable[[Any], Any], Callable[[str, Any], float]]] = {
     "regex": (_pattern, _regex),
 }
 """(the column's value → the truth, (completion, truth) → score) of those that need no extra."""
+
+ANSWERS: dict[str, Callable[[str], Hashable | None]] = {
+    "number": lambda completion: last_number(final_answer(completion)),
+    "choice": choice_letter,
+}
+"""What a completion answers, where that is not the text of its answer, ``normalise``d."""

@@ -111,3 +111,34 @@ def test_reasoning_gym():
         verifier.truth({"answer": right})
     with pytest.raises(ValueError, match="none of reasoning-gym's"):
         verifier.truth({name: "x" for name in ("question", "answer", "metadata", "task")})
+
+
+def test_reasoning_gym_makes_a_checker_once(monkeypatch):
+    """Some read a book for it."""
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    made, make_checker = [], reasoning_gym.get_score_answer_fn
+    monkeypatch.setattr(
+        reasoning_gym, "get_score_answer_fn", lambda task: made.append(task) or make_checker(task)
+    )
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)[0]
+    columns = {name: [entry[name]] * 3 for name in ("question", "answer", "metadata")}
+    verify(make("reasoning_gym"), ["1", "2", "3"], {**columns, "task": ["chain_sum"] * 3})
+    assert made == ["chain_sum"]
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "other", "without"),
+    [
+        ("exact", ["so\nAnswer: Paris.", "paris"], "Rome", "."),
+        ("number", ["1/2", "so 3 - 2.5 = 0.5", r"\boxed{0.50}"], "2", "none"),
+        ("choice", ["(B)", "answer: b"], "(C)", "I do not know"),
+        ("reasoning_gym", ["<answer> 4 2 </answer>", "4 2"], "42", " "),
+    ],
+)
+def test_answer_of_verifiers(name, same, other, without):
+    if name == "reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    answer = make(name).answer
+    assert len({answer(text) for text in same}) == 1
+    assert answer(other) not in (answer(same[0]), None)
+    assert answer(without) is None
