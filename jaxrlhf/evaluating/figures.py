@@ -98,8 +98,8 @@ def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Fi
 
     The same samples serve every n (see ``measures.best_of_n``), at KL log n − (n − 1)/n. And
     ``equal_kl``, the curve at the policy's own KL, by linear interpolation: what training has to
-    beat. None in it where the policy is further from its reference than the curve reaches. All of the
-    curve is over the same ``best_of_n_prompts``: those with enough known samples for its largest n.
+    beat. None in it where the policy is further from its reference than the curve reaches. All of
+    the curve is over the same ``best_of_n_prompts``: those with enough known samples for all n.
     """
     counts = powers_of_two(most)
     score_QN = drawn[judges[0]][:, :most]

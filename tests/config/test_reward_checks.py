@@ -27,9 +27,12 @@ def test_check_passes_an_ensemble():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (RewardConfig("f", ensemble=("a", "b")), "rewards.0: ensemble stands beside another"),
+        (RewardConfig("f", ensemble=("a", "b")), "rewards.0: function and ensemble are both given"),
         (RewardConfig(ensemble=("a",)), "rewards.0.ensemble: one member"),
-        (RewardConfig(model="a", combine="min"), "rewards.0.combine=min: nothing to combine"),
+        (
+            RewardConfig(model="a", combine="min"),
+            "rewards.0.combine='min': a model does not read it",
+        ),
         (RewardConfig(ensemble=("a", "b"), k=2.0), "rewards.0.k=2.0: combine=mean does not read"),
         (RewardConfig(ensemble=("a", "b"), combine="lcb", k=-1.0), "rewards.0.k=-1.0: must be"),
     ],

@@ -73,7 +73,10 @@ def test_kind_of():
 @pytest.mark.parametrize(
     ("reward", "problem"),
     [
-        (RewardConfig(), "rewards.0: give either function or model, or one of verifier, service"),
+        (
+            RewardConfig(),
+            "rewards.0: give either function or model, or one of ensemble, verifier, service",
+        ),
         (RewardConfig("f", "m"), "rewards.0: function and model are both given: make them two"),
         (
             RewardConfig("f", length=LengthConfig(1, 2)),
