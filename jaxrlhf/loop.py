@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxrlhf.ahead import compile_ahead
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.collecting import collect
-from jaxrlhf.config import Config, is_on_policy
+from jaxrlhf.config import Config, is_on_policy, is_reward_model
 from jaxrlhf.config import on_policy as on_policy_settings
+from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
 from jaxrlhf.feeding import batches, example, packing_metrics
 from jaxrlhf.held_out import measure_normalisation
@@ -55,6 +56,7 @@ def train(
       FloatingPointError: too many updates in a row had a gradient that is not finite.
     """
     began = time.perf_counter()
+    _check_processes(config)
     mesh = mesh or make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = setup(config, mesh, abstract=True)
@@ -68,6 +70,16 @@ def train(
             learn = on_policy if is_on_policy(config) else offline
             learn(run, session)
             return summarise(run, session)
+
+
+def _check_processes(config: Config) -> None:
+    """Refuse what cannot be trained by several processes yet: their rows are judged on one host."""
+    name = config.algorithm.name
+    if jax.process_count() > 1 and (is_on_policy(config) or is_reward_model(config)):
+        raise InputError(
+            f"algorithm.name={name}: {jax.process_count()} processes: only SFT and preference "
+            "losses are trained by more than one so far: start one process with all devices of a host"
+        )
 
 
 def on_policy(run: Run, session: Session) -> None:

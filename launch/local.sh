@@ -2,7 +2,7 @@
 # Several processes on this machine, each with several fake CPU devices, joined by gloo over loopback.
 #
 #   launch/local.sh [-n PROCESSES] [-d DEVICES] [-p PORT] COMMAND…
-#   launch/local.sh -n 2 -d 4 train configs/ppo_tiny.yaml --mesh.fsdp 8 --mesh.data 1
+#   launch/local.sh -n 2 -d 4 train configs/sft_tiny.yaml --mesh.fsdp 8 --mesh.data 1
 #   launch/local.sh -n 2 -d 2 -- python my_script.py
 #
 #   -n PROCESSES   how many (2)
