@@ -78,7 +78,7 @@ def _check_processes(config: Config) -> None:
     if jax.process_count() > 1 and (is_on_policy(config) or is_reward_model(config)):
         raise InputError(
             f"algorithm.name={name}: {jax.process_count()} processes: only SFT and preference "
-            "losses are trained by more than one so far: start one process with all devices of a host"
+            "losses are trained by more than one so far: start one, with all devices of a host"
         )
 
 
