@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import uuid
 from collections.abc import Mapping
 
 import httpx2
@@ -40,6 +41,8 @@ class NoAnswerError(Exception):
 def make(config: ServiceConfig) -> Source:
     """A source that asks the service.
 
+    No request of another source, run or process has the id of one of its.
+
     Raises:
       InputError: the environment variable that authenticates is unset or cannot be a header.
     """
@@ -53,16 +56,16 @@ def make(config: ServiceConfig) -> Source:
                 f"set it to the value of the header {config.header}"
             )
         headers[config.header] = value
-    calls = itertools.count()
+    source, calls = uuid.uuid4().hex, itertools.count()
 
     def ask(asked: Asked) -> Scored:
-        return finish(_ask_all(config, headers, asked, next(calls)))
+        return finish(_ask_all(config, headers, asked, f"{source}-{next(calls)}"))
 
     return ask
 
 
 async def _ask_all(
-    config: ServiceConfig, headers: Mapping[str, str], asked: Asked, call: int
+    config: ServiceConfig, headers: Mapping[str, str], asked: Asked, call: str
 ) -> Scored:
     """All rows, in requests of ``batch_size``, ``concurrency`` of them at once."""
     turn = asyncio.Semaphore(config.concurrency)

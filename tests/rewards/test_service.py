@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import random
 import threading
 
 import numpy as np
@@ -229,7 +230,20 @@ def test_pauses_double_and_are_bounded_and_drawn_by_the_request(monkeypatch):
     drawn = np.array(pauses).reshape(2, 7)
     most = np.array([1, 2, 4, 8, 16, 30, 30])
     assert ((drawn <= most) & (drawn >= most / 2)).all()
-    np.testing.assert_array_equal(drawn[0], drawn[1])
+    names = list(dict.fromkeys(body["id"] for _, body in server.seen))
+    for name, pause in zip(names, drawn, strict=True):
+        draws = random.Random(name)
+        np.testing.assert_allclose(pause, most * [draws.uniform(0.5, 1.0) for _ in most])
+
+
+def test_ids_are_never_used_again():
+    """Two sources, as of two runs; a server that remembers answers by id must not mix them up."""
+    with service(honest) as server:
+        for _ in range(2):
+            source = make(ServiceConfig(server.url, batch_size=3))
+            for _ in range(2):
+                source(asked())
+    assert len({body["id"] for _, body in server.seen}) == len(server.seen) == 8
 
 
 def test_concurrency_is_bounded():
