@@ -128,7 +128,12 @@ def _at_limit(history: History) -> float:
     steps = list(history.samples)
     n = fifth(len(steps))
     first, last = (
-        [row["reward"] for step in part for row in history.samples[step] if row.get("reward")]
+        [
+            row["reward"]
+            for step in part
+            for row in history.samples[step]
+            if row.get("reward") is not None
+        ]
         for part in (steps[:n], steps[len(steps) - n :])
     )
     if len(set(first)) < KINDS or len(last) < KINDS:

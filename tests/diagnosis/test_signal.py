@@ -93,6 +93,17 @@ def test_reward_scale_at_its_limit():
     assert signal.reward_scale(at_limit(0.85, kinds=2)) == []  # right or wrong
 
 
+def test_reward_scale_at_a_limit_of_zero():
+    """As a penalty has it."""
+    history = at_limit(0.85)
+    samples = {
+        step: [{**row, "reward": row["reward"] - 1} for row in judged]
+        for step, judged in history.samples.items()
+    }
+    (finding,) = signal.reward_scale(replace(history, samples=samples))
+    assert "have exactly the highest reward" in finding.evidence
+
+
 def test_length_correlation_of_samples():
     lengths = np.random.default_rng(0).permutation(60) + 4
     for slope, expected in ((1.0, ["warning"]), (-1.0, ["warning"]), (0.0, [])):
