@@ -76,7 +76,8 @@ def load_scorer(
       field: the config's dotted name, for errors.
 
     Raises:
-      InputError: a folder that holds no reward model, or one with another vocabulary.
+      InputError: a folder that holds no reward model, or one with another vocabulary; an ensemble
+        of process reward models and others.
     """
     name = "ensemble" if config.ensemble else "model"
     members = []
@@ -97,6 +98,12 @@ def load_scorer(
         kind = trained.algorithm
         process = kind if isinstance(kind, ProcessRewardModelConfig) else None
         members.append(Member(folder, network, process))
+        if (members[0].process is None) != (process is None):
+            raise InputError(
+                f"{field}.{name}={folder}: a run of {kind.name}, and its scores cannot be combined "
+                f"with those of {config.ensemble[0]}: process reward models score in "
+                "probabilities, the others have a scale of their own: give members of one kind"
+            )
     combine = jax.jit(partial(ensemble_score, combine=config.combine, k=config.k))
     return Scorer(tuple(members), tokenizer, loader.mesh, combine)
 

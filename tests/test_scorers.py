@@ -176,6 +176,15 @@ def test_load_scorer_refuses_what_is_no_reward_model(tmp_path):
         scores(RewardConfig(model=config.output))
 
 
+def test_load_scorer_refuses_an_ensemble_of_two_kinds(members, process):
+    plain = members[0][1]
+    message = r"rewards\[0\]\.ensemble=.*: a run of {}, and its scores cannot be combined with"
+    with pytest.raises(InputError, match=message.format("process_reward_model")):
+        scores(RewardConfig(ensemble=(plain, process)))
+    with pytest.raises(InputError, match=message.format("reward_model")):
+        scores(RewardConfig(ensemble=(process, plain)))
+
+
 def test_load_scorer_refuses_another_vocabulary(process):
     with pytest.raises(InputError, match=r"x\.ensemble=.*: its vocabulary has 16 tokens, the pol"):
         load_scorer(RewardConfig(ensemble=(process,) * 2), Loader(MESH), TOKENIZER, 17, "x")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -159,6 +160,10 @@ def _source(key: str, kind: str, reward: RewardConfig) -> Iterator[str]:
         yield f"{key}.answer={reward.answer}: the pattern stands in its place: leave one out"
     if len(reward.ensemble) == 1:
         yield f"{key}.ensemble: one member: give at least two, or model instead"
+    folders = [os.path.normpath(folder) for folder in reward.ensemble]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            yield f"{key}.ensemble: {folder} is given twice: give each member once"
     if reward.ensemble and reward.combine != "lcb" and reward.k != defaults.k:
         yield f"{key}.k={reward.k}: combine={reward.combine} does not read it: leave it out"
     if reward.k < 0:

@@ -99,6 +99,8 @@ def test_kind_of():
         (RewardConfig("f", gate=GateConfig(1)), "rewards: all of them are gates"),
         (RewardConfig(length=LengthConfig(2, 2)), "rewards.0.length: start=2, end=2: must be 0"),
         (RewardConfig(length=LengthConfig(-1, 2)), "rewards.0.length: start=-1"),
+        (RewardConfig(ensemble=("a",)), "rewards.0.ensemble: one member"),
+        (RewardConfig(ensemble=("a", "b", "./a/")), "rewards.0.ensemble: a is given twice: give"),
         (RewardConfig(service=ServiceConfig("host:8000")), "rewards.0.service.url='host:8000': m"),
         (RewardConfig(service=ServiceConfig(URL, timeout=0)), "rewards.0.service.timeout=0: must"),
         (
