@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class ServiceConfig:
     """A reward service: rows by HTTP, as docs/reward_service.md describes."""
 
     url: str
-    """Where batches are posted to, http:// or https://."""
+    """Where batches are posted to, http:// or https://. Logs and metrics name it without its query;
+    a secret belongs into ``header_env``."""
     timeout: float = 60.0
     """Seconds that an attempt may take in all, from connecting to the last byte of the answer."""
     connect_timeout: float = 5.0
@@ -180,8 +182,7 @@ def _source(key: str, kind: str, reward: RewardConfig) -> Iterator[str]:
         start, end = reward.length.start, reward.length.end
         yield f"{key}.length: start={start}, end={end}: must be 0 ≤ start < end, in tokens"
     if reward.service is not None:
-        if not reward.service.url.startswith(("http://", "https://")):
-            yield f"{key}.service.url={reward.service.url!r:.80}: must be http://… or https://…"
+        yield from _address(f"{key}.service.url", reward.service.url)
         positive = ("timeout", "connect_timeout", "batch_size", "concurrency", "max_bytes")
         yield from _ranges(f"{key}.service", reward.service, positive, ("retries", "backoff"))
         if not reward.service.header:
@@ -189,6 +190,23 @@ def _source(key: str, kind: str, reward: RewardConfig) -> Iterator[str]:
     if reward.isolate is not None:
         names = ("workers", "chunk", "timeout", "memory_gib")
         yield from _ranges(f"{key}.isolate", reward.isolate, names)
+
+
+def _address(key: str, url: str) -> Iterator[str]:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        yield f"{key}: no URL, or no port: must be http://… or https://…"
+        return
+    if "@" in parts.netloc:  # not shown: there is a secret in it
+        yield (
+            f"{key}: a name or password stands before the host, and would be written into "
+            "config.yaml: leave it out, and name the environment variable that holds it in "
+            "header_env"
+        )
+    elif parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        yield f"{key}={url.partition('?')[0]!r:.80}: must be http://… or https://…"
 
 
 def _ranges(

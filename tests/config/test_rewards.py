@@ -102,6 +102,9 @@ def test_kind_of():
         (RewardConfig(ensemble=("a",)), "rewards.0.ensemble: one member"),
         (RewardConfig(ensemble=("a", "b", "./a/")), "rewards.0.ensemble: a is given twice: give"),
         (RewardConfig(service=ServiceConfig("host:8000")), "rewards.0.service.url='host:8000': m"),
+        (RewardConfig(service=ServiceConfig("ftp://a")), "rewards.0.service.url='ftp://a': must"),
+        (RewardConfig(service=ServiceConfig("http://:8")), "rewards.0.service.url='http://:8': m"),
+        (RewardConfig(service=ServiceConfig("http://[a")), "rewards.0.service.url: no URL, or no"),
         (RewardConfig(service=ServiceConfig(URL, timeout=0)), "rewards.0.service.timeout=0: must"),
         (
             RewardConfig(service=ServiceConfig(URL, retries=-1)),
@@ -118,3 +121,11 @@ def test_reward_problems(reward, problem):
     first, *_ = reward_problems("rewards", [reward])
     assert first.startswith(problem)
     assert "\n" not in first
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@host:8000/a", "https://secret@host"])
+def test_reward_problems_of_a_url_with_a_secret(url):
+    (problem,) = reward_problems("rewards", [RewardConfig(service=ServiceConfig(url))])
+    assert problem.startswith("rewards.0.service.url: a name or password stands before the host")
+    assert "header_env" in problem
+    assert "secret" not in problem

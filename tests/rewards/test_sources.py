@@ -38,6 +38,12 @@ def test_load_rewards_names_are_unique():
     assert [reward.name for reward in load_rewards(lengths)] == ["length", "length#2", "length#3"]
 
 
+def test_load_rewards_names_no_query():
+    url = "http://127.0.0.1:1/v1/score"
+    configs = [RewardConfig(service=ServiceConfig(f"{url}?key={i}#there")) for i in range(2)]
+    assert [reward.name for reward in load_rewards(configs)] == [url, f"{url}#2"]
+
+
 def test_load_rewards_isolated():
     (reward,) = load_rewards((RewardConfig(verifier="exact", isolate=IsolateConfig()),))
     assert isinstance(reward.ask, Isolated)
