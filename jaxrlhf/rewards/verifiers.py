@@ -14,7 +14,9 @@ refuses such a row, by its place, before it starts.
 
 import ast
 import functools
+import itertools
 import math
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,10 @@ import regex
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.answers import choice_letter, final_answer, last_number, normalise
+
+MATH_SECONDS = 5
+"""Seconds that math-verify may take to read a text, and to compare two expressions; the row then
+has no reward. It has no limit outside the main thread."""
 
 PATTERN_SECONDS = 1.0
 """Seconds that a pattern may take on a completion; the row then has no reward."""
@@ -158,20 +164,38 @@ def _regex(completion: str, truth: Any) -> float:
 def _math() -> tuple[Callable[[Any], Any], Callable[[str, Any], float]]:
     try:
         import math_verify  # noqa: PLC0415 (optional extra)
+        from math_verify.errors import TimeoutException  # noqa: PLC0415
     except ImportError as error:
         raise InputError(f"verifier: math {EXTRA}") from error
 
     def truth(value: Any) -> Any:
-        text = str(value) if _is_scalar(value) else ""
-        parsed = math_verify.parse(text) or math_verify.parse(f"${text}$")
+        text, seconds = str(value) if _is_scalar(value) else "", _alarm_seconds()
+        parsed = math_verify.parse(text, parsing_timeout=seconds)
+        parsed = parsed or math_verify.parse(f"${text}$", parsing_timeout=seconds)
         if not parsed:
             raise ValueError("the truth is nothing that math-verify can read")
         return parsed
 
     def score(completion: str, truth: Any) -> float:
-        return float(math_verify.verify(truth, math_verify.parse(completion)))
+        seconds, unknown = _alarm_seconds(), False
+        try:
+            read = math_verify.parse(completion, parsing_timeout=seconds, raise_on_error=True)
+        except (Exception, TimeoutException):
+            return math.nan
+        for pair in itertools.product(truth, read):
+            try:
+                if math_verify.verify(*pair, timeout_seconds=seconds, raise_on_error=True):
+                    return 1.0
+            except (Exception, TimeoutException):
+                unknown = True
+        return math.nan if unknown else 0.0
 
     return truth, score
+
+
+def _alarm_seconds() -> int:
+    """Math-verify's limit is an alarm, which only the main thread can set; 0 is none."""
+    return MATH_SECONDS if threading.current_thread() is threading.main_thread() else 0
 
 
 def _reasoning_gym() -> Verifier:

@@ -1,4 +1,6 @@
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -95,6 +97,27 @@ def test_math():
     assert score("math", "I do not know", "0.5") == 0.0
     with pytest.raises(ValueError, match="math-verify"):
         make("math").truth({"answer": ""})
+
+
+def test_math_that_is_not_decided_has_no_score(monkeypatch):
+    """Neither by an error (1/0 is no number) nor in time; a match beside an error is one."""
+    math_verify = pytest.importorskip("math_verify")
+    assert math.isnan(score("math", r"\boxed{3}", "$1/0$"))
+    assert score("math", r"\boxed{1/0}", "3") == 0.0
+    verifier = make("math")
+    assert verifier.score("3", [*verifier.truth({"answer": "$1/0$"}), 3]) == 1.0
+    monkeypatch.setattr(verifiers, "MATH_SECONDS", 1)
+    monkeypatch.setattr(math_verify.grader, "sympy_expr_eq", lambda *_: time.sleep(20))
+    assert math.isnan(score("math", r"\boxed{3}", "4"))
+    monkeypatch.setattr(math_verify.parser, "extract_target_from_pred", lambda *_, **__: 1 / 0)
+    assert math.isnan(verifier.score("3", [4]))
+
+
+def test_math_outside_the_main_thread():
+    pytest.importorskip("math_verify")
+    with ThreadPoolExecutor(1) as threads:
+        got = list(threads.map(lambda said: score("math", said, r"\frac{1}{2}"), ["0.5", "3"]))
+    assert got == [1.0, 0.0]
 
 
 def test_reasoning_gym():
