@@ -5,11 +5,12 @@ r"""Verifiers: is the answer right? 1.0 if it is, 0.0 if not, by rules that need
     choice         the chosen letter is the truth, a letter or the index (0 is A) of one
     regex          the truth, a pattern, is found in the completion
     math           math-verify finds answer and truth equal: LaTeX, sets, intervals, equations
-    reasoning_gym  the score, from 0 to 1, that a task of reasoning-gym gives its own answer
+    reasoning_gym  the score, from 0 to 1, that a task of reasoning-gym gives the answer
 
 ``answers`` says what counts as the answer of a completion. The truth stands in the data's column
-``answer``, or another that the config names. Without a truth there is no score: NaN here, and a run
-refuses such a row, by its place, before it starts.
+``answer``, or another that the config names; a task of reasoning-gym whose checker reads none needs
+none. Otherwise there is no score without a truth: NaN here, and a run refuses such a row, by its
+place, before it starts.
 """
 
 import ast
@@ -62,7 +63,7 @@ def make(name: str, answer: str = "answer", pattern: str = "") -> Verifier:
       InputError: an optional package is missing, or the pattern is not one.
     """
     if name == "reasoning_gym":
-        return _reasoning_gym()
+        return _reasoning_gym(answer)
     truth, score = {"math": _math}[name]() if name == "math" else CORE[name]
     if pattern:
         try:
@@ -198,12 +199,26 @@ def _alarm_seconds() -> int:
     return MATH_SECONDS if threading.current_thread() is threading.main_thread() else 0
 
 
-def _reasoning_gym() -> Verifier:
+def _reasoning_gym(answer: str) -> Verifier:
     try:
         import reasoning_gym  # noqa: PLC0415 (optional extra)
     except ImportError as error:
         raise InputError(f"verifier: reasoning_gym {EXTRA}") from error
     checker_of = functools.cache(reasoning_gym.get_score_answer_fn)  # some read a book each time
+
+    @functools.cache
+    def needs_answer(task: str) -> bool:
+        """Whether its checker judges otherwise, or fails, where the answer is hidden from it."""
+        try:
+            tasks = reasoning_gym.create_dataset(task, size=1, seed=0)
+            entry = tasks[0]
+            if entry["answer"] is None:
+                return False
+            hidden = {**entry, "answer": None}
+            said = (entry["answer"], "0", "")
+            return any(tasks.score_answer(x, hidden) != tasks.score_answer(x, entry) for x in said)
+        except Exception:
+            return True
 
     def truth(columns: Columns) -> Any:
         task = _value(columns, "task")
@@ -212,12 +227,18 @@ def _reasoning_gym() -> Verifier:
         question, metadata = _value(columns, "question"), _value(columns, "metadata")
         if isinstance(metadata, str):  # where JSON would have changed it (data.tasks)
             metadata = _literal(metadata)
-        entry = {"question": question, "answer": columns.get("answer"), "metadata": metadata}
+        right = columns.get(answer)
+        if right is None and needs_answer(task):
+            raise ValueError(f"the row has no {answer!r}, which the checker of {task} reads")
+        entry = {"question": question, "answer": right, "metadata": metadata}
         return checker_of(task), entry
 
     def score(completion: str, truth: Any) -> float:
         checker, entry = truth
-        return float(checker(final_answer(completion), entry))
+        try:
+            return float(checker(final_answer(completion), entry))
+        except Exception:  # some fail on text that they cannot read
+            return math.nan
 
     return Verifier(truth, score, lambda completion: final_answer(completion) or None)
 

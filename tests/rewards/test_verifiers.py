@@ -105,12 +105,16 @@ def test_math_that_is_not_decided_has_no_score(monkeypatch):
     assert math.isnan(score("math", r"\boxed{3}", "$1/0$"))
     assert score("math", r"\boxed{1/0}", "3") == 0.0
     verifier = make("math")
-    assert verifier.score("3", [*verifier.truth({"answer": "$1/0$"}), 3]) == 1.0
+
+    def truth(answer):
+        return verifier.truth({"answer": answer})
+
+    assert verifier.score("3", truth("$1/0$") + truth("3")) == 1.0
     monkeypatch.setattr(verifiers, "MATH_SECONDS", 1)
     monkeypatch.setattr(math_verify.grader, "sympy_expr_eq", lambda *_: time.sleep(20))
     assert math.isnan(score("math", r"\boxed{3}", "4"))
     monkeypatch.setattr(math_verify.parser, "extract_target_from_pred", lambda *_, **__: 1 / 0)
-    assert math.isnan(verifier.score("3", [4]))
+    assert math.isnan(verifier.score("3", []))
 
 
 def test_math_outside_the_main_thread():
@@ -165,3 +169,35 @@ def test_answer_of_verifiers(name, same, other, without):
     assert len({answer(text) for text in same}) == 1
     assert answer(other) not in (answer(same[0]), None)
     assert answer(without) is None
+
+
+def columns_of(task):
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    entry = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
+    return {"task": task, "question": entry["question"], "metadata": entry["metadata"]}, entry
+
+
+def test_reasoning_gym_reads_the_column_that_is_named():
+    columns, entry = columns_of("chain_sum")
+    verifier = make("reasoning_gym", "truth")
+    truth = verifier.truth({**columns, "truth": entry["answer"], "answer": "no"})
+    assert verifier.score(entry["answer"], truth) == 1.0
+
+
+def test_reasoning_gym_without_a_truth():
+    """Refused before a run, unless the checker does not read it."""
+    verifier = make("reasoning_gym", "truth")
+    for task in ("chain_sum", "base_conversion"):
+        columns, _ = columns_of(task)
+        with pytest.raises(ValueError, match="the row has no 'truth'"):
+            verifier.truth({**columns, "answer": "5"})
+    columns, entry = columns_of("countdown")
+    assert verifier.score(entry["answer"], verifier.truth(columns)) == 1.0
+
+
+def test_reasoning_gym_checker_that_fails_gives_no_score():
+    columns, entry = columns_of("boxnet")
+    assert entry["answer"] is None
+    verifier = make("reasoning_gym")
+    assert verifier.score("no JSON", verifier.truth(columns)) == 0.0
+    assert math.isnan(verifier.score("42", verifier.truth(columns)))
