@@ -8,8 +8,10 @@ import contextlib
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
@@ -30,7 +32,8 @@ class Isolated:
     """A source that calls a function or verifier in worker processes.
 
     One process is started at once, so that a function which cannot be imported is found early, the
-    others when they are needed. They end with this object, or with the process that holds it.
+    others when they are needed; one that cannot be started then costs the rows of the call. They
+    end with this object, or with the process that holds it.
 
     Raises:
       InputError: the function cannot be had.
@@ -60,6 +63,8 @@ class Isolated:
             if worker is None or worker.process.poll() is not None:
                 worker = self._workers[slot] = _Worker(self._config, self._limits)
             kind, said = worker.ask(asked, self._limits.timeout)
+        except (InputError, OSError) as error:  # the next call tries again to start one
+            kind, said = "problem", f"its process could not be started: {error}"
         finally:
             self._free.put(slot)
         if kind == "scores":
@@ -97,20 +102,39 @@ class _Worker:
         return self._exchange((list(asked.prompts), list(asked.completions), columns), seconds)
 
     def _exchange(self, message: Any, seconds: float) -> tuple[str, Any]:
+        """Send, and wait for the answer; both together take at most this long."""
+        late = threading.Event()
+
+        def cut() -> None:
+            """End the exchange, wherever it waits: a process that has stopped reads nothing."""
+            late.set()
+            ours = socket.socket(fileno=os.dup(self.connection.fileno()))
+            with ours, contextlib.suppress(OSError):  # the other end is closed already
+                ours.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(seconds, cut)
+        timer.start()
         try:
             self.connection.send(message)
-            if self.connection.poll(seconds):
-                return self.connection.recv()
+            said = self.connection.recv()
         except (EOFError, OSError):
-            try:
-                status = self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.stop()
-                return "problem", "closed its connection"
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-            return "problem", f"ended its process ({how})"
-        self.stop()
-        return "problem", f"took more than {seconds:g} s"
+            said = None
+        finally:
+            timer.cancel()
+            timer.join()
+        if late.is_set():
+            self.stop()
+            return said or ("problem", f"took more than {seconds:g} s")
+        return said or self._ended()
+
+    def _ended(self) -> tuple[str, Any]:
+        try:
+            status = self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return "problem", "closed its connection"
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        return "problem", f"ended its process ({how})"
 
     def stop(self) -> None:
         """Kill the process, with all that it has started."""

@@ -1,6 +1,7 @@
 """A function that misbehaves in any way costs the rows of its call, and nothing else."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,29 @@ def test_function_that_cannot_be_had(isolated, tmp_path):
     (tmp_path / "acting.py").write_text("import os; os._exit(3)")
     with pytest.raises(InputError, match=r"importing it ended its process \(status 3\)"):
         isolated("act")
+
+
+def test_function_that_cannot_be_had_anew_loses_the_rows_of_the_call(isolated, tmp_path):
+    source = isolated("act", chunk=5)
+    (tmp_path / "acting.py").write_text("1 / 0")
+    ask(source, ["die"])
+    scored = ask(source, ["a", "bb"])
+    np.testing.assert_array_equal(scored.score_B, [np.nan, np.nan])
+    assert scored.problem.startswith("its process could not be started: reward function 'acting:a")
+    assert "ZeroDivisionError" in scored.problem
+    (tmp_path / "acting.py").write_text(MODULE)
+    np.testing.assert_array_equal(ask(source, ["a", "bb"]).score_B, [1, 2])
+
+
+@pytest.mark.timeout(60)
+def test_process_that_reads_nothing(isolated):
+    """More is sent than the connection holds."""
+    source = isolated("act", timeout=1.0)
+    os.kill(source._workers[0].process.pid, signal.SIGSTOP)
+    scored = ask(source, ["a" * 10_000_000])
+    assert np.isnan(scored.score_B).all()
+    assert scored.problem == "took more than 1 s"
+    np.testing.assert_array_equal(ask(source, ["a", "bb"]).score_B, [1, 2])
 
 
 def test_workers_end_with_their_source(isolated):
