@@ -1,6 +1,7 @@
 """What held-out rows say of a network, before and after training, with the same draws."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.setup import Run
 from jaxrlhf.sharding import put_rows
 from jaxrlhf.types import Params, Rollout
+
+log = logging.getLogger(__name__)
 
 EVALUATION = 0x7FFFFFFF
 """Stream of the draws of evaluation, beside those of the steps: the same at every evaluation."""
@@ -45,9 +48,10 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     """Sample ``eval.n`` completions of each held-out prompt at T = 1, untruncated, and judge them.
 
     Metrics: ``proxy`` (the reward that is trained on) and ``gold`` (eval.gold), each with
-    ``_ci``, the half width of the mean's 95 % interval; ``kl_nats``, the mean over completions of
-    Σ_t log π − log π_ref; ``length`` (tokens); ``ended`` (fraction); ``entropy`` (nats a token);
-    ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
+    ``_ci``, the half width of the mean's 95 % interval, both over the completions that have it
+    (NaN if none has: ``max_excluded`` is for training alone); ``kl_nats``, the mean over
+    completions of Σ_t log π − log π_ref; ``length`` (tokens); ``ended`` (fraction); ``entropy``
+    (nats a token); ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
     """
     drawn = [_draw(run, params, rows, *batch) for batch in enumerate(batches(run, len(rows)))]
     columns = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
@@ -64,6 +68,8 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     for name in ("proxy", "gold"):
         if name in columns:
             metrics[name], metrics[f"{name}_ci"] = over_prompts(columns[name], run.config.eval.n)
+            if unknown := int((~np.isfinite(columns[name])).sum()):
+                log.warning("eval/%s: %d of %d completions have none", name, unknown, len(tokens))
     samples = [
         {
             "prompt": rows[index].source.text,  # type: ignore[union-attr]
@@ -122,6 +128,8 @@ def _draw(
     judges: dict[str, Judge | None] = {"proxy": run.judge, "gold": run.gold}
     for name, judge in judges.items():
         if judge is not None:
+            # The rows that fill a batch count for nothing, and nothing here ends a run.
+            judge = replace(judge, max_excluded=1.0)
             out[name] = np.asarray(judge(rollout, prompts).reward_B)  # type: ignore[arg-type]
     return {name: x[real_B] for name, x in out.items()}
 

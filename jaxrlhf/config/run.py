@@ -144,7 +144,7 @@ class Config:
     rewards: tuple[RewardConfig, ...] = ()
     max_excluded: float = 0.5
     """Share of a batch's rows that may go without a reward, and are left out of learning; above it
-    the run stops."""
+    the run stops. Evaluations warn instead."""
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
