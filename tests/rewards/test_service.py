@@ -162,8 +162,8 @@ def hangs_up(handler, request):
     [
         (fails, "HTTP 500", 3),
         (not_json, "an answer that is not JSON: b'<html>'", 3),
-        (hangs, "no answer within timeout=0.2 s", 3),
-        (drips, "no answer within timeout=0.2 s", 3),
+        (hangs, "no answer within timeout=0.5 s", 3),
+        (drips, "no answer within timeout=0.5 s", 3),
         (floods, "an answer of more than max_bytes=1000000", 3),
         (hangs_up, "RemoteProtocolError", 3),
         (lambda handler, _: say(handler, b"", status=401), "HTTP 401", 1),
@@ -173,7 +173,7 @@ def hangs_up(handler, request):
     ids=["500", "not json", "hangs", "drips", "floods", "hangs up", "401", "302", "429"],
 )
 def test_request_that_fails_loses_its_rows_after_bounded_attempts(behave, problem, attempts):
-    timeout = 0.2 if behave in (hangs, drips) else 10.0
+    timeout = 0.5 if behave in (hangs, drips) else 10.0
     with service(behave) as server:
         server.over, server.sent = threading.Event(), 0
         scored = ask(server.url, retries=2, timeout=timeout, max_bytes=1_000_000)
