@@ -241,7 +241,8 @@ def evaluate_between(run: Run, session: Session, done: int) -> None:
 
 def summarise(run: Run, session: Session) -> dict[str, Any]:
     """Measure the end of the run, and write summary.json and report.html."""
-    steps, best = run.config.steps, session.host.get("best")
+    steps = max(run.config.steps, session.start)
+    best = session.host["best"] if has_ended(session.host) else None
     found: Evaluation | None
     if best is not None:  # measured already
         found, steps = Evaluation(best["metrics"]), best["last"]

@@ -77,7 +77,10 @@ class Session:
             more = self.start < config.steps and not is_over(self.host, config.eval.patience)
             self.states = exchange(self.states, self.host, False) if more else self.states
         self.host["fingerprint"] = self._fingerprint
-        write_atomic(self.output / "config.yaml", dump(config))
+        if self.is_left() or not (self.output / "config.yaml").is_file():
+            write_atomic(self.output / "config.yaml", dump(config))
+        if self.is_left() and jax.process_index() == 0:
+            (self.output / "summary.json").unlink(missing_ok=True)  # of a shorter run
         resumed = self.start if found is not None else None
         self.recorder = self._stack.enter_context(
             Recorder(self.output, resumed, active=jax.process_index() == 0)
@@ -91,6 +94,10 @@ class Session:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    def is_left(self) -> bool:
+        """Whether this launch has an iteration to do."""
+        return self.start < self.run.config.steps and not has_ended(self.host)
 
     def _check_same_run(self) -> None:
         """Refuse another model, data or seed before their shapes are compared."""
@@ -184,11 +191,13 @@ class Session:
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run with no iteration left; None if there is something to do."""
         path = self.output / "summary.json"
-        more = self.start < self.run.config.steps and not has_ended(self.host)
-        if more or not path.is_file():
+        if self.is_left() or not path.is_file():
+            return None
+        summary = json.loads(path.read_text())
+        if summary.get("steps") != self.start:
             return None
         self.show.note(f"nothing to do: all {self.start} iterations are done")
-        return json.loads(path.read_text())
+        return summary
 
     def totals(self) -> dict[str, Any]:
         """Seconds by phase, generated tokens a second of training, and peak memory."""

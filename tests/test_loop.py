@@ -292,6 +292,32 @@ def test_train_refuses_another_config_in_the_same_folder(tmp_path):
         loop.train(runs.sft(tmp_path, seed=1), one_device())
 
 
+def test_train_finished_takes_no_summary_of_a_shorter_run(tmp_path, monkeypatch):
+    """Killed twice: while it goes on with more steps, and after its last checkpoint."""
+    written = tmp_path / "run/summary.json"
+    loop.train(runs.sft(tmp_path, steps=2), one_device())
+    short = written.read_text()
+    assert json.loads(short)["steps"] == 2
+    longer = runs.sft(tmp_path, steps=4)
+    save_step = Session.save
+
+    def cut(session, done):
+        assert not written.exists()  # nobody takes it for this run's
+        save_step(session, done)
+        if done == 4:
+            session.checkpoints.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(longer, one_device())
+    monkeypatch.undo()
+    written.write_text(short)
+    assert loop.train(longer, one_device())["steps"] == 4
+    assert json.loads(written.read_text())["steps"] == 4
+    assert loop.train(runs.sft(tmp_path, steps=3), one_device())["steps"] == 4  # all it has
+
+
 def launch(config, folder):
     path = folder / "config_of_run.yaml"
     save(config, path)
