@@ -9,7 +9,7 @@ id. So does every answer to be trained on, exactly once: whatever a chat templat
 stop token of the answer's end (a line break) is cut, and an answer without one gets the
 tokenizer's end-of-sequence. A tokenizer that has none stops no sampler, and none is added. Answers
 that were cut off say so (``ended``, ``chosen_ended``, ``rejected_ended`` false in the row), and get
-none. Reward models therefore see in training what they see in scoring.
+none: one that the template has written, and what follows it, is cut. Reward models therefore see in training what they see in scoring.
 
 Masks follow lengths, never ``token != pad``: padding and end-of-sequence may share an id.
 """
@@ -104,18 +104,20 @@ def encode_answer(
 
     Args:
       stop: ids that end a response besides the tokenizer's end-of-sequence.
-      ended: False for a response that was cut off, which carries none.
+      ended: False for a response that was cut off, which carries none: stop tokens at its end,
+        which a chat template writes after any answer, are cut, and what follows them.
 
     Raises:
       InputError: the text has no token.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
+    end = _end_of_turn(tokenizer, ids, stop)
+    if end:
+        ids = ids[: end if ended else end - 1]
     if not ids:
         raise InputError(f"{where}: answer {shown(text)} has no token; fill it or drop the row")
-    if not ended:
+    if end or not ended:
         return ids
-    if end := _end_of_turn(tokenizer, ids, stop):
-        return ids[:end]
     eos: Any = tokenizer.eos_token_id
     return ids if eos is None else [*ids, eos]
 
@@ -133,7 +135,8 @@ def encode_turns(
 
     Args:
       pieces: by turns the assistant's and others' (``Completion.pieces``).
-      stop, ended: as for ``encode_answer``, which the last turn is encoded by.
+      stop: as for ``encode_answer``, which the last turn is encoded by.
+      ended: as there, of the last turn.
 
     Raises:
       InputError: a turn of the assistant's has no token.
@@ -141,14 +144,19 @@ def encode_turns(
     ids: Ids = []
     spans: list[tuple[int, int]] = []
     for index, text in enumerate(pieces):
-        start, last = len(ids), index == len(pieces) - 1
-        if index % 2:
-            ids += tokenizer.encode(text, add_special_tokens=False)
-            continue
-        turn = encode_answer(tokenizer, text, where, stop, ended and last)
-        end = 0 if last else _end_of_turn(tokenizer, turn, stop)
-        spans.append((start, start + (end or len(turn))))
+        start = len(ids)
+        if index == len(pieces) - 1:
+            turn = encode_answer(tokenizer, text, where, stop, ended)
+            end = len(turn)
+        else:
+            turn = tokenizer.encode(text, add_special_tokens=False)
+            end = _end_of_turn(tokenizer, turn, stop) or len(turn)
         ids += turn
+        if index % 2:
+            continue
+        if not turn:
+            raise InputError(f"{where}: turn {shown(text)} has no token; fill it or drop the row")
+        spans.append((start, start + end))
     return ids, tuple(spans)
 
 

@@ -74,6 +74,12 @@ def test_encode_answer_ends_in_one_stop_token(tokenizer, text, ids):
 
 def test_encode_answer_cut_off_carries_none(tokenizer):
     assert encode_answer(tokenizer, "a b", "x:1", ended=False) == [A, B]
+    for end in ("<eos>", "<eos> \n", "<stop> <eos>", "<stop>\n"):  # of the chat template
+        assert encode_answer(tokenizer, f"a b {end}", "x:1", (STOP,), ended=False) == [A, B]
+    text = "a <eos> b"  # one in the middle is the answer's own
+    assert encode_answer(tokenizer, text, "x:1", ended=False) == [A, EOS, B]
+    with pytest.raises(InputError, match="x:1: answer '<eos>' has no token"):
+        encode_answer(tokenizer, "<eos>", "x:1", ended=False)
 
 
 def test_encode_answer_without_eos_in_the_tokenizer(make_tokenizer):
@@ -96,6 +102,9 @@ def test_encode_turns_trains_up_to_each_stop_token(tokenizer):
     ids, spans = encode_turns(tokenizer, ("a <eos> b", "c", "c"), "x:1", ended=False)
     assert ids == [A, EOS, B, C, C]  # no turn ends in a stop token, and none is added
     assert spans == ((0, 3), (4, 5))
+    ids, spans = encode_turns(tokenizer, ("a <eos> \n", "b", "c <eos>\n"), "x:1", ended=False)
+    assert ids == [A, EOS, B, C]  # only the last turn was cut off
+    assert spans == ((0, 2), (3, 4))
 
 
 def test_imitated_marks_completions_and_spans():
