@@ -51,8 +51,8 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
     """What must stay the same for a run to go on where it stopped, as JSON-able nested dicts.
 
     The number of steps counts only where the learning rate depends on it. Left out is what may
-    change from launch to launch: mesh, microbatches, checkpoints, evaluation, output, and the
-    coefficients of algorithm and rewards.
+    change from launch to launch: mesh, microbatches, checkpoints, evaluation, output, the numbers
+    of the algorithm (its words and switches say what is learnt, and from what), and the rewards.
 
     Args:
       config: the run's configuration.
@@ -63,7 +63,7 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
     if config.optim.schedule != "constant":
         optim["steps"] = config.steps
     return {
-        "algorithm": {"name": config.algorithm.name},
+        "algorithm": {k: x for k, x in full["algorithm"].items() if isinstance(x, str | bool)},
         "model": _without(full["model"], "remat"),
         "critic": _without(full["critic"], "warmup"),
         "reference": full["reference"],

@@ -15,7 +15,7 @@ import pytest
 import runs
 
 from jaxrlhf import checkpoint, loop
-from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, save
+from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, load, save
 from jaxrlhf.errors import InputError
 from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.session import Session
@@ -316,6 +316,7 @@ def test_train_finished_takes_no_summary_of_a_shorter_run(tmp_path, monkeypatch)
     assert loop.train(longer, one_device())["steps"] == 4
     assert json.loads(written.read_text())["steps"] == 4
     assert loop.train(runs.sft(tmp_path, steps=3), one_device())["steps"] == 4  # all it has
+    assert load(tmp_path / "run/config.yaml").steps == 4  # it says what was done
 
 
 def launch(config, folder):

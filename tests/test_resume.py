@@ -5,7 +5,19 @@ import sys
 
 import pytest
 
-from jaxrlhf.config import Config, DataConfig, DecoderConfig, LoraConfig, OptimConfig
+from jaxrlhf.config import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    DPOConfig,
+    ListwiseRewardModelConfig,
+    LoraConfig,
+    OptimConfig,
+    PointwiseRewardModelConfig,
+    ProcessRewardModelConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from jaxrlhf.errors import InputError
 from jaxrlhf.resume import check_fingerprint, fingerprint, lock
 
@@ -91,9 +103,32 @@ def test_check_fingerprint_difference(parts, message):
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "field", "value"),
+    [
+        (DPOConfig(), "kind", "ipo"),
+        (DPOConfig(), "mean_logp", True),
+        (SFTConfig(), "train_on", "assistant"),
+        (RewardModelConfig(), "normalise_on", "b.jsonl"),
+        (ListwiseRewardModelConfig(), "as_pairs", True),
+        (PointwiseRewardModelConfig(), "kind", "huber"),
+        (ProcessRewardModelConfig(), "separator", "; "),
+        (ProcessRewardModelConfig(), "aggregate", "product"),
+    ],
+)
+def test_check_fingerprint_another_objective(algorithm, field, value):
+    saved = json.loads(json.dumps(fingerprint(changed(algorithm=algorithm))))
+    other = changed(algorithm=dataclasses.replace(algorithm, **{field: value}))
+    with pytest.raises(InputError) as error:
+        check_fingerprint(saved, fingerprint(other))
+    old = getattr(algorithm, field)
+    assert f"with algorithm.{field}={value!r} (was {old!r}): set" in str(error.value)
+
+
+@pytest.mark.parametrize(
     "parts",
     [
         {},
+        {"algorithm": {"clip_low": 0.1, "kl_coef": 0.5, "dual_clip": 3.0}},
         {"mesh": {"fsdp": 2}},
         {"checkpoint": {"every": 5}},
         {"optim": {"microbatches": 2}},
