@@ -20,7 +20,7 @@ from jaxrlhf.calibration import (
 )
 from jaxrlhf.config import ProcessRewardModelConfig
 from jaxrlhf.data.batches import held_out_batches
-from jaxrlhf.data.packing import scored_batch
+from jaxrlhf.data.packing import answers_batch
 from jaxrlhf.data.tokens import Encoded, imitated
 from jaxrlhf.errors import InputError
 from jaxrlhf.setup import Run, pack
@@ -127,7 +127,7 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
     seen = []
     for row_B, real_B in batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
-        batch = scored_batch(picked, data.max_tokens, run.config.sample.pad, real_B)
+        batch = answers_batch(picked, data.max_tokens, run.config.sample.pad, real_B)
         score_BC = run.programs["scores"](params, run.frozen["policy"], put_rows(batch, run.mesh))
         seen.append(np.asarray(jax.device_get(score_BC), np.float64)[real_B, 0])
     score_N = np.concatenate(seen)
@@ -136,7 +136,8 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
         path = run.normalise_rows.path
         raise InputError(
             f"algorithm.normalise_on={path}: its {len(rows)} answers score {mean:.4g} ± {std:.2g}, "
-            "which is no spread to divide by: give answers that differ, or leave it out"
+            "which is no spread to divide by: put answers there that differ, and start the run "
+            "again: all of its training is saved"
         )
     return {"mean": mean, "std": std}
 

@@ -190,9 +190,6 @@ def offline(run: Run, session: Session) -> None:
     """Learn from the rows of a file: one optimizer step an iteration."""
     batch_of = batches(run)
     evaluate_before(run, session, lambda: session.states["policy"].params)
-    config = run.config
-    if config.eval.patience and "best" not in session.host:
-        session.states = compare(session.states, session.host, 0, session.host["before"])
     for step in session.steps():
         began = time.perf_counter()
         rows = batch_of(step)
@@ -204,12 +201,6 @@ def offline(run: Run, session: Session) -> None:
         metrics["seconds"] = time.perf_counter() - began
         session.record(step + 1, metrics, [])
         evaluate_between(run, session, step + 1)
-        session.host.pop("normalisation", None)  # of a shorter run that now goes on
-        ended = step + 1 == config.steps or has_ended(session.host)
-        if run.normalise_rows is not None and ended:
-            session.host["normalisation"] = measure_normalisation(
-                run, session.states["policy"].params
-            )
 
 
 def evaluate_before(run: Run, session: Session, start: Callable[[], Params]) -> None:
@@ -218,6 +209,8 @@ def evaluate_before(run: Run, session: Session, start: Callable[[], Params]) -> 
         session.host["before"] = found.metrics
         session.host["gold_before"] = None if found.gold is None else found.gold.tolist()
         session.evaluated(0, found)
+        if run.config.eval.patience:  # of learning from rows, where nothing has been learnt yet
+            session.states = _compare(session, 0, found)
     session.lap("evaluate")
 
 
@@ -231,7 +224,7 @@ def evaluate_between(run: Run, session: Session, done: int) -> None:
     assert found is not None
     session.evaluated(done, found)
     if patience:
-        session.states = compare(session.states, session.host, done, found.metrics)
+        session.states = _compare(session, done, found)
         if last or is_over(session.host, patience):
             session.states = exchange(session.states, session.host, True)
             best = session.host["best"]
@@ -239,17 +232,29 @@ def evaluate_between(run: Run, session: Session, done: int) -> None:
     session.lap("evaluate")
 
 
+def _compare(session: Session, step: int, found: Evaluation) -> States:
+    return compare(session.states, session.host, step, found.metrics, found.reliability)
+
+
 def summarise(run: Run, session: Session) -> dict[str, Any]:
-    """Measure the end of the run, and write summary.json and report.html."""
+    """Measure the end of the run, and write summary.json and report.html.
+
+    The last checkpoint comes first: whatever fails here, or is killed, is done again by the next
+    launch, which trains nothing. ``normalisation`` stands in the summary for all who load the run.
+    """
+    summary: dict[str, Any] = {"algorithm": run.config.algorithm.name}
+    if run.normalise_rows is not None:
+        measured = measure_normalisation(run, session.states["policy"].params)
+        summary["normalisation"] = measured
     steps = max(run.config.steps, session.start)
     best = session.host["best"] if has_ended(session.host) else None
     found: Evaluation | None
     if best is not None:  # measured already
-        found, steps = Evaluation(best["metrics"]), best["last"]
+        found, steps = Evaluation(best["metrics"], reliability=best.get("curve")), best["last"]
     elif found := evaluate(run, session.states["policy"].params):
         session.evaluated(steps, found)
     session.lap("evaluate")
-    summary: dict[str, Any] = {"algorithm": run.config.algorithm.name, "steps": steps}
+    summary["steps"] = steps
     if best is not None:
         summary["best_step"] = best["step"]
     if found is not None:
@@ -264,8 +269,6 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
             summary["reliability"] = found.reliability
         if "kl_nats" in after:
             summary["kl_nats"] = after["kl_nats"]
-    if "normalisation" in session.host:
-        summary["normalisation"] = session.host["normalisation"]
     summary |= session.totals()
     session.recorder.summary(summary)
     session.report()

@@ -5,6 +5,7 @@ folder of a run. Weights of one path are read once and shared by all who use the
 donated.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Network:
     model: Model
     params: Params
     lora: Params | None = None
+    step: int | None = None
+    """Iterations of the run that has trained it."""
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Loader:
     def trained(self, folder: str) -> Network:
         """The network that a run trained, from its newest checkpoint.
 
-        A reward model's scores are normalised if its run has measured how (``normalise_on``).
+        A reward model's scores are normalised as its run's summary says (``normalise_on``).
 
         Raises:
           InputError: no checkpoint, or one of a reward model that is to be normalised and is not
@@ -109,17 +112,23 @@ class Loader:
         if self.abstract:
             return Network(base.model, *combine_params(state.params, base.params))
         wanted = {"policy": replace(state, opt_state=(), step=(), skipped=())}
-        _, found, host = checkpoint.load(Path(folder) / "checkpoints", wanted)
+        step, found, _ = checkpoint.load(Path(folder) / "checkpoints", wanted)
         params, lora = combine_params(found["policy"].params, base.params)
-        measured = host.get("normalisation")
-        if measured is not None:
-            params = {**params, "head": normalised(params["head"], **measured)}
-        elif normalise_path(config):
-            raise InputError(
-                f"{folder}: its scores are not normalised yet: train it to its end, or anew in "
-                "another output if algorithm.normalise_on was set after that"
-            )
-        return Network(base.model, params, lora)
+        if normalise_path(config):
+            summary = _summary(folder)
+            if summary.get("steps") != step or "normalisation" not in summary:
+                raise InputError(
+                    f"{folder}: its scores are not normalised yet: train it to its end"
+                )
+            head = normalised(params["head"], **summary["normalisation"])
+            params = {**params, "head": head}
+        return Network(base.model, params, lora, step)
+
+
+def _summary(folder: str) -> dict[str, Any]:
+    """The summary of a run that has come to its end; empty before."""
+    path = Path(folder) / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def is_run(path: str) -> bool:

@@ -29,14 +29,17 @@ def keep(state: TrainState) -> TrainState:
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=layout)(kept)
 
 
-def compare(states: States, host: Host, step: int, metrics: Mapping[str, float]) -> States:
+def compare(
+    states: States, host: Host, step: int, metrics: Mapping[str, float], curve: Any = None
+) -> States:
     """Note an evaluation of the policy, and keep its parameters if its loss is the lowest so far.
 
     Args:
-      host: its ``best`` is written: ``step`` and ``metrics`` of the best evaluation, ``last``, the
-        step of this one, and ``waited``, evaluations since the best.
+      host: its ``best`` is written: ``step``, ``metrics`` and ``curve`` of the best evaluation,
+        ``last``, the step of this one, and ``waited``, evaluations since the best.
       step: iterations done.
       metrics: of the evaluation, ``loss`` among them; one that is not a number is never the best.
+      curve: the evaluation's reliability curve, where it has one; JSON-able.
 
     Returns:
       The states, with "best" as it now is.
@@ -44,7 +47,8 @@ def compare(states: States, host: Host, step: int, metrics: Mapping[str, float])
     best = host.get("best")
     lowest = math.inf if best is None else _number(best["metrics"]["loss"])
     if best is None or _number(metrics["loss"]) < lowest:
-        host["best"] = {"step": step, "metrics": dict(metrics), "last": step, "waited": 0}
+        found = {"step": step, "metrics": dict(metrics), "curve": curve}
+        host["best"] = {**found, "last": step, "waited": 0}
         return {**states, "best": keep(states["policy"])}
     host["best"] = {**best, "last": step, "waited": best["waited"] + 1}
     return states

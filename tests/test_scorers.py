@@ -212,9 +212,27 @@ def test_normalisation_survives_resume_and_is_renewed(tmp_path):
     assert json.loads((Path(config.output) / "summary.json").read_text())["normalisation"]
 
 
-def test_trained_refuses_a_run_that_is_not_normalised_yet(tmp_path):
+def test_normalisation_that_fails_loses_no_training(tmp_path):
+    """It comes after the last checkpoint, and the next launch measures without training again.
+
+    Other columns of its rows are not read: here a score that is a text.
+    """
     config = normalised(tmp_path, steps=2)
-    loop.train(replace(config, algorithm=ListwiseRewardModelConfig()), MESH)
-    loop.train(config, MESH)  # nothing is left to do, so nothing is measured
+    kind = config.algorithm
+    assert isinstance(kind, ListwiseRewardModelConfig)
+    rows = Path(kind.normalise_on).read_text()
+    runs.write(Path(kind.normalise_on), [{"prompt": "the", "completion": "good"}] * 3)
+    with pytest.raises(InputError, match="all of its training is saved"):
+        loop.train(config, MESH)
+    metrics = (Path(config.output) / "metrics.jsonl").read_text()
     with jax.set_mesh(MESH), pytest.raises(InputError, match="scores are not normalised yet"):
         Loader(MESH).trained(config.output)
+    scored = [{**json.loads(row), "score": "good"} for row in rows.splitlines()]
+    runs.write(Path(kind.normalise_on), scored)
+    measured = loop.train(config, MESH)["normalisation"]
+    again = (Path(config.output) / "metrics.jsonl").read_text()
+    assert again.startswith(metrics)  # the same lines, seconds and all
+    with jax.set_mesh(MESH):
+        head = Loader(MESH).trained(config.output).params["head"]
+    assert measured["std"] > 0
+    assert np.isfinite(head["kernel"]).all()

@@ -34,9 +34,11 @@ def w(state):
 def test_compare_keeps_the_lowest():
     states, host = {"policy": state(0.0), "best": keep(state(0.0))}, {}
     for step, loss in enumerate((3.0, 2.0, 2.0, math.nan, 1.0, 1.5)):
-        states = compare({**states, "policy": state(float(step))}, host, step, {"loss": loss})
+        states = {**states, "policy": state(float(step))}
+        states = compare(states, host, step, {"loss": loss}, {"count": [step]})
     assert w(states["best"]) == 4
-    assert host["best"] == {"step": 4, "metrics": {"loss": 1.0}, "last": 5, "waited": 1}
+    best = {"step": 4, "metrics": {"loss": 1.0}, "curve": {"count": [4]}}
+    assert host["best"] == {**best, "last": 5, "waited": 1}
     assert [is_over(host, patience) for patience in (0, 1, 2)] == [False, True, False]
 
 
@@ -190,6 +192,7 @@ def test_train_reward_model_stops_early(tmp_path):
     summary, losses, _ = ran(replace(config, optim=optim, eval=settings, steps=9))
     assert (summary["best_step"], summary["steps"]) == (0, 2)
     assert summary["loss_after"] == summary["loss_before"] == losses[0] < min(losses[1], losses[2])
+    assert sum(summary["reliability"]["count"]) == 10  # of the start, as all of it is
 
 
 def test_train_refuses_patience_that_comes_late(tmp_path):

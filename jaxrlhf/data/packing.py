@@ -84,11 +84,18 @@ def scored_batch(
 ) -> PreferenceBatch:
     """Answers as a PreferenceBatch with C = 1; arguments as for ``preference_batch``.
 
-    ``label_B`` is the column ``score``, NaN where a row has none: then only for being scored.
+    ``label_B`` is the column ``score``.
     """
-    scores = [row.source.columns.get("score", np.nan) for row in rows]
+    scores = [row.source.columns["score"] for row in rows]
     answers = [row.answers for row in rows]
     return _candidates(rows, answers, width, pad, real_B, label_B=np.array(scores, np.float32))
+
+
+def answers_batch(
+    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+) -> PreferenceBatch:
+    """As ``scored_batch`` without labels, whatever the columns hold: only for being scored."""
+    return _candidates(rows, [row.answers for row in rows], width, pad, real_B)
 
 
 def steps_batch(

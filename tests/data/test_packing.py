@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxrlhf.data.formats import read_labelled, read_pairs
+from jaxrlhf.data.formats import read_completions, read_labelled, read_pairs
 from jaxrlhf.data.judged import read_ranked, read_scored, read_steps
 from jaxrlhf.data.packing import (
+    answers_batch,
     judged_batch,
     labelled_batch,
     preference_batch,
@@ -112,6 +113,15 @@ def test_scored_batch_has_scores_as_labels(tmp_path):
     batch = scored_batch(found, 5, 0, np.array([True, False]))
     assert batch.token_BCT.shape == (2, 1, 5)
     np.testing.assert_array_equal(batch.label_B, [-2, 0.5])
+    np.testing.assert_array_equal(batch.weight_B, [1, 0])
+
+
+def test_answers_batch_reads_no_score(tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    found = encoded(tmp_path, read_completions, row, {**row, "score": "great"})
+    batch = answers_batch(found, 5, 0, np.array([True, False]))
+    assert batch.label_B is None
+    np.testing.assert_array_equal(batch.token_BCT[:, 0, :3], [[2, 3, 1]] * 2)  # a b <eos>
     np.testing.assert_array_equal(batch.weight_B, [1, 0])
 
 
