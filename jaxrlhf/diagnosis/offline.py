@@ -1,8 +1,9 @@
 """Detectors for learning from rows: reward models, DPO and its relatives, SFT."""
 
 import math
+from dataclasses import replace
 
-from jaxrlhf.config import is_on_policy
+from jaxrlhf.config import OfflineConfig, is_on_policy
 from jaxrlhf.diagnosis.finding import Finding
 from jaxrlhf.diagnosis.history import History
 
@@ -27,11 +28,18 @@ MARGIN_LARGE, MARGIN_EXTREME = 20.0, 100.0
 
 
 def chance_accuracy(history: History) -> list[Finding]:
-    """Held-out pairs told apart no better than by a coin, within the 95 % interval."""
-    known = history.evaluation.known("accuracy", "rows").after(MIN_STEPS - 1)
-    if is_on_policy(history.config) or not len(known.step_I):
+    """Held-out pairs told apart no better than by a coin, within the 95 % interval.
+
+    Of pairs alone, and of all pairs of rankings: where answers have labels, one half is no chance.
+    """
+    kind = history.config.algorithm
+    if not isinstance(kind, OfflineConfig) or kind.rows not in ("pairs", "ranked"):
         return []
-    accuracy, pairs = float(known["accuracy"][-1]), float(known["rows"][-1])
+    counted = "pairs" if kind.is_reward_model else "rows"  # DPO and its relatives: each is a pair
+    known = history.evaluation.known("accuracy", counted).after(MIN_STEPS - 1)
+    if not len(known.step_I):
+        return []
+    accuracy, pairs = float(known["accuracy"][-1]), float(known[counted][-1])
     if pairs < MIN_PAIRS:
         return []
     half_width = 1.96 * math.sqrt(0.25 / pairs)
@@ -41,7 +49,7 @@ def chance_accuracy(history: History) -> list[Finding]:
     return [
         Finding(
             "chance_accuracy",
-            "problem" if swapped or history.config.algorithm.name == "reward_model" else "warning",
+            "problem" if swapped or kind.is_reward_model else "warning",
             f"accuracy {accuracy:.3f} ± {half_width:.3f} on {pairs:.0f} held-out pairs "
             f"(step {known.step_I[-1]})" + (": below chance" if swapped else ""),
             "see whether chosen and rejected are swapped in data.train or data.eval"
@@ -53,9 +61,13 @@ def chance_accuracy(history: History) -> list[Finding]:
 
 
 def overfitting(history: History) -> list[Finding]:
-    """Held-out loss that rises again, or accuracy that only training pairs have."""
+    """Held-out loss that rises again, or accuracy that only training pairs have.
+
+    Of the step whose parameters the run ends with: with ``eval.patience``, that of the least loss.
+    """
     if is_on_policy(history.config):
         return []
+    history = _until_best(history) if history.config.eval.patience else history
     found, severity = [], "warning"
     curve = history.evaluation.known("loss")
     loss, step_I = curve["loss"], curve.step_I
@@ -88,6 +100,20 @@ def overfitting(history: History) -> list[Finding]:
             "optim.weight_decay; adapters (model.lora) have less to overfit with",
         )
     ]
+
+
+def _until_best(history: History) -> History:
+    """Up to the evaluation whose parameters early stopping keeps."""
+    known = history.evaluation.known("loss")
+    if not len(known.step_I):
+        return history
+    best = known.step_I[known["loss"].argmin()]
+    training, evaluation = history.training, history.evaluation
+    return replace(
+        history,
+        training=training.where(training.step_I <= best),
+        evaluation=evaluation.where(evaluation.step_I <= best),
+    )
 
 
 def chosen_logp_falls(history: History) -> list[Finding]:

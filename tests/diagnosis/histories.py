@@ -118,7 +118,8 @@ def offline(algorithm, evaluation=None, **training):
 
 
 def reward_model(evaluation=None, **training):
-    return offline(RewardModelConfig(), evaluation, **training)
+    pairs = {"pairs": np.full(3, 200.0)}
+    return offline(RewardModelConfig(), {**pairs, **(evaluation or {})}, **training)
 
 
 def dpo(evaluation=None, **training):

@@ -1,9 +1,19 @@
 """Reward models and DPO: chance, overfitting, falling log-probs, margins."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from histories import STEPS, dpo, line, policy, reward_model
+from histories import offline as rows_of
 
+from jaxrlhf.config import (
+    EvalConfig,
+    KTOConfig,
+    ListwiseRewardModelConfig,
+    PointwiseRewardModelConfig,
+    ProcessRewardModelConfig,
+)
 from jaxrlhf.diagnosis import offline
 
 ONES = np.ones(STEPS)
@@ -33,8 +43,24 @@ def test_chance_accuracy_of_others_is_a_warning():
 
 
 def test_chance_accuracy_needs_pairs():
-    few = {"accuracy": np.full(3, 0.5), "rows": np.full(3, 29.0)}
+    few = {"accuracy": np.full(3, 0.5), "pairs": np.full(3, 29.0)}
     assert offline.chance_accuracy(reward_model(few)) == []
+
+
+def test_chance_accuracy_counts_the_pairs_of_rankings():
+    """20 rankings of four have 120 pairs, and 0.56 is within 0.5 ± 0.089."""
+    rankings = {"accuracy": np.full(3, 0.56), "rows": np.full(3, 20.0), "pairs": np.full(3, 120.0)}
+    (finding,) = offline.chance_accuracy(rows_of(ListwiseRewardModelConfig(), rankings))
+    assert "0.560 ± 0.089 on 120 held-out pairs" in finding.evidence
+    assert finding.severity == "problem"
+
+
+@pytest.mark.parametrize(
+    "kind", [KTOConfig(), PointwiseRewardModelConfig(kind="binary"), ProcessRewardModelConfig()]
+)
+def test_chance_accuracy_needs_something_to_compare(kind):
+    """Of labels, 0.5 may be far above or below what guessing gets."""
+    assert offline.chance_accuracy(rows_of(kind, {"accuracy": np.full(3, 0.5)})) == []
 
 
 @pytest.mark.parametrize(
@@ -44,6 +70,22 @@ def test_chance_accuracy_needs_pairs():
 def test_overfitting_loss(loss, severity):
     found = offline.overfitting(reward_model({"loss": np.array(loss)}))
     assert severities(found) == ([severity] if severity else [])
+
+
+def test_overfitting_of_a_run_that_ends_with_its_best():
+    """Loss is least at step 20: neither its rise nor the gap after it are in the run's policy."""
+    figures = {"loss": np.array([0.69, 0.5, 0.9]), "accuracy": np.array([0.5, 0.8, 0.6])}
+    rising = np.where(np.arange(STEPS) < 20, 0.85, 1.0)
+    history = reward_model(figures, accuracy=rising)
+    assert severities(offline.overfitting(history)) == ["problem"]
+    patient = replace(history.config, eval=EvalConfig(every=20, patience=1))
+    assert offline.overfitting(replace(history, config=patient)) == []
+    figures["accuracy"][1] = 0.65
+    gap = reward_model(figures, accuracy=rising)
+    (finding,) = offline.overfitting(replace(gap, config=patient))
+    assert finding.evidence == (
+        "accuracy 0.850 in training (steps 17-20), 0.650 held out (step 20)"
+    )
 
 
 def test_overfitting_accuracy():
