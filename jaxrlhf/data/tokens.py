@@ -9,7 +9,8 @@ id. So does every answer to be trained on, exactly once: whatever a chat templat
 stop token of the answer's end (a line break) is cut, and an answer without one gets the
 tokenizer's end-of-sequence. A tokenizer that has none stops no sampler, and none is added. Answers
 that were cut off say so (``ended``, ``chosen_ended``, ``rejected_ended`` false in the row), and get
-none: one that the template has written, and what follows it, is cut. Reward models therefore see in training what they see in scoring.
+none: one that the template has written, and what follows it, is cut. Reward models therefore see
+in training what they see in scoring.
 
 Masks follow lengths, never ``token != pad``: padding and end-of-sequence may share an id.
 """
