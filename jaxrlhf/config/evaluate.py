@@ -34,8 +34,8 @@ class EvaluateConfig:
     maj@k. None: the full score of a verifier, where one alone measures; else 1, if all are 0 or 1;
     else neither is measured."""
     max_new_tokens: int | None = None
-    """Most tokens of a completion. None: as the run samples; what its data.max_tokens leaves, if it
-    learnt from rows; 64 for a model that is no run."""
+    """Most tokens of a completion. None: as the run samples; what its data.max_tokens leaves, at
+    least 16, if it learnt from rows; 64 for a model that is no run."""
     rows: int = 64
     """Completions that are drawn at once on each device."""
     fsdp: int | None = None

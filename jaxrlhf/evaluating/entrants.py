@@ -29,6 +29,8 @@ from jaxrlhf.networks import Loader, Network, is_run, run_config, tokenizer_path
 NEW_TOKENS = 64
 """Most tokens of a completion by a model that is no run."""
 
+FEW_TOKENS = 16
+"""Fewer have to be asked for: most completions would be cut off, and say nothing of the policy."""
 
 ANY_LENGTH = 2**31
 """Tokens of a prompt: the context of the networks is the limit."""
@@ -154,12 +156,13 @@ def _new_tokens(config: Config, run: bool, width: int) -> int:
         return config.sample.max_new_tokens
     if not run:
         return NEW_TOKENS
-    if config.data.max_tokens <= width:
+    left = config.data.max_tokens - width
+    if left < FEW_TOKENS:
         raise InputError(
             f"max_new_tokens: missing: the run's data.max_tokens={config.data.max_tokens} leaves "
-            f"none after a prompt of {width}: give a number"
+            f"{max(left, 0)} after the longest held-out prompt of {width}: give --max-new-tokens"
         )
-    return config.data.max_tokens - width
+    return left
 
 
 def _judges(
