@@ -28,7 +28,7 @@ from jaxrlhf.config import (
     stage_evaluation,
     stage_run,
 )
-from jaxrlhf.diagnosis import diagnose
+from jaxrlhf.diagnosis import examine, read_history
 from jaxrlhf.diagnosis.show import save
 from jaxrlhf.errors import InputError
 from jaxrlhf.evaluating import evaluate_model
@@ -200,7 +200,8 @@ def evaluated(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) ->
     found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
     if is_run(model):
         shutil.copy(folder / "evaluation.json", Path(model) / "evaluation.json")
-        save(model, diagnose(model))
+        history = read_history(model)
+        save(model, history, examine(history))
         write_report([model])
     return {name: x for name, x in found.items() if name not in ("completions", "best_of_n")}
 

@@ -119,7 +119,8 @@ def test_diagnose_prints_and_writes_findings(sick_run, capsys):
     assert f"{sick_run}: grpo, 1 of 5 iterations, 0 evaluations\n" in out
     assert "PROBLEM  excluded_rows\n  evidence: 75.0% of completions have no reward" in out
     written = json.loads((Path(sick_run) / "diagnosis.json").read_text())
-    assert [row["name"] for row in written] == ["excluded_rows"]
+    assert written["step"] == 1
+    assert [row["name"] for row in written["findings"]] == ["excluded_rows"]
 
 
 def test_diagnose_json_is_what_it_writes(sick_run, capsys):

@@ -13,17 +13,21 @@ import runs
 
 from jaxrlhf import cli, evaluating, loop
 from jaxrlhf.config import (
+    Config,
+    DataConfig,
     EvalConfig,
     EvaluateConfig,
     LengthConfig,
     MeshConfig,
     RewardConfig,
+    SFTConfig,
     save,
 )
 from jaxrlhf.demo.words import goodness
 from jaxrlhf.errors import InputError
 from jaxrlhf.evaluating import Rule, drawing, evaluate_model, rule_of
 from jaxrlhf.evaluating.drawing import shape_of
+from jaxrlhf.evaluating.entrants import _new_tokens
 from jaxrlhf.evaluating.figures import best_of_n_curve, describe, solved
 from jaxrlhf.judging import Judge
 from jaxrlhf.measures import best_of_n, maj_at_k, pass_at_k
@@ -60,6 +64,7 @@ def test_evaluate_model_measures_what_it_writes(found, run):
     with open(f"{run.output}/evaluation.json") as file:
         written = json.load(file)
     assert written == json.loads(json.dumps(found))
+    assert found["step"] == 3
     assert found["prompts"] == 5  # one of the six stands there twice
     rows = found["completions"]
     assert len(rows) == 5 * 4
@@ -116,11 +121,13 @@ def test_evaluate_model_compiles_once(run, tmp_path):
 
 def test_evaluate_model_of_a_run_from_rows(tmp_path):
     config = runs.of("dpo", tmp_path, steps=1)
+    config = replace(config, data=replace(config.data, max_tokens=17))
     loop.train(config, one_device(config))
     wish = EvaluateConfig(config.output, n=2, best_of=2, reward=GOLD)
     found = evaluate_model(wish, one_device(config))
     assert found["prompts"] == 10
-    assert found["max_new_tokens"] == config.data.max_tokens - 1  # prompts are one word
+    assert found["step"] == 1
+    assert found["max_new_tokens"] == config.data.max_tokens - 1 == 16  # prompts are one word
     assert found["rewards"] == {"gold": [GOLD]}
     assert found["best_of_n"]["n"] == [1, 2]
 
@@ -136,6 +143,7 @@ def test_evaluate_model_of_a_plain_model(run, tmp_path):
     found = evaluate_model(replace(wish, output=out), one_device(run))
     assert found["best_of_n"]["n"] == [1, 2, 4]  # its own
     assert "kl_nats" not in found["policy"]
+    assert found["step"] is None
     assert "win_rate" not in found
     wish = replace(wish, output=out, reference=run.output, best_of=0)
     assert evaluate_model(wish, one_device(run))["policy"]["kl_nats"] == pytest.approx(0, abs=1e-3)
@@ -162,6 +170,14 @@ def test_evaluate_model_refuses_reward_models(tmp_path):
     save(config, f"{config.output}/config.yaml")
     with pytest.raises(InputError, match="a reward model, which completes nothing"):
         evaluate_model(EvaluateConfig(config.output))
+
+
+def test_new_tokens_refuses_a_handful():
+    config = Config(algorithm=SFTConfig(), data=DataConfig(max_tokens=40))
+    assert _new_tokens(config, True, 24) == 16
+    for width, left in ((25, 15), (40, 0), (50, 0)):
+        with pytest.raises(InputError, match=rf"leaves {left} after the .*: give --max-new-tokens"):
+            _new_tokens(config, True, width)
 
 
 def test_main_eval(run, tmp_path, capsys, monkeypatch):

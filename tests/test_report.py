@@ -78,6 +78,7 @@ METRICS = [
 ]
 EVALUATION = {
     "models": {"policy": "run", "reference": "base", "against": "base"},
+    "step": 4,
     "rewards": {"proxy": ["a"], "gold": ["b"]},
     "data": "held_out.jsonl",
     "prompts": 5,
@@ -146,7 +147,7 @@ def test_write_report_shows_what_there_is(folder):
         "evidence": EVIL,
         "remedy": "raise β",
     }
-    (folder / "diagnosis.json").write_text(json.dumps([finding]))
+    (folder / "diagnosis.json").write_text(json.dumps({"step": 4, "findings": [finding]}))
     path = write_report([folder])
     assert path == str(folder / "report.html")
     page = Reader((folder / "report.html").read_text())
@@ -169,7 +170,7 @@ def test_write_report_shows_what_there_is(folder):
 
 def test_render_escapes_and_needs_no_network(folder):
     finding = {"name": EVIL, "severity": '"><script>', "evidence": EVIL, "remedy": EVIL}
-    (folder / "diagnosis.json").write_text(json.dumps([finding]))
+    (folder / "diagnosis.json").write_text(json.dumps({"step": 4, "findings": [finding]}))
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION | {"data": EVIL}))
     text = render([read_run(folder), read_run(folder)]) + render([read_run(folder)])
     page = Reader(text)
@@ -214,9 +215,10 @@ def test_write_report_compares_runs(folder, tmp_path):
         ("config.yaml", "a: [", "config.yaml: not YAML"),
         ("config.yaml", "- a", "config.yaml: holds no settings"),
         ("summary.json", "{", "summary.json: not JSON"),
-        ("summary.json", "[]", "summary.json: holds no dict"),
+        ("summary.json", "[]", "summary.json: holds no object"),
         ("evaluation.json", '{"n": 1}', "evaluation.json: no models"),
-        ("diagnosis.json", '["a"]', "diagnosis.json: not a list of findings"),
+        ("diagnosis.json", '{"findings": ["a"]}', "diagnosis.json: not a list of findings"),
+        ("diagnosis.json", "[]", "diagnosis.json: holds no object"),
     ],
 )
 def test_read_run_refuses(name, content, message, folder):
@@ -230,6 +232,18 @@ def test_read_run_leaves_out_torn_lines(folder, caplog):
         file.write('{"step": 5, "rew')
     assert read_run(folder).metrics == METRICS
     assert "metrics.jsonl:7: not a record" in caplog.text
+
+
+@pytest.mark.parametrize(("step", "shown"), [(4, True), (None, True), (2, False), (6, False)])
+def test_read_run_leaves_out_what_is_of_another_step(step, shown, folder, caplog):
+    """The run has gone on, or back; a step of None is of a model that is no run."""
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION | {"step": step}))
+    (folder / "diagnosis.json").write_text(json.dumps({"step": step, "findings": []}))
+    found = read_run(folder)
+    assert bool(found.evaluation) == shown
+    assert found.diagnosis == ([] if shown else None)
+    left_out = f"evaluation.json: of step {step}, and the run is at step 4: left out"
+    assert (left_out in caplog.text) != shown
 
 
 def test_read_run_refuses_another_folder(tmp_path):

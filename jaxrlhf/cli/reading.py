@@ -38,9 +38,9 @@ def diagnose(
     history = read_history(run)
     findings = examine(history)
     if json:
-        print(to_json(findings))
+        print(to_json(history, findings))
     else:
         show(run, history, findings)
-    save(run, findings)
+    save(run, history, findings)
     if strict and any(finding.severity == "problem" for finding in findings):
         raise SystemExit(1)

@@ -15,12 +15,14 @@ from jaxrlhf.metrics import write_atomic
 STYLES = {"problem": "bold red", "warning": "bold yellow"}
 
 
-def to_json(findings: list[Finding]) -> str:
-    """A list of objects with name, severity, evidence and remedy."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2)
+def to_json(history: History, findings: list[Finding]) -> str:
+    """``step``, iterations that the run had done, and ``findings``, a list of objects with name,
+    severity, evidence and remedy."""
+    listed = [asdict(finding) for finding in findings]
+    return json.dumps({"step": _done(history), "findings": listed}, indent=2)
 
 
-def save(folder: str | Path, findings: list[Finding]) -> None:
+def save(folder: str | Path, history: History, findings: list[Finding]) -> None:
     """Write diagnosis.json into a run's folder.
 
     Raises:
@@ -28,7 +30,7 @@ def save(folder: str | Path, findings: list[Finding]) -> None:
     """
     path = Path(folder) / "diagnosis.json"
     try:
-        write_atomic(path, to_json(findings) + "\n")
+        write_atomic(path, to_json(history, findings) + "\n")
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}: copy the run to a folder that can be written"
@@ -37,7 +39,7 @@ def save(folder: str | Path, findings: list[Finding]) -> None:
 
 def lines(folder: str | Path, history: History, findings: list[Finding]) -> list[tuple[str, str]]:
     """What to print: (text, style) a line."""
-    done, steps = int(history.training.step_I[-1]), history.config.steps
+    done, steps = _done(history), history.config.steps
     count = len(history.evaluation.step_I)
     name = history.config.algorithm.name
     out = [(f"{folder}: {name}, {done} of {steps} iterations, {count} evaluations", "bold")]
@@ -51,6 +53,10 @@ def lines(folder: str | Path, history: History, findings: list[Finding]) -> list
     if "score" in history.training.values and "gold" not in history.evaluation.values:
         out.append(("not looked at: gold against proxy (there is no eval.gold)", "dim"))
     return out
+
+
+def _done(history: History) -> int:
+    return int(history.training.step_I[-1])
 
 
 def show(folder: str | Path, history: History, findings: list[Finding]) -> None:

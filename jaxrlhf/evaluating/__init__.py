@@ -48,7 +48,8 @@ def evaluate_model(
         what the verifier that judges takes for the answer; without one, the stripped text.
 
     Returns:
-      What evaluation.json holds: ``policy`` and ``against``, the figures of each (``describe``),
+      What evaluation.json holds: ``step``, iterations of the run behind the model (None if it is no
+      run); ``policy`` and ``against``, the figures of each (``describe``),
       the policy's with its KL to the reference; ``win_rate``, by each judge; ``pass_at_k`` and
       ``maj_at_k`` for verifiable tasks; ``best_of_n``, the curve of the reference (of the model, if
       it has none), and ``equal_kl``, what that curve reaches at the policy's KL; and the policy's
@@ -95,6 +96,7 @@ def _measure(
     ours = drawn["model"]
     found: dict[str, Any] = {
         "models": entrants.names,
+        "step": entrants.model.step,
         "rewards": {n: [source.name for source in j.sources] for n, j in bench.judges.items()},
         "data": wish.data or config.data.eval,
         "prompts": len(bench.prompts),

@@ -28,9 +28,10 @@ class RunFiles(NamedTuple):
     samples: list[Record]
     summary: dict[str, Any]
     evaluation: dict[str, Any]
-    """evaluation.json, by ``jaxrlhf eval``."""
+    """evaluation.json, by ``jaxrlhf eval``; left out if it is of another step than the last."""
     diagnosis: list[Record] | None
-    """diagnosis.json, the findings of ``jaxrlhf diagnose``; None if nobody has looked."""
+    """The findings of diagnosis.json, by ``jaxrlhf diagnose``, of the last step likewise; None if
+    nobody has looked."""
 
 
 def read_run(folder: str | Path) -> RunFiles:
@@ -42,22 +43,34 @@ def read_run(folder: str | Path) -> RunFiles:
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
-    evaluation = _json(path / "evaluation.json", {})
+    metrics = read_lines(path / "metrics.jsonl")
+    last = max((record["step"] for record in metrics), default=0)
+    evaluation = _json(path / "evaluation.json")
     missing = [name for name in EVALUATED if name not in evaluation]
     if evaluation and missing:
         raise InputError(f"{path}/evaluation.json: no {missing[0]}: write it again, jaxrlhf eval")
-    diagnosis = _json(path / "diagnosis.json", None)
-    if any(not isinstance(found, dict) for found in diagnosis or ()):
+    diagnosis = _json(path / "diagnosis.json")
+    findings = diagnosis.get("findings", [])
+    if not isinstance(findings, list) or any(not isinstance(found, dict) for found in findings):
         raise InputError(f"{path}/diagnosis.json: not a list of findings: mend or remove it")
     return RunFiles(
         folder=str(folder),
         config=_yaml(path / "config.yaml"),
-        metrics=read_lines(path / "metrics.jsonl"),
+        metrics=metrics,
         samples=read_lines(path / "samples.jsonl"),
-        summary=_json(path / "summary.json", {}),
-        evaluation=evaluation,
-        diagnosis=diagnosis,
+        summary=_json(path / "summary.json"),
+        evaluation=_if_of(last, evaluation, path / "evaluation.json"),
+        diagnosis=_if_of(last, diagnosis, path / "diagnosis.json").get("findings"),
     )
+
+
+def _if_of(last: int, found: Record, path: Path) -> Record:
+    """What was found of the run at its last step (or of no run); empty if of another step."""
+    step = found.get("step")
+    if step in (None, last):
+        return found
+    log.warning("%s: of step %s, and the run is at step %d: left out", path, step, last)
+    return {}
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -81,17 +94,16 @@ def read_lines(path: Path) -> list[Record]:
     return records
 
 
-def _json(path: Path, missing: Any) -> Any:
-    """What a JSON file holds, a list where ``missing`` is None; ``missing`` if there is none."""
+def _json(path: Path) -> Record:
+    """The object that a JSON file holds; an empty one if there is no file."""
     if not path.exists():
-        return missing
-    kind = dict if missing is not None else list
+        return {}
     try:
         content = json.loads(_text(path))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}): mend or remove it") from None
-    if not isinstance(content, kind):
-        raise InputError(f"{path}: holds no {kind.__name__}: mend or remove it")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no object: mend or remove it")
     return content
 
 

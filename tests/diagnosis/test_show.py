@@ -12,20 +12,23 @@ from jaxrlhf.errors import InputError
 ILL = histories.ILL["kl_negative"]
 
 
-def test_to_json_has_four_fields():
-    (row,) = json.loads(to_json(examine(ILL)))
+def test_to_json_has_the_step_and_four_fields():
+    found = json.loads(to_json(ILL, examine(ILL)))
+    assert found["step"] == histories.STEPS
+    (row,) = found["findings"]
     assert list(row) == ["name", "severity", "evidence", "remedy"]
     assert (row["name"], row["severity"]) == ("kl_negative", "problem")
 
 
 def test_save_writes_diagnosis(tmp_path):
-    save(tmp_path, examine(ILL))
-    assert json.loads((tmp_path / "diagnosis.json").read_text())[0]["name"] == "kl_negative"
+    save(tmp_path, ILL, examine(ILL))
+    found = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert found["findings"][0]["name"] == "kl_negative"
 
 
 def test_save_no_folder(tmp_path):
     with pytest.raises(InputError, match=r"diagnosis\.json: No such file or directory: copy"):
-        save(tmp_path / "no", [])
+        save(tmp_path / "no", ILL, [])
 
 
 def test_show_is_plain_where_nobody_looks(capsys):
