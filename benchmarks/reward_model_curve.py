@@ -11,7 +11,7 @@ run that is done is not done again.
 """
 
 # ruff: noqa: E402 (what jax reads from the environment comes first)
-from jaxrlhf.cli import prepare_jax
+from jaxrlhf.cli.environment import prepare_jax
 
 prepare_jax()
 

@@ -165,4 +165,4 @@ def test_together_counts_disagree():
     (one, _, _), (two, _, errors) = results("end", first, other, words=words)
     assert one not in (0, None)
     assert two not in (0, None)
-    assert "all with the same --processes?" in errors
+    assert "all with the same --processes" in errors

@@ -7,7 +7,7 @@ import pytest
 import runs
 from test_loop import one_device
 
-from jaxrlhf import cli, judging, loop
+from jaxrlhf import cli, loop, scorers
 from jaxrlhf.config import ServiceConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.networks import load_model
@@ -48,10 +48,10 @@ def test_model_source_scores_rows_as_they_are_alone(folder):
 
 def test_model_source_compiles_once(folder):
     ask = model_source(folder, 4)
-    before = judging._reward._cache_size()
+    before = scorers._reward._cache_size()
     for count in (1, 2, 3):
         ask(Asked(PROMPTS[:count], TEXTS[:count], {}, [True] * count))
-    assert judging._reward._cache_size() == before
+    assert scorers._reward._cache_size() == before
 
 
 def test_serve_model(folder, monkeypatch):
@@ -88,4 +88,4 @@ def test_serve_another_kind_of_run(tmp_path, capsys):
     config = runs.sft(tmp_path, steps=1)
     loop.train(config, one_device())
     assert cli.main(["serve", config.output]) == 2
-    assert "a run of sft: give the folder of a reward_model run" in capsys.readouterr().err
+    assert "a run of sft: give the folder of a reward-model run" in capsys.readouterr().err

@@ -27,7 +27,7 @@ class Stub:
         self.table = jnp.array(table, jnp.float32)
         self.decoder = SimpleNamespace(vocab=self.table.shape[1])
 
-    def apply(self, params, token_BT, attention_mask_BT, lora=None, cache=None):
+    def apply(self, params, token_BT, attention_mask_BT, lora=None, cache=None, segment_BT=None):
         position = jnp.arange(token_BT.shape[1], dtype=jnp.float32)
         return jnp.broadcast_to(position[:, None], (*token_BT.shape, 1)), None
 
