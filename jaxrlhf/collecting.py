@@ -11,6 +11,7 @@ from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.tokens import prompt_arrays
 from jaxrlhf.errors import InputError
 from jaxrlhf.judging import Judgement
+from jaxrlhf.processes import fetch
 from jaxrlhf.rewards.text import repeat
 from jaxrlhf.session import Session
 from jaxrlhf.setup import Run
@@ -82,7 +83,7 @@ def one_round(run: Run, session: Session, draw: int) -> Collected:
         raise InputError(f"rewards: draw {draw + 1} got no usable reward for any completion")
     baseline_B = None
     if "greedy" in run.algorithm.needs:
-        best_Q = np.asarray(run.judge(programs["greedy"](*given), prompts).reward_B, np.float32)
+        best_Q = fetch(run.judge(programs["greedy"](*given), prompts).reward_B)
         if not np.isfinite(best_Q).any():
             raise InputError(f"rewards: draw {draw + 1} got none for any greedy response")
         baseline_B = put_rows(np.array(repeat(list(best_Q), config.sample.n)), run.mesh)
@@ -92,8 +93,9 @@ def one_round(run: Run, session: Session, draw: int) -> Collected:
 
 def has_signal(judgement: Judgement, group: int) -> np.ndarray:
     """bool [Q]: at least two known rewards of the group differ."""
-    reward_QG = np.asarray(judgement.reward_B, np.float32).reshape(-1, group)
-    known_QG = np.asarray(judgement.valid_B).reshape(-1, group)
+    reward_QG, known_QG = (
+        x_B.reshape(-1, group) for x_B in fetch((judgement.reward_B, judgement.valid_B))
+    )
     highest_Q = np.where(known_QG, reward_QG, -np.inf).max(1)
     lowest_Q = np.where(known_QG, reward_QG, np.inf).min(1)
     return highest_Q > lowest_Q
@@ -103,7 +105,7 @@ def _merge(parts: list[Collected], row_B: np.ndarray, mesh: Any) -> Judgement:
     """Rows out of several judgements, on the mesh."""
 
     def take(*arrays: Any) -> np.ndarray:
-        return np.concatenate([np.asarray(x) for x in arrays])[row_B]
+        return np.concatenate(fetch(arrays))[row_B]
 
     judgements = [part.judgement for part in parts]
     reward_B, valid_B = put_rows(

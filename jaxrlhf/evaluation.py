@@ -12,6 +12,7 @@ from jaxrlhf.data.tokens import Encoded, prompt_arrays
 from jaxrlhf.held_out import Curve, batches, measure
 from jaxrlhf.judging import Judge
 from jaxrlhf.metrics import distinct_n, mean_interval
+from jaxrlhf.processes import fetch
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.setup import Run
 from jaxrlhf.sharding import put_rows
@@ -109,7 +110,7 @@ def _draw(
     ref_logp_BT = run.programs["eval_reference"](
         run.reference.params, rollout.token_BT, rollout.attention_mask_BT
     )
-    host, ref_logp_BT = jax.device_get((rollout, ref_logp_BT))
+    host, ref_logp_BT = fetch((rollout, ref_logp_BT))
     prompts = [row.source for row in picked]
     real_B = np.repeat(real_Q, run.config.eval.n)
     gap_BT = (host.logp_BT - ref_logp_BT) * host.mask_BT
@@ -130,7 +131,7 @@ def _draw(
         if judge is not None:
             # The rows that fill a batch count for nothing, and nothing here ends a run.
             judge = replace(judge, max_excluded=1.0)
-            out[name] = np.asarray(judge(rollout, prompts).reward_B)  # type: ignore[arg-type]
+            out[name] = fetch(judge(rollout, prompts).reward_B)  # type: ignore[arg-type]
     return {name: x[real_B] for name, x in out.items()}
 
 

@@ -23,6 +23,7 @@ from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.packing import answers_batch
 from jaxrlhf.data.tokens import Encoded, imitated
 from jaxrlhf.errors import InputError
+from jaxrlhf.processes import fetch
 from jaxrlhf.setup import Run, pack
 from jaxrlhf.sharding import put_rows, row_shards
 from jaxrlhf.types import Params, TokenBatch
@@ -57,9 +58,9 @@ def measure(
         picked = [rows[i] for i in row_B]
         batch = pack(run, picked, real_B)
         if "scores" in run.programs:
-            score = run.programs["scores"](params, frozen, batch)
-            loss, metrics = run.algorithm.loss(score, batch)
-            scored += list(zip(picked, np.asarray(score), strict=True))[: int(real_B.sum())]
+            score = fetch(run.programs["scores"](params, frozen, batch))
+            loss, metrics = run.algorithm.loss(*jax.tree.map(jnp.asarray, (score, fetch(batch))))
+            scored += list(zip(picked, score, strict=True))[: int(real_B.sum())]
         else:
             loss, metrics = run.programs["loss"](params, frozen, batch)
         share = real_B.sum() / len(rows)
@@ -129,7 +130,7 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
         picked = [rows[i] for i in row_B]
         batch = answers_batch(picked, data.max_tokens, run.config.sample.pad, real_B)
         score_BC = run.programs["scores"](params, run.frozen["policy"], put_rows(batch, run.mesh))
-        seen.append(np.asarray(jax.device_get(score_BC), np.float64)[real_B, 0])
+        seen.append(np.asarray(fetch(score_BC), np.float64)[real_B, 0])
     score_N = np.concatenate(seen)
     mean, std = float(score_N.mean()), float(score_N.std())
     if not (np.isfinite(std) and std > 1e-6 * max(1.0, abs(mean))):

@@ -13,7 +13,8 @@ from jaxrlhf.config import RewardConfig
 from jaxrlhf.data.formats import Prompt, stack_columns
 from jaxrlhf.errors import InputError
 from jaxrlhf.networks import Loader
-from jaxrlhf.rewards.asked import Asked
+from jaxrlhf.processes import assemble, fetch, own_share
+from jaxrlhf.rewards.asked import Asked, Scored, Source
 from jaxrlhf.rewards.combine import combine, fold
 from jaxrlhf.rewards.length import length_penalty
 from jaxrlhf.rewards.sources import Reward, load_rewards
@@ -66,7 +67,7 @@ class Judge:
             else:
                 asked = asked or self._asked(rollout, prompts)
                 assert source.ask is not None
-                score_B, problem = source.ask(asked)
+                score_B, problem = ask_together(source.ask, asked, len(prompts))
                 scores.append(score_B)
             problems.append(problem)
         parts = dict(zip([source.name for source in self.sources], scores, strict=True))
@@ -81,18 +82,18 @@ class Judge:
             reward_B = fold(scores, weights, gates, jnp)
             known_B = jnp.isfinite(reward_B)
             return jnp.where(known_B, reward_B, jnp.nan), known_B
-        return put_rows(combine([np.asarray(x) for x in scores], weights, gates), self.mesh)
+        return put_rows(combine(fetch(scores), weights, gates), self.mesh)
 
     def _refuse_too_few(self, judgement: Judgement, problems: Sequence[str]) -> None:
         if self.max_excluded >= 1:
             return
-        valid_B = np.asarray(judgement.valid_B)
+        valid_B, parts = fetch((judgement.valid_B, judgement.parts))
         lost, rows = int((~valid_B).sum()), len(valid_B)
         if lost <= self.max_excluded * rows:
             return
         said = []
-        for (name, score_B), problem in zip(judgement.parts.items(), problems, strict=True):
-            without = int((~np.isfinite(np.asarray(score_B))).sum())
+        for (name, score_B), problem in zip(parts.items(), problems, strict=True):
+            without = int((~np.isfinite(score_B)).sum())
             if without:
                 why = f", the last because: {problem}" if problem else ""
                 said.append(f"{name} has none for {without}{why}")
@@ -104,14 +105,29 @@ class Judge:
 
     def _asked(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Asked:
         """The rollout as text, with the other columns of its prompts."""
-        token_BT, mask_BT, ended_B = jax.device_get(
-            (rollout.token_BT, rollout.mask_BT, rollout.ended_B)
-        )
+        token_BT, mask_BT, ended_B = fetch((rollout.token_BT, rollout.mask_BT, rollout.ended_B))
         n = len(token_BT) // len(prompts)
         texts = repeat([prompt.text for prompt in prompts], n)
         completions = decode_rollout(self.tokenizer, token_BT, mask_BT, texts)
         columns = {name: repeat(x, n) for name, x in stack_columns(prompts).items()}
         return Asked(texts, completions, columns, ended_B.tolist())
+
+
+def ask_together(source: Source, asked: Asked, prompts: int) -> Scored:
+    """What a source on the host says of all rows, each asked about by one process alone.
+
+    A process asks about a stretch of the prompts, all completions of a prompt together. Why a row
+    has no score is known to the process that has asked.
+
+    Args:
+      asked: all rows, the same on every process.
+      prompts: how many prompts they belong to; the rows of one lie together.
+    """
+    share, each = own_share(prompts), len(asked) // prompts
+    rows = slice(share.start * each, share.stop * each)
+    own = asked.rows(rows)
+    score_R, problem = source(own) if len(own) else Scored(np.zeros(0))
+    return Scored(assemble(score_R, rows, len(asked)), problem)
 
 
 def measures(judgement: Judgement) -> dict[str, float]:
@@ -121,8 +137,9 @@ def measures(judgement: Judgement) -> dict[str, float]:
     none has), and ``excluded/NAME``, the share of the rows that do not; ``reward/excluded``, the
     share of the rows without a reward.
     """
-    metrics = {"reward/excluded": 1 - float(np.mean(np.asarray(judgement.valid_B)))}
-    for name, score_B in judgement.parts.items():
+    valid_B, parts = fetch((judgement.valid_B, judgement.parts))
+    metrics = {"reward/excluded": 1 - float(np.mean(valid_B))}
+    for name, score_B in parts.items():
         score_B = np.asarray(score_B, np.float64)
         known_B = np.isfinite(score_B)
         metrics[f"reward/{name}"] = float(score_B[known_B].mean()) if known_B.any() else math.nan

@@ -17,14 +17,14 @@ from jax.sharding import Mesh
 from jaxrlhf.ahead import compile_ahead
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.collecting import collect
-from jaxrlhf.config import Config, is_on_policy, is_reward_model
+from jaxrlhf.config import Config, is_on_policy
 from jaxrlhf.config import on_policy as on_policy_settings
-from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
 from jaxrlhf.feeding import batches, example, packing_metrics
 from jaxrlhf.held_out import measure_normalisation
 from jaxrlhf.judging import Judgement, measures
 from jaxrlhf.metrics import combine
+from jaxrlhf.processes import fetch, pace
 from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
 from jaxrlhf.rewards.text import decode_rollout
@@ -56,7 +56,6 @@ def train(
       FloatingPointError: too many updates in a row had a gradient that is not finite.
     """
     began = time.perf_counter()
-    _check_processes(config)
     mesh = mesh or make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = setup(config, mesh, abstract=True)
@@ -70,16 +69,6 @@ def train(
             learn = on_policy if is_on_policy(config) else offline
             learn(run, session)
             return summarise(run, session)
-
-
-def _check_processes(config: Config) -> None:
-    """Refuse what cannot be trained by several processes yet: their rows are judged on one host."""
-    name = config.algorithm.name
-    if jax.process_count() > 1 and (is_on_policy(config) or is_reward_model(config)):
-        raise InputError(
-            f"algorithm.name={name}: {jax.process_count()} processes: only SFT and preference "
-            "losses are trained by more than one so far: start one, with all devices of a host"
-        )
 
 
 def on_policy(run: Run, session: Session) -> None:
@@ -160,7 +149,7 @@ def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States,
                 update = programs["warmup" if warming else "update"]
                 states["policy"], learnt = update(states["policy"], part, run.frozen["policy"])
                 metrics |= learnt
-            seen.append(metrics)
+            seen.append(pace(metrics))
             if settings.target_kl and _apart(metrics) > settings.target_kl:
                 return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
     return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
@@ -173,12 +162,10 @@ def _apart(metrics: dict[str, Any]) -> float:
 
 def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, Any]]:
     """A few completions of an iteration, with their rewards."""
-    picked = jax.device_get((rollout.token_BT[:SHOWN], rollout.mask_BT[:SHOWN]))
-    reward_B = np.asarray(judgement.reward_B[:SHOWN])
-    attention = np.asarray(rollout.attention_mask_BT[:SHOWN])
-    token_BT, mask_BT = picked
+    rows = (rollout.token_BT, rollout.attention_mask_BT, rollout.mask_BT, judgement.reward_B)
+    token_BT, attention_BT, mask_BT, reward_B = (x[:SHOWN] for x in fetch(rows))
     blank = [""] * len(token_BT)
-    prompts = decode_rollout(run.tokenizer, token_BT, attention * (mask_BT == 0), blank)
+    prompts = decode_rollout(run.tokenizer, token_BT, attention_BT * (mask_BT == 0), blank)
     completions = decode_rollout(run.tokenizer, token_BT, mask_BT, blank)
     return [
         {"prompt": prompt, "completion": completion, "reward": float(reward)}

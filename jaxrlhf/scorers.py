@@ -14,6 +14,7 @@ from jaxrlhf.config import ProcessRewardModelConfig, RewardConfig, is_reward_mod
 from jaxrlhf.data.steps import mark_step_ends
 from jaxrlhf.errors import InputError
 from jaxrlhf.networks import Loader, Network
+from jaxrlhf.processes import fetch
 from jaxrlhf.sharding import put_rows
 from jaxrlhf.steps.scoring import reward, token_scores
 from jaxrlhf.types import Array, Rollout
@@ -113,7 +114,7 @@ def step_ends_of(rollout: Rollout, tokenizer: Any, separator: str, mesh: Mesh) -
 
     The separator is found in the text of the tokens, on the host.
     """
-    token_BT, mask_BT = jax.device_get((rollout.token_BT, rollout.mask_BT))
+    token_BT, mask_BT = fetch((rollout.token_BT, rollout.mask_BT))
     return put_rows(mark_step_ends(token_BT, mask_BT, tokenizer, separator), mesh)
 
 

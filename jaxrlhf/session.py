@@ -19,6 +19,7 @@ from jaxrlhf.display import display
 from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation
 from jaxrlhf.metrics import Recorder, plain, write_atomic
+from jaxrlhf.processes import any_process, is_first
 from jaxrlhf.report import write_report
 from jaxrlhf.resume import check_fingerprint, fingerprint
 from jaxrlhf.setup import Run
@@ -77,16 +78,14 @@ class Session:
             more = self.start < config.steps and not is_over(self.host, config.eval.patience)
             self.states = exchange(self.states, self.host, False) if more else self.states
         self.host["fingerprint"] = self._fingerprint
-        if self.is_left() or not (self.output / "config.yaml").is_file():
-            write_atomic(self.output / "config.yaml", dump(config))
-        if self.is_left() and jax.process_index() == 0:
-            (self.output / "summary.json").unlink(missing_ok=True)  # of a shorter run
+        if is_first():
+            self._prepare_folder()
         resumed = self.start if found is not None else None
-        self.recorder = self._stack.enter_context(
-            Recorder(self.output, resumed, active=jax.process_index() == 0)
-        )
+        self.recorder = self._stack.enter_context(Recorder(self.output, resumed, active=is_first()))
         title = f"{config.algorithm.name} → {config.output}"
-        self.show = self._stack.enter_context(display(config.steps, title, self.start))
+        self.show = self._stack.enter_context(
+            display(config.steps, title, self.start, active=is_first())
+        )
         if self.start:
             self.show.note(f"resumed after iteration {self.start} of {config.steps}")
         self._handle_sigterm()
@@ -94,6 +93,12 @@ class Session:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    def _prepare_folder(self) -> None:
+        if self.is_left() or not (self.output / "config.yaml").is_file():
+            write_atomic(self.output / "config.yaml", dump(self.run.config))
+        if self.is_left():
+            (self.output / "summary.json").unlink(missing_ok=True)  # of a shorter run
 
     def is_left(self) -> bool:
         """Whether this launch has an iteration to do."""
@@ -122,7 +127,7 @@ class Session:
             yield done
             done += 1
             self._end_of(done)
-            if self._stopped:
+            if any_process(self._stopped):
                 self.save(done)
                 self.checkpoints.wait()
                 self.show.note(f"stopped by SIGTERM after iteration {done}, which is saved")
@@ -165,7 +170,8 @@ class Session:
 
     def example(self, text: str) -> None:
         """Show a row that is learnt from, cut if it is long, and write it to example.txt whole."""
-        write_atomic(self.output / "example.txt", text + "\n")
+        if is_first():
+            write_atomic(self.output / "example.txt", text + "\n")
         half = EXAMPLE // 2
         brief = text if len(text) <= EXAMPLE else f"{text[:half]} … {text[-half:]}"
         self.show.note("an example, what is trained on between ⟦ and ⟧:")
@@ -182,7 +188,7 @@ class Session:
 
     def report(self) -> None:
         """Write report.html from the run's files; the run stands even if they make no page."""
-        if jax.process_index() == 0:
+        if is_first():
             try:
                 write_report([self.output])
             except (InputError, OSError) as error:

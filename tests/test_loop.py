@@ -230,13 +230,6 @@ def test_learn_warms_the_critic_up_before_the_policy_moves(critic, tmp_path):
         assert np.abs(moved["embed"]["table"] - before["embed"]["table"]).max() > 0
 
 
-@pytest.mark.parametrize("name", ["ppo", "reward_model"])
-def test_train_refuses_what_several_processes_cannot_train(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match=f"algorithm.name={name}: 2 processes: only SFT"):
-        loop.train(runs.of(name, tmp_path))
-
-
 def test_train_raises_after_too_many_updates_that_are_not_finite(tmp_path, monkeypatch):
     loss = losses.policy_loss
 

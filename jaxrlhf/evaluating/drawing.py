@@ -14,6 +14,7 @@ from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.tokens import Encoded, prompt_arrays
 from jaxrlhf.judging import Judge
 from jaxrlhf.networks import Network
+from jaxrlhf.processes import fetch
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.sharding import put_rows, row_shards
 from jaxrlhf.steps.sampling import sample
@@ -118,14 +119,14 @@ def _program(
                 reference.lora,
                 bench.width,
             )
-        flat = {**_columns(bench.tokenizer, *jax.device_get((rollout, ref_logp_BT))), **scores}
+        flat = {**_columns(bench.tokenizer, *fetch((rollout, ref_logp_BT))), **scores}
         return {name: x_B.reshape(-1, shape.n) for name, x_B in flat.items()}
 
     return program
 
 
 def _known(judge: Judge, rollout: Rollout, prompts: Sequence[Prompt]) -> np.ndarray:
-    reward_B = np.asarray(judge(rollout, prompts).reward_B, np.float64)
+    reward_B = np.asarray(fetch(judge(rollout, prompts).reward_B), np.float64)
     return np.where(np.isfinite(reward_B), reward_B, np.nan)
 
 

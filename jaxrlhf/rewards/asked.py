@@ -24,16 +24,12 @@ class Asked:
 
     def split(self, size: int) -> list["Asked"]:
         """The rows in pieces of at most ``size``, in order."""
-        pieces = [slice(start, start + size) for start in range(0, len(self), size)]
-        return [
-            Asked(
-                self.prompts[piece],
-                self.completions[piece],
-                {name: values[piece] for name, values in self.columns.items()},
-                self.ended[piece],
-            )
-            for piece in pieces
-        ]
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def rows(self, which: slice) -> "Asked":
+        """Some of the rows."""
+        columns = {name: values[which] for name, values in self.columns.items()}
+        return Asked(self.prompts[which], self.completions[which], columns, self.ended[which])
 
 
 class Scored(NamedTuple):

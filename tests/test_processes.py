@@ -1,0 +1,186 @@
+"""Two processes with two devices each do what one process with four does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import runs
+from processes import free_port
+
+from jaxrlhf.config import EvalConfig, MeshConfig, RewardConfig, dump
+from jaxrlhf.loop import train
+from jaxrlhf.processes import any_process, assemble, fetch, own_share
+from jaxrlhf.sharding import make_mesh
+
+PROGRAM = """
+import sys
+from jaxrlhf.config import Config, load, override
+from jaxrlhf.distributed import together
+from jaxrlhf.loop import train
+
+port, process, *paths = sys.argv[1:]
+words = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", process]
+with together(override(Config(), words).distributed) as watchdog:
+    for path in paths:
+        train(load(path), feed=watchdog.feed)
+"""
+
+NAMES = ("sft", "reward_model", "ppo", "grpo", "dpo")
+
+
+def goodness_of_own(prompts, completions, **columns):
+    """As ``goodness``, written down: which process was asked for how many rows."""
+    with open(os.environ["ASKED"], "a") as file:
+        print(jax.process_index(), len(completions), file=file)
+    return [sum(word in runs.WORDS.split()[:6] for word in text.split()) for text in completions]
+
+
+def two_processes(*paths, **variables):
+    """PROGRAM on these configs, twice; both processes."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    here = os.path.dirname(__file__)
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, port, str(i), *map(str, paths)],
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": here, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes, seconds=600):
+    """Their outputs; they must end well."""
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+def logged(folder):
+    """What a run has logged, but for its clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def config_of(name, folder):
+    folder.mkdir()
+    config = replace(runs.of(name, folder), mesh=MeshConfig(data=2, fsdp=2), steps=3)
+    if name in ("ppo", "grpo"):
+        source = RewardConfig(function="test_processes:goodness_of_own")
+        data = replace(config.data, eval=config.data.train)
+        config = replace(config, rewards=(source,), data=data, eval=EvalConfig(n=2))
+    return config
+
+
+def write_config(config, folder, output):
+    path = folder / f"{output}.yaml"
+    path.write_text(dump(replace(config, output=str(folder / output))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """folder/NAME/{one,two}: each run by one process with four devices, and by two with two."""
+    folder = tmp_path_factory.mktemp("processes")
+    configs = {name: config_of(name, folder / name) for name in NAMES}
+    asked = folder / "asked"
+    paths = [write_config(config, folder / name, "two") for name, config in configs.items()]
+    outputs = finish(two_processes(*paths, ASKED=str(asked)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASKED", os.devnull)
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+        for name, config in configs.items():
+            train(replace(config, output=str(folder / name / "one")), mesh)
+    return folder, outputs, asked.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_train_by_two_processes_equals_one(both, name):
+    folder = both[0] / name
+    one, two = logged(folder / "one"), logged(folder / "two")
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for a, b in zip(one, two, strict=True):
+        for key, value in a.items():
+            if isinstance(value, float):
+                assert b[key] == pytest.approx(value, rel=2e-4, abs=2e-6), key
+    samples = [(folder / which / "samples.jsonl").read_text() for which in ("one", "two")]
+    assert samples[0] == samples[1]
+    first, other = (_parameters(folder / which / "checkpoints") for which in ("one", "two"))
+    assert first.keys() == other.keys()
+    for key, x in first.items():
+        np.testing.assert_allclose(other[key], x, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def _parameters(folder):
+    """The arrays of the last checkpoint that are parameters of the policy."""
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(folder / str(step) / "state")
+    return {name: np.asarray(x) for name, x in tree.items() if "params" in name}
+
+
+def test_train_by_two_processes_asks_each_for_its_own_rows(both):
+    asked = [tuple(map(int, line.split())) for line in both[2]]
+    assert {process for process, _ in asked} == {0, 1}
+    assert sum(rows for process, rows in asked if process == 0) == sum(
+        rows for process, rows in asked if process == 1
+    )
+
+
+def test_train_by_two_processes_writes_once(both):
+    first, other = both[1]
+    assert "step 3/3" in first
+    assert "step" not in other.replace("stepwise", "")
+
+
+def test_sigterm_of_one_process_stops_both_at_one_step(tmp_path):
+    config = replace(config_of("ppo", tmp_path / "ppo"), steps=1000)
+    path = write_config(config, tmp_path / "ppo", "two")
+    running = two_processes(path, ASKED=os.devnull)
+    log = tmp_path / "ppo" / "two" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") > 2):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    running[1].send_signal(signal.SIGTERM)
+    outputs = finish(running, 60)
+    step = logged(tmp_path / "ppo" / "two")[-1]["step"]
+    assert f"stopped by SIGTERM after iteration {step}, which is saved" in outputs[0]
+    assert (tmp_path / "ppo" / "two" / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize(("count", "processes"), [(7, 3), (2, 3), (8, 2), (0, 2)])
+def test_own_share_covers_everything_once(monkeypatch, count, processes):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    seen = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        seen += list(range(count))[own_share(count)]
+    assert seen == list(range(count))
+
+
+def test_assemble_puts_a_part_where_it_belongs():
+    np.testing.assert_array_equal(
+        assemble(np.array([0.1, np.nan]), slice(1, 3), 3), [0, 0.1, np.nan]
+    )
+
+
+def test_alone_nothing_is_exchanged():
+    assert any_process(True)
+    assert not any_process(False)
+    assert fetch({"a": jax.numpy.arange(2)})["a"].tolist() == [0, 1]
