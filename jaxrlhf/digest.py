@@ -85,4 +85,4 @@ def _sha256(note: dict[str, Any]) -> str:
 
 
 _digests = jax.jit(lambda leaves: [digest(x) for x in leaves])
-"""Of all leaves in one program: processes on CPUs wait for ever with some tens of them in flight."""
+"""All leaves in one program: with some tens in flight, processes on CPUs would wait for ever."""
