@@ -6,6 +6,7 @@ it is whole; what was damaged later, the digests tell. Beside the steps, ``trash
 on their way out and ``damaged/`` those that ``restore`` had to pass over.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -20,8 +21,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
-from jaxrlhf.digest import describe, kind, named_leaves, seal, unseal
+from jaxrlhf.digest import check_leaves, describe, named_leaves, seal, unseal
 from jaxrlhf.errors import InputError
+from jaxrlhf.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,8 @@ Found = tuple[int, Any, dict[str, Any]]
 class Checkpoints:
     """The checkpoints of one run, for the one trainer that writes them.
 
-    ``with Checkpoints(folder, config) as checkpoints:`` makes sure at its end that the last save
-    is on disk. Every process of a multi-host run makes the same calls.
+    ``with Checkpoints(folder, config) as checkpoints:`` ends once the last save is on disk. Every
+    process of a multi-host run makes the same calls.
 
     Attributes:
       failed: saves that failed (a full disk, say); training goes on after each.
@@ -77,8 +79,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
         """Copy ``state`` to the host and write it in the background; a step on disk is kept.
 
-        The arrays may be donated or deleted once this returns. A save that fails is a warning and
-        a count, and the next one tries again; only ``wait`` raises.
+        The arrays may be donated once this returns. A save that fails is a warning and a count,
+        and the next one tries again; only ``wait`` raises.
 
         Args:
           step: iterations done, later than the newest checkpoint.
@@ -94,10 +96,8 @@ class Checkpoints:
         if step == newest:
             return
         if newest is not None and step < newest:
-            raise InputError(
-                f"{self.folder}: holds step {newest}, and this run is at step {step}; "
-                "resume from there, or choose another output"
-            )
+            where = f"{self.folder}: holds step {newest}, and this run is at step {step}"
+            raise InputError(f"{where}; resume from there, or choose another output")
         leaves = named_leaves(state)
         note = seal({"step": step, "host": dict(host), "leaves": describe(leaves)})
         self._in_flight = step
@@ -109,6 +109,21 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # full or lost disk: the training is worth more than one save
             self._fail(error)
+
+    def amend(self, host: Mapping[str, Any]) -> None:
+        """Replace the host's numbers of the last save; a kill leaves the old ones or the new.
+
+        Raises:
+          InputError: the last save, or this, could not be written.
+        """
+        self.wait()
+        path = self.folder / str(self.latest()) / "host" / "metadata"
+        if jax.process_index() == 0:
+            try:
+                note = unseal(json.loads(path.read_text()))
+                write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; make room and start again") from None
 
     def restore(self, abstract: Any) -> Found | None:
         """The newest checkpoint that is whole: (step, state, host); None if there is none at all.
@@ -151,7 +166,7 @@ class Checkpoints:
             )
 
     def close(self) -> None:
-        """Finish the save in flight and end background threads; ``wait`` tells of failures."""
+        """Finish the save in flight and end threads; ``wait`` tells of failures."""
         self._settle()
         if self._manager is not None:
             self._manager.close()
@@ -229,7 +244,7 @@ def _read(path: Path, abstract: Any, part: bool) -> tuple[Any, dict[str, Any]]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         items = reader.restore(path, args=ocp.args.Composite(host=ocp.args.JsonRestore()))
     note = unseal(items["host"])
-    _check_leaves(path, note["leaves"], wanted, part)
+    check_leaves(path, note["leaves"], wanted, part)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     how = {
         name: ocp.ArrayRestoreArgs(
@@ -245,21 +260,6 @@ def _read(path: Path, abstract: Any, part: bool) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"{name} is not as it was saved")
     restored = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
     return restored, note["host"]
-
-
-def _check_leaves(
-    path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], part: bool
-) -> None:
-    """Raise InputError for the first leaf that is not saved as it is wanted."""
-    extra = () if part else [name for name in saved if name not in wanted]
-    for name in (*wanted, *extra):
-        there = saved[name]["kind"] if name in saved else "absent"
-        here = kind(wanted[name]) if name in wanted else "absent"
-        if there != here:
-            raise InputError(
-                f"{path}: {name} is {there} there, {here} in this run; go back to the model and "
-                "optimizer of the run's config.yaml, or choose another output"
-            )
 
 
 def _steps(folder: Path) -> list[int]:

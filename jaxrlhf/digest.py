@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.errors import InputError
 from jaxrlhf.types import Array
 
 
@@ -57,6 +59,28 @@ def describe(leaves: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
         name: {"kind": kind(x), "digest": int(total)}
         for (name, x), total in zip(leaves.items(), sums, strict=True)
     }
+
+
+def check_leaves(
+    path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], part: bool
+) -> None:
+    """Raise InputError for the first leaf that is not saved as it is wanted.
+
+    Args:
+      path: where it is saved.
+      saved: what ``describe`` said of each leaf.
+      wanted: arrays or ShapeDtypeStructs, by the same names.
+      part: leave what is saved beyond them unread.
+    """
+    extra = () if part else [name for name in saved if name not in wanted]
+    for name in (*wanted, *extra):
+        there = saved[name]["kind"] if name in saved else "absent"
+        here = kind(wanted[name]) if name in wanted else "absent"
+        if there != here:
+            raise InputError(
+                f"{path}: {name} is {there} there, {here} in this run; go back to the model and "
+                "optimizer of the run's config.yaml, or choose another output"
+            )
 
 
 def seal(note: Mapping[str, Any]) -> dict[str, Any]:

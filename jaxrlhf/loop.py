@@ -227,12 +227,15 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
     """Measure the end of the run, and write summary.json and report.html.
 
     The last checkpoint comes first: whatever fails here, or is killed, is done again by the next
-    launch, which trains nothing. ``normalisation`` stands in the summary for all who load the run.
+    launch, which trains nothing. ``normalisation`` is added to that checkpoint, where all who load
+    the run find it.
     """
     summary: dict[str, Any] = {"algorithm": run.config.algorithm.name}
     if run.normalise_rows is not None:
-        measured = measure_normalisation(run, session.states["policy"].params)
-        summary["normalisation"] = measured
+        if "normalisation" not in session.host:
+            measured = measure_normalisation(run, session.states["policy"].params)
+            session.amend(normalisation=measured)
+        summary["normalisation"] = session.host["normalisation"]
     steps = max(run.config.steps, session.start)
     best = session.host["best"] if has_ended(session.host) else None
     found: Evaluation | None

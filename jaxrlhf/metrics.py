@@ -3,13 +3,14 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxrlhf.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -87,17 +88,6 @@ class _Lines:
     def close(self) -> None:
         self.write([])
         self._file.close()
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Replace a file by ``text`` (UTF-8): a reader, or a kill, finds the old or the new content."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _drop_later(path: Path, resume_step: int | None) -> None:

@@ -5,7 +5,6 @@ folder of a run. Weights of one path are read once and shared by all who use the
 donated.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,7 @@ class Loader:
     def trained(self, folder: str) -> Network:
         """The network that a run trained, from its newest checkpoint.
 
-        A reward model's scores are normalised as its run's summary says (``normalise_on``).
+        A reward model's scores are normalised as its checkpoint says (``normalise_on``).
 
         Raises:
           InputError: no checkpoint, or one of a reward model that is to be normalised and is not
@@ -112,23 +111,16 @@ class Loader:
         if self.abstract:
             return Network(base.model, *combine_params(state.params, base.params))
         wanted = {"policy": replace(state, opt_state=(), step=(), skipped=())}
-        step, found, _ = checkpoint.load(Path(folder) / "checkpoints", wanted)
+        step, found, host = checkpoint.load(Path(folder) / "checkpoints", wanted)
         params, lora = combine_params(found["policy"].params, base.params)
         if normalise_path(config):
-            summary = _summary(folder)
-            if summary.get("steps") != step or "normalisation" not in summary:
+            if "normalisation" not in host:
                 raise InputError(
                     f"{folder}: its scores are not normalised yet: train it to its end"
                 )
-            head = normalised(params["head"], **summary["normalisation"])
+            head = normalised(params["head"], **host["normalisation"])
             params = {**params, "head": head}
         return Network(base.model, params, lora, step)
-
-
-def _summary(folder: str) -> dict[str, Any]:
-    """The summary of a run that has come to its end; empty before."""
-    path = Path(folder) / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def is_run(path: str) -> bool:

@@ -32,8 +32,9 @@ from jaxrlhf.diagnosis import examine, read_history
 from jaxrlhf.diagnosis.show import save
 from jaxrlhf.errors import InputError
 from jaxrlhf.evaluating import evaluate_model
+from jaxrlhf.files import write_atomic
 from jaxrlhf.loop import train
-from jaxrlhf.metrics import plain, write_atomic
+from jaxrlhf.metrics import plain
 from jaxrlhf.networks import is_run
 from jaxrlhf.preferences import write_pairs
 from jaxrlhf.report import write_report

@@ -15,7 +15,7 @@ from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.formats import read_prompts
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
-from jaxrlhf.metrics import write_atomic
+from jaxrlhf.files import write_atomic
 from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
 from jaxrlhf.networks import Loader, tokenizer_path
 from jaxrlhf.rewards.functions import call, resolve

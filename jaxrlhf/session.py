@@ -18,7 +18,8 @@ from jaxrlhf.config import dump, load
 from jaxrlhf.display import display
 from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation
-from jaxrlhf.metrics import Recorder, plain, write_atomic
+from jaxrlhf.files import write_atomic
+from jaxrlhf.metrics import Recorder, plain
 from jaxrlhf.processes import any_process, is_first
 from jaxrlhf.report import write_report
 from jaxrlhf.resume import check_fingerprint, fingerprint
@@ -42,7 +43,8 @@ class Session:
 
     Attributes:
       states: the training states, restored or at their start.
-      host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``.
+      host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``,
+        ``normalisation``.
       start: iterations already done.
     """
 
@@ -77,6 +79,8 @@ class Session:
             check_fingerprint(self.host.get("fingerprint", {}), self._fingerprint)
             more = self.start < config.steps and not is_over(self.host, config.eval.patience)
             self.states = exchange(self.states, self.host, False) if more else self.states
+        if self.is_left():
+            self.host.pop("normalisation", None)  # of parameters that go on learning
         self.host["fingerprint"] = self._fingerprint
         if is_first():
             self._prepare_folder()
@@ -151,6 +155,11 @@ class Session:
         self.checkpoints.save(done, self.states, self.host)
         self.lap("checkpoint")
 
+    def amend(self, **known: Any) -> None:
+        """Add to the host's numbers, and to those of the last checkpoint."""
+        self.host |= known
+        self.checkpoints.amend(self.host)
+
     def lap(self, phase: str, *arrays: Any) -> float:
         """Charge the seconds since the last lap to a phase, once ``arrays`` are computed."""
         jax.block_until_ready(arrays)
@@ -197,7 +206,8 @@ class Session:
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run with no iteration left; None if there is something to do."""
         path = self.output / "summary.json"
-        if self.is_left() or not path.is_file():
+        measured = self.run.normalise_rows is None or "normalisation" in self.host
+        if self.is_left() or not path.is_file() or not measured:
             return None
         summary = json.loads(path.read_text())
         if summary.get("steps") != self.start:

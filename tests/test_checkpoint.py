@@ -91,6 +91,33 @@ def test_save_again_is_nothing(tmp_path):
     assert checkpoints.failed == 0
 
 
+def test_amend_replaces_the_numbers_alone(tmp_path):
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        checkpoints.save(1, state_at(1), {"kl_coef": 0.1})
+        checkpoints.save(2, state_at(2), {"kl_coef": 0.2})
+        checkpoints.amend({"kl_coef": 0.2, "mean": 3.0})  # waits for the save in flight
+    for folder in (tmp_path / "2", tmp_path / "2" / "host"):
+        assert not list(folder.glob("*.part"))
+    step, state, host = load(tmp_path, ABSTRACT)
+    assert (step, host) == (2, {"kl_coef": 0.2, "mean": 3.0})
+    assert_equal(state, state_at(2))
+    shutil.rmtree(tmp_path / "2")
+    assert load(tmp_path, ABSTRACT)[2] == {"kl_coef": 0.1}
+
+
+def test_amend_that_cannot_write(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        checkpoints.save(1, state_at(1), {"kl_coef": 0.1})
+        checkpoints.wait()
+        monkeypatch.setattr("jaxrlhf.checkpoint.write_atomic", full)
+        with pytest.raises(InputError, match="No space left on device; make room"):
+            checkpoints.amend({"kl_coef": 0.2})
+    assert load(tmp_path, ABSTRACT)[2] == {"kl_coef": 0.1}
+
+
 def test_save_before_newest(tmp_path):
     fill(tmp_path)
     with Checkpoints(tmp_path, KEEP3) as checkpoints, pytest.raises(InputError, match="holds st"):

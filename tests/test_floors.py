@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "jaxrlhf"
 FLOORS = (
-    {"types", "masked", "errors", "config", "watchdog"},
+    {"types", "masked", "errors", "files", "config", "watchdog"},
     {"sharding", "algorithms", "digest", "distributed", "processes"},
     {"models", "oracle"},
     {"steps"},

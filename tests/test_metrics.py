@@ -16,7 +16,6 @@ from jaxrlhf.metrics import (
     mean_interval,
     paired_interval,
     plain,
-    write_atomic,
 )
 
 
@@ -130,12 +129,6 @@ def test_recorder_summary(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "metrics.jsonl", "samples.jsonl", "summary.json",
     }  # fmt: skip
-
-
-def test_write_atomic_replaces(tmp_path):
-    write_atomic(tmp_path / "x", "old")
-    write_atomic(tmp_path / "x", "é")
-    assert (tmp_path / "x").read_text("utf-8") == "é"
 
 
 def test_plain_refuses():

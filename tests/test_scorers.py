@@ -19,6 +19,7 @@ from jaxrlhf.config import (
     load,
 )
 from jaxrlhf.data.formats import Prompt
+from jaxrlhf.digest import seal, unseal
 from jaxrlhf.errors import InputError
 from jaxrlhf.generating import complete
 from jaxrlhf.judging import make_judge
@@ -198,18 +199,46 @@ def normalised(folder, **changes):
     return runs.of("listwise_reward_model", folder, algorithm=algorithm, **changes)
 
 
-def test_normalisation_survives_resume_and_is_renewed(tmp_path):
+def test_normalisation_survives_resume_and_is_renewed(tmp_path, monkeypatch):
+    """It lies in the checkpoint: one that has it is not measured again."""
+    measure = loop.measure_normalisation
     whole = tmp_path / "whole"
     whole.mkdir()
     once = loop.train(normalised(whole, steps=4), MESH)
     config = normalised(tmp_path, steps=2)
     first = loop.train(config, MESH)
+    monkeypatch.delattr(loop, "measure_normalisation")
     assert loop.train(config, MESH)["normalisation"] == first["normalisation"]  # nothing to do
     (Path(config.output) / "summary.json").unlink()  # killed before it was written
     assert loop.train(config, MESH)["normalisation"] == first["normalisation"]
+    monkeypatch.setattr(loop, "measure_normalisation", measure)
     longer = loop.train(replace(config, steps=4), MESH)
     assert longer["normalisation"] == once["normalisation"] != first["normalisation"]
     assert json.loads((Path(config.output) / "summary.json").read_text())["normalisation"]
+
+
+def head_of(config):
+    with jax.set_mesh(MESH):
+        return Loader(MESH).trained(config.output).params["head"]
+
+
+def test_normalisation_is_read_from_the_checkpoint_alone(tmp_path):
+    """Whatever becomes of the summary; and a checkpoint without it is completed."""
+    config = normalised(tmp_path, steps=2)
+    summary, saved = Path(config.output) / "summary.json", Path(config.output) / "checkpoints"
+    measured = loop.train(config, MESH)["normalisation"]
+    head = head_of(config)
+    summary.unlink()
+    jax.tree.map(np.testing.assert_array_equal, head_of(config), head)
+    path = saved / "2" / "host" / "metadata"
+    note = unseal(json.loads(path.read_text()))
+    assert note["host"].pop("normalisation") == measured
+    path.write_text(json.dumps(seal(note)))  # as it was saved, before it was measured
+    summary.write_text(json.dumps({"steps": 2, "normalisation": measured}))
+    with pytest.raises(InputError, match="scores are not normalised yet"):
+        head_of(config)
+    assert loop.train(config, MESH)["normalisation"] == measured
+    jax.tree.map(np.testing.assert_array_equal, head_of(config), head)
 
 
 def test_normalisation_that_fails_loses_no_training(tmp_path):
@@ -225,14 +254,12 @@ def test_normalisation_that_fails_loses_no_training(tmp_path):
     with pytest.raises(InputError, match="all of its training is saved"):
         loop.train(config, MESH)
     metrics = (Path(config.output) / "metrics.jsonl").read_text()
-    with jax.set_mesh(MESH), pytest.raises(InputError, match="scores are not normalised yet"):
-        Loader(MESH).trained(config.output)
+    with pytest.raises(InputError, match="scores are not normalised yet"):
+        head_of(config)
     scored = [{**json.loads(row), "score": "good"} for row in rows.splitlines()]
     runs.write(Path(kind.normalise_on), scored)
     measured = loop.train(config, MESH)["normalisation"]
     again = (Path(config.output) / "metrics.jsonl").read_text()
     assert again.startswith(metrics)  # the same lines, seconds and all
-    with jax.set_mesh(MESH):
-        head = Loader(MESH).trained(config.output).params["head"]
     assert measured["std"] > 0
-    assert np.isfinite(head["kernel"]).all()
+    assert np.isfinite(head_of(config)["kernel"]).all()

@@ -9,7 +9,7 @@ from typing import Any
 from jaxrlhf.config import load_pipeline
 from jaxrlhf.config.load import packaged
 from jaxrlhf.demo.story import before_and_after
-from jaxrlhf.metrics import write_atomic
+from jaxrlhf.files import write_atomic
 from jaxrlhf.pipeline import run_pipeline
 
 OPENINGS = "jaxrlhf:demo/openings_train.jsonl"

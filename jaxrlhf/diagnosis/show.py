@@ -10,7 +10,7 @@ from rich.text import Text
 from jaxrlhf.diagnosis.finding import Finding
 from jaxrlhf.diagnosis.history import History
 from jaxrlhf.errors import InputError
-from jaxrlhf.metrics import write_atomic
+from jaxrlhf.files import write_atomic
 
 STYLES = {"problem": "bold red", "warning": "bold yellow"}
 

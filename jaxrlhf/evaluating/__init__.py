@@ -16,8 +16,9 @@ from jaxrlhf.evaluating.drawing import draw
 from jaxrlhf.evaluating.entrants import config_of, read_entrants
 from jaxrlhf.evaluating.figures import best_of_n_curve, compare, completions, describe, solved
 from jaxrlhf.evaluating.table import table
+from jaxrlhf.files import write_atomic
 from jaxrlhf.judging import Judge
-from jaxrlhf.metrics import plain, write_atomic
+from jaxrlhf.metrics import plain
 from jaxrlhf.networks import is_run
 from jaxrlhf.sharding import make_mesh
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.metrics import write_atomic
+from jaxrlhf.files import write_atomic
 from jaxrlhf.report.compared import compare
 from jaxrlhf.report.page import Page
 from jaxrlhf.report.reading import RunFiles, read_run
