@@ -7,26 +7,43 @@ more steps, or more patience, changes them back first.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
-from jaxrlhf.types import TrainState
+from jaxrlhf.types import Array, TrainState
 
 States = dict[str, TrainState]
 Host = dict[str, Any]
 
 
-def keep(state: TrainState) -> TrainState:
-    """A copy of a state's parameters, laid out as they are, without its optimizer."""
-    kept = replace(state, opt_state=())
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(kept)):
-        return kept
-    layout = jax.tree.map(lambda x: x.sharding, kept)
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=layout)(kept)
+def keep(state: TrainState, spare: TrainState | None = None) -> TrainState:
+    """A copy of a state's parameters, laid out as they are, without its optimizer.
+
+    Args:
+      spare: an earlier copy, which gives its memory to this one and is gone afterwards.
+    """
+    leaves, tree = jax.tree.flatten(replace(state, opt_state=()))
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        return jax.tree.unflatten(tree, leaves)
+    copy = _copier(tuple(x.sharding for x in leaves))
+    return jax.tree.unflatten(tree, copy(leaves, jax.tree.leaves(spare)))
+
+
+@lru_cache(maxsize=8)
+def _copier(layout: tuple[Sharding, ...]) -> Callable[..., list[Array]]:
+    """(arrays, arrays whose memory is free) → copies that lie so; jitted once for a layout."""
+
+    def copy(leaves: list[Array], spare: list[Array]) -> list[Array]:
+        del spare  # donated: each copy is written over one of them
+        return [jnp.copy(x) for x in leaves]
+
+    return jax.jit(copy, out_shardings=list(layout), donate_argnums=1, keep_unused=True)
 
 
 def compare(
@@ -42,14 +59,14 @@ def compare(
       curve: the evaluation's reliability curve, where it has one; JSON-able.
 
     Returns:
-      The states, with "best" as it now is.
+      The states, with "best" as it now is; a new one takes the memory of the old.
     """
     best = host.get("best")
     lowest = math.inf if best is None else _number(best["metrics"]["loss"])
     if best is None or _number(metrics["loss"]) < lowest:
         found = {"step": step, "metrics": dict(metrics), "curve": curve}
         host["best"] = {**found, "last": step, "waited": 0}
-        return {**states, "best": keep(states["policy"])}
+        return {**states, "best": keep(states["policy"], states.get("best"))}
     host["best"] = {**best, "last": step, "waited": best["waited"] + 1}
     return states
 

@@ -19,7 +19,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.networks import load_model
 from jaxrlhf.session import Session
 from jaxrlhf.sharding import make_mesh
-from jaxrlhf.stopping import compare, exchange, has_ended, is_over, keep
+from jaxrlhf.stopping import _copier, compare, exchange, has_ended, is_over, keep
 from jaxrlhf.types import TrainState
 
 
@@ -58,6 +58,20 @@ def test_keep_is_a_copy_without_the_optimizer():
     assert pointers[0] != pointers[1]  # the update gives the learning one's memory away
     shapes = jax.eval_shape(lambda: state(1.0))
     assert keep(shapes).params["w"] == shapes.params["w"]
+
+
+def test_compare_copies_by_one_program_into_the_memory_of_the_last():
+    """However often it improves: nothing is compiled again, and no third copy is held."""
+    states = {"policy": state(0.0), "best": keep(state(0.0))}
+    host, kept = {}, []
+    for step in range(4):
+        kept.append(states["best"].params["w"])
+        states = compare({**states, "policy": state(float(step))}, host, step, {"loss": -step})
+        assert w(states["best"]) == step
+        assert kept[-1].is_deleted()
+        assert not states["policy"].params["w"].is_deleted()
+    layout = tuple(x.sharding for x in jax.tree.leaves(states["best"]))
+    assert _copier(layout)._cache_size() <= 2  # with a spare, and without
 
 
 def test_exchange_and_back():
