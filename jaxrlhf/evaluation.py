@@ -54,7 +54,7 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     completions of Σ_t log π − log π_ref; ``length`` (tokens); ``ended`` (fraction); ``entropy``
     (nats a token); ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
     """
-    drawn = [_draw(run, params, rows, *batch) for batch in enumerate(batches(run, len(rows)))]
+    drawn = [_draw(run, params, rows, *batch) for batch in batches(run, len(rows))]
     columns = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
     tokens = [t[m != 0].tolist() for t, m in zip(columns["token"], columns["mask"], strict=True)]
     count = columns["mask"].sum(1)
@@ -95,16 +95,20 @@ def over_prompts(x_B: np.ndarray, n: int) -> tuple[float, float]:
 
 
 def _draw(
-    run: Run, params: Params, rows: tuple[Encoded, ...], index: int, batch: Any
+    run: Run, params: Params, rows: tuple[Encoded, ...], row_Q: np.ndarray, real_Q: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """One batch of completions: everything that is measured of them, real rows only."""
-    row_Q, real_Q = batch
+    """One batch of completions: everything that is measured of them, real rows only.
+
+    The draws of a prompt follow from its place in the file, whatever batch it is in.
+    """
+    n = run.config.eval.n
     picked = [rows[i] for i in row_Q]
     arrays = prompt_arrays(picked, run.config.data.max_prompt_tokens, run.config.sample.pad)
     stream = jax.random.fold_in(jax.random.key(run.config.seed), EVALUATION)
     frozen = run.frozen["policy"]
+    row_B = (row_Q[:, None] * n + np.arange(n)).ravel().astype(np.int32)
     rollout: Rollout = run.programs["eval_sample"](
-        params, frozen, *put_rows(arrays, run.mesh), jax.random.fold_in(stream, index)
+        params, frozen, *put_rows(arrays, run.mesh), stream, row_B
     )
     assert run.reference is not None
     ref_logp_BT = run.programs["eval_reference"](
@@ -112,11 +116,11 @@ def _draw(
     )
     host, ref_logp_BT = fetch((rollout, ref_logp_BT))
     prompts = [row.source for row in picked]
-    real_B = np.repeat(real_Q, run.config.eval.n)
+    real_B = np.repeat(real_Q, n)
     gap_BT = (host.logp_BT - ref_logp_BT) * host.mask_BT
-    texts = [p.text for p in prompts for _ in range(run.config.eval.n)]  # type: ignore[union-attr]
+    texts = [p.text for p in prompts for _ in range(n)]  # type: ignore[union-attr]
     out = {
-        "row": np.repeat(row_Q, run.config.eval.n),
+        "row": np.repeat(row_Q, n),
         "token": host.token_BT,
         "mask": host.mask_BT,
         "logp": host.logp_BT,

@@ -59,9 +59,16 @@ def on_policy_programs(
     assert algorithm.targets is not None
 
     def sampler(settings: SampleConfig, value: bool, layout: Any = rows) -> Callable[..., Any]:
-        def draw(params: Params, frozen: Any, prompt: Array, mask: Array, key: Array) -> Any:
+        def draw(
+            params: Params,
+            frozen: Any,
+            prompt: Array,
+            mask: Array,
+            key: Array,
+            row_B: Array | None = None,
+        ) -> Rollout:
             weights, lora = combine_params(params, frozen)
-            return sample(model, weights, prompt, mask, key, settings, lora, value)
+            return sample(model, weights, prompt, mask, key, settings, lora, value, row_B)
 
         return jax.jit(draw, out_shardings=layout)
 

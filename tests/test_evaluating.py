@@ -110,6 +110,17 @@ def test_evaluate_model_is_the_same_on_any_mesh(found, run, tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("rows", [2, 4, 12])
+def test_evaluate_model_draws_the_same_in_any_batches(rows, found, run, tmp_path):
+    """Less than one prompt at once, one prompt, three, and (``found``) four."""
+    wish = EvaluateConfig(run.output, n=4, best_of=8, rows=rows, output=str(tmp_path))
+    other = evaluate_model(wish, one_device(run))
+    texts = [[row["completion"] for row in each["completions"]] for each in (found, other)]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 15  # draws that differ from each other
+    assert other["best_of_n"]["gold"] == pytest.approx(found["best_of_n"]["gold"], rel=1e-4)
+
+
 def test_evaluate_model_compiles_once(run, tmp_path):
     drawing._sample.clear_cache()
     drawing._score.clear_cache()

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -10,6 +11,8 @@ from test_loop import one_device
 from jaxrlhf import loop
 from jaxrlhf.config import DataConfig, EvalConfig, RewardConfig
 from jaxrlhf.demo.words import goodness
+from jaxrlhf.evaluation import evaluate
+from jaxrlhf.setup import setup
 
 
 def lacking(prompts, completions, **_):
@@ -47,3 +50,26 @@ def test_evaluate_policy_goes_on_without_rewards(tmp_path, caplog):
     assert all(row["gold"] is None for row in rows)
     assert "eval/proxy: 2 of 10 completions have none" in caplog.text
     assert "eval/gold: 10 of 10 completions have none" in caplog.text
+
+
+def test_evaluate_policy_draws_the_same_in_any_batches(tmp_path):
+    def texts(batch_size):
+        held_out = [{"prompt": text} for text in ("the", "and", "bad", "the", "sad sad")]
+        folder = tmp_path / str(batch_size)
+        folder.mkdir()
+        train = runs.prompts(folder)
+        held_out = runs.write(folder / "held_out.jsonl", held_out)
+        config = runs.ppo(
+            folder,
+            data=DataConfig(train=train, eval=held_out, batch_size=8, max_prompt_tokens=4),
+            eval=EvalConfig(n=3, batch_size=batch_size),
+        )
+        mesh = one_device()
+        with jax.set_mesh(mesh):
+            run = setup(config, mesh)
+            samples = evaluate(run, run.states["policy"].params).samples
+        return [(row["prompt"], row["completion"]) for row in samples]
+
+    whole = texts(5)
+    assert texts(2) == whole
+    assert whole[:3] != whole[9:12]  # of one prompt, but of two rows

@@ -70,6 +70,9 @@ def draw(
 ) -> Columns:
     """Draw and measure ``n`` completions of every prompt.
 
+    The i-th draw of the q-th prompt has a key of its own, number q·n + i: it is the same however
+    many rows are drawn at once.
+
     Args:
       key: of this network's draws alone.
       reference: what the KL is measured to.
@@ -77,11 +80,12 @@ def draw(
     shape = shape_of(len(bench.prompts), n, bench.rows)
     program = _program(bench, network, shape, reference)
     parts = []
-    for index, (row_Q, real_Q) in enumerate(held_out_batches(len(bench.prompts), shape.prompts)):
+    for row_Q, real_Q in held_out_batches(len(bench.prompts), shape.prompts):
         prompts = [bench.prompts[i] for i in row_Q]
-        batch_key = jax.random.fold_in(key, index)
+        first_QN = row_Q[:, None] * n + np.arange(shape.n)
         rounds = [
-            program(prompts, jax.random.fold_in(batch_key, turn)) for turn in range(shape.rounds)
+            program(prompts, key, (first_QN + turn * shape.n).ravel().astype(np.int32))
+            for turn in range(shape.rounds)
         ]
         whole = _join(rounds, axis=1)
         parts.append({name: x_QN[real_Q, :n] for name, x_QN in whole.items()})
@@ -94,8 +98,8 @@ def _join(parts: Sequence[Columns], axis: int) -> Columns:
 
 def _program(
     bench: Bench, network: Network, shape: Shape, reference: Network | None
-) -> Callable[[Sequence[Encoded], jax.Array], Columns]:
-    """(prompts of a batch, key) → columns."""
+) -> Callable[[Sequence[Encoded], jax.Array, np.ndarray], Columns]:
+    """(prompts of a batch, key, what its rows' keys are folded from) → columns."""
     settings = SampleConfig(
         max_new_tokens=bench.sampling.max_new_tokens,
         n=shape.n,
@@ -103,9 +107,11 @@ def _program(
         pad=bench.sampling.pad,
     )
 
-    def program(rows: Sequence[Encoded], key: jax.Array) -> Columns:
+    def program(rows: Sequence[Encoded], key: jax.Array, row_B: np.ndarray) -> Columns:
         arrays = put_rows(prompt_arrays(rows, bench.width, settings.pad), bench.mesh)
-        rollout = _sample(network.model, network.params, *arrays, key, settings, network.lora)
+        rollout = _sample(
+            network.model, network.params, *arrays, key, settings, network.lora, row_B=row_B
+        )
         prompts: list[Prompt] = [row.source for row in rows]  # type: ignore[misc]
         scores = {name: _known(judge, rollout, prompts) for name, judge in bench.judges.items()}
         ref_logp_BT = None

@@ -22,6 +22,7 @@ def sample(
     sample_config: SampleConfig,
     lora: Params | None = None,
     value: bool = False,
+    row_B: Array | None = None,
 ) -> Rollout:
     """Draw ``sample_config.n`` responses to each prompt from the policy.
 
@@ -36,6 +37,8 @@ def sample(
       sample_config: static; ``temperature`` 0 is greedy, and then ``logp_BT`` is that of T = 1.
       lora: adapters, or None for the weights as they are.
       value: also return V of each state, from the head in ``params``.
+      row_B: int32 [B], what stands for b in the keys, so that the draws do not depend on how many
+        rows are in one call; None: 0, 1, … B − 1.
 
     Returns:
       Rollout of B = Q·n rows, prompt-major; T = P + max_new_tokens columns. Log-probs in nats.
@@ -49,7 +52,9 @@ def sample(
     rows = prompt_QP.shape[0] * sample_config.n
     params, lora = decode_layout(model, params, lora)
     hidden_BD, cache = _prefill(model, params, prompt_QP, prompt_mask_QP, sample_config, lora)
-    key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+    row_B = jnp.arange(rows) if row_B is None else row_B
+    chex.assert_shape(row_B, (rows,))
+    key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
     end = _decode(model, params, lora, hidden_BD, cache, key_B, sample_config, value)
     return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
 

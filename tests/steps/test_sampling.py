@@ -134,6 +134,15 @@ def test_sample_depends_on_no_other_row_and_no_padding(generate):
     assert (responses(others)[4:] != responses(rollout)[4:]).any()
 
 
+def test_sample_rows_by_their_numbers(generate):
+    """Half of the prompts, each under the numbers of its rows, are drawn as they are among all."""
+    rollout = generate()
+    part = generate(prompt=PROMPT[2:], mask=PROMPT_MASK[2:], row_B=np.arange(4, 8, dtype=np.int32))
+    np.testing.assert_array_equal(responses(part), responses(rollout)[4:])
+    with pytest.raises(AssertionError):
+        generate(row_B=np.arange(4, dtype=np.int32))
+
+
 def test_sample_logp_is_the_sample_logp_without_truncation(generate):
     rollout = generate()
     np.testing.assert_array_equal(rollout.logp_BT, rollout.sample_logp_BT)
