@@ -8,7 +8,7 @@ import numpy as np
 from jaxrlhf.config import is_on_policy
 from jaxrlhf.data.batches import order
 from jaxrlhf.data.example import MARKS, show_batch, show_example
-from jaxrlhf.data.sequences import packed_batch, packed_order
+from jaxrlhf.data.sequences import packed_batch, packing
 from jaxrlhf.setup import Run, host_batch
 
 
@@ -23,10 +23,10 @@ def batches(run: Run) -> Callable[[int], Any]:
 
         return plain
     lengths = np.array([len(row.prompt) + len(row.answers[0]) for row in rows])
+    rows_of = packing(lengths, data.max_tokens, data.batch_size, seed)
 
     def packed(step: int) -> Any:
-        bins = packed_order(lengths, data.max_tokens, data.batch_size, seed, step)
-        chosen = [[rows[i] for i in packed] for packed in bins]
+        chosen = [[rows[i] for i in together] for together in rows_of(step)]
         return packed_batch(chosen, data.max_tokens, run.config.sample.pad)
 
     return packed

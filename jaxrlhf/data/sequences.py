@@ -1,6 +1,6 @@
 """Several short rows in one row of a batch, told apart by segment numbers; numpy in, numpy out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,10 +20,10 @@ Bins = tuple[tuple[int, ...], ...]
 """The rows (their numbers in the dataset) of each packed row."""
 
 
-def packed_order(
-    length_R: np.ndarray, width: int, batch_size: int, seed: int, step: int
-) -> list[tuple[int, ...]]:
-    """The rows of each packed row of training step ``step``.
+def packing(
+    length_R: np.ndarray, width: int, batch_size: int, seed: int
+) -> Callable[[int], list[tuple[int, ...]]]:
+    """The rows of each packed row of a training step, as a function of the step.
 
     An epoch's order is that of ``batches.order``. Every ``WINDOW`` rows of it are packed by
     first-fit-decreasing (each row, from the longest to the shortest, goes into the first packed row
@@ -36,29 +36,32 @@ def packed_order(
       width: tokens of a packed row (data.max_tokens).
       batch_size: packed rows a step.
       seed: of the run, 0 or more.
-      step: steps taken before this one, 0 or more.
 
     Returns:
-      ``batch_size`` tuples of numbers in [0, R).
+      Steps taken before this one → ``batch_size`` tuples of numbers in [0, R).
 
     Raises:
       InputError: no rows, or one longer than ``width``.
     """
-    if len(length_R) < 1 or max(length_R) > width:
-        longest = max(length_R, default=0)
+    longest = int(np.max(length_R, initial=0))
+    if len(length_R) < 1 or longest > width:
         raise InputError(
             f"data.max_tokens={width}: the longest of {len(length_R)} rows has {longest} tokens; "
             "raise it, or give rows"
         )
     key = np.asarray(length_R, np.int64).tobytes()
-    skip, epoch = step * batch_size, 0
-    while (count := _count(key, width, seed, epoch)) <= skip:
-        skip, epoch = skip - count, epoch + 1
-    chosen: list[tuple[int, ...]] = []
-    while len(chosen) < batch_size:
-        chosen += _epoch(key, width, seed, epoch)[skip : skip + batch_size - len(chosen)]
-        skip, epoch = 0, epoch + 1
-    return chosen
+
+    def rows_of(step: int) -> list[tuple[int, ...]]:
+        skip, epoch = step * batch_size, 0
+        while (count := _count(key, width, seed, epoch)) <= skip:
+            skip, epoch = skip - count, epoch + 1
+        chosen: list[tuple[int, ...]] = []
+        while len(chosen) < batch_size:
+            chosen += _epoch(key, width, seed, epoch)[skip : skip + batch_size - len(chosen)]
+            skip, epoch = 0, epoch + 1
+        return chosen
+
+    return rows_of
 
 
 def first_fit_decreasing(length_N: np.ndarray, width: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ import pytest
 
 from jaxrlhf.data import sequences
 from jaxrlhf.data.formats import Completion
-from jaxrlhf.data.sequences import first_fit_decreasing, packed_batch, packed_order
+from jaxrlhf.data.sequences import first_fit_decreasing, packed_batch, packing
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.errors import InputError
 
@@ -26,14 +26,14 @@ def epochs_of(count, width, batch_size, seed=0):
     """Packed rows, step after step, until ``count`` epochs of rows have been seen."""
     rows, step = [], 0
     while sum(map(len, rows)) < count * len(LENGTHS):
-        rows += packed_order(LENGTHS, width, batch_size, seed, step)
+        rows += packing(LENGTHS, width, batch_size, seed)(step)
         step += 1
     return rows
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 @pytest.mark.parametrize("window", [16, 1024])
-def test_packed_order_uses_each_row_once_an_epoch(batch_size, window, monkeypatch):
+def test_packing_uses_each_row_once_an_epoch(batch_size, window, monkeypatch):
     monkeypatch.setattr(sequences, "WINDOW", window)
     for cached in (sequences._epoch, sequences._count):
         cached.cache_clear()
@@ -47,38 +47,56 @@ def test_packed_order_uses_each_row_once_an_epoch(batch_size, window, monkeypatc
         assert sorted(part) == list(range(len(LENGTHS)))
 
 
-def test_packed_order_needs_no_earlier_step():
-    before = [packed_order(LENGTHS, 16, 4, 1, step) for step in range(30)]
+def test_packing_needs_no_earlier_step():
+    before = [packing(LENGTHS, 16, 4, 1)(step) for step in range(30)]
     for cached in (sequences._epoch, sequences._count):
         cached.cache_clear()
-    assert packed_order(LENGTHS, 16, 4, 1, 29) == before[29]
-    assert packed_order(LENGTHS, 16, 4, 1, 3) == before[3]
+    assert packing(LENGTHS, 16, 4, 1)(29) == before[29]
+    assert packing(LENGTHS, 16, 4, 1)(3) == before[3]
 
 
-def test_packed_order_every_epoch_and_every_seed_packs_afresh():
+def test_packing_looks_at_all_lengths_once():
+    class Lengths(np.ndarray):
+        reads = 0
+
+        def __array_function__(self, *args, **kwargs):
+            Lengths.reads += 1
+            return super().__array_function__(*args, **kwargs)
+
+        def __iter__(self):
+            raise AssertionError("one by one")
+
+    rows_of = packing(LENGTHS.view(Lengths), 16, 4, 1)
+    before = Lengths.reads
+    assert before > 0
+    assert rows_of(7) == packing(LENGTHS, 16, 4, 1)(7)
+    assert Lengths.reads == before
+
+
+def test_packing_every_epoch_and_every_seed_packs_afresh():
     firsts = [tuple(epochs_of(2, 16, 1, seed)[at]) for seed in range(3) for at in (0, 40)]
     assert len(set(firsts)) == len(firsts)
 
 
-def test_packed_order_does_not_change_between_versions():
+def test_packing_does_not_change_between_versions():
     """A resumed run must go on where it was: these rows are a promise."""
     lengths = np.array([3, 5, 2, 4, 6, 1, 2])
-    assert packed_order(lengths, 8, 3, 0, 0) == GOLDEN
+    assert packing(lengths, 8, 3, 0)(0) == GOLDEN
 
 
 GOLDEN = [(3, 6, 5), (1, 0), (4, 2)]
 
 
-def test_packed_order_leaves_little_empty():
+def test_packing_leaves_little_empty():
     rows = epochs_of(1, 64, 1)
     fewest = -(-LENGTHS.sum() // 64)
     assert len(rows) <= fewest + 1
 
 
 @pytest.mark.parametrize(("lengths", "width"), [([], 8), ([3, 9], 8)])
-def test_packed_order_refuses(lengths, width):
+def test_packing_refuses(lengths, width):
     with pytest.raises(InputError, match=f"data.max_tokens={width}: the longest of"):
-        packed_order(np.array(lengths, np.int64), width, 1, 0, 0)
+        packing(np.array(lengths, np.int64), width, 1, 0)(0)
 
 
 def test_packed_batch_by_hand():
