@@ -29,7 +29,7 @@ class Ranked:
     prompt: str
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
-    """1 is best; only the order matters."""
+    """1 is best, then 2, 3, … whatever numbers the row has; equal ones tie."""
     ended: tuple[bool, ...]
     """False for a response that was cut off."""
     columns: Mapping[str, Any]
@@ -112,7 +112,7 @@ def _ranked(row: Row, tokenizer: PreTrainedTokenizerFast) -> Ranked:
     if len(given) < 2:
         raise InputError(f"{where}: responses: {len(given)} of them; a ranking has at least two")
     answers = [as_text(x, f"responses[{i}]", where) for i, x in enumerate(given)]
-    ranks = _numbers(row, "ranks", len(given), "responses")
+    ranks = _dense(row, len(given))
     prompt, texts = render(tokenizer, text_of(row, "prompt"), answers, where)
     for index, text in enumerate(texts):
         if text in texts[:index]:
@@ -124,6 +124,15 @@ def _ranked(row: Row, tokenizer: PreTrainedTokenizerFast) -> Ranked:
     ended = _flags(row, [True] * len(ranks) if given is None else given, len(ranks))
     columns = columns_of(row, "prompt", "responses", "ranks", "ended")
     return Ranked(prompt, texts, ranks, ended, columns, where)
+
+
+def _dense(row: Row, count: int) -> tuple[float, ...]:
+    """The ranks as 1, 2, 3, … in the same order: large integers are exact only as Python has them,
+    and a device would round them to ties."""
+    _numbers(row, "ranks", count, "responses")
+    given = row.values["ranks"]
+    place = {rank: float(i) for i, rank in enumerate(sorted(set(given)), 1)}
+    return tuple(place[rank] for rank in given)
 
 
 def _flags(row: Row, given: Any, count: int) -> tuple[bool, ...]:

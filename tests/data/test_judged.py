@@ -29,8 +29,17 @@ def one(read, tokenizer, path, **options):
 
 def test_read_ranked_plain(tokenizer, jsonl):
     path = jsonl({**RANKED, "ended": [True, False, True], "id": 3})
-    wanted = Ranked("a", ("b", "c", "d"), (2, 1.5, 2), (True, False, True), {"id": 3}, f"{path}:1")
+    wanted = Ranked("a", ("b", "c", "d"), (2, 1, 2), (True, False, True), {"id": 3}, f"{path}:1")
     assert one(read_ranked, tokenizer, path) == wanted
+
+
+def test_read_ranked_keeps_the_order_of_large_integers(tokenizer, jsonl):
+    """Of nanoseconds, say, which float32 (and here float64) cannot tell apart."""
+    now = 1_700_000_000_000_000_000
+    row = {**RANKED, "ranks": [now + 1, now, now + 1]}
+    assert one(read_ranked, tokenizer, jsonl(row)).ranks == (2, 1, 2)
+    row = {**RANKED, "ranks": [-0.5, 2**24 + 1, 2**24]}
+    assert one(read_ranked, tokenizer, jsonl(row)).ranks == (1, 3, 2)
 
 
 def test_read_ranked_chats(chat_tokenizer, jsonl):
