@@ -16,7 +16,7 @@ from jaxrlhf.calibration import (
 
 
 def test_reliability_hand_computed():
-    """Bins of width ½: 0.1, 0.3 → mean 0.2, observed 0.5; 0.9, 1.0 → 0.95 and 1."""
+    """Two bins of two: 0.1, 0.3 → mean 0.2, observed 0.5; 0.9, 1.0 → 0.95 and 1."""
     found = reliability(np.array([0.1, 0.9, 0.3, 1.0]), np.array([0, 1, 1, 1]), bins=2)
     assert found.predicted == pytest.approx([0.2, 0.95])
     assert found.observed == pytest.approx([0.5, 1])
@@ -24,10 +24,21 @@ def test_reliability_hand_computed():
     assert found.ece == pytest.approx(0.5 * 0.3 + 0.5 * 0.05)
 
 
-def test_reliability_leaves_empty_bins_out():
-    found = reliability(np.array([0.0, 0.95]), np.array([0, 1]))
-    assert found.count == [1, 1]
-    assert found.ece == pytest.approx(0.025)
+def test_reliability_bins_hold_equally_many():
+    """Crowded predictions, which bins of equal width would put into one; ties stay together."""
+    p = np.concatenate([np.linspace(0.90, 0.95, 40), [0.99] * 20])
+    found = reliability(p, np.ones(60))
+    assert found.count == [10, 10, 10, 10, 20]
+    assert found.predicted == sorted(found.predicted)
+    assert reliability(np.full(60, 0.7), np.ones(60)).count == [60]
+    assert reliability(np.array([0.0, 0.95]), np.array([0, 1])).count == [2]  # too few for two
+
+
+def test_reliability_noise_is_as_stated():
+    generator = np.random.default_rng(0)
+    p = np.full(100, 0.5) + np.arange(100) * 1e-6
+    ece = np.mean([reliability(p, generator.random(100) < 0.5).ece for _ in range(400)])
+    assert ece == pytest.approx(np.sqrt(2 * 0.25 / (np.pi * 10)), rel=0.05)
 
 
 def test_reliability_of_a_calibrated_forecast_is_small():
@@ -46,7 +57,7 @@ def test_reliability_bad_input():
 
 def test_pair_reliability_hand_computed():
     """σ(|±log 3|) = 0.75, right once of twice; a tie predicts ½ and counts ½."""
-    found = pair_reliability(np.array([np.log(3), -np.log(3), 0.0]))
+    found = pair_reliability(np.array([np.log(3), -np.log(3), 0.0]), bins=2)
     assert found.predicted == pytest.approx([0.5, 0.75])
     assert found.observed == pytest.approx([0.5, 0.5])
     assert found.ece == pytest.approx(0.25 * 2 / 3)
