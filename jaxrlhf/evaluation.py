@@ -1,6 +1,7 @@
 """What held-out rows say of a network, before and after training, with the same draws."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +83,9 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     return Evaluation(metrics, tuple(samples), columns.get("gold"))
 
 
-def over_prompts(x_B: np.ndarray, n: int) -> tuple[float, float]:
+def over_prompts(
+    x_B: np.ndarray, n: int, interval: Callable[..., tuple[float, float]] = mean_interval
+) -> tuple[float, float]:
     """Mean of the prompts' means, and the half width of its 95 % interval.
 
     The n completions of a prompt are no independent draws of prompts, so they are averaged first;
@@ -91,7 +94,7 @@ def over_prompts(x_B: np.ndarray, n: int) -> tuple[float, float]:
     x_QG = np.asarray(x_B, np.float64).reshape(-1, n)
     count_Q = np.isfinite(x_QG).sum(1)
     mean_Q = np.nansum(x_QG, axis=1) / np.maximum(count_Q, 1)
-    return mean_interval(mean_Q[count_Q > 0])
+    return interval(mean_Q[count_Q > 0])
 
 
 def _draw(

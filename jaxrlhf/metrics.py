@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import stdtrit
 
 from jaxrlhf.files import write_atomic
 
@@ -167,20 +168,60 @@ def distinct_n(completions: Sequence[str | Sequence[int]], n: int = 2) -> float:
 
 
 def mean_interval(x: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval): x̄ ± 1.96 · s/√n, with s² unbiased (ddof 1).
+    """(mean, half width of its 95 % interval): x̄ ± t · s/√n, with s² unbiased (ddof 1).
 
-    The values should be independent: where a prompt has several completions, average over those
-    first. Too few values give NaN, the half width of one value included.
+    t is Student's with n − 1 degrees of freedom: 2.26 for ten values, 1.96 for very many. The
+    values should be independent: where a prompt has several completions, average over those first
+    (arXiv:2411.00640). Too few values give NaN, the half width of one value included.
 
     Args:
       x: [n], in any unit; both results have that unit.
     """
+    values = _one_dimension(x)
+    n = len(values)
+    mean = float(values.mean()) if n else math.nan
+    return mean, student(n) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+
+
+def share_interval(x: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) of shares: win rates, or pass@k, one a prompt.
+
+    Wilson's score interval (1927), with Student's t, for as many yes-or-no values as would scatter
+    like these: p(1 − p)/s² · n (Kish's effective sample size). Unlike p ± t·s/√n it does not shrink
+    to a point where all prompts agree. It is not symmetric: its farther end is what counts.
+
+    Args:
+      x: [n], in [0, 1], independent as for ``mean_interval``.
+    """
+    values = _one_dimension(x)
+    n = len(values)
+    if n < 2:
+        return mean_interval(values)
+    p, variance = float(values.mean()), float(values.var(ddof=1))
+    low, high = wilson(p, p * (1 - p) / variance * n if variance > 0 else n, student(n))
+    return p, max(high - p, p - low)
+
+
+def wilson(p: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a probability, of which a share ``p`` of ``n`` was observed.
+
+    (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
+    """
+    centre, scale = p + z**2 / (2 * n), 1 + z**2 / n
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def student(n: int) -> float:
+    """Quantile 0.975 of Student's t with n − 1 degrees of freedom, n ≥ 2."""
+    return float(stdtrit(n - 1, 0.975))
+
+
+def _one_dimension(x: Sequence[float] | np.ndarray) -> np.ndarray:
     values = np.asarray(x, np.float64)
     if values.ndim != 1:
         raise ValueError(f"x has shape {values.shape}: pass one dimension")
-    n = len(values)
-    mean = float(values.mean()) if n else math.nan
-    return mean, 1.959964 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return values
 
 
 def paired_interval(

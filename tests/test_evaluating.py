@@ -74,7 +74,7 @@ def test_evaluate_model_measures_what_it_writes(found, run):
     assert found["policy"]["gold"] == found["policy"]["proxy"]
     kl = np.array([row["kl_nats"] for row in rows]).reshape(5, 4).mean(1)
     assert found["policy"]["kl_nats"] == pytest.approx(kl.mean())
-    half = 1.959964 * kl.std(ddof=1) / 5**0.5
+    half = 2.776445 * kl.std(ddof=1) / 5**0.5  # Student's, with four degrees of freedom
     assert found["policy"]["kl_nats_ci"] == pytest.approx(half)
     assert found["policy"]["kl_nats"] > 1e-4  # three updates have moved it
     assert found["policy"]["unknown"] == 0
@@ -244,7 +244,7 @@ def test_describe_by_hand():
     drawn = columns([[1.0, np.nan, 9.0], [3.0, 5.0, 9.0]])
     figures = describe(drawn, 2, ("gold",))
     assert figures["gold"] == pytest.approx((1 + 4) / 2)
-    assert figures["gold_ci"] == pytest.approx(1.959964 * np.std([1, 4], ddof=1) / 2**0.5)
+    assert figures["gold_ci"] == pytest.approx(12.706205 * np.std([1, 4], ddof=1) / 2**0.5)
     assert figures["unknown"] == 0.25
     assert figures["entropy"] == 2
     assert figures["distinct_1"] == 2 / 12
@@ -264,6 +264,14 @@ def test_solved_by_hand():
         1,
         1,
     ]
+
+
+def test_solved_is_over_the_same_prompts_for_every_k():
+    """Prompt 1 has one known completion too few for the largest k: it would drop out there."""
+    drawn = columns([[0.0] * 4, [1.0, 1.0, 1.0, np.nan]])
+    found = solved(drawn, 4, ("gold",), None, str.strip)
+    assert found["pass_at_k"]["rate"] == found["maj_at_k"]["rate"] == [0.0, 0.0, 0.0]
+    assert found["solved_prompts"] == 1
 
 
 def test_best_of_n_curve_is_over_the_same_prompts_for_every_n():

@@ -16,6 +16,8 @@ from jaxrlhf.metrics import (
     mean_interval,
     paired_interval,
     plain,
+    share_interval,
+    wilson,
 )
 
 
@@ -167,7 +169,7 @@ def test_distinct_n_by_hand():
 def test_mean_interval_against_scipy():
     x = np.array([0.0, 1, 1, 4, 2.5])
     mean, half = mean_interval(x)
-    low, high = stats.norm.interval(0.95, x.mean(), stats.sem(x))
+    low, high = stats.t.interval(0.95, 4, x.mean(), stats.sem(x))
     np.testing.assert_allclose((mean - half, mean + half), (low, high), rtol=1e-6)
 
 
@@ -178,10 +180,32 @@ def test_mean_interval_few():
     assert mean_interval([1.0, 1.0]) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize(("wins", "n"), [(0, 10), (3, 10), (10, 10), (50, 100)])
+def test_wilson_against_scipy(wins, n):
+    found = stats.binomtest(wins, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(wilson(wins / n, n), (found.low, found.high), atol=1e-6)
+
+
+def test_share_interval_where_all_agree():
+    """t = 2.262157: 1 − 1/(1 + t²/10) = 0.338515, where the normal interval is a point."""
+    assert share_interval([1.0] * 10) == (1.0, pytest.approx(0.338515, abs=1e-6))
+    assert share_interval([0.0] * 10) == (0.0, pytest.approx(0.338515, abs=1e-6))
+    assert share_interval([1.0])[0] == 1.0
+    assert math.isnan(share_interval([1.0])[1])
+
+
+def test_share_interval_of_many_is_the_mean_interval():
+    """Away from 0 and 1, and as narrow as the shares are alike."""
+    x = np.random.default_rng(0).uniform(0.4, 0.8, 500)
+    mean, half = share_interval(x)
+    assert mean == pytest.approx(x.mean())
+    assert half == pytest.approx(mean_interval(x)[1], rel=0.02)
+
+
 def test_paired_interval_removes_what_is_shared():
     before = np.array([0.0, 5.0, -3.0, 8.0])
     mean, half = paired_interval(before + np.array([0.9, 1.0, 1.1, 1.0]), before)
     assert mean == pytest.approx(1.0)
-    assert half == pytest.approx(1.959964 * math.sqrt(0.02 / 3) / 2)
+    assert half == pytest.approx(3.182446 * math.sqrt(0.02 / 3) / 2)
     with pytest.raises(ValueError, match="not pairs"):
         paired_interval([1.0], [1.0, 2.0])

@@ -40,7 +40,8 @@ def evaluate_model(
 
     ``wish.n`` completions of each prompt are sampled at T = 1, untruncated, by the model and by
     what it is compared with; a prompt that stands in several rows counts once. Means are over
-    prompts, and ``_ci`` is the half width of the 95 % interval of such a mean.
+    prompts, and ``_ci`` is the half width of the 95 % interval of such a mean: Student's, and of
+    shares (win rates, pass@k, maj@k, ended) the distance to the farther end of Wilson's.
 
     Args:
       wish: what to measure.

@@ -18,7 +18,7 @@ from jaxrlhf.measures import (
     repetition,
     win_rate,
 )
-from jaxrlhf.metrics import distinct_n
+from jaxrlhf.metrics import distinct_n, mean_interval, share_interval
 
 Figures = dict[str, Any]
 
@@ -38,7 +38,8 @@ def describe(drawn: Columns, n: int, judges: Sequence[str]) -> Figures:
     figures: Figures = {}
     for name in (*judges, "kl_nats", "length", "ended", "repetition_3"):
         if name in first:
-            figures[name], figures[f"{name}_ci"] = over_prompts(first[name], n)
+            interval = share_interval if name == "ended" else mean_interval
+            figures[name], figures[f"{name}_ci"] = over_prompts(first[name], n, interval)
     scores = [np.isnan(first[judge]) for judge in judges]
     return {
         **figures,
@@ -54,7 +55,7 @@ def compare(ours: Columns, theirs: Columns, n: int, judges: Sequence[str]) -> Fi
     figures: Figures = {}
     for judge in judges:
         won_Q = win_rate(ours[judge][:, :n], theirs[judge])
-        figures[judge], figures[f"{judge}_ci"] = over_prompts(won_Q, 1)
+        figures[judge], figures[f"{judge}_ci"] = over_prompts(won_Q, 1, share_interval)
     return figures
 
 
@@ -66,6 +67,8 @@ def solved(
     extract: Callable[[str], Hashable | None],
 ) -> Figures:
     """``pass_at_k`` and ``maj_at_k`` for k = 1, 2, 4, … n; nothing where nothing is correct or not.
+
+    For every k over the same ``solved_prompts``: those whose n completions are all known.
 
     Args:
       correct_at: the least score, by the last of the judges, of a correct completion. None: 1 if
@@ -81,16 +84,22 @@ def solved(
             return {}
         correct_at = 1.0
     correct_QN = np.where(known_QN, score_QN >= correct_at, np.nan)
-    answers = [[extract(text) for text in row] for row in drawn["text"][:, :n]]
+    whole_Q = known_QN.all(axis=1)
+    correct_QN = correct_QN[whole_Q]
+    answers = [[extract(text) for text in row] for row in drawn["text"][whole_Q, :n]]
     ks = powers_of_two(n)
+    solved_KQ = {
+        "pass_at_k": [pass_at_k(correct_QN, k) for k in ks],
+        "maj_at_k": [maj_at_k(answers, correct_QN, k) for k in ks],
+    }
     rates = {
-        "pass_at_k": [over_prompts(pass_at_k(correct_QN, k), 1) for k in ks],
-        "maj_at_k": [over_prompts(maj_at_k(answers, correct_QN, k), 1) for k in ks],
+        name: [over_prompts(x_Q, 1, share_interval) for x_Q in x_KQ]
+        for name, x_KQ in solved_KQ.items()
     }
     return {
         name: {"k": ks, "rate": [mean for mean, _ in rate], "rate_ci": [ci for _, ci in rate]}
         for name, rate in rates.items()
-    } | {"correct_at": correct_at}
+    } | {"correct_at": correct_at, "solved_prompts": int(whole_Q.sum())}
 
 
 def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Figures) -> Figures:

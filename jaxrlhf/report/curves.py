@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxrlhf.metrics import wilson
+
 MOST_POINTS = 240
 """Points of a curve in a report; more are averaged in equal stretches."""
 
@@ -96,13 +98,14 @@ def peak(policies: Sequence[Policy]) -> Policy | None:
 def reliability(summary: Mapping[str, Any]) -> list[Point]:
     """What came true over what a reward model predicted, from ``reliability`` of summary.json.
 
-    With the half width of each share's 95 % interval, 1.96·√(p(1 − p)/count).
+    With the distance from each share to the farther end of its 95 % interval (``wilson``).
     """
     curve = summary.get("reliability") or {}
     names = ("predicted", "observed", "count")
     points = []
     for predicted, share, count in zip(*(curve.get(name, ()) for name in names), strict=True):
-        points.append(Point(predicted, share, 1.96 * math.sqrt(share * (1 - share) / count)))
+        low, high = wilson(share, count)
+        points.append(Point(predicted, share, max(high - share, share - low)))
     return points
 
 
