@@ -65,8 +65,8 @@ def encode_rows(
         ``Rows.skipped``.
 
     Raises:
-      InputError: such a row, with ``path:line``, length and limit; or an id outside ``vocab``,
-        which no choice of rows can mend.
+      InputError: such a row, with ``path:line``, length and limit, or the word that has no token;
+        or an id outside ``vocab``, which no choice of rows can mend.
     """
     encode = partial(_encode_row, tokenizer=tokenizer, limit=limit, stop=tuple(stop))
     encoded = transform(rows, encode, skip_bad_rows)
@@ -85,7 +85,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> 
     Raises:
       InputError: no token, and no beginning-of-sequence token to stand in.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = _ids(tokenizer, text, where)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and (not ids or tokenizer.encode("")[:1] == [bos]):
         ids = [bos, *ids]
@@ -111,7 +111,7 @@ def encode_answer(
     Raises:
       InputError: the text has no token.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = _ids(tokenizer, text, where)
     end = _end_of_turn(tokenizer, ids, stop)
     if end:
         ids = ids[: end if ended else end - 1]
@@ -150,7 +150,7 @@ def encode_turns(
             turn = encode_answer(tokenizer, text, where, stop, ended)
             end = len(turn)
         else:
-            turn = tokenizer.encode(text, add_special_tokens=False)
+            turn = _ids(tokenizer, text, where)
             end = _end_of_turn(tokenizer, turn, stop) or len(turn)
         ids += turn
         if index % 2:
@@ -167,6 +167,23 @@ def imitated(row: Encoded) -> np.ndarray:
     for start, end in row.spans or ((0, len(row.answers[0])),):
         learn[len(row.prompt) + start : len(row.prompt) + end] = True
     return learn
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> Ids:
+    """The ids of ``text``, or an InputError that names the first word that has none."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the Rust tokenizer raises bare Exception
+        split = tokenizer.backend_tokenizer.pre_tokenizer
+        pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]
+        known = tokenizer.get_vocab()
+        word = next((piece for piece in pieces if piece not in known), None)
+        if word is None:
+            raise InputError(f"{where}: {shown(text)} cannot be tokenised: {error}") from None
+        raise InputError(
+            f"{where}: {shown(word)} is not in the tokenizer's vocabulary, which has no token for "
+            "unknown words: add it to model.tokenizer, or drop the row"
+        ) from None
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast, ids: Ids, stop: Sequence[int]) -> int:

@@ -29,6 +29,7 @@ from jaxrlhf.data.tokens import (
     prompt_arrays,
 )
 from jaxrlhf.errors import InputError
+from jaxrlhf.models.tokenizers import load_tokenizer
 
 EOS, BOS, STOP, A, B, C = 0, 1, 3, 8, 9, 10
 VOCAB = 16
@@ -48,6 +49,23 @@ def test_encode_prompt_adds_bos_once_if_the_tokenizer_does(make_tokenizer):
     assert encode_prompt(adds, "a b", "x:1") == [BOS, A, B]
     assert encode_prompt(adds, "<bos> a", "x:1") == [BOS, A]
     assert encode_prompt(has, "a b", "x:1") == [A, B]
+
+
+@pytest.mark.parametrize(
+    ("units", "text", "word"), [("words:a b", "b cat a", "cat"), ("chars:ab ", "b ca", "c")]
+)
+def test_encode_rows_names_a_word_that_is_not_in_the_vocabulary(units, text, word, jsonl):
+    tokenizer = load_tokenizer(units)
+    path = jsonl({"prompt": "a"}, {"prompt": text})
+    rows = read_prompts(read_rows(path), tokenizer)
+    with pytest.raises(InputError, match=f"{path}:2: '{word}' is not in the tokenizer's vocab"):
+        encode_rows(rows, tokenizer, 5, 8)
+    kept = encode_rows(rows, tokenizer, 5, 8, skip_bad_rows=True)
+    assert (len(kept), len(kept.skipped)) == (1, 1)
+    with pytest.raises(InputError, match=f"x:1: '{word}' is not in"):
+        encode_answer(tokenizer, text, "x:1")
+    with pytest.raises(InputError, match=f"x:1: '{word}' is not in"):
+        encode_turns(tokenizer, ["a", text, "b"], "x:1")
 
 
 def test_encode_prompt_without_tokens(make_tokenizer, tokenizer):
