@@ -1,22 +1,26 @@
 """What all algorithms that sample have in common.
 
-Their ``targets`` is ``price``, then advantages of their own, then ``learnable``; their ``loss`` is
-a policy loss of their own, then ``penalised``.
+Their ``targets`` is ``price``, then a credit of their own, then ``learnable`` (``targets_of``);
+their ``loss`` is a policy loss of their own, then ``penalised`` (``gradient_loss``,
+``ratio_loss``).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf import masked
-from jaxrlhf.algorithms.algorithm import Metrics
+from jaxrlhf.algorithms.algorithm import Metrics, Targets
 from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate, kl_loss, token_rewards
 from jaxrlhf.algorithms.off_policy import importance_weights
-from jaxrlhf.algorithms.policy_losses import entropy_bonus
+from jaxrlhf.algorithms.policy_losses import entropy_bonus, policy_gradient_loss
 from jaxrlhf.algorithms.value_loss import value_loss
 from jaxrlhf.config.on_policy import OnPolicyConfig
 from jaxrlhf.types import Array, Batch, Outputs, Rollout
+
+Loss = Callable[[Outputs, Batch], tuple[Array, Metrics]]
 
 
 class Priced(NamedTuple):
@@ -37,6 +41,68 @@ class Priced(NamedTuple):
     def returns(self) -> Array:
         """[B], Σ over a response's tokens, reward units."""
         return self.reward_BT.sum(1)
+
+
+class Credit(NamedTuple):
+    """What an algorithm makes of a priced rollout."""
+
+    advantage_BT: Array
+    return_BT: Array | None = None
+    value_BT: Array | None = None
+    """What a critic learns, and what it said."""
+    metrics: Metrics | None = None
+
+
+def targets_of(config: OnPolicyConfig, credit: Callable[..., Credit]) -> Targets:
+    """The targets of an algorithm: ``price``, its ``credit``, ``learnable``; without gradient.
+
+    Args:
+      credit: Priced → Credit, with ``value_BT`` or ``baseline_B`` if the algorithm needs them.
+    """
+
+    def targets(
+        rollout: Rollout,
+        ref_logp_BT: Array,
+        reward_B: Array,
+        valid_B: Array,
+        coefficients: dict[str, Array],
+        *given: Array,
+        **named: Array,
+    ) -> tuple[Batch, Metrics]:
+        priced = price(config, rollout, ref_logp_BT, reward_B, valid_B, coefficients)
+        found = credit(priced, *given, **named)
+        batch = learnable(config, priced, found.advantage_BT, found.return_BT, found.value_BT)
+        return jax.lax.stop_gradient((batch, priced.metrics | (found.metrics or {})))
+
+    return targets
+
+
+def gradient_loss(config: OnPolicyConfig) -> Loss:
+    """``policy_gradient_loss`` of a batch, ``penalised``."""
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, Metrics]:
+        total, metrics = policy_gradient_loss(
+            outputs.logp_BT, batch.advantage_BT, batch.mask_BT, weight_BT=batch.weight_BT
+        )
+        return penalised(config, total, metrics, outputs, batch)
+
+    return loss
+
+
+def ratio_loss(config: OnPolicyConfig, policy_loss: Callable[..., tuple[Array, Metrics]]) -> Loss:
+    """A policy loss in π/π_old of a batch (``ppo_policy_loss``, with its clips), ``penalised``."""
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, Metrics]:
+        total, metrics = policy_loss(
+            outputs.logp_BT,
+            batch.old_logp_BT,
+            batch.advantage_BT,
+            batch.mask_BT,
+            weight_BT=batch.weight_BT,
+        )
+        return penalised(config, total, metrics, outputs, batch)
+
+    return loss
 
 
 def price(

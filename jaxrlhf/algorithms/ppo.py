@@ -2,17 +2,16 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 
 from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Algorithm, Metrics
 from jaxrlhf.algorithms.gae import explained_variance, gae
-from jaxrlhf.algorithms.on_policy import Priced, critic_loss, learnable, needs, penalised, price
+from jaxrlhf.algorithms.on_policy import Credit, Priced, critic_loss, needs, ratio_loss, targets_of
 from jaxrlhf.algorithms.policy_losses import ppo_policy_loss
 from jaxrlhf.config.on_policy import PPOConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.types import Array, Batch, Outputs, Rollout
+from jaxrlhf.types import Array
 
 
 def ppo(config: PPOConfig) -> Algorithm:
@@ -27,15 +26,7 @@ def ppo(config: PPOConfig) -> Algorithm:
     token early.
     """
 
-    def targets(
-        rollout: Rollout,
-        ref_logp_BT: Array,
-        reward_B: Array,
-        valid_B: Array,
-        coefficients: dict[str, Array],
-        value_BT: Array | None = None,
-    ) -> tuple[Batch, Metrics]:
-        priced = price(config, rollout, ref_logp_BT, reward_B, valid_B, coefficients)
+    def credit(priced: Priced, value_BT: Array | None = None) -> Credit:
         if config.whiten_rewards:
             scaled_BT = masked.whiten(priced.reward_BT, priced.mask_BT, shift_mean=False)
             priced = priced._replace(reward_BT=scaled_BT)
@@ -44,24 +35,17 @@ def ppo(config: PPOConfig) -> Algorithm:
         )
         if config.whiten_advantages:
             advantage_BT = masked.whiten(advantage_BT, priced.mask_BT)
-        batch = learnable(config, priced, advantage_BT, return_BT, value_BT)
-        return jax.lax.stop_gradient((batch, priced.metrics | measured))
+        return Credit(advantage_BT, return_BT, value_BT, measured)
 
-    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, Metrics]:
-        total, metrics = ppo_policy_loss(
-            outputs.logp_BT,
-            batch.old_logp_BT,
-            batch.advantage_BT,
-            batch.mask_BT,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            weight_BT=batch.weight_BT,
-        )
-        return penalised(config, total, metrics, outputs, batch)
-
-    value_loss = partial(critic_loss, clip=config.value_clip)
-    return Algorithm(targets, loss, value_loss, needs(config, "value"))
+    clipped = partial(
+        ppo_policy_loss,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+    )
+    critic = partial(critic_loss, clip=config.value_clip)
+    targets, loss = targets_of(config, credit), ratio_loss(config, clipped)
+    return Algorithm(targets, loss, critic, needs(config, "value"))
 
 
 def critic_targets(

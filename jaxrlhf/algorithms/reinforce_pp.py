@@ -1,40 +1,20 @@
 """REINFORCE++: no critic, statistics of the whole rollout, PPO's clip."""
 
-import jax
+from functools import partial
 
 from jaxrlhf import masked
-from jaxrlhf.algorithms.algorithm import Algorithm, Metrics
-from jaxrlhf.algorithms.on_policy import learnable, needs, penalised, price, to_go
+from jaxrlhf.algorithms.algorithm import Algorithm
+from jaxrlhf.algorithms.on_policy import Credit, Priced, needs, ratio_loss, targets_of, to_go
 from jaxrlhf.algorithms.policy_losses import ppo_policy_loss
 from jaxrlhf.config.on_policy import ReinforcePPConfig
-from jaxrlhf.types import Array, Batch, Outputs, Rollout
 
 
 def reinforce_pp(config: ReinforcePPConfig) -> Algorithm:
     """Returns to go, whitened over all tokens of the rollout, in PPO's loss (arXiv:2501.03262)."""
 
-    def targets(
-        rollout: Rollout,
-        ref_logp_BT: Array,
-        reward_B: Array,
-        valid_B: Array,
-        coefficients: dict[str, Array],
-    ) -> tuple[Batch, Metrics]:
-        priced = price(config, rollout, ref_logp_BT, reward_B, valid_B, coefficients)
+    def credit(priced: Priced) -> Credit:
         return_BT = to_go(priced.reward_BT, priced.mask_BT)
-        advantage_BT = masked.whiten(return_BT, priced.mask_BT)
-        return jax.lax.stop_gradient((learnable(config, priced, advantage_BT), priced.metrics))
+        return Credit(masked.whiten(return_BT, priced.mask_BT))
 
-    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, Metrics]:
-        total, metrics = ppo_policy_loss(
-            outputs.logp_BT,
-            batch.old_logp_BT,
-            batch.advantage_BT,
-            batch.mask_BT,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            weight_BT=batch.weight_BT,
-        )
-        return penalised(config, total, metrics, outputs, batch)
-
-    return Algorithm(targets, loss, needs=needs(config))
+    clipped = partial(ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
+    return Algorithm(targets_of(config, credit), ratio_loss(config, clipped), needs=needs(config))
