@@ -58,20 +58,6 @@ def on_policy_programs(
     settings = on_policy(config)
     assert algorithm.targets is not None
 
-    def sampler(settings: SampleConfig, value: bool, layout: Any = rows) -> Callable[..., Any]:
-        def draw(
-            params: Params,
-            frozen: Any,
-            prompt: Array,
-            mask: Array,
-            key: Array,
-            row_B: Array | None = None,
-        ) -> Rollout:
-            weights, lora = combine_params(params, frozen)
-            return sample(model, weights, prompt, mask, key, settings, lora, value, row_B)
-
-        return jax.jit(draw, out_shardings=layout)
-
     def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
         return score(model, weights, token_BT, mask_BT, temperature, lora, first)
@@ -91,8 +77,8 @@ def on_policy_programs(
         return reweight(part, settings.aggregation, settings.length)
 
     return {
-        "sample": sampler(config.sample, shared),
-        "eval_sample": sampler(evaluation_sampling(config), False),
+        "sample": sampler(model, config.sample, rows, shared),
+        "eval_sample": sampler(model, evaluation_sampling(config), rows),
         "reference": scorer(temperature),
         "eval_reference": scorer(1.0),
         "rescore": jax.jit(rescore, out_shardings=rows),
@@ -100,9 +86,28 @@ def on_policy_programs(
         "targets": jax.jit(algorithm.targets, out_shardings=(rows, None)),
         "take": jax.jit(take, out_shardings=rows),
         "merge": jax.jit(merge, out_shardings=rows),
-        "greedy": sampler(replace(config.sample, n=1, temperature=0.0), False, few),
+        "greedy": sampler(model, replace(config.sample, n=1, temperature=0.0), few),
         **updates(config, algorithm, model, critic_model, states),
     }
+
+
+def sampler(
+    model: Model, settings: SampleConfig, layout: Any, value: bool = False
+) -> Callable[..., Rollout]:
+    """(params, frozen, prompt_QP, prompt_mask_QP, key, row_B = None) → Rollout; see ``sample``."""
+
+    def draw(
+        params: Params,
+        frozen: Any,
+        prompt_QP: Array,
+        prompt_mask_QP: Array,
+        key: Array,
+        row_B: Array | None = None,
+    ) -> Rollout:
+        weights, lora = combine_params(params, frozen)
+        return sample(model, weights, prompt_QP, prompt_mask_QP, key, settings, lora, value, row_B)
+
+    return jax.jit(draw, out_shardings=layout)
 
 
 def merge(rollouts: tuple[Rollout, ...], row_B: Array) -> Rollout:

@@ -201,7 +201,6 @@ def normalised(folder, **changes):
 
 def test_normalisation_survives_resume_and_is_renewed(tmp_path, monkeypatch):
     """It lies in the checkpoint: one that has it is not measured again."""
-    measure = loop.measure_normalisation
     whole = tmp_path / "whole"
     whole.mkdir()
     once = loop.train(normalised(whole, steps=4), MESH)
@@ -211,7 +210,7 @@ def test_normalisation_survives_resume_and_is_renewed(tmp_path, monkeypatch):
     assert loop.train(config, MESH)["normalisation"] == first["normalisation"]  # nothing to do
     (Path(config.output) / "summary.json").unlink()  # killed before it was written
     assert loop.train(config, MESH)["normalisation"] == first["normalisation"]
-    monkeypatch.setattr(loop, "measure_normalisation", measure)
+    monkeypatch.undo()
     longer = loop.train(replace(config, steps=4), MESH)
     assert longer["normalisation"] == once["normalisation"] != first["normalisation"]
     assert json.loads((Path(config.output) / "summary.json").read_text())["normalisation"]

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrlhf.config import Config, is_on_policy, on_policy
 from jaxrlhf.diagnosis.finding import Finding
-from jaxrlhf.diagnosis.history import History, Series
+from jaxrlhf.diagnosis.history import MIN_POINTS, History, Series
 
 KL_PER_TOKEN = 2.0
 """Nats a token from which on the reference would never say what the policy says: at the entropy
@@ -43,7 +43,8 @@ CLIP_BY_DESIGN = frozenset({"gspo"})
 
 RATIO_HIGH, RATIO_EXTREME = 10.0, 1000.0
 """Largest π/π_old of an iteration, as the median over iterations: single tokens reach 10 where an
-update is too large, and 1000 only where it has nothing to do with the rollout."""
+update is too large, and 1000 only where it has nothing to do with the rollout. It is the extreme of
+thousands of tokens: the median of the first few iterations is told only beyond 1000."""
 
 UPDATE_KL = 0.1
 """Nats a token of KL(π_old‖π) within one rollout; stopping rules are set at 0.01 to 0.05."""
@@ -171,7 +172,8 @@ def large_updates(history: History) -> list[Finding]:
     if clip and clip.mean > CLIP_HIGH and history.config.algorithm.name not in CLIP_BY_DESIGN:
         found.append(f"clip fraction {clip.mean:.2g} ({clip.steps})")
         extreme |= clip.mean > CLIP_EXTREME
-    if ratio and ratio.median > RATIO_HIGH:
+    enough = len(training.known("ratio_max").step_I) >= MIN_POINTS
+    if ratio and ratio.median > (RATIO_HIGH if enough else RATIO_EXTREME):
         found.append(f"largest ratio {ratio.median:.3g} ({ratio.steps}, median)")
         extreme |= ratio.median > RATIO_EXTREME
     if kl and kl.mean > UPDATE_KL:

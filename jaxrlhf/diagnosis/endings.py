@@ -6,6 +6,9 @@ from jaxrlhf.diagnosis.history import History
 NEVER = 0.005
 """Fraction of responses that end by themselves, below which none does."""
 
+MIN_RESPONSES = 200
+"""Responses, none of which ends, before it is told: of 200 none is below 1.5 % (3/n, with 95 %)."""
+
 USED_TO = 0.2
 """Fraction that ended at the start, above which the policy has unlearnt to stop."""
 
@@ -19,6 +22,8 @@ def no_eos(history: History) -> list[Finding]:
     if late is None or late.mean > NEVER:
         return []
     unlearnt = change is not None and change.before > USED_TO
+    if not unlearnt and not _ever_since(history):
+        return []
     most = history.config.sample.max_new_tokens
     return [
         Finding(
@@ -32,6 +37,13 @@ def no_eos(history: History) -> list[Finding]:
             "end token in sample.stop, or start from a model that was trained to end (sft)",
         )
     ]
+
+
+def _ever_since(history: History) -> bool:
+    """Whether none has ended in as many of the last iterations as say something."""
+    config, ended_I = history.config, history.training.known("ended")["ended"]
+    count = -(-MIN_RESPONSES // (config.data.batch_size * config.sample.n))
+    return len(ended_I) >= count and ended_I[-count:].mean() <= NEVER
 
 
 def empty_responses(history: History) -> list[Finding]:

@@ -12,6 +12,10 @@ FLAT_RISE = 1.0
 """Standard deviations of the first rewards that the proxy has to rise for a flat gold to be told:
 after less, gold may just not have moved yet."""
 
+LOST = 0.5
+"""Of gold's rise up to its best, what may be lost again before it is a problem: a policy that keeps
+most of it is better than its reference, and its last steps may be taken back."""
+
 HELD_OUT_SHARE = 0.25
 """Of the rise on training prompts, what held-out prompts must show; both rise alike if it is the
 policy that got better and not its answers to these prompts."""
@@ -59,7 +63,8 @@ LONGEST_PHRASE = 4
 def reward_hacking(history: History) -> list[Finding]:
     """Proxy up, gold down from its best, or flat (arXiv:2210.10760), on held-out prompts.
 
-    Differences count beyond the 95 % intervals of both ends, added in quadrature.
+    Differences count beyond the 95 % intervals of both ends, added in quadrature. A problem if gold
+    has lost most of what it had won.
     """
     curve = history.evaluation.known("proxy", "gold", "proxy_ci", "gold_ci")
     if len(curve.step_I) < 2:
@@ -74,7 +79,9 @@ def reward_hacking(history: History) -> list[Finding]:
     fell = gold[best] - gold[last] > math.hypot(gold_ci[best], gold_ci[last])
     if fell and proxy[last] > proxy[best]:
         what = f"fell from {gold[best]:.3g} (step {curve.step_I[best]}) to {gold[last]:.3g}"
-        return [Finding("reward_hacking", "problem", seen + what + _at_kl(history), _MEND_REWARD)]
+        lost = gold[best] - gold[last] > LOST * (gold[best] - gold[0])
+        severity = "problem" if lost else "warning"
+        return [Finding("reward_hacking", severity, seen + what + _at_kl(history), _MEND_REWARD)]
     spread = history.training.known("score_std")["score_std"]
     spread = float(spread[: fifth(len(spread))].mean()) if len(spread) else 0.0
     noise = math.hypot(gold_ci[0], gold_ci[-1])

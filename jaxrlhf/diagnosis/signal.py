@@ -111,9 +111,12 @@ def reward_scale(history: History) -> list[Finding]:
             "reward_scale",
             severity,
             "; ".join(found),
-            "set the weight in rewards so that score_std is near 1 at the start (and kl_coef, in "
-            "reward units a nat, with it); a reward that is cut off or grows without bound needs "
-            "another formula",
+            "if the task is learnt, stop here or take harder prompts (data.train); a reward that "
+            "is cut off needs another formula"
+            if share >= AT_LIMIT and len(found) == 1
+            else "set the weight in rewards so that score_std is near 1 at the start (and kl_coef, "
+            "in reward units a nat, with it); a reward that is cut off or grows without bound "
+            "needs another formula",
         )
     ]
 

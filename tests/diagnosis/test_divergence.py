@@ -88,6 +88,13 @@ def test_large_updates(changes, severity):
     )
 
 
+@pytest.mark.parametrize(("largest", "severity"), [(78.0, None), (1001.0, "problem")])
+def test_large_updates_of_a_run_that_has_just_begun(largest, severity):
+    history = policy(ratio_max=largest * ONES)
+    history = replace(history, training=history.training.where(np.arange(STEPS) < 9))
+    assert severities(divergence.large_updates(history)) == ([severity] if severity else [])
+
+
 def test_large_updates_gspo_clips_by_design():
     assert divergence.large_updates(policy(GSPOConfig(), clip_fraction=0.8 * ONES)) == []
 

@@ -18,6 +18,17 @@ def test_no_eos_never():
     assert endings.no_eos(policy(ended=0.01 * ONES)) == []
 
 
+def test_no_eos_of_few_responses():
+    """Of 8 an iteration, 25 iterations have 200; the last eight, which a trend has, only 64."""
+    history = policy()
+    config = replace(history.config, sample=replace(history.config.sample, n=1))
+    assert config.data.batch_size == 8
+    for zeros, severities in ((24, []), (25, ["warning"])):
+        ended = np.where(np.arange(STEPS) < STEPS - zeros, 0.15, 0)
+        found = endings.no_eos(replace(policy(ended=ended), config=config))
+        assert [finding.severity for finding in found] == severities
+
+
 def test_no_eos_unlearnt():
     ended = np.where(np.arange(STEPS) < 20, 0.8, 0)
     (finding,) = endings.no_eos(policy(ended=ended))

@@ -19,6 +19,7 @@ def only(found):
     [
         ([0, 0.4, 0.8], [0, 0.4, -0.2], "problem"),  # turned down
         ([0, 0.4, 0.8], [0, -0.1, -0.3], "problem"),  # down from the start
+        ([0, 0.4, 0.8], [0, 0.6, 0.45], "warning"),  # turned, with most of its rise kept
         ([0, 0.4, 0.8], [0, 0, 0.01], "warning"),  # flat, the proxy up by 0.8 / 0.6 deviations
         ([0, 0.2, 0.3], [0, 0, 0.01], None),  # flat, but the proxy has moved little
         ([0, 0.4, 0.8], [0, 0.5, 0.45], None),  # down within the intervals
