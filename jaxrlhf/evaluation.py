@@ -108,6 +108,7 @@ def _draw(
     picked = [rows[i] for i in row_Q]
     arrays = prompt_arrays(picked, run.config.data.max_prompt_tokens, run.config.sample.pad)
     stream = jax.random.fold_in(jax.random.key(run.config.seed), EVALUATION)
+    stream = jax.random.fold_in(stream, 0)  # as it has been for the first batch
     frozen = run.frozen["policy"]
     row_B = (row_Q[:, None] * n + np.arange(n)).ravel().astype(np.int32)
     rollout: Rollout = run.programs["eval_sample"](
