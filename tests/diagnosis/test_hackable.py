@@ -1,6 +1,7 @@
 """A reward with a hole: the run is told to be hacked, its curve shows it, a strong KL helps."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import runs
@@ -57,6 +58,14 @@ def test_hackable_curve_turns(hacked):
     assert gold[-1] < gold[best] - 0.2
     assert proxy[-1] > proxy[best] > proxy[0]
     assert kl[-1] > kl[best] > kl[0]
+
+
+def test_hackable_curve_is_in_the_report(hacked):
+    page = Path(hacked, "report.html").read_text(encoding="utf-8")
+    assert "Gold against proxy" in page
+    best = read_history(hacked).evaluation["gold"].argmax()
+    assert best > 0
+    assert page.count("<svg") >= 1
 
 
 def test_hackable_strong_kl_helps(hacked, train):
