@@ -141,7 +141,7 @@ def main() -> None:
     for seed in words.seeds:
         folder = Path(words.folder) / str(seed)
         ensemble = members(scorer, words.members, words.pairs, seed, folder)
-        (whole,) = members(scorer, 1, words.members * words.pairs, seed, folder / "whole")
+        (whole,) = members(scorer, 1, words.members * words.pairs, seed, folder / "whole-model")
         results += compare(policy, arms(ensemble, whole), seed, folder)
         text = table(results)
         (Path(words.folder) / "table.md").write_text(text, encoding="utf-8")
