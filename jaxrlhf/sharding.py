@@ -4,7 +4,7 @@ A weight, a batch and a KV cache name their logical axes where their shape is st
 the names to mesh axes, and everything else follows from it.
 """
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,14 +13,14 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxrlhf.config import MeshConfig, resolve_mesh
+from jaxrlhf.config import AXES, MeshConfig, resolve_mesh, sizes_of
 from jaxrlhf.types import Array, TrainState
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -28,24 +28,33 @@ RULES: Rules = {
     "head_dim": None,
     "layers": None,
     "rank": None,
-    "length": None,
+    "length": "context",
+    "slots": None,
     "activation": None,
 }
 """Logical axis → mesh axes. ``activation`` is the embed axis of hidden states, whose rows are
-already split over fsdp."""
+already split over fsdp; ``length`` that of tokens, ``slots`` that of the keys and values which they
+look at: each device has those of all tokens of its rows."""
 
-DECODE: Rules = {**RULES, "embed": None}
-"""Weights for sampling: gathered over fsdp once a rollout instead of once a token."""
+DECODE: Rules = {
+    **RULES,
+    "batch": ("data", "fsdp", "context"),
+    "embed": None,
+    "length": None,
+}
+"""For sampling. Weights are gathered over fsdp and context once a rollout instead of once a token;
+a token at a time there is no length to split, so context splits the rows, and with them the cache,
+further."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh data × fsdp × tensor over ``devices`` (default: all).
+    """The mesh data × fsdp × context × tensor over ``devices`` (default: all).
 
     Raises:
       InputError: if the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dataclasses.asdict(resolve_mesh(config, len(devices)))
+    sizes = sizes_of(resolve_mesh(config, len(devices)))
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -80,10 +89,21 @@ def constrain_tree(tree: Any, axes: Any, rules: Rules = RULES) -> Any:
     return jax.tree.map(lambda x, names: constrain(x, names, rules), tree, axes)
 
 
-def row_shards() -> int:
+def config_of(mesh: Mesh) -> MeshConfig:
+    """The config that a mesh is of."""
+    return MeshConfig(**{name: mesh.shape[name] for name in AXES})
+
+
+def row_shards(rules: Rules = RULES) -> int:
     """Pieces that the batch axis is split into under the mesh in force; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in rules["batch"] or ())
+
+
+def length_shards() -> int:
+    """Pieces that whole rows' tokens are split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]
 
 
 def devices_in_mesh() -> int:

@@ -18,6 +18,7 @@ from jaxrlhf.sharding import (
     constrain,
     constrain_tree,
     devices_in_mesh,
+    length_shards,
     make_mesh,
     put,
     put_rows,
@@ -58,9 +59,10 @@ def adapters(model):
 
 
 def test_make_mesh_axes(mesh):
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 3
-    assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert list(mesh.shape.items()) == [("data", 2), ("fsdp", 2), ("context", 1), ("tensor", 2)]
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+    sizes = make_mesh(MeshConfig(fsdp=4, context=2)).shape
+    assert dict(sizes) == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
 
@@ -71,8 +73,9 @@ def test_make_mesh_must_fill_the_devices():
 
 def test_spec_maps_names():
     assert spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
-        None, "fsdp", "tensor", None
+        None, ("fsdp", "context"), "tensor", None
     )
+    assert spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), "context")
     assert spec(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
     assert spec(("embed", "mlp"), DECODE) == PartitionSpec(None, "tensor")
     assert spec(()) == PartitionSpec()
@@ -83,23 +86,23 @@ def test_spec_unknown_name():
         spec(("embeded", "mlp"))
 
 
-def test_decode_gathers_fsdp_alone():
-    assert {name for name in RULES if RULES[name] != DECODE[name]} == {"embed"}
+def test_decode_gathers_weights_over_fsdp_and_context():
+    assert {name for name in RULES if RULES[name] != DECODE[name]} == {"batch", "embed", "length"}
     assert DECODE.keys() == RULES.keys()
     weights = [mesh_axes for name, mesh_axes in DECODE.items() if name != "batch"]
-    assert "fsdp" not in weights
+    assert set(weights) == {None, "tensor"}
 
 
 def test_shardings_of_a_tree(mesh):
     found = shardings({"a": ("embed", "mlp"), "b": {"c": ()}}, mesh)
-    assert found["a"] == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    assert found["a"] == NamedSharding(mesh, PartitionSpec(("fsdp", "context"), "tensor"))
     assert found["b"]["c"] == NamedSharding(mesh, PartitionSpec())
 
 
 def test_constrain_without_a_mesh_is_the_identity():
     x = jnp.ones((4, 4))
     assert constrain(x, ("batch", "embed")) is x
-    assert (row_shards(), devices_in_mesh()) == (1, 1)
+    assert (row_shards(), row_shards(DECODE), length_shards(), devices_in_mesh()) == (1,) * 4
 
 
 def test_constrain_lays_out(mesh):
@@ -112,6 +115,11 @@ def test_constrain_lays_out(mesh):
     assert plain["x"].sharding.shard_shape((8, 4)) == (2, 4)
     assert plain["y"].sharding.shard_shape((4, 6)) == (2, 3)
     assert decode["y"].sharding.shard_shape((4, 6)) == (4, 3)
+
+
+def test_shards_of_a_mesh_with_context():
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
+        assert (row_shards(), row_shards(DECODE), length_shards()) == (2, 8, 4)
 
 
 def test_put_and_put_rows(mesh):

@@ -85,6 +85,10 @@ class MeshConfig:
     """Pieces that parameters are split into by their embed axis."""
     tensor: int = 1
     """Pieces that heads, mlp and vocabulary are split into."""
+    context: int = 1
+    """Pieces that the tokens of whole rows are split into, for rows too long for one device; what
+    is sampled is split over data × fsdp × context by rows. Parameters are split by it as by
+    fsdp."""
 
 
 @dataclass(frozen=True)

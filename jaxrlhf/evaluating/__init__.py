@@ -147,4 +147,4 @@ def _mesh_config(wish: EvaluateConfig, config: Config) -> MeshConfig:
     """The run's way to split its parameters, on all the devices there are now."""
     given = {name: getattr(wish, name) for name in ("fsdp", "tensor") if getattr(wish, name)}
     mesh = replace(config.mesh, **given)
-    return mesh if -1 in (mesh.fsdp, mesh.tensor) else replace(mesh, data=-1)
+    return mesh if -1 in (mesh.fsdp, mesh.tensor, mesh.context) else replace(mesh, data=-1)

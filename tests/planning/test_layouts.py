@@ -20,7 +20,7 @@ ROWS = 32 // 4
 NAMES = ("sample", "reward 0", "reference", "value", "rescore", "critic_update", "update")
 
 
-@pytest.fixture(scope="module", params=[(2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.fixture(scope="module", params=[(2, 2, 2, 1), (1, 8, 1, 1), (1, 2, 2, 2)], ids=str)
 def modules(request, tmp_path_factory):
     """Name → program of a run whose logits do not fit at once."""
     folder = tmp_path_factory.mktemp("layouts")
