@@ -106,6 +106,12 @@ def length_shards() -> int:
     return 1 if mesh.empty else mesh.shape["context"]
 
 
+def vocab_shards() -> int:
+    """Pieces that the vocabulary is split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["tensor"]
+
+
 def devices_in_mesh() -> int:
     """Devices of the mesh in force; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
