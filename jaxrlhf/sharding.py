@@ -5,15 +5,18 @@ the names to mesh axes, and everything else follows from it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxrlhf.config import AXES, MeshConfig, resolve_mesh, sizes_of
+from jaxrlhf.config import AXES, MeshConfig, across_slices, resolve_mesh, sizes_of
+from jaxrlhf.errors import InputError
 from jaxrlhf.types import Array, TrainState
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -51,16 +54,62 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh data × fsdp × context × tensor over ``devices`` (default: all).
 
     Raises:
-      InputError: if the axes do not multiply to the number of devices.
+      InputError: if the axes do not multiply to the number of devices, or the devices do not lie in
+        ``config.slices`` groups of one size.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = sizes_of(resolve_mesh(config, len(devices)))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
+    laid = lay_out(resolve_mesh(config, len(devices)), devices)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def lay_out(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the mesh's order: each slice a block of it, neighbours along the last axes.
+
+    Args:
+      config: resolved.
+    """
+    by_process = _check_slices(config.slices, devices)
+    sizes = sizes_of(config)
+    outer = dict.fromkeys(AXES, 1) | {across_slices(config): config.slices}
+    inner = {name: size // outer[name] for name, size in sizes.items()}
+    split = {"allow_split_physical_axes": True}  # a torus may have fewer axes than the mesh
+    if config.slices == 1:
+        return mesh_utils.create_device_mesh(tuple(inner.values()), devices, **split)
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner.values()),
+        tuple(outer.values()),
+        devices,
+        process_is_granule=by_process,
+        **split,
     )
+
+
+def _check_slices(slices: int, devices: Sequence[Any]) -> bool:
+    """Whether ``slices`` groups of devices are processes rather than what they call slices."""
+    if slices == 1 and tpu_slices(devices) > 1:
+        count = tpu_slices(devices)
+        raise InputError(f"mesh.slices=1: the devices lie in {count} TPU slices: set it to {count}")
+    named = Counter(getattr(device, "slice_index", 0) for device in devices)
+    hosts = Counter(device.process_index for device in devices)
+    if slices > 1 and slices not in (len(named), len(hosts)):
+        raise InputError(
+            f"mesh.slices={slices}: the devices lie in {len(named)} slices and {len(hosts)} "
+            "processes: give the number of one of them, or 1"
+        )
+    by_process = slices != len(named)
+    counts = sorted(set((hosts if by_process else named).values()))
+    if slices > 1 and len(counts) > 1:
+        raise InputError(
+            f"mesh.slices={slices}: the slices have {counts[0]} to {counts[-1]} devices: "
+            "they must have equally many"
+        )
+    return by_process
+
+
+def tpu_slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices devices lie in; 1 if they are not TPUs."""
+    tpus = (device for device in devices if device.platform == "tpu")
+    return len({getattr(device, "slice_index", 0) for device in tpus}) or 1
 
 
 def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:

@@ -21,7 +21,8 @@ def resolve_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
     """``mesh`` with its -1, if any, replaced by what is left of ``devices``.
 
     Raises:
-      InputError: if the axes do not multiply to the number of devices.
+      InputError: if the axes do not multiply to the number of devices, or none can lie across
+        slices.
     """
     sizes = sizes_of(mesh)
     named = " · ".join(f"{name}={size}" for name, size in sizes.items())
@@ -31,7 +32,24 @@ def resolve_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
     sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != devices:
         raise InputError(f"mesh: {named} does not make {devices} devices: change one axis")
-    return replace(mesh, **sizes)
+    mesh = replace(mesh, **sizes)
+    across_slices(mesh)
+    return mesh
+
+
+def across_slices(mesh: MeshConfig) -> str:
+    """The axis that lies across slices; of a mesh without -1.
+
+    Raises:
+      InputError: neither of those that may divides by their number.
+    """
+    for axis in ("data", "fsdp"):
+        if getattr(mesh, axis) % mesh.slices == 0:
+            return axis
+    raise InputError(
+        f"mesh.slices={mesh.slices}: neither data={mesh.data} nor fsdp={mesh.fsdp} divides by it, "
+        "and one of them has to lie across the slices: change it"
+    )
 
 
 def check_mesh(mesh: MeshConfig, decoder: DecoderConfig, devices: int, rows: int) -> MeshConfig:
@@ -78,6 +96,8 @@ def axes_problems(mesh: MeshConfig) -> Iterator[str]:
     for name, size in sizes.items():
         if size < 1 and size != -1:
             yield f"mesh.{name}={size}: must be at least 1, or -1 for the rest of the devices"
+    if mesh.slices < 1:
+        yield f"mesh.slices={mesh.slices}: must be at least 1"
     if list(sizes.values()).count(-1) > 1:
         named = ", ".join(f"{name}={size}" for name, size in sizes.items())
         yield f"mesh: {named}: only one axis may be -1, the rest of the devices"

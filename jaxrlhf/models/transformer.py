@@ -34,12 +34,9 @@ class Cache:
     """int32, the slot that the row's next token goes to."""
 
 
-CACHE_AXES: Any = Cache(
-    key_LBSKH=("layers", "batch", "slots", "kv_heads", "head_dim"),
-    value_LBSKH=("layers", "batch", "slots", "kv_heads", "head_dim"),
-    mask_BS=("batch", "slots"),
-    index_B=("batch",),
-)
+_KEYS: Any = ("layers", "batch", "slots", "kv_heads", "head_dim")
+_ROWS: Any = (("batch", "slots"), ("batch",))
+CACHE_AXES = Cache(_KEYS, _KEYS, *_ROWS)
 """Its logical axes; it lies by the rules ``DECODE``."""
 
 

@@ -10,12 +10,11 @@ from jaxrlhf.config import Config, check, check_mesh, rows_at_once
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build
 from jaxrlhf.planning.compiling import plan, with_stand_ins
-from jaxrlhf.planning.devices import devices_of
+from jaxrlhf.planning.devices import mesh_of
 from jaxrlhf.planning.memory import decode_copy, resident
 from jaxrlhf.planning.planned import Plan
 from jaxrlhf.planning.topology import Topology
 from jaxrlhf.setup import outline
-from jaxrlhf.sharding import make_mesh
 
 TRIES = 12
 """Most candidates that are compiled."""
@@ -166,6 +165,5 @@ def _powers(start: int, end: int) -> Iterator[int]:
 def _held(config: Config, topology: Topology) -> float:
     """Bytes a device that it must have: for all networks, and for the copy that is sampled with."""
     config, _ = with_stand_ins(config)
-    mesh = make_mesh(config.mesh, devices_of(topology))
-    run = outline(config, mesh)
+    run = outline(config, mesh_of(config.mesh, topology))
     return resident(run) + ("sample" in run.programs) * decode_copy(run, run.model)

@@ -77,7 +77,8 @@ def cache_bytes(run: Run, rows: int) -> float:
     model, config = run.model, run.config
     slots = config.data.max_prompt_tokens + config.sample.max_new_tokens
     cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
-    layout = jax.sharding.NamedSharding(run.mesh, spec(CACHE_AXES.key_LBSKH, DECODE))
+    axes: Any = CACHE_AXES.key_LBSKH
+    layout = jax.sharding.NamedSharding(run.mesh, spec(axes, DECODE))
     one = math.prod(layout.shard_shape(cache.key_LBSKH.shape)) * cache.key_LBSKH.dtype.itemsize
     return 2.0 * one
 
