@@ -30,7 +30,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, merge_lora
-from jaxrlhf.sharding import make_mesh, put, shardings, train_state_shardings
+from jaxrlhf.sharding import config_of, make_mesh, put, shardings, train_state_shardings
 from jaxrlhf.steps.losses import combine_params
 from jaxrlhf.steps.updating import make_optimizer
 from jaxrlhf.types import Params, TrainState
@@ -210,8 +210,7 @@ def with_layout(tree: Any, layout: Any) -> Any:
 
 def check_layout(model: Model, mesh: Mesh) -> None:
     """The model's axes divide by the mesh's, or an InputError that names those that do not."""
-    sizes = MeshConfig(**{name: mesh.shape[name] for name in ("data", "fsdp", "tensor")})
-    check_mesh(sizes, model.decoder, mesh.size, rows=0)
+    check_mesh(config_of(mesh), model.decoder, mesh.size, rows=0)
 
 
 def check_context(config: Config, model: Model) -> None:

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.config import (
     Config,
-    MeshConfig,
     OfflineConfig,
     RewardConfig,
     check,
@@ -52,7 +51,7 @@ from jaxrlhf.networks import (
 )
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
 from jaxrlhf.rewards.sources import check_truths
-from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.sharding import config_of, make_mesh, put_rows
 from jaxrlhf.stopping import keep
 from jaxrlhf.types import AnyBatch, Params, TrainState
 
@@ -154,8 +153,7 @@ def _described(config: Config, mesh: Mesh | None) -> Run:
     check(config)
     mesh = mesh or make_mesh(config.mesh)
     model = build(config.model)
-    sizes = MeshConfig(**{name: mesh.shape[name] for name in ("data", "fsdp", "tensor")})
-    check_mesh(sizes, model.decoder, mesh.size, rows_at_once(config))
+    check_mesh(config_of(mesh), model.decoder, mesh.size, rows_at_once(config))
     check_context(config, model)
     return Run(
         config=config,

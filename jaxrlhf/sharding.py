@@ -4,23 +4,26 @@ A weight, a batch and a KV cache name their logical axes where their shape is st
 the names to mesh axes, and everything else follows from it.
 """
 
-import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxrlhf.config import MeshConfig, resolve_mesh
+from jaxrlhf.config import AXES, MeshConfig, across_slices, resolve_mesh, sizes_of
+from jaxrlhf.errors import InputError
 from jaxrlhf.types import Array, TrainState
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -28,30 +31,85 @@ RULES: Rules = {
     "head_dim": None,
     "layers": None,
     "rank": None,
-    "length": None,
+    "length": "context",
+    "slots": None,
     "activation": None,
 }
 """Logical axis → mesh axes. ``activation`` is the embed axis of hidden states, whose rows are
-already split over fsdp."""
+already split over fsdp; ``length`` that of tokens, ``slots`` that of the keys and values which they
+look at: each device has those of all tokens of its rows."""
 
-DECODE: Rules = {**RULES, "embed": None}
-"""Weights for sampling: gathered over fsdp once a rollout instead of once a token."""
+DECODE: Rules = {
+    **RULES,
+    "batch": ("data", "fsdp", "context"),
+    "embed": None,
+    "length": None,
+}
+"""For sampling. Weights are gathered over fsdp and context once a rollout instead of once a token;
+a token at a time there is no length to split, so context splits the rows, and with them the cache,
+further."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh data × fsdp × tensor over ``devices`` (default: all).
+    """The mesh data × fsdp × context × tensor over ``devices`` (default: all).
 
     Raises:
-      InputError: if the axes do not multiply to the number of devices.
+      InputError: if the axes do not multiply to the number of devices, or the devices do not lie in
+        ``config.slices`` groups of one size.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dataclasses.asdict(resolve_mesh(config, len(devices)))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
+    laid = lay_out(resolve_mesh(config, len(devices)), devices)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def lay_out(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the mesh's order: each slice a block of it, neighbours along the last axes.
+
+    Args:
+      config: resolved.
+    """
+    by_process = _check_slices(config.slices, devices)
+    sizes = sizes_of(config)
+    outer = dict.fromkeys(AXES, 1) | {across_slices(config): config.slices}
+    inner = {name: size // outer[name] for name, size in sizes.items()}
+    split = {"allow_split_physical_axes": True}  # a torus may have fewer axes than the mesh
+    if config.slices == 1:
+        return mesh_utils.create_device_mesh(tuple(inner.values()), devices, **split)
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner.values()),
+        tuple(outer.values()),
+        devices,
+        process_is_granule=by_process,
+        **split,
     )
+
+
+def _check_slices(slices: int, devices: Sequence[Any]) -> bool:
+    """Whether ``slices`` groups of devices are processes rather than what they call slices."""
+    if slices == 1 and tpu_slices(devices) > 1:
+        count = tpu_slices(devices)
+        raise InputError(f"mesh.slices=1: the devices lie in {count} TPU slices: set it to {count}")
+    named = Counter(getattr(device, "slice_index", 0) for device in devices)
+    hosts = Counter(device.process_index for device in devices)
+    if slices > 1 and slices not in (len(named), len(hosts)):
+        raise InputError(
+            f"mesh.slices={slices}: the devices lie in {len(named)} slices and {len(hosts)} "
+            "processes: give the number of one of them, or 1"
+        )
+    by_process = slices != len(named)
+    counts = sorted(set((hosts if by_process else named).values()))
+    if slices > 1 and len(counts) > 1:
+        raise InputError(
+            f"mesh.slices={slices}: the slices have {counts[0]} to {counts[-1]} devices: "
+            "they must have equally many"
+        )
+    return by_process
+
+
+def tpu_slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices devices lie in; 1 if they are not TPUs."""
+    tpus = (device for device in devices if device.platform == "tpu")
+    return len({getattr(device, "slice_index", 0) for device in tpus}) or 1
 
 
 def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
@@ -80,10 +138,27 @@ def constrain_tree(tree: Any, axes: Any, rules: Rules = RULES) -> Any:
     return jax.tree.map(lambda x, names: constrain(x, names, rules), tree, axes)
 
 
-def row_shards() -> int:
+def config_of(mesh: Mesh) -> MeshConfig:
+    """The config that a mesh is of."""
+    return MeshConfig(**{name: mesh.shape[name] for name in AXES})
+
+
+def row_shards(rules: Rules = RULES) -> int:
     """Pieces that the batch axis is split into under the mesh in force; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in rules["batch"] or ())
+
+
+def length_shards() -> int:
+    """Pieces that whole rows' tokens are split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]
+
+
+def vocab_shards() -> int:
+    """Pieces that the vocabulary is split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["tensor"]
 
 
 def devices_in_mesh() -> int:

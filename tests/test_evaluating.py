@@ -25,7 +25,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.demo.words import goodness
 from jaxrlhf.errors import InputError
-from jaxrlhf.evaluating import Rule, drawing, evaluate_model, rule_of
+from jaxrlhf.evaluating import Rule, _mesh_config, drawing, evaluate_model, rule_of
 from jaxrlhf.evaluating.drawing import shape_of
 from jaxrlhf.evaluating.entrants import _new_tokens
 from jaxrlhf.evaluating.figures import best_of_n_curve, describe, solved
@@ -337,3 +337,9 @@ def test_best_of_n_curve_judges_gold_by_the_proxy():
     assert curve["gold"][-1] == pytest.approx(picked.mean())
     assert curve["proxy"][1] == pytest.approx(best_of_n(proxy, 2).mean())
     assert found["equal_kl"] == {"kl_nats": 100.0, "proxy": None, "gold": None}
+
+
+def test_mesh_of_an_evaluation_is_the_runs_on_the_devices_that_are_here():
+    config = Config(mesh=MeshConfig(data=64, fsdp=2, tensor=2, context=2, slices=4))
+    wish = EvaluateConfig(model="", tensor=4)
+    assert _mesh_config(wish, config) == MeshConfig(data=-1, fsdp=2, tensor=4, context=2)

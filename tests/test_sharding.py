@@ -1,7 +1,9 @@
 """Layouts by name: what lies where, and that eight devices compute what one does."""
 
 import re
+from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf.algorithms import ppo
-from jaxrlhf.config import MeshConfig, OptimConfig, PPOConfig, SampleConfig
+from jaxrlhf.config import (
+    AXES,
+    MeshConfig,
+    OptimConfig,
+    PPOConfig,
+    SampleConfig,
+    resolve_mesh,
+)
 from jaxrlhf.errors import InputError
 from jaxrlhf.sharding import (
     DECODE,
@@ -18,12 +27,15 @@ from jaxrlhf.sharding import (
     constrain,
     constrain_tree,
     devices_in_mesh,
+    lay_out,
+    length_shards,
     make_mesh,
     put,
     put_rows,
     row_shards,
     shardings,
     spec,
+    tpu_slices,
     train_state_shardings,
 )
 from jaxrlhf.steps.losses import policy_loss
@@ -58,9 +70,10 @@ def adapters(model):
 
 
 def test_make_mesh_axes(mesh):
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 3
-    assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert list(mesh.shape.items()) == [("data", 2), ("fsdp", 2), ("context", 1), ("tensor", 2)]
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+    sizes = make_mesh(MeshConfig(fsdp=4, context=2)).shape
+    assert dict(sizes) == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
 
@@ -69,10 +82,99 @@ def test_make_mesh_must_fill_the_devices():
         make_mesh(MeshConfig(data=3, fsdp=1, tensor=1))
 
 
+@dataclass(frozen=True)
+class Device:
+    """As much of one as a mesh looks at."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, ...] = (0, 0, 0)
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    device_kind: str = "none that mesh_utils knows"
+
+
+def pods(slices, hosts, each, **changes):
+    """Devices of slices of hosts, in the order in which jax lists them: not always by slice."""
+    found = [
+        Device(1000 * s + each * h + i, hosts * s + h, s, (i, h, 0), **changes)
+        for h in range(hosts)
+        for s in range(slices)
+        for i in range(each)
+    ]
+    return found[::-1]
+
+
+def places(devices, what):
+    return np.vectorize(lambda device: getattr(device, what))(devices)
+
+
+@pytest.mark.parametrize(
+    ("config", "axis"),
+    [
+        (MeshConfig(data=4, fsdp=2, tensor=2, slices=2), "data"),
+        (MeshConfig(data=1, fsdp=4, tensor=2, context=2, slices=2), "fsdp"),
+        (MeshConfig(data=1, fsdp=-1, slices=2), "fsdp"),
+    ],
+)
+def test_lay_out_keeps_a_slice_together(config, axis):
+    config = resolve_mesh(config, 16)
+    laid = lay_out(config, pods(2, hosts=2, each=4))
+    assert laid.shape == (config.data, config.fsdp, config.context, config.tensor)
+    assert len(set(laid.flat)) == 16
+    along = np.moveaxis(places(laid, "slice_index"), AXES.index(axis), 0)
+    first, second = np.split(along, 2)
+    assert (set(first.flat), set(second.flat)) == ({0}, {1})
+
+
+def test_lay_out_processes():
+    config = MeshConfig(data=4, tensor=2, slices=4)
+    laid = lay_out(config, pods(1, hosts=4, each=2, platform="gpu"))
+    assert places(laid, "process_index")[:, 0, 0].tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("slices", "devices", "message"),
+    [
+        (1, pods(2, 1, 4), "mesh.slices=1: the devices lie in 2 TPU slices: set it to 2"),
+        (4, pods(2, 1, 4), "mesh.slices=4: the devices lie in 2 slices and 2 processes"),
+        (8, None, "mesh.slices=8: the devices lie in 1 slices and 1 processes"),
+        (2, [*pods(2, 1, 4)[1:], Device(9, 0, 0)], "have 3 to 5 devices"),
+        (3, pods(2, 1, 4), "mesh.slices=3: neither data=8 nor fsdp=1 divides by it"),
+        (0, None, "mesh.slices=0: must be at least 1"),
+    ],
+)
+def test_make_mesh_refuses_slices(slices, devices, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(MeshConfig(data=8, slices=slices), devices)
+
+
+def test_tpu_slices():
+    assert tpu_slices(pods(3, 1, 2)) == 3
+    assert tpu_slices(pods(3, 1, 2, platform="gpu")) == tpu_slices(jax.devices()) == 1
+
+
+def test_lay_out_takes_hosts_of_gpus_for_one_slice():
+    """Where slices are left alone, only TPUs are known to need them."""
+    laid = lay_out(
+        MeshConfig(data=4, tensor=2), sorted(pods(2, 1, 4, platform="gpu"), key=attrgetter("id"))
+    )
+    assert places(laid, "slice_index")[:, 0, 0].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_lay_out_on_a_torus_of_fewer_axes_than_the_mesh():
+    config = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
+    laid = lay_out(config, pods(1, hosts=2, each=4))
+    assert laid.shape == (1, 2, 2, 2)
+    assert len(set(laid.flat)) == 8
+
+
 def test_spec_maps_names():
     assert spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
-        None, "fsdp", "tensor", None
+        None, ("fsdp", "context"), "tensor", None
     )
+    assert spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), "context")
     assert spec(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
     assert spec(("embed", "mlp"), DECODE) == PartitionSpec(None, "tensor")
     assert spec(()) == PartitionSpec()
@@ -83,23 +185,23 @@ def test_spec_unknown_name():
         spec(("embeded", "mlp"))
 
 
-def test_decode_gathers_fsdp_alone():
-    assert {name for name in RULES if RULES[name] != DECODE[name]} == {"embed"}
+def test_decode_gathers_weights_over_fsdp_and_context():
+    assert {name for name in RULES if RULES[name] != DECODE[name]} == {"batch", "embed", "length"}
     assert DECODE.keys() == RULES.keys()
     weights = [mesh_axes for name, mesh_axes in DECODE.items() if name != "batch"]
-    assert "fsdp" not in weights
+    assert set(weights) == {None, "tensor"}
 
 
 def test_shardings_of_a_tree(mesh):
     found = shardings({"a": ("embed", "mlp"), "b": {"c": ()}}, mesh)
-    assert found["a"] == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    assert found["a"] == NamedSharding(mesh, PartitionSpec(("fsdp", "context"), "tensor"))
     assert found["b"]["c"] == NamedSharding(mesh, PartitionSpec())
 
 
 def test_constrain_without_a_mesh_is_the_identity():
     x = jnp.ones((4, 4))
     assert constrain(x, ("batch", "embed")) is x
-    assert (row_shards(), devices_in_mesh()) == (1, 1)
+    assert (row_shards(), row_shards(DECODE), length_shards(), devices_in_mesh()) == (1,) * 4
 
 
 def test_constrain_lays_out(mesh):
@@ -112,6 +214,11 @@ def test_constrain_lays_out(mesh):
     assert plain["x"].sharding.shard_shape((8, 4)) == (2, 4)
     assert plain["y"].sharding.shard_shape((4, 6)) == (2, 3)
     assert decode["y"].sharding.shard_shape((4, 6)) == (4, 3)
+
+
+def test_shards_of_a_mesh_with_context():
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
+        assert (row_shards(), row_shards(DECODE), length_shards()) == (2, 8, 4)
 
 
 def test_put_and_put_rows(mesh):

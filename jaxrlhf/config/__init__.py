@@ -41,7 +41,7 @@ from jaxrlhf.config.checks import (
     rows_at_once,
 )
 from jaxrlhf.config.evaluate import EvaluateConfig, check_evaluate, parse_evaluate
-from jaxrlhf.config.layout import check_mesh, resolve_mesh
+from jaxrlhf.config.layout import AXES, across_slices, check_mesh, resolve_mesh, sizes_of
 from jaxrlhf.config.load import dump, load, override, save
 from jaxrlhf.config.model import (
     CriticConfig,
@@ -80,6 +80,7 @@ from jaxrlhf.config.stages import (
 )
 
 __all__ = [
+    "AXES",
     "A2CConfig",
     "Aggregation",
     "AlgorithmConfig",
@@ -131,6 +132,7 @@ __all__ = [
     "ServiceConfig",
     "SimPOConfig",
     "StageConfig",
+    "across_slices",
     "check",
     "check_evaluate",
     "check_mesh",
@@ -150,6 +152,7 @@ __all__ = [
     "reward_problems",
     "rows_at_once",
     "save",
+    "sizes_of",
     "stage_evaluation",
     "stage_run",
 ]

@@ -42,6 +42,8 @@ class EvaluateConfig:
     """Pieces that parameters are split into by their embed axis; None: as the run."""
     tensor: int | None = None
     """Pieces that heads, mlp and vocabulary are split into; None: as the run."""
+    context: int | None = None
+    """Pieces that the tokens of whole rows are split into; None: as the run."""
     seed: int = 0
     """Every draw follows from it."""
     output: str = ""
@@ -61,6 +63,7 @@ def check_evaluate(wish: EvaluateConfig) -> None:
         "rows": 1,
         "fsdp": 1,
         "tensor": 1,
+        "context": 1,
         "seed": 0,
     }
     for name, bound in least.items():

@@ -77,7 +77,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1, which means the rest."""
+    """Devices along each axis; one of them may be -1, which means the rest. All axes but slices."""
 
     data: int = -1
     """Copies of the model; rows are split over data × fsdp."""
@@ -85,6 +85,14 @@ class MeshConfig:
     """Pieces that parameters are split into by their embed axis."""
     tensor: int = 1
     """Pieces that heads, mlp and vocabulary are split into."""
+    context: int = 1
+    """Pieces that the tokens of whole rows are split into, for rows too long for one device; what
+    is sampled is split over data × fsdp × context by rows. Parameters are split by it as by
+    fsdp."""
+    slices: int = 1
+    """Groups of devices with fast links inside and the data-center network between them: TPU
+    slices, or else hosts. data lies across them if it divides by their number, else fsdp; the other
+    axes lie inside."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxrlhf.files import write_atomic
 from jaxrlhf.judging import Judge
 from jaxrlhf.metrics import plain
 from jaxrlhf.networks import is_run
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.sharding import make_mesh, tpu_slices
 
 STREAMS = {"model": 0x7FFFFFF0, "reference": 0x7FFFFFF1, "against": 0x7FFFFFF2}
 """Streams of the draws of each, beside those of training and of the evaluations in a run."""
@@ -147,6 +147,7 @@ def _folder(wish: EvaluateConfig) -> Path:
 
 def _mesh_config(wish: EvaluateConfig, config: Config) -> MeshConfig:
     """The run's way to split its parameters, on all the devices there are now."""
-    given = {name: getattr(wish, name) for name in ("fsdp", "tensor") if getattr(wish, name)}
-    mesh = replace(config.mesh, **given)
-    return mesh if -1 in (mesh.fsdp, mesh.tensor) else replace(mesh, data=-1)
+    axes = ("fsdp", "tensor", "context")
+    given = {name: getattr(wish, name) for name in axes if getattr(wish, name)}
+    mesh = replace(config.mesh, **given, slices=tpu_slices(jax.devices()))
+    return mesh if -1 in (mesh.fsdp, mesh.tensor, mesh.context) else replace(mesh, data=-1)

@@ -6,6 +6,7 @@ its input. Einsum letters are the axis key of types.py.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig, RopeScaling
-from jaxrlhf.sharding import constrain
+from jaxrlhf.models.attention import attend, attend_before
+from jaxrlhf.sharding import DECODE, RULES, Rules, constrain
 from jaxrlhf.types import Array
 
 
@@ -150,21 +152,17 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm("head_dim", c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm("head_dim", c.head_dim, c.norm_eps)
 
-    def project(self, x: Array, angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def project(
+        self, x: Array, angles: tuple[Array, Array], rules: Rules
+    ) -> tuple[Array, Array, Array]:
         """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated."""
         query, key, value = self.q(x), self.k(x), self.v(x)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
-        query = constrain(query, ("batch", "length", "heads", "head_dim"))
-        key = constrain(key, ("batch", "length", "kv_heads", "head_dim"))
+        query = constrain(query, ("batch", "length", "heads", "head_dim"), rules)
+        key = constrain(key, ("batch", "length", "kv_heads", "head_dim"), rules)
+        value = constrain(value, ("batch", "length", "kv_heads", "head_dim"), rules)
         return rotate(query, angles), rotate(key, angles), value
-
-    def attend(self, query: Array, key: Array, value: Array, allowed_BTS: Array) -> Array:
-        """Softmax attention of T queries over S keys where ``allowed``, and the output map."""
-        mixed = jax.nn.dot_product_attention(
-            query, key.astype(query.dtype), value.astype(query.dtype), mask=allowed_BTS[:, None]
-        )
-        return self.o(mixed)
 
 
 class GatedMLP(nnx.Module):
@@ -179,9 +177,9 @@ class GatedMLP(nnx.Module):
         self.up = Linear(embed, hidden, rngs, lora=adapter("up"))
         self.down = Linear(hidden, embed, rngs, lora=adapter("down"))
 
-    def __call__(self, x: Array) -> Array:
-        wide = constrain(jax.nn.silu(self.gate(x)) * self.up(x), ("batch", "length", "mlp"))
-        return self.down(wide)
+    def __call__(self, x: Array, rules: Rules) -> Array:
+        wide = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(constrain(wide, ("batch", "length", "mlp"), rules))
 
 
 class Block(nnx.Module):
@@ -193,9 +191,36 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm("embed", c.embed, c.norm_eps)
         self.mlp = GatedMLP(c, rngs, lora)
 
-    def feed_forward(self, x: Array) -> Array:
+    def whole(
+        self, x: Array, angles: tuple[Array, Array], mask_BT: Array, segment_BT: Array | None
+    ) -> Array:
+        """The block over whole rows, x [B, T, D]."""
+        query, key, value = self.attention.project(self.attention_norm(x), angles, RULES)
+        mixed = attend_before(query, key, value, mask_BT, segment_BT)
+        return self._feed_forward(x + self.attention.o(mixed), RULES)
+
+    def cached(
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        write: Callable[[Array, Array], Array],
+        cache: tuple[Array, Array],
+        allowed_BTS: Array,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """The block over the next tokens of rows, and this layer's keys and values with theirs.
+
+        Args:
+          write: (cached, new) → cached, each row's entries in their slots.
+        """
+        query, key, value = self.attention.project(self.attention_norm(x), angles, DECODE)
+        keys, values = write(cache[0], key), write(cache[1], value)
+        mixed = attend(query, keys, values, allowed_BTS)
+        return self._feed_forward(x + self.attention.o(mixed), DECODE), (keys, values)
+
+    def _feed_forward(self, x: Array, rules: Rules) -> Array:
         """The second half of the block: x + mlp(norm(x))."""
-        return constrain(x + self.mlp(self.mlp_norm(x)), ("batch", "length", "activation"))
+        x += self.mlp(self.mlp_norm(x), rules)
+        return constrain(x, ("batch", "length", "activation"), rules)
 
 
 class Embed(nnx.Module):

@@ -18,7 +18,7 @@ from flax import nnx, struct
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.models.layers import Block, Ends, positions, rotary_angles
-from jaxrlhf.sharding import constrain
+from jaxrlhf.sharding import DECODE, RULES, constrain
 from jaxrlhf.types import Array, Params
 
 
@@ -32,6 +32,12 @@ class Cache:
     """1 where a slot holds a real token."""
     index_B: Array
     """int32, the slot that the row's next token goes to."""
+
+
+_KEYS: Any = ("layers", "batch", "slots", "kv_heads", "head_dim")
+_ROWS: Any = (("batch", "slots"), ("batch",))
+CACHE_AXES = Cache(_KEYS, _KEYS, *_ROWS)
+"""Its logical axes; it lies by the rules ``DECODE``."""
 
 
 class Declared(NamedTuple):
@@ -176,7 +182,9 @@ class Model:
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
         check_tree(layers, stacked(declared.shapes, False, self.decoder.layers), "layers")
         outer = self._ends(params)
-        x = constrain(outer.embed(token_BT, self.dtype), ("batch", "length", "activation"))
+        rules = RULES if cache is None else DECODE
+        x = outer.embed(token_BT, self.dtype)
+        x = constrain(x, ("batch", "length", "activation"), rules)
         layers = self.cast(layers)
         if cache is None:
             x = self._run(declared, layers, x, attention_mask_BT, segment_BT)
@@ -214,16 +222,10 @@ class Model:
     ) -> Array:
         """All layers over whole rows."""
         angles = rotary_angles(positions(mask_BT, segment_BT), self.decoder)
-        steps = jnp.arange(x.shape[1])
-        allowed = (steps[:, None] >= steps) & (mask_BT[:, None] != 0)
-        if segment_BT is not None:
-            allowed &= segment_BT[:, :, None] == segment_BT[:, None]
 
         def layer(x: Array, weights: Params) -> tuple[Array, None]:
             module = nnx.merge(declared.graph, weights)
-            query, key, value = module.attention.project(module.attention_norm(x), angles)
-            x = x + module.attention.attend(query, key, value, allowed)
-            return module.feed_forward(x), None
+            return module.whole(x, angles, mask_BT, segment_BT), None
 
         return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)[0]
 
@@ -240,14 +242,13 @@ class Model:
         angles = rotary_angles(position, self.decoder)
         allowed = (slots <= slot_BT[..., None]) & (mask_BS[:, None] != 0)
 
+        def write(old: Array, new: Array) -> Array:
+            return write_rows(old, new, cache.index_B)
+
         def layer(x: Array, item: Any) -> tuple[Array, Any]:
             weights, keys, values = item
             module = nnx.merge(declared.graph, weights)
-            query, key, value = module.attention.project(module.attention_norm(x), angles)
-            keys = write_rows(keys, key, cache.index_B)
-            values = write_rows(values, value, cache.index_B)
-            x = x + module.attention.attend(query, keys, values, allowed)
-            return module.feed_forward(x), (keys, values)
+            return module.cached(x, angles, write, (keys, values), allowed)
 
         # The cache is scanned over, not carried: XLA copies a carried one whole in every layer.
         items = (layers, cache.key_LBSKH, cache.value_LBSKH)

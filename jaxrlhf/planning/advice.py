@@ -10,12 +10,11 @@ from jaxrlhf.config import Config, check, check_mesh, rows_at_once
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build
 from jaxrlhf.planning.compiling import plan, with_stand_ins
-from jaxrlhf.planning.devices import devices_of
+from jaxrlhf.planning.devices import mesh_of
 from jaxrlhf.planning.memory import decode_copy, resident
 from jaxrlhf.planning.planned import Plan
 from jaxrlhf.planning.topology import Topology
 from jaxrlhf.setup import outline
-from jaxrlhf.sharding import make_mesh
 
 TRIES = 12
 """Most candidates that are compiled."""
@@ -35,7 +34,8 @@ def advise(
 ) -> Candidate | None:
     """The smallest change tried that makes a run fit, compiled to make sure; None if none does.
 
-    Tried in turn: remat, more microbatches, then the same on meshes that split the weights further.
+    Tried in turn: remat, more microbatches, then the same on meshes that split the weights or the
+    rows' tokens further.
     """
     large = tuple(step.name for step in found.too_large)
     for other in _worth_compiling(_ladder(config, found), topology, found):
@@ -93,12 +93,27 @@ def _ladder(config: Config, found: Plan) -> Iterator[Config]:
     updates = all("update" in step.name or step.name == "warmup" for step in found.too_large)
     if updates:
         yield from rungs[1:]
-    sizes = found.mesh
-    for tensor in _powers(sizes["tensor"], found.devices):
-        for fsdp in _powers(sizes["fsdp"], found.devices // tensor):
-            if (tensor, fsdp) != (sizes["tensor"], sizes["fsdp"]):
-                for rung in (rungs[0], rungs[-1]) if updates else rungs[:1]:
-                    yield _on_mesh(rung, found.devices, fsdp, tensor)
+    for fsdp, context, tensor in _further(found):
+        meshes = [_on_mesh(x, found.devices, fsdp, context, tensor) for x in _pieces(config)]
+        there = [x for x in meshes if _divides(x, found.devices)]
+        yield from [*there[:1], *there[1:][-1:]] if updates else there[:1]
+
+
+def _further(found: Plan) -> Iterator[tuple[int, int, int]]:
+    """fsdp, context and tensor of meshes that split more than the plan's; least tensor first.
+
+    Of context, which splits weights as fsdp does and a row's tokens besides, no more than four
+    times the plan's.
+    """
+    now = tuple(found.mesh[axis] for axis in ("fsdp", "context", "tensor"))
+    for tensor in _powers(now[2], found.devices):
+        for context in itertools.takewhile(
+            lambda size: size <= 4 * now[1], _powers(now[1], found.devices // tensor)
+        ):
+            least = max(now[0] * now[1] // context, 1)
+            for fsdp in _powers(least, found.devices // (tensor * context)):
+                if (fsdp, context, tensor) != now:
+                    yield fsdp, context, tensor
 
 
 def _pieces(config: Config) -> Iterator[Config]:
@@ -114,18 +129,20 @@ def _pieces(config: Config) -> Iterator[Config]:
 
 
 def _layouts(config: Config, found: Plan) -> Iterator[Config]:
-    """Every mesh and some numbers of microbatches; least tensor first."""
-    for tensor in _powers(1, found.devices):
+    """Every mesh with the plan's context, and some numbers of microbatches; least tensor first."""
+    context = found.mesh["context"]
+    for tensor in _powers(1, found.devices // context):
         for pieces in (1, 2, 4, 8):
             rung = replace(config, optim=replace(config.optim, microbatches=pieces))
-            for fsdp in reversed(list(_powers(1, found.devices // tensor))):
-                yield _on_mesh(rung, found.devices, fsdp, tensor)
+            for fsdp in reversed(list(_powers(1, found.devices // context // tensor))):
+                yield _on_mesh(rung, found.devices, fsdp, context, tensor)
 
 
-def _on_mesh(config: Config, devices: int, fsdp: int, tensor: int) -> Config:
+def _on_mesh(config: Config, devices: int, fsdp: int, context: int, tensor: int) -> Config:
     """The config on another mesh."""
-    data = devices // (fsdp * tensor)
-    return replace(config, mesh=replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor))
+    data = devices // (fsdp * context * tensor)
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    return replace(config, mesh=replace(config.mesh, **sizes))
 
 
 def _divides(config: Config, devices: int) -> bool:
@@ -148,6 +165,5 @@ def _powers(start: int, end: int) -> Iterator[int]:
 def _held(config: Config, topology: Topology) -> float:
     """Bytes a device that it must have: for all networks, and for the copy that is sampled with."""
     config, _ = with_stand_ins(config)
-    mesh = make_mesh(config.mesh, devices_of(topology))
-    run = outline(config, mesh)
+    run = outline(config, mesh_of(config.mesh, topology))
     return resident(run) + ("sample" in run.programs) * decode_copy(run, run.model)

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from jaxrlhf.config import Config
+from jaxrlhf.config import Config, MeshConfig, across_slices, resolve_mesh
 from jaxrlhf.networks import is_run
 from jaxrlhf.planning import collectives as exchange
 from jaxrlhf.planning import flops, hlo
-from jaxrlhf.planning.devices import chip_name, devices_of
+from jaxrlhf.planning.devices import chip_name, mesh_of
 from jaxrlhf.planning.memory import (
     Kinds,
     arguments_by_kind,
@@ -26,7 +26,6 @@ from jaxrlhf.planning.planned import ARGUMENTS, Plan, Step
 from jaxrlhf.planning.steps import Call, calls_of, decode_trips
 from jaxrlhf.planning.topology import CHIPS, Chip, Topology
 from jaxrlhf.setup import Run, outline
-from jaxrlhf.sharding import make_mesh
 
 WORKERS = 4
 """Most programs compiled at a time: each takes a core, and a GiB or two for a large model."""
@@ -52,9 +51,9 @@ def plan(
       InputError: the config cannot be laid out there, or libtpu is missing.
     """
     config, assumed = with_stand_ins(config)
-    devices = devices_of(topology)
+    mesh = mesh_of(config.mesh, topology)
+    devices = list(mesh.devices.flat)
     chip = CHIPS[chip_name(topology, devices)]
-    mesh = make_mesh(config.mesh, devices)
     run = outline(config, mesh)
     with jax.set_mesh(mesh):
         calls = {name: x for name, x in calls_of(run).items() if not names or name in names}
@@ -73,7 +72,10 @@ def plan(
         mesh=dict(mesh.shape),
         memory=memory or chip.memory,
         steps=tuple(steps),
-        remarks=(*assumed, *remarks(topology, mean_length)),
+        remarks=(
+            *assumed,
+            *remarks(resolve_mesh(config.mesh, len(devices)), topology, mean_length),
+        ),
     )
 
 
@@ -145,9 +147,14 @@ def with_stand_ins(config: Config) -> tuple[Config, list[str]]:
     return config, found
 
 
-def remarks(topology: Topology, mean_length: float | None) -> list[str]:
+def remarks(mesh: MeshConfig, topology: Topology, mean_length: float | None) -> list[str]:
     """What a reader of the plan has to know to read it right."""
     found = []
+    if mesh.slices > 1:
+        found.append(
+            f"{mesh.slices} slices: what {across_slices(mesh)} sends goes between them, over a "
+            "slower network than the links that it is reckoned with"
+        )
     if topology.compiler == "cpu":
         found.append("compiled for CPU devices: temporaries and collectives are that compiler's")
     if mean_length is not None:

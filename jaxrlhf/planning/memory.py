@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jaxrlhf.models.transformer import Model
+from jaxrlhf.models.transformer import CACHE_AXES, Model
 from jaxrlhf.setup import Run
-from jaxrlhf.sharding import DECODE, RULES, spec
+from jaxrlhf.sharding import DECODE, spec
 from jaxrlhf.types import TrainState
 
 Kinds = dict[str, float]
@@ -77,14 +77,14 @@ def cache_bytes(run: Run, rows: int) -> float:
     model, config = run.model, run.config
     slots = config.data.max_prompt_tokens + config.sample.max_new_tokens
     cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
-    axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-    layout = jax.sharding.NamedSharding(run.mesh, spec(axes, RULES))
+    axes: Any = CACHE_AXES.key_LBSKH
+    layout = jax.sharding.NamedSharding(run.mesh, spec(axes, DECODE))
     one = math.prod(layout.shard_shape(cache.key_LBSKH.shape)) * cache.key_LBSKH.dtype.itemsize
     return 2.0 * one
 
 
 def decode_copy(run: Run, model: Model) -> float:
-    """The weights as the decode loop reads them: compute dtype, whole over fsdp."""
+    """The weights as the decode loop reads them: compute dtype, whole over fsdp and context."""
     total, size = 0.0, np.dtype(model.dtype).itemsize
     axes = jax.tree.leaves(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
     for shape, names in zip(jax.tree.leaves(model.shapes()), axes, strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jaxrlhf.config import AXES
 from jaxrlhf.planning.advice import Candidate
 from jaxrlhf.planning.planned import KINDS, Plan, Step
 from jaxrlhf.planning.topology import CHIPS, GIB
@@ -53,11 +54,11 @@ def ranking(found: Sequence[Candidate]) -> str:
     """Layouts that fit, a line each."""
     if not found:
         return "no layout that was tried fits"
-    rows = [["rank", "data", "fsdp", "tensor", "microbatches", "GiB", "seconds", "sent, GB"]]
+    rows = [["rank", *AXES, "microbatches", "GiB", "seconds", "sent, GB"]]
     for rank, one in enumerate(found, 1):
         mesh, plan = one.plan.mesh, one.plan
         sent = sum(step.calls * step.sent for step in plan.steps) / 1e9
-        sizes = [str(mesh[name]) for name in ("data", "fsdp", "tensor")]
+        sizes = [str(mesh[name]) for name in AXES]
         pieces = str(one.config.optim.microbatches)
         rows.append(
             [str(rank), *sizes, pieces, f"{plan.peak / GIB:.2f}", f"{plan.time:.3g}", f"{sent:.2f}"]

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import SampleConfig
+from jaxrlhf.sharding import DECODE, constrain, vocab_shards
 from jaxrlhf.types import Array
 
 BLOCK = 256
@@ -19,6 +20,9 @@ def draw(key_B: Array, logits_BV: Array) -> Array:
     instead of V. A token with logit −inf is never drawn, and logits that differ by rounding give
     the same token unless two candidates tie to that rounding (unlike an inverse CDF).
 
+    Under a mesh the blocks are split over ``tensor``, −inf ones added until they divide, which
+    changes no draw; a device sends the mass of its blocks, and of the block drawn its tokens.
+
     Args:
       key_B: one PRNG key a row.
       logits_BV: float32 [B, V], unnormalised; −inf forbids a token.
@@ -29,17 +33,24 @@ def draw(key_B: Array, logits_BV: Array) -> Array:
     chex.assert_rank(logits_BV, 2)
     width = logits_BV.shape[1]
     blocks = -(-width // BLOCK)
-    padding = ((0, 0), (0, blocks * BLOCK - width))
+    more = -(-blocks // vocab_shards()) * vocab_shards()
+    padding = ((0, 0), (0, more * BLOCK - width))
     padded = jnp.pad(logits_BV.astype(jnp.float32), padding, constant_values=-jnp.inf)
+    padded = constrain(padded, ("batch", "vocab"), DECODE)
+    block_BJV = padded.reshape(-1, more, BLOCK)
+    mass_BJ = jax.nn.logsumexp(block_BJV, axis=2)[:, :blocks]
+    mass_BJ = constrain(mass_BJ, ("batch", None), DECODE)
 
-    def row(key: Array, logits: Array) -> Array:
+    def choose(key: Array, mass: Array) -> tuple[Array, Array]:
         outer, inner = jax.random.split(key)
-        mass = jax.nn.logsumexp(logits, axis=1)
-        block = jnp.argmax(mass + jax.random.gumbel(outer, (blocks,)))
-        token = jnp.argmax(logits[block] + jax.random.gumbel(inner, (BLOCK,)))
-        return block * BLOCK + token
+        return jnp.argmax(mass + jax.random.gumbel(outer, (blocks,))), inner
 
-    return jax.vmap(row)(key_B, padded.reshape(-1, blocks, BLOCK)).astype(jnp.int32)
+    block_B, inner_B = jax.vmap(choose)(key_B, mass_BJ)
+    chosen_BV = jnp.take_along_axis(block_BJV, block_B[:, None, None], axis=1)[:, 0]
+    chosen_BV = constrain(chosen_BV, ("batch", None), DECODE)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (BLOCK,)))(inner_B)
+    token_B = jnp.argmax(chosen_BV + noise_BV, axis=1)
+    return (block_B * BLOCK + token_B).astype(jnp.int32)
 
 
 def truncate(logits_BV: Array, config: SampleConfig) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import SampleConfig
-from jaxrlhf.models.transformer import Cache, Model
+from jaxrlhf.models.transformer import CACHE_AXES, Cache, Model
 from jaxrlhf.sharding import DECODE, constrain, constrain_tree, row_shards
 from jaxrlhf.steps.draws import draw, truncate
 from jaxrlhf.types import Array, Params, Rollout
@@ -76,7 +76,7 @@ def _decode(
     def choose(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
         t, live_B = carry["t"], ~carry["done_B"]
-        logits_BV = constrain(model.logits(params, carry["hidden_BD"]), ("batch", "vocab"))
+        logits_BV = constrain(model.logits(params, carry["hidden_BD"]), ("batch", "vocab"), DECODE)
         token_B, logp_B, sample_logp_B = _token(logits_BV, key_B, t, config)
         columns = {
             "token_BN": jnp.where(live_B, token_B, config.pad),
@@ -116,10 +116,10 @@ def _decode(
 def decode_layout(
     model: Model, params: Params, lora: Params | None
 ) -> tuple[Params, Params | None]:
-    """The weights as the decode loop wants them: compute dtype, gathered over fsdp, once.
+    """The weights as the decode loop wants them: compute dtype, whole but for ``tensor``.
 
-    The last norm and the scalar head, which compute in float32, stay so. Costs one copy of the
-    weights, split over ``tensor`` alone.
+    They are gathered over fsdp and context once. The last norm and the scalar head, which compute
+    in float32, stay so. Costs one copy of the weights, split over ``tensor`` alone.
     """
     axes = model.axes(head="head" in params)
     wide = ("norm", "head")
@@ -157,32 +157,23 @@ def _prefill(
 ) -> tuple[Array, Cache]:
     """Hidden state of each row's last prompt token, and the cache; prompts are run once each."""
     slots = prompt_QP.shape[1] + config.max_new_tokens
-    once = prompt_QP.shape[0] % row_shards() == 0  # else rows, which do divide, are run
+    once = prompt_QP.shape[0] % row_shards(DECODE) == 0  # else rows, which do divide, are run
     copies = 1 if once else config.n
     prompt = jnp.repeat(prompt_QP, copies, axis=0)
     mask = jnp.repeat(prompt_mask_QP, copies, axis=0)
-    cache = _laid_out(model.init_cache(prompt.shape[0], slots))
+    cache = constrain_tree(model.init_cache(prompt.shape[0], slots), CACHE_AXES, DECODE)
     hidden, cache = model.apply(params, prompt, mask, lora, cache)
     assert cache is not None
     copies = config.n if once else 1
-    keys_BD = jnp.repeat(hidden[:, -1], copies, axis=0)
+    last_BD = jnp.repeat(hidden[:, -1], copies, axis=0)
     cache = Cache(
         key_LBSKH=jnp.repeat(cache.key_LBSKH, copies, axis=1),
         value_LBSKH=jnp.repeat(cache.value_LBSKH, copies, axis=1),
         mask_BS=jnp.repeat(cache.mask_BS, copies, axis=0),
         index_B=jnp.repeat(cache.index_B, copies, axis=0),
     )
-    return constrain(keys_BD, ("batch", "activation")), _laid_out(cache)
-
-
-def _laid_out(cache: Cache) -> Cache:
-    axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-    return Cache(
-        key_LBSKH=constrain(cache.key_LBSKH, axes),
-        value_LBSKH=constrain(cache.value_LBSKH, axes),
-        mask_BS=constrain(cache.mask_BS, ("batch", "length")),
-        index_B=constrain(cache.index_B, ("batch",)),
-    )
+    last_BD = constrain(last_BD, ("batch", "activation"), DECODE)
+    return last_BD, constrain_tree(cache, CACHE_AXES, DECODE)
 
 
 def _token(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.sharding import devices_in_mesh
+from jaxrlhf.sharding import constrain, devices_in_mesh
 from jaxrlhf.types import Array, Outputs, Params
 
 LOGITS_A_DEVICE = 2**25
@@ -113,7 +113,8 @@ def reward(
     """
     chex.assert_rank([token_BT, attention_mask_BT], 2)
     hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora)
-    return model.scalar(params, hidden[jnp.arange(hidden.shape[0]), last_token(attention_mask_BT)])
+    last_BD = hidden[jnp.arange(hidden.shape[0]), last_token(attention_mask_BT)]
+    return model.scalar(params, constrain(last_BD, ("batch", "activation")))
 
 
 def token_scores(
@@ -154,14 +155,18 @@ def _token_logp(
     width = -(-columns // pieces)
     extra = pieces * width - columns
 
-    def split(x: Array) -> Array:
+    def split(x: Array, *axes: str) -> Array:
+        """Piece i has the columns i, i + pieces, …: some of those on each device."""
         x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, pieces, width, *x.shape[2:]), 1, 0)
+        x = constrain(x, ("batch", "length", *axes))
+        x = jnp.moveaxis(x.reshape(rows, width, pieces, *x.shape[2:]), 2, 0)
+        return constrain(x, (None, "batch", "length", *axes))
 
     @jax.checkpoint
     def piece(item: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, token = item
         logits = model.logits(params, hidden) / temperature
+        logits = constrain(logits, ("batch", "length", "vocab"))
         total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
         if not entropy:
@@ -169,9 +174,10 @@ def _token_logp(
         spread = total - (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
         return chosen - total, spread
 
-    logp, spread = jax.lax.map(piece, (split(hidden_BTD), split(token_BT)))
+    logp, spread = jax.lax.map(piece, (split(hidden_BTD, "activation"), split(token_BT)))
 
     def joined(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :columns]
+        x = jnp.moveaxis(constrain(x, (None, "batch", "length")), 0, 2).reshape(rows, -1)
+        return constrain(x, ("batch", "length"))[:, :columns]
 
     return joined(logp), joined(spread)

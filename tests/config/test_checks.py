@@ -158,7 +158,10 @@ def test_check_passes(config):
         ({"eval": EvalConfig(patience=-1)}, "eval.patience=-1: must be at least 0"),
         ({"critic": CriticConfig(path="p")}, "critic.path=p: a shared critic has none"),
         ({"mesh": MeshConfig(fsdp=0)}, "mesh.fsdp=0: must be at least 1, or -1"),
-        ({"mesh": MeshConfig(fsdp=-1)}, "mesh: data=-1, fsdp=-1, tensor=1: only one axis"),
+        (
+            {"mesh": MeshConfig(fsdp=-1)},
+            "mesh: data=-1, fsdp=-1, context=1, tensor=1: only one axis",
+        ),
     ],
 )
 def test_check_refuses(changes, message):

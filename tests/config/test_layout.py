@@ -17,6 +17,7 @@ DECODER = DecoderConfig(
     [
         (MeshConfig(), 8, MeshConfig(8, 1, 1)),
         (MeshConfig(2, -1, 2), 8, MeshConfig(2, 2, 2)),
+        (MeshConfig(2, 1, 1, -1), 8, MeshConfig(2, 1, 1, 4)),
         (MeshConfig(1, 1, 1), 1, MeshConfig(1, 1, 1)),
     ],
 )
@@ -49,6 +50,13 @@ def test_resolve_mesh_wrong_product(mesh):
             32,
             "embed=50 % fsdp=4 is not 0: mesh.fsdp can be 1, 2",
         ),
+        (
+            MeshConfig(fsdp=2, context=2),
+            {"embed": 50},
+            32,
+            "embed=50 % fsdp·context=4 is not 0: mesh.fsdp · mesh.context can be 1, 2 with",
+        ),
+        (MeshConfig(context=0), {}, 32, "mesh.context=0: must be at least 1"),
         (MeshConfig(fsdp=2), {}, 12, "rows=12 % (data·fsdp)=8 is not 0"),
     ],
 )

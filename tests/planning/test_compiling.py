@@ -49,7 +49,7 @@ def test_plan_has_every_step_of_an_iteration(planned):
         "sample": 1, "reward 0": 1, "reference": 1, "value": 1, "targets": 1,
         "take": 4, "critic_update": 4, "update": 4,  # 2 epochs of 2 minibatches
     }  # fmt: skip
-    assert planned.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert planned.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     assert any("no/such/run: nothing is there yet" in remark for remark in planned.remarks)
 
 

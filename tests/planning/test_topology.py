@@ -3,8 +3,9 @@
 import jax
 import pytest
 
+from jaxrlhf.config import MeshConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.planning.devices import chip_name, devices_of
+from jaxrlhf.planning.devices import chip_name, devices_of, mesh_of
 from jaxrlhf.planning.topology import CHIPS, Topology, chip_of, environment, parse
 
 
@@ -70,6 +71,22 @@ def test_devices_of_cpu():
     assert chip_name(parse("here"), found) == "cpu"
     with pytest.raises(InputError, match=r"cpu:64: jax has 8 CPU devices: set XLA_FLAGS=--xla"):
         devices_of(parse("cpu:64"))
+
+
+def test_mesh_of_fake_devices_has_no_slices():
+    found = mesh_of(MeshConfig(data=2, tensor=2, slices=2), parse("cpu:4"))
+    assert dict(found.shape) == {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
+
+
+def test_mesh_of_tpu_slices():
+    pytest.importorskip("libtpu", reason="the TPU compiler is an extra: jaxrlhf[plan]")
+    found = mesh_of(MeshConfig(data=4, fsdp=2, tensor=2, slices=2), parse("v5e:2x4"))
+    assert [{x.slice_index for x in found.devices[i].flat} for i in range(4)] == [
+        {0},
+        {0},
+        {1},
+        {1},
+    ]
 
 
 def test_devices_of_tpu_without_libtpu(monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxrlhf.config import SampleConfig
+from jaxrlhf.config import MeshConfig, SampleConfig
+from jaxrlhf.sharding import make_mesh
 from jaxrlhf.steps.draws import BLOCK, draw, truncate
 
 VOCAB = 300
@@ -146,3 +147,15 @@ def test_truncate_rows_are_independent():
         together = truncate(rows, config)
         for i, row in enumerate(rows):
             np.testing.assert_array_equal(together[i], truncate(row[None], config)[0])
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_draw_with_the_vocabulary_split(tensor):
+    """Neither 2 nor 4 divides its two blocks as they lie: 150 and 75 tokens a device."""
+    key_B = jax.random.split(jax.random.key(3), 64)
+    logits_BV = jnp.tile(jnp.array(LOGITS), (64, 1))
+    expected = draw(key_B, logits_BV)
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=tensor))):
+        found = jax.jit(lambda *x: draw(*x))(key_B, logits_BV)  # not one that was traced without
+    np.testing.assert_array_equal(found, expected)
+    assert len(set(expected.tolist())) > 20
