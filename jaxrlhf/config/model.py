@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Remat = Literal["none", "dots", "full"]
+"""How much of a layer is computed again in the backward pass, from nothing to all of it."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -65,8 +68,9 @@ class ModelConfig:
     """What the model computes in; parameters are kept in float32."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
-    remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it, for memory. none: nothing. dots:
+    all of a layer but its products with weights. full: whole layers, for a third more time."""
 
 
 @dataclass(frozen=True)

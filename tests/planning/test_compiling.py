@@ -151,7 +151,7 @@ def test_advice_makes_it_fit_when_followed(tmp_path):
     assert change.flags == flags(config, change.config)
     assert "--model.remat" in change.flags
     assert f"update needs {update.peak / 2**30:.2f} GiB" in verdict(tight)
-    assert advice(change).startswith("fits with --model.remat")
+    assert advice(change).startswith("fits with --model.remat ")
 
 
 def test_advice_when_nothing_helps(config, planned):
