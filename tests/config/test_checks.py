@@ -79,6 +79,10 @@ def test_check_passes(config):
             {"critic": CriticConfig(warmup=1), "optim": OptimConfig(weight_decay=0.1)},
             "critic.warmup=1: optim.weight_decay=0.1 would move the shared trunk",
         ),
+        (
+            {"optim": OptimConfig(state_dtype="bfloat16", b2=0.999)},
+            "optim.b2=0.999: what a step adds to a bfloat16 moment would be lost",
+        ),
         ({"seed": -1}, "seed=-1: must be at least 0"),
         ({"seed": 2**32}, "seed=4294967296: must be below 4294967296"),
         ({"output": ""}, "output: empty"),
