@@ -129,16 +129,26 @@ def _split(batch: Any, pieces: int) -> Any:
 
 
 def _accumulate(value_and_grad: Any, pieces: Any) -> Any:
-    """Sum over pieces, one at a time."""
+    """Sum over pieces, one at a time, from nothing, so that one piece's program is all there is."""
 
     def add(total: Any, piece: Any) -> tuple[Any, None]:
         value, metrics, grads = value_and_grad(piece)
         both = {name: combine(name, total[1][name], metrics[name]) for name in metrics}
         return (total[0] + value, both, jax.tree.map(jnp.add, total[2], grads)), None
 
-    first = jax.tree.map(lambda x: x[0], pieces)
-    rest = jax.tree.map(lambda x: x[1:], pieces)
-    return jax.lax.scan(add, value_and_grad(first), rest)[0]
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pieces)
+    value, metrics, grads = jax.eval_shape(value_and_grad, first)
+    start = {name: nothing(name, x) for name, x in metrics.items()}
+    zeros = jax.tree.map(jnp.zeros_like, (value, grads))
+    return jax.lax.scan(add, (zeros[0], start, zeros[1]), pieces)[0]
+
+
+def nothing(name: str, x: Any) -> Array:
+    """A metric of no rows, of x's shape and dtype: what ``combine`` takes no notice of."""
+    least, most = -jnp.inf, jnp.inf
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        least, most = jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max
+    return jnp.full(x.shape, {"_max": least, "_min": most}.get(name[-4:], 0), x.dtype)
 
 
 def combine(name: str, left: Array, right: Array) -> Array:

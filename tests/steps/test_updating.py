@@ -16,7 +16,7 @@ from jaxrlhf.steps.losses import (
     policy_loss,
 )
 from jaxrlhf.steps.scoring import score
-from jaxrlhf.steps.updating import combine, decays, make_optimizer, make_update
+from jaxrlhf.steps.updating import combine, decays, make_optimizer, make_update, nothing
 from jaxrlhf.types import TrainState
 
 P = 4
@@ -205,6 +205,29 @@ def test_make_update_mean_is_over_all_devices(microbatches):
         state, metrics = update(start({"scale": jnp.ones(())}, tx), rows)
     np.testing.assert_allclose(metrics["loss"], 2.0, atol=1e-6)
     np.testing.assert_allclose(1 - state.params["scale"], 2.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+@pytest.mark.parametrize("name", ["x_max", "x_min", "x"])
+def test_nothing_changes_no_metric(name, dtype):
+    for x in (jnp.array(-3, dtype), jnp.array(4, dtype)):
+        found = combine(name, nothing(name, x), x)
+        assert (found, found.dtype) == (x, dtype)
+
+
+def test_make_update_compiles_the_loss_once_for_all_microbatches():
+    tx, seen = optax.sgd(1.0), []
+
+    def loss(params, frozen, rows):
+        seen.append(1)
+        return weighted_sum(params, frozen, rows)
+
+    rows = jnp.ones((4, 1)), jnp.full((4, 1), 0.25)
+    update = make_update(tx, loss, microbatches=4)
+    text = str(update.trace(start({"scale": jnp.ones(())}, tx), rows).jaxpr)
+    assert text.count("scan[") == 1
+    assert text.count("reduce_max") == 1
+    assert len(seen) == 2  # once for its shapes
 
 
 def test_combine_by_name():
