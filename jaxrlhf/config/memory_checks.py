@@ -7,6 +7,11 @@ from jaxrlhf.config.run import Config
 
 def memory_problems(config: Config) -> Iterator[str]:
     """What cannot be saved, or would cost more than memory; a line each."""
+    if config.reference.offload and config.model.lora and not config.reference.path:
+        yield (
+            "reference.offload: with model.lora the reference is the weights under the adapters, "
+            "which the policy needs all the time: leave it out"
+        )
     for name in ("b1", "b2"):
         decay = getattr(config.optim, name)
         if config.optim.state_dtype == "bfloat16" and decay > 0.99:

@@ -93,3 +93,6 @@ class ReferenceConfig:
 
     path: str = ""
     """As model.path; "" = the policy at its start (with LoRA: the base without the adapters)."""
+    offload: bool = False
+    """Keep its weights in host memory, and on the devices only while it scores: less memory for the
+    other steps, and a copy from host to device each time."""
