@@ -40,6 +40,12 @@ class DecoderConfig:
     """Biases on query, key and value (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on each query and key head (Qwen3)."""
+    activation: Literal["silu", "gelu"] = "silu"
+    """Of the MLP's gate; gelu is its tanh approximation (Gemma)."""
+    norm_offset: bool = False
+    """Norms scale by 1 + their parameter (Gemma)."""
+    embed_scale: bool = False
+    """Embeddings are multiplied by √embed on their way in (Gemma)."""
 
 
 @dataclass(frozen=True)
