@@ -57,8 +57,8 @@ def keep_state_in(dtype: str, tx: optax.GradientTransformation) -> optax.Gradien
     def init(params: Params) -> Any:
         return cast(tx.init(params), jnp.float32, dtype)
 
-    def update(grads: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, cast(state, dtype, jnp.float32), params)
+    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+        updates, state = tx.update(updates, cast(state, dtype, jnp.float32), params)
         return updates, cast(state, jnp.float32, dtype)
 
     return optax.GradientTransformation(init, update)
