@@ -1,5 +1,6 @@
 """Frozen weights in host memory: the same run, and less on the devices in between."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,27 @@ def test_to_host_refuses_devices_without_such_memory(mesh, monkeypatch):
     monkeypatch.setattr(offload, "HOST", "tape")
     with pytest.raises(InputError, match=r"reference\.offload: cpu devices have no tape memory"):
         to_host({}, mesh, "reference.offload")
+
+
+def tables():
+    """Arrays of the embedding table's shape that are on the devices."""
+    gc.collect()
+    shape = (runs.DECODER.vocab, runs.DECODER.embed)
+    return sum(x.shape == shape and not on_host(x) for x in jax.live_arrays())
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_no_copy_stays_on_the_devices(away, mesh, tmp_path):
+    """Weights and two moments of the policy, and the reference unless it is away."""
+    before = tables()
+    with jax.set_mesh(mesh):
+        config = runs.ppo(tmp_path, mesh=MESH, reference=ReferenceConfig(offload=away))
+        run = setup(config, mesh)
+        assert tables() - before == (3 if away else 4)
+        brought = at_hand(run.reference.params)
+        assert tables() - before == 4
+        del brought
+        assert tables() - before == (3 if away else 4)
 
 
 @pytest.fixture(scope="module")
