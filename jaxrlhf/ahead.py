@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import is_on_policy, on_policy
+from jaxrlhf.offload import at_hand
 from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.setup import Run
 from jaxrlhf.sharding import few_rows_layout, row_layout
@@ -37,7 +38,7 @@ def arguments(run: Run, key: Any = None) -> Arguments:
 
     rollout = rows("sample")
     texts = (rollout.token_BT, rollout.attention_mask_BT)
-    out["reference"] = (shapes(run.reference.params), *texts)
+    out["reference"] = (shapes(at_hand(run.reference.params)), *texts)
     extra = ()
     if "greedy" in run.algorithm.needs:
         out["greedy"] = out["sample"]

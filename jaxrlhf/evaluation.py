@@ -13,6 +13,7 @@ from jaxrlhf.data.tokens import Encoded, prompt_arrays
 from jaxrlhf.held_out import Curve, batches, measure
 from jaxrlhf.judging import Judge
 from jaxrlhf.metrics import distinct_n, mean_interval
+from jaxrlhf.offload import at_hand
 from jaxrlhf.processes import fetch
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.setup import Run
@@ -116,7 +117,7 @@ def _draw(
     )
     assert run.reference is not None
     ref_logp_BT = run.programs["eval_reference"](
-        run.reference.params, rollout.token_BT, rollout.attention_mask_BT
+        at_hand(run.reference.params), rollout.token_BT, rollout.attention_mask_BT
     )
     host, ref_logp_BT = fetch((rollout, ref_logp_BT))
     prompts = [row.source for row in picked]

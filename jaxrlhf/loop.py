@@ -24,6 +24,7 @@ from jaxrlhf.feeding import batches, example, packing_metrics
 from jaxrlhf.held_out import measure_normalisation
 from jaxrlhf.judging import Judgement, measures
 from jaxrlhf.metrics import combine
+from jaxrlhf.offload import at_hand
 from jaxrlhf.processes import fetch, pace
 from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.resume import lock
@@ -107,7 +108,7 @@ def iterate(
     rollout, judgement, baseline_B, metrics = collect(run, session, step)
     rows = (rollout.token_BT, rollout.attention_mask_BT)
     assert run.reference is not None
-    ref_logp_BT = programs["reference"](run.reference.params, *rows)
+    ref_logp_BT = programs["reference"](at_hand(run.reference.params), *rows)
     if settings.old_logp == "rescore":
         policy, base = states["policy"].params, run.frozen["policy"]
         logp_BT = programs["rescore"](policy, base, *rows) * rollout.mask_BT

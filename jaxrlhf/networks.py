@@ -30,6 +30,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, merge_lora
+from jaxrlhf.offload import to_host
 from jaxrlhf.sharding import config_of, make_mesh, put, shardings, train_state_shardings
 from jaxrlhf.steps.losses import combine_params
 from jaxrlhf.steps.updating import make_optimizer
@@ -206,6 +207,11 @@ def with_layout(tree: Any, layout: Any) -> Any:
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, layout
     )
+
+
+def offloaded(network: Network, mesh: Mesh, field: str) -> Network:
+    """The network with its weights, not its adapters, in host memory; see ``offload.to_host``."""
+    return replace(network, params=to_host(network.params, mesh, field))
 
 
 def check_layout(model: Model, mesh: Mesh) -> None:

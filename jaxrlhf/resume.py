@@ -66,7 +66,7 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
         "algorithm": {k: x for k, x in full["algorithm"].items() if isinstance(x, str | bool)},
         "model": _without(full["model"], "remat"),
         "critic": _without(full["critic"], "warmup"),
-        "reference": full["reference"],
+        "reference": _without(full["reference"], "offload"),
         "optim": optim,
         "data": _without(full["data"], "eval"),
         "sample": {"n": config.sample.n},

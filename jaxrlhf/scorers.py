@@ -13,7 +13,8 @@ from jaxrlhf.algorithms import aggregate_steps, ensemble_score
 from jaxrlhf.config import ProcessRewardModelConfig, RewardConfig, is_reward_model
 from jaxrlhf.data.steps import mark_step_ends
 from jaxrlhf.errors import InputError
-from jaxrlhf.networks import Loader, Network
+from jaxrlhf.networks import Loader, Network, offloaded
+from jaxrlhf.offload import at_hand, on_host
 from jaxrlhf.processes import fetch
 from jaxrlhf.sharding import put_rows
 from jaxrlhf.steps.scoring import reward, token_scores
@@ -57,12 +58,17 @@ class Scorer:
                 f"reward model {member.folder}: rows of {width} tokens, and its context is "
                 f"{context}: lower the token limits of data and sample"
             )
-        rows = (network.model, network.params, rollout.token_BT, rollout.attention_mask_BT)
+        texts = (rollout.token_BT, rollout.attention_mask_BT)
+        rows = (network.model, at_hand(network.params), *texts)
         if process is None:
-            return _reward(*rows, network.lora)
-        end_BT = step_ends_of(rollout, self.tokenizer, process.separator, self.mesh)
-        score_BT = _token_scores(*rows, network.lora)
-        return _aggregate(score_BT, end_BT, process.aggregate)
+            score_B = _reward(*rows, network.lora)
+        else:
+            end_BT = step_ends_of(rollout, self.tokenizer, process.separator, self.mesh)
+            score_BT = _token_scores(*rows, network.lora)
+            score_B = _aggregate(score_BT, end_BT, process.aggregate)
+        if any(map(on_host, jax.tree.leaves(network.params))):
+            jax.block_until_ready(score_B)  # one copy goes before the next member's comes
+        return score_B
 
 
 def load_scorer(
@@ -90,6 +96,8 @@ def load_scorer(
                 "of a reward-model run"
             )
         network = loader.trained(folder)
+        if config.offload:
+            network = offloaded(network, loader.mesh, f"{field}.offload")
         theirs = network.model.decoder.vocab
         if theirs != vocab:
             raise InputError(

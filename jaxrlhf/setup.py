@@ -46,9 +46,11 @@ from jaxrlhf.networks import (
     check_speaks_alike,
     is_run,
     needs_head,
+    offloaded,
     start_params,
     tokenizer_path,
 )
+from jaxrlhf.offload import at_hand
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
 from jaxrlhf.rewards.sources import check_truths
 from jaxrlhf.sharding import config_of, make_mesh, put_rows
@@ -196,6 +198,8 @@ def _networks(run: Run, loader: Loader) -> Run:
     if config.reference.path:
         reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
         check_speaks_alike("reference.path", reference, config, model)
+    if reference is not None and config.reference.offload:
+        reference = offloaded(reference, run.mesh, "reference.offload")
     run = replace(run, states=states, frozen=frozen, reference=reference)
     if not is_on_policy(config):
         return run
@@ -268,7 +272,7 @@ def place(run: Run, batch: Any) -> AnyBatch:
     batch = put_rows(batch, run.mesh)
     if run.reference is None:
         return batch
-    return run.programs["reference"](run.reference.params, batch)
+    return run.programs["reference"](at_hand(run.reference.params), batch)
 
 
 def start_state(config: Config, network: Network, head: bool, loader: Loader) -> TrainState:
@@ -287,7 +291,7 @@ def start_of(run: Run) -> Params:
     config = run.config
     weights = run.frozen["policy"]
     if weights is None and run.reference is not None and not config.reference.path:
-        weights = run.reference.params
+        weights = at_hand(run.reference.params)
     network = Loader(run.mesh).base(config.model, config.seed) if weights is None else None
     network = network or Network(run.model, weights)
     return start_params(network, needs_head(config), config.seed, run.mesh)

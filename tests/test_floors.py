@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "jaxrlhf"
 FLOORS = (
     {"types", "masked", "errors", "files", "config", "watchdog"},
-    {"sharding", "algorithms", "digest", "distributed", "processes"},
+    {"sharding", "algorithms", "digest", "distributed", "processes", "offload"},
     {"models", "oracle"},
     {"steps"},
     {"data", "rewards", "checkpoint", "resume", "metrics", "measures", "display"},

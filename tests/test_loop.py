@@ -47,10 +47,12 @@ def lora(config):
     return replace(config, model=replace(config.model, lora=LoraConfig(rank=4, alpha=8)))
 
 
+SMALL_STATE = OptimConfig(learning_rate=1e-3, state_dtype="bfloat16")
 RUNS = {
     "ppo": runs.ppo,
     "ppo-lora": lambda folder: lora(runs.ppo(folder)),
     "ppo-separate": lambda folder: runs.ppo(folder, critic=runs.SEPARATE),
+    "ppo-bfloat16-state": lambda folder: runs.ppo(folder, optim=SMALL_STATE),
     "ppo-adaptive": lambda folder: runs.ppo(
         folder, algorithm=PPOConfig(kl_controller="adaptive", kl_horizon=100.0)
     ),
@@ -251,14 +253,15 @@ def test_train_raises_after_too_many_updates_that_are_not_finite(tmp_path, monke
     assert len(lines) == 2  # four updates an iteration: the sixth in a row comes in the second
 
 
-def test_train_learns_from_a_reward_function(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_train_learns_from_a_reward_function(dtype, tmp_path):
     config = runs.ppo(
         tmp_path,
         steps=40,
         data=replace(runs.ppo(tmp_path).data, batch_size=16, eval=runs.prompts(tmp_path)),
         algorithm=PPOConfig(kl_coef=0.02, minibatches=2, value_coef=0.5),
         eval=EvalConfig(n=4, gold=(runs.GOODNESS,)),
-        optim=OptimConfig(learning_rate=2e-3),
+        optim=OptimConfig(learning_rate=2e-3, state_dtype=dtype),
     )
     summary = loop.train(config, one_device())
     assert summary["gold_after"] > summary["gold_before"] + 0.3

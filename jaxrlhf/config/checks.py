@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from jaxrlhf.config.algorithm import DPOConfig, OfflineConfig, OnPolicyConfig, ReinforceConfig
 from jaxrlhf.config.layout import axes_problems
+from jaxrlhf.config.memory_checks import memory_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
 from jaxrlhf.config.ranges import out_of_range
 from jaxrlhf.config.reward_checks import reward_model_problems
@@ -54,6 +55,7 @@ def check(config: Config) -> None:
     for problem in itertools.chain(
         out_of_range(config),
         _model(config),
+        memory_problems(config),
         _data(config),
         reward_problems("rewards", config.rewards),
         reward_problems("eval.gold", config.eval.gold),

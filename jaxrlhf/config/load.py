@@ -53,9 +53,9 @@ def save(config: Config, path: str | Path) -> None:
 def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CONFIG") -> Config:
     """``config`` with some of its fields changed by command-line words.
 
-    Flags (``--optim.learning-rate 1e-5``, ``--model.remat``, ``--model.no-remat``,
+    Flags (``--optim.learning-rate 1e-5``, ``--data.packing``, ``--data.no-packing``,
     ``--sample.stop 1 2``, ``--rewards.0.weight 2``; ``-`` and ``_`` are the same) or assignments
-    (``optim.learning_rate=1e-5``, ``model.remat=true``); of two for one field the last counts.
+    (``optim.learning_rate=1e-5``, ``data.packing=true``); of two for one field the last counts.
     They change fields of parts that are there: another algorithm, one more reward, LoRA or a
     decoder where there is none are written in the YAML.
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Remat = Literal["none", "dots", "full"]
+"""How much of a layer is computed again in the backward pass, from nothing to all of it."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -37,6 +40,12 @@ class DecoderConfig:
     """Biases on query, key and value (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on each query and key head (Qwen3)."""
+    activation: Literal["silu", "gelu"] = "silu"
+    """Of the MLP's gate; gelu is its tanh approximation (Gemma)."""
+    norm_offset: bool = False
+    """Norms scale by 1 + their parameter (Gemma)."""
+    embed_scale: bool = False
+    """Embeddings are multiplied by √embed on their way in (Gemma)."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,9 @@ class ModelConfig:
     """What the model computes in; parameters are kept in float32."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
-    remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it, for memory. none: nothing. dots:
+    all of a layer but its products with weights. full: whole layers, for a third more time."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +99,6 @@ class ReferenceConfig:
 
     path: str = ""
     """As model.path; "" = the policy at its start (with LoRA: the base without the adapters)."""
+    offload: bool = False
+    """Keep its weights in host memory, and on the devices only while it scores: less memory for the
+    other steps, and a copy from host to device each time."""

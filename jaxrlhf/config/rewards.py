@@ -110,6 +110,9 @@ class RewardConfig:
     """A penalty on length."""
     isolate: IsolateConfig | None = None
     """Run a function or verifier in processes with limits; null calls it in this one."""
+    offload: bool = False
+    """Keep the weights of a reward model in host memory, and on the devices only while it scores:
+    less memory for the other steps, and a copy from host to device each time."""
     gate: GateConfig | None = None
     """Make it a condition on the other sources, instead of a part of their sum."""
 
@@ -123,6 +126,7 @@ READERS = {
     "pattern": ("verifier",),
     "combine": ("ensemble",),
     "k": ("ensemble",),
+    "offload": ("model", "ensemble"),
 }
 """Which kinds of source read an option; all of them read the others."""
 

@@ -69,6 +69,9 @@ class OptimConfig:
     """Per step, relative to the learning rate; norms, biases and heads are spared."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What both moments are kept in: bfloat16 takes half the memory, and a few percent off the
+    precision of each step; it asks for b1 and b2 of at most 0.99. Parameters stay float32."""
     microbatches: int = 1
     """Pieces that a minibatch is computed in, for memory; the result is the same."""
     max_skipped: int = 10

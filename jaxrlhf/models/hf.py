@@ -23,7 +23,8 @@ _DTYPES = ("F32", "BF16", "F16")
 
 
 def read_hf(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a causal language model of the Llama, Mistral, Qwen2 or Qwen3 architecture.
+    """Reads a causal language model of the Llama, Mistral, Qwen2, Qwen3 or Gemma (first
+    generation) architecture.
 
     The folder holds ``config.json`` and ``model.safetensors``, or shards of it with
     ``model.safetensors.index.json``, in float32, bfloat16 or float16. Tensors are converted one by

@@ -7,7 +7,9 @@ from typing import Any
 from jaxrlhf.config.model import DecoderConfig, RopeScaling
 from jaxrlhf.errors import InputError
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+_GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
+"""What sets a Gemma of the first generation apart; later ones have more that is their own."""
 
 
 def read_config(path: Path) -> DecoderConfig:
@@ -32,9 +34,11 @@ def read_config(path: Path) -> DecoderConfig:
         raise InputError(f"{path}: model_type={family!r}; supported are {', '.join(_FAMILIES)}")
     _refuse_unsupported(path, config)
 
+    gemma = family == "gemma"
     heads = _number(path, config, "num_attention_heads")
     embed = _number(path, config, "hidden_size")
-    if config.get("head_dim") is None and embed % heads:
+    head_dim = 256 if gemma else embed // heads
+    if config.get("head_dim") is None and not gemma and embed % heads:
         raise InputError(f"{path}: hidden_size={embed} % num_attention_heads={heads}; add head_dim")
     theta, scaling = _rope(path, config)
     return DecoderConfig(
@@ -43,15 +47,16 @@ def read_config(path: Path) -> DecoderConfig:
         layers=_number(path, config, "num_hidden_layers"),
         heads=heads,
         kv_heads=_number(path, config, "num_key_value_heads", heads),
-        head_dim=_number(path, config, "head_dim", embed // heads),
+        head_dim=_number(path, config, "head_dim", head_dim),
         mlp=_number(path, config, "intermediate_size"),
-        context=_number(path, config, "max_position_embeddings", 2048),
+        context=_number(path, config, "max_position_embeddings", 8192 if gemma else 2048),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_number(path, config, "rms_norm_eps", 1e-6, float),
-        tied=config.get("tie_word_embeddings", False),
+        tied=config.get("tie_word_embeddings", gemma),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
+        **(_GEMMA if gemma else {}),
     )
 
 
@@ -67,8 +72,13 @@ def _number(path: Path, table: dict, key: str, default: Any = None, kind: type =
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     """Raises InputError for the first field that asks for what the decoder does not do."""
+    gemma = config["model_type"] == "gemma"
+    tanh = ("gelu_pytorch_tanh", "gelu")  # of a Gemma they are the same
+    if gemma and config.get("hidden_act", tanh[0]) not in tanh:
+        raise InputError(f"{path}: hidden_act={config['hidden_act']!r}; a gemma has {tanh[0]!r}")
     only = {
-        "hidden_act": "silu",
+        **({} if gemma else {"hidden_act": "silu"}),
+        "use_bidirectional_attention": False,
         "attention_bias": False,  # of Llama and Qwen3: biases on q, k, v and o
         "mlp_bias": False,
         "use_sliding_window": False,
@@ -130,6 +140,12 @@ def write_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
     if decoder.qkv_bias and decoder.qk_norm:
         raise InputError("decoder: no Hugging Face architecture has both qkv_bias and qk_norm")
     family = "qwen3" if decoder.qk_norm else "qwen2" if decoder.qkv_bias else "llama"
+    own = {name: getattr(decoder, name) == value for name, value in _GEMMA.items()}
+    if any(own.values()):
+        if not all(own.values()) or family != "llama":
+            listed = ", ".join(f"{name}={getattr(decoder, name)}" for name in own)
+            raise InputError(f"decoder: {listed}: no Hugging Face architecture has just these")
+        family = "gemma"
     if family == "llama" and decoder.embed % decoder.heads:
         raise InputError(
             f"decoder: embed={decoder.embed} % heads={decoder.heads}: LlamaForCausalLM refuses it"
@@ -145,7 +161,7 @@ def write_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": decoder.kv_heads,
         "head_dim": decoder.head_dim,
         "intermediate_size": decoder.mlp,
-        "hidden_act": "silu",
+        "hidden_act": "gelu_pytorch_tanh" if family == "gemma" else "silu",
         "max_position_embeddings": decoder.context,
         "rope_theta": decoder.rope_theta,
         "rope_scaling": scaling

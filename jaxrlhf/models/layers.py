@@ -84,16 +84,20 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean x² + eps) · scale over the last axis, in float32 (arXiv:1910.07467)."""
+    """x / √(mean x² + eps) · scale over the last axis, in float32 (arXiv:1910.07467).
 
-    def __init__(self, axis: str, size: int, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,))
+    With ``norm_offset`` the scale is 1 + its parameter.
+    """
+
+    def __init__(self, axis: str, size: int, c: DecoderConfig):
+        self.eps, self.offset = c.norm_eps, float(c.norm_offset)
+        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, jnp.float32), axes=(axis,))
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.offset + self.scale[...].astype(jnp.float32)
+        return (wide * inverse * scale).astype(x.dtype)
 
 
 def positions(mask_BT: Array, segment_BT: Array | None = None) -> Array:
@@ -149,8 +153,8 @@ class Attention(nnx.Module):
         self.v = Linear(embed, key, rngs, c.qkv_bias, adapter("v"))
         self.o = Linear(query, embed, rngs, False, adapter("o"))
         if c.qk_norm:
-            self.q_norm = RMSNorm("head_dim", c.head_dim, c.norm_eps)
-            self.k_norm = RMSNorm("head_dim", c.head_dim, c.norm_eps)
+            self.q_norm = RMSNorm("head_dim", c.head_dim, c)
+            self.k_norm = RMSNorm("head_dim", c.head_dim, c)
 
     def project(
         self, x: Array, angles: tuple[Array, Array], rules: Rules
@@ -165,20 +169,25 @@ class Attention(nnx.Module):
         return rotate(query, angles), rotate(key, angles), value
 
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+"""``DecoderConfig.activation`` → the function; gelu by its tanh approximation."""
+
+
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
+    """down(activation(gate(x)) · up(x)) (arXiv:2002.05202)."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
         def adapter(name: str) -> LoraConfig | None:
             return lora if lora and name in lora.targets else None
 
+        self.activation = c.activation
         embed, hidden = {"embed": c.embed}, {"mlp": c.mlp}
         self.gate = Linear(embed, hidden, rngs, lora=adapter("gate"))
         self.up = Linear(embed, hidden, rngs, lora=adapter("up"))
         self.down = Linear(hidden, embed, rngs, lora=adapter("down"))
 
     def __call__(self, x: Array, rules: Rules) -> Array:
-        wide = jax.nn.silu(self.gate(x)) * self.up(x)
+        wide = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
         return self.down(constrain(wide, ("batch", "length", "mlp"), rules))
 
 
@@ -186,9 +195,9 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None = None):
-        self.attention_norm = RMSNorm("embed", c.embed, c.norm_eps)
+        self.attention_norm = RMSNorm("embed", c.embed, c)
         self.attention = Attention(c, rngs, lora)
-        self.mlp_norm = RMSNorm("embed", c.embed, c.norm_eps)
+        self.mlp_norm = RMSNorm("embed", c.embed, c)
         self.mlp = GatedMLP(c, rngs, lora)
 
     def whole(
@@ -224,15 +233,17 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Token embedding, float32 [V, D]."""
+    """Token embedding, float32 [V, D]; with ``embed_scale`` times √D, on its way in alone."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        self.factor = c.embed**0.5 if c.embed_scale else 1.0
         table = c.embed**-0.5 * jax.random.normal(rngs.params(), (c.vocab, c.embed), jnp.float32)
         self.table = nnx.Param(table, axes=("vocab", "embed"))
 
     def __call__(self, token: Array, dtype: str) -> Array:
         table = constrain(self.table[...].astype(dtype), ("vocab", None))
-        return table[token]
+        x = table[token]
+        return x if self.factor == 1 else x * jnp.asarray(self.factor, dtype)
 
     def logits(self, x: Array) -> Array:
         """x [..., D] · tableᵀ → [..., V], float32."""
@@ -271,7 +282,7 @@ class Ends(nnx.Module):
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, head: bool):
         self.embed = Embed(c, rngs)
-        self.norm = RMSNorm("embed", c.embed, c.norm_eps)
+        self.norm = RMSNorm("embed", c.embed, c)
         if not c.tied:
             self.unembed = Unembed(c, rngs)
         if head:

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
+from jaxrlhf.config.model import Remat
 from jaxrlhf.models.layers import Block, Ends, positions, rotary_angles
+from jaxrlhf.models.remat import POLICIES
 from jaxrlhf.sharding import DECODE, RULES, constrain
 from jaxrlhf.types import Array, Params
 
@@ -101,7 +103,7 @@ class Model:
     dtype: str = "float32"
     """What the layers compute in; float32 or bfloat16."""
     lora: LoraConfig | None = None
-    remat: bool = False
+    remat: Remat = "none"
 
     def init(self, key: Array, head: bool = False) -> Params:
         """Random float32 parameters; ``head`` adds the scalar head (zeros)."""
@@ -227,7 +229,7 @@ class Model:
             module = nnx.merge(declared.graph, weights)
             return module.whole(x, angles, mask_BT, segment_BT), None
 
-        return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)[0]
+        return jax.lax.scan(POLICIES[self.remat](layer), x, layers)[0]
 
     def _run_cached(
         self, declared: Declared, layers: Params, x: Array, mask_BT: Array, cache: Cache

@@ -4,9 +4,10 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from jaxrlhf.config import Config, check, check_mesh, rows_at_once
+from jaxrlhf.config.model import Remat
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build
 from jaxrlhf.planning.compiling import plan, with_stand_ins
@@ -117,11 +118,12 @@ def _further(found: Plan) -> Iterator[tuple[int, int, int]]:
 
 
 def _pieces(config: Config) -> Iterator[Config]:
-    """The config, with remat, and with ever more microbatches."""
+    """The config, with stronger remat, and with ever more microbatches."""
     yield config
-    with_remat = replace(config, model=replace(config.model, remat=True))
-    if not config.model.remat:
-        yield with_remat
+    policies = get_args(Remat)
+    for remat in policies[policies.index(config.model.remat) + 1 :]:
+        yield replace(config, model=replace(config.model, remat=remat))
+    with_remat = replace(config, model=replace(config.model, remat=policies[-1]))
     rows = rows_at_once(config)
     for factor in _powers(2, rows):
         count = config.optim.microbatches * factor

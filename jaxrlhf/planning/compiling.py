@@ -24,7 +24,7 @@ from jaxrlhf.planning.memory import (
 )
 from jaxrlhf.planning.planned import ARGUMENTS, Plan, Step
 from jaxrlhf.planning.steps import Call, calls_of, decode_trips
-from jaxrlhf.planning.topology import CHIPS, Chip, Topology
+from jaxrlhf.planning.topology import CHIPS, GIB, Chip, Topology
 from jaxrlhf.setup import Run, outline
 
 WORKERS = 4
@@ -74,6 +74,7 @@ def plan(
         steps=tuple(steps),
         remarks=(
             *assumed,
+            *offloaded(calls),
             *remarks(resolve_mesh(config.mesh, len(devices)), topology, mean_length),
         ),
     )
@@ -93,7 +94,7 @@ def step_of(run: Run, name: str, call: Call, chip: Chip, mean_length: float | No
         if used is None:
             raise
         kinds["temporaries"] = used - sum(kinds.values())
-        kinds["elsewhere"] = resident(run) - kinds["parameters"] - kinds["optimizer"]
+        kinds["elsewhere"] = elsewhere(run, call, kinds)
         seconds = {"compute": work / chip.flops, "memory": 0.0, "links": 0.0}
         return Step(name, call.calls, kinds, work, 0.0, {}, seconds, trips, refused=True)
     module = hlo.parse(compiled.as_text())
@@ -125,8 +126,13 @@ def _with_temporaries(run: Run, call: Call, kinds: Kinds, analysis: Any) -> tupl
     out["temporaries"] = left
     results = float(analysis.output_size_in_bytes)
     out["outputs"] = max(results - analysis.alias_size_in_bytes, 0.0)
-    out["elsewhere"] = resident(run) - kinds["parameters"] - kinds["optimizer"]
+    out["elsewhere"] = elsewhere(run, call, kinds)
     return out, results
+
+
+def elsewhere(run: Run, call: Call, kinds: Kinds) -> float:
+    """Bytes of networks and optimizers that are on a device and not arguments of a call."""
+    return resident(run) + call.fetched - kinds["parameters"] - kinds["optimizer"]
 
 
 def with_stand_ins(config: Config) -> tuple[Config, list[str]]:
@@ -145,6 +151,16 @@ def with_stand_ins(config: Config) -> tuple[Config, list[str]]:
             blank = replace(getattr(config, section), path="")
             config = replace(config, **{section: blank})
     return config, found
+
+
+def offloaded(calls: dict[str, Call]) -> list[str]:
+    """What comes from host memory, a line a step."""
+    return [
+        f"{name}: {call.fetched / GIB:.3f} GiB of parameters come from host memory for it; the "
+        "time that takes is not counted"
+        for name, call in calls.items()
+        if call.fetched
+    ]
 
 
 def remarks(mesh: MeshConfig, topology: Topology, mean_length: float | None) -> list[str]:

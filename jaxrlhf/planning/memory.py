@@ -10,6 +10,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxrlhf.models.transformer import CACHE_AXES, Model
+from jaxrlhf.offload import on_host
 from jaxrlhf.setup import Run
 from jaxrlhf.sharding import DECODE, spec
 from jaxrlhf.types import TrainState
@@ -63,13 +64,19 @@ def arguments_by_kind(args: tuple[Any, ...], jaxpr: Any) -> Kinds:
 
 
 def resident(run: Run) -> float:
-    """Bytes of all networks and optimizers that a run holds from its start to its end."""
+    """Bytes of all networks and optimizers that a run holds from its start to its end, without
+    those that lie in host memory."""
     networks = [run.reference] if run.reference else []
     for judge in filter(None, (run.judge, run.gold)):
         networks += [x.network for scorer in judge.scorers if scorer for x in scorer.members]
     held = [run.states, run.frozen, *((network.params, network.lora) for network in networks)]
     unique = {id(x): x for x in jax.tree.leaves(held)}
-    return sum(map(on_device, unique.values()))
+    return sum(on_device(x) for x in unique.values() if not on_host(x))
+
+
+def fetched(params: Any) -> float:
+    """Bytes of the parameters that come from host memory when a step needs them."""
+    return sum(on_device(x) for x in jax.tree.leaves(params) if on_host(x))
 
 
 def cache_bytes(run: Run, rows: int) -> float:

@@ -1,6 +1,7 @@
 """What a plan holds: plain records of numbers."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 ARGUMENTS = ("parameters", "optimizer", "rows")
@@ -94,3 +95,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         share = step.calls * step.time / plan.time if plan.time else 0.0
         row |= {"peak": step.peak, "time": step.time, "sent": step.sent, "share": share}
     return {**out, "peak": plan.peak, "fits": plan.fits, "time": plan.time}
+
+
+def from_json(found: Mapping[str, Any]) -> Plan:
+    """The plan that ``as_json`` has written; what is derived is derived again."""
+    steps = []
+    for row in found["steps"]:
+        values = {field.name: row[field.name] for field in fields(Step)}
+        sent = {kind: tuple(pair) for kind, pair in row["collectives"].items()}
+        steps.append(Step(**{**values, "collectives": sent}))
+    values = {field.name: found[field.name] for field in fields(Plan)}
+    return Plan(**{**values, "steps": tuple(steps), "remarks": tuple(found["remarks"])})

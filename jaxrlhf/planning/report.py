@@ -45,7 +45,10 @@ def verdict(plan: Plan) -> str:
 def advice(found: Candidate | None) -> str:
     """What to change, in a line."""
     if found is None:
-        return "no mesh and number of microbatches tried makes it fit: take more devices, or LoRA"
+        return (
+            "no mesh and number of microbatches tried makes it fit: take more devices, or LoRA, "
+            "optim.state_dtype: bfloat16, reference.offload"
+        )
     peak, memory = found.plan.peak / GIB, found.plan.memory / GIB
     return f"fits with {found.flags}: {peak:.2f} GiB of {memory:.2f}, compiled"
 

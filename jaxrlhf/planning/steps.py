@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.ahead import arguments, on_rows, shapes
 from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy
+from jaxrlhf.offload import at_hand
 from jaxrlhf.planning.batch import batch_of
+from jaxrlhf.planning.memory import fetched
 from jaxrlhf.setup import Run
 from jaxrlhf.sharding import few_rows_layout
 from jaxrlhf.steps.scoring import reward, token_scores
@@ -23,6 +25,8 @@ class Call(NamedTuple):
     """Times an iteration, at most; 0 for what stands outside of it, as evaluation does."""
     responses: int = 0
     """Rows that it samples; 0 if it does not sample."""
+    fetched: float = 0.0
+    """Bytes on each device of the parameters that come from host memory for it."""
 
 
 def calls_of(run: Run) -> dict[str, Call]:
@@ -37,8 +41,16 @@ def calls_of(run: Run) -> dict[str, Call]:
     often = {"sample": rounds, "greedy": rounds, "warmup": 0}
     often |= dict.fromkeys(("take", "critic_update", "update"), updates)
     drawn = {"sample": samples, "greedy": config.data.batch_size}
+    assert run.reference is not None
+    away = {"reference": fetched(run.reference.params)}
     out = {
-        name: Call(run.programs[name], args, often.get(name, 1), drawn.get(name, 0))
+        name: Call(
+            run.programs[name],
+            args,
+            often.get(name, 1),
+            drawn.get(name, 0),
+            away.get(name, 0.0),
+        )
         for name, args in given.items()
     }
     rewards = _reward_models(run, given["reference"][1:], rounds)
@@ -49,8 +61,9 @@ def _offline(run: Run) -> dict[str, Call]:
     """Learning from rows: the reference on a batch, and the update."""
     out, batch = {}, batch_of(run)
     if run.reference is not None:
-        program, args = run.programs["reference"], (shapes(run.reference.params), batch)
-        out["reference"] = Call(program, args, 1)
+        params = run.reference.params
+        program, args = run.programs["reference"], (shapes(at_hand(params)), batch)
+        out["reference"] = Call(program, args, 1, fetched=fetched(params))
         batch = on_rows(run, jax.eval_shape(program, *args))
     args = (shapes(run.states["policy"]), batch, shapes(run.frozen["policy"]))
     return {**out, "update": Call(run.programs["update"], args, 1)}
@@ -64,8 +77,9 @@ def _reward_models(run: Run, texts: tuple[Any, ...], rounds: int) -> dict[str, C
     for index, member in enumerate(members):
         network, process = member.network, member.process
         program = jax.jit(partial(reward if process is None else token_scores, network.model))
-        args = (shapes(network.params), *texts, shapes(network.lora))
-        out[f"reward {index}"] = Call(program, args, rounds)
+        args = (shapes(at_hand(network.params)), *texts, shapes(network.lora))
+        away = fetched(network.params)
+        out[f"reward {index}"] = Call(program, args, rounds, fetched=away)
     return out
 
 
@@ -83,9 +97,11 @@ def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
     rollout = on_rows(run, jax.eval_shape(run.programs["eval_sample"], *draw))
     texts = (rollout.token_BT, rollout.attention_mask_BT)
     score = (given["reference"][0], *texts)
+    assert run.reference is not None
+    away = fetched(run.reference.params)
     return {
         "eval_sample": Call(run.programs["eval_sample"], draw, 0, rows * config.eval.n),
-        "eval_reference": Call(run.programs["eval_reference"], score, 0),
+        "eval_reference": Call(run.programs["eval_reference"], score, 0, fetched=away),
     }
 
 

@@ -110,6 +110,7 @@ def environment(topology: Topology, xla_flags: str = "") -> dict[str, str]:
         return variables | {  # what libtpu would ask a metadata server
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # it reads programs back onto devices only
             "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plan at once: none of them has a TPU
             "TPU_ACCELERATOR_TYPE": f"{topology.chip}-{topology.devices}",
             "TPU_WORKER_HOSTNAMES": "localhost",
         }

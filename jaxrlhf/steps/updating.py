@@ -33,12 +33,35 @@ def make_optimizer(config: OptimConfig, steps: int | None = None) -> optax.Gradi
     }[config.schedule]
     rise = optax.linear_schedule(peak / max(config.warmup, 1), peak, max(config.warmup - 1, 1))
     rate = optax.join_schedules([rise, after], [config.warmup]) if config.warmup else after
-    return optax.chain(
+    tx = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
             rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
         ),
     )
+    return tx if config.state_dtype == "float32" else keep_state_in(config.state_dtype, tx)
+
+
+def keep_state_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``tx`` with the float32 arrays of its state kept in ``dtype`` from one step to the next.
+
+    A step computes in float32 and rounds the new state to nearest. In bfloat16, eight bits of
+    precision, a moment m ← b·m + (1 − b)·x stays where it is once (1 − b)·|x − m| < 2⁻⁸·|m|: of a
+    steady gradient Adam's first moment comes within 4 % with b1 = 0.9, and the root of the second
+    within 4 % with b2 = 0.95. That, and no more, is lost: parameters and gradients stay float32.
+    """
+
+    def cast(state: Any, before: Any, after: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(after) if x.dtype == before else x, state)
+
+    def init(params: Params) -> Any:
+        return cast(tx.init(params), jnp.float32, dtype)
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+        updates, state = tx.update(updates, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def decays(params: Params) -> Any:
@@ -106,16 +129,26 @@ def _split(batch: Any, pieces: int) -> Any:
 
 
 def _accumulate(value_and_grad: Any, pieces: Any) -> Any:
-    """Sum over pieces, one at a time."""
+    """Sum over pieces, one at a time, from nothing, so that one piece's program is all there is."""
 
     def add(total: Any, piece: Any) -> tuple[Any, None]:
         value, metrics, grads = value_and_grad(piece)
         both = {name: combine(name, total[1][name], metrics[name]) for name in metrics}
         return (total[0] + value, both, jax.tree.map(jnp.add, total[2], grads)), None
 
-    first = jax.tree.map(lambda x: x[0], pieces)
-    rest = jax.tree.map(lambda x: x[1:], pieces)
-    return jax.lax.scan(add, value_and_grad(first), rest)[0]
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pieces)
+    value, metrics, grads = jax.eval_shape(value_and_grad, first)
+    start = {name: nothing(name, x) for name, x in metrics.items()}
+    zeros = jax.tree.map(jnp.zeros_like, (value, grads))
+    return jax.lax.scan(add, (zeros[0], start, zeros[1]), pieces)[0]
+
+
+def nothing(name: str, x: Any) -> Array:
+    """A metric of no rows, of x's shape and dtype: what ``combine`` takes no notice of."""
+    least, most = -jnp.inf, jnp.inf
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        least, most = jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max
+    return jnp.full(x.shape, {"_max": least, "_min": most}.get(name[-4:], 0), x.dtype)
 
 
 def combine(name: str, left: Array, right: Array) -> Array:

@@ -79,6 +79,21 @@ def test_check_passes(config):
             {"critic": CriticConfig(warmup=1), "optim": OptimConfig(weight_decay=0.1)},
             "critic.warmup=1: optim.weight_decay=0.1 would move the shared trunk",
         ),
+        (
+            {"optim": OptimConfig(state_dtype="bfloat16", b2=0.999)},
+            "optim.b2=0.999: what a step adds to a bfloat16 moment would be lost",
+        ),
+        (
+            {
+                "reference": ReferenceConfig(offload=True),
+                "model": replace(PPO.model, lora=LoraConfig()),
+            },
+            "reference.offload: with model.lora the reference is the weights under the adapters",
+        ),
+        (
+            {"rewards": (RewardConfig("f", offload=True),)},
+            "rewards.0.offload=True: a function does not read it: leave it out",
+        ),
         ({"seed": -1}, "seed=-1: must be at least 0"),
         ({"seed": 2**32}, "seed=4294967296: must be below 4294967296"),
         ({"output": ""}, "output: empty"),

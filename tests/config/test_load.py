@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jaxrlhf.config import (
     CheckpointConfig,
     Config,
+    DataConfig,
     DecoderConfig,
     EvalConfig,
     LoraConfig,
@@ -124,15 +125,15 @@ def test_load_missing_file(tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--optim.learning-rate", "1e-4", "--model.remat", "--algorithm.no-whiten-advantages"],
-        ["--optim.learning_rate=1e-4", "model.remat=true", "algorithm.whiten_advantages=False"],
+        ["--optim.learning-rate", "1e-4", "--data.packing", "--algorithm.no-whiten-advantages"],
+        ["--optim.learning_rate=1e-4", "data.packing=true", "algorithm.whiten_advantages=False"],
     ],
 )
 def test_override_flags_and_assignments(words):
     changed = override(Config(), words)
     assert changed == Config(
         optim=OptimConfig(learning_rate=1e-4),
-        model=ModelConfig(remat=True),
+        data=DataConfig(packing=True),
         algorithm=PPOConfig(whiten_advantages=False),
     )
 

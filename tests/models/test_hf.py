@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GemmaConfig,
     GenerationConfig,
     LlamaConfig,
     Qwen2Config,
@@ -39,6 +40,7 @@ FAMILIES = {
     "llama3": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
+    "gemma": GemmaConfig(**SHAPE, head_dim=16),
 }
 FEATURES = {
     "tied": {},
@@ -48,6 +50,7 @@ FEATURES = {
     },
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True, "tied": False, "head_dim": 16},
+    "gemma": {"activation": "gelu", "norm_offset": True, "embed_scale": True, "head_dim": 16},
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -53,6 +53,12 @@ def test_read_config_families(tmp_path, family, qkv_bias, qk_norm):
     assert decoder.norm_eps == 1e-5
 
 
+def test_read_config_gemma(tmp_path):
+    decoder = read(tmp_path, model_type="gemma", hidden_act="gelu", max_position_embeddings=None)
+    assert (decoder.activation, decoder.norm_offset, decoder.embed_scale) == ("gelu", True, True)
+    assert (decoder.head_dim, decoder.context, decoder.tied) == (256, 8192, True)
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -96,6 +102,9 @@ def test_read_config_rope_default(tmp_path):
         ({"num_attention_heads": 5}, "hidden_size=32 % num_attention_heads=5"),
         ({"intermediate_size": None}, "intermediate_size=None"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ({"model_type": "gemma2"}, "model_type='gemma2'"),
+        ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act='silu'; a gemma has"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attenti"),
     ],
 )
 def test_read_config_refuses(tmp_path, changes, message):
@@ -122,6 +131,7 @@ def test_read_config_malformed(tmp_path, text, message):
         {"tied": False, "rope_scaling": SCALING},
         {"qkv_bias": True, "rope_theta": 1e6},
         {"qk_norm": True, "head_dim": 16, "norm_eps": 1e-6},
+        {"activation": "gelu", "norm_offset": True, "embed_scale": True},
     ],
 )
 def test_write_config_reads_back(tmp_path, features):
@@ -138,5 +148,7 @@ def test_write_config_refuses_what_transformers_cannot_hold():
         write_config(
             DecoderConfig(embed=32, heads=4, qkv_bias=True, qk_norm=True, **shape), "float32"
         )
+    with pytest.raises(InputError, match="norm_offset=False, embed_scale=False: no Hugging Face"):
+        write_config(DecoderConfig(embed=32, heads=4, activation="gelu", **shape), "float32")
     with pytest.raises(InputError, match="embed=32 % heads=5"):
         write_config(DecoderConfig(embed=32, heads=5, **shape), "float32")

@@ -176,14 +176,6 @@ def test_apply_variants(decoder, random_weights, variant):
     np.testing.assert_allclose(in_two_steps(params), expected, atol=1e-5)
 
 
-def test_apply_remat_recomputes_layers(model, params):
-    programs = [
-        str(jax.make_jaxpr(replace(model, remat=remat).apply)(params, TOKEN, FULL))
-        for remat in (False, True)
-    ]
-    assert ["remat" in program for program in programs] == [False, True]
-
-
 # Declarations
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -70,4 +71,21 @@ def test_plan_refuses_what_does_not_fit(path):
     assert "KV cache" in result.stdout
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: does not fit 0.00 GiB: sample needs")
-    assert last.endswith("take more devices, or LoRA")
+    assert last.endswith(
+        "take more devices, or LoRA, optim.state_dtype: bfloat16, reference.offload"
+    )
+
+
+def test_plan_advice_fits_when_followed(path):
+    words = ["--sample.n", "16"]
+    found = json.loads(plan(path, "--json", *words).stdout)
+    peak = {step["name"]: step["peak"] for step in found["steps"]}
+    others = max(size for name, size in peak.items() if name != "update")
+    assert peak["update"] > others
+    words += ["--memory", repr((peak["update"] + others) / 2 / 2**30)]
+    refused = plan(path, *words)
+    assert refused.returncode == 2
+    flags = re.search(r"; fits with (.*): [\d.]+ GiB", refused.stderr)[1].split()
+    followed = plan(path, *words, *flags)
+    assert followed.returncode == 0, followed.stderr
+    assert "\nfits: " in followed.stdout

@@ -7,7 +7,14 @@ import jax
 import pytest
 import runs
 
-from jaxrlhf.config import DAPOConfig, MeshConfig, ModelConfig, PPOConfig, RewardConfig
+from jaxrlhf.config import (
+    DAPOConfig,
+    MeshConfig,
+    ModelConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+)
 from jaxrlhf.errors import InputError
 from jaxrlhf.planning.advice import advise, flags, search
 from jaxrlhf.planning.compiling import plan, with_stand_ins
@@ -151,7 +158,7 @@ def test_advice_makes_it_fit_when_followed(tmp_path):
     assert change.flags == flags(config, change.config)
     assert "--model.remat" in change.flags
     assert f"update needs {update.peak / 2**30:.2f} GiB" in verdict(tight)
-    assert advice(change).startswith("fits with --model.remat")
+    assert advice(change).startswith("fits with --model.remat ")
 
 
 def test_advice_when_nothing_helps(config, planned):
@@ -166,6 +173,34 @@ def test_search_ranks_what_fits(config, planned, monkeypatch):
     assert len(found) == 2
     assert found[0].plan.time <= found[1].plan.time
     assert "microbatches" in ranking(found)
+
+
+def test_plan_counts_what_is_offloaded_only_while_it_is_read(config, planned):
+    away = replace(
+        config,
+        reference=ReferenceConfig(offload=True),
+        rewards=(replace(config.rewards[0], offload=True),),
+    )
+    names = ("reward 0", "reference", "value", "update")
+    found = plan(away, CPU, names=names)
+    before = {step.name: step for step in planned.steps}
+    saved = {s.name: before[s.name].peak - s.peak for s in found.steps}
+    reference, reward = (before[name].bytes["parameters"] for name in ("reference", "reward 0"))
+    unread = saved["value"] - reference - reward  # the reward model's output projection, if any
+    assert unread == 0
+    assert saved == pytest.approx(
+        {"reward 0": reference, "reference": reward, "value": reference + reward,
+         "update": reference + reward}
+    )  # fmt: skip
+    assert sum("come from host memory" in remark for remark in found.remarks) == 2
+
+
+def test_plan_bfloat16_state_takes_half(config, planned):
+    small = replace(config, optim=replace(config.optim, state_dtype="bfloat16"))
+    step = plan(small, CPU, names=("update",)).steps[0]
+    before = planned.steps[-1].bytes
+    assert step.bytes["optimizer"] == pytest.approx(before["optimizer"] / 2, abs=32)
+    assert step.bytes["parameters"] == before["parameters"]
 
 
 def test_table_shows_everything(planned):

@@ -46,6 +46,7 @@ def test_environment():
     assert tpu["JAX_PLATFORMS"] == "cpu"
     assert tpu["TPU_SKIP_MDS_QUERY"] == "1"
     assert tpu["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+    assert tpu["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
     flags = environment(parse("cpu:4"), "--xla_a=1")["XLA_FLAGS"]
     assert flags == "--xla_a=1 --xla_force_host_platform_device_count=4"
     assert environment(parse("here")) == {}

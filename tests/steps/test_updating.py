@@ -11,12 +11,12 @@ import pytest
 from jaxrlhf import masked
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.config import MeshConfig, OptimConfig, PPOConfig
-from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.sharding import make_mesh, put_rows, shardings, train_state_shardings
 from jaxrlhf.steps.losses import (
     policy_loss,
 )
 from jaxrlhf.steps.scoring import score
-from jaxrlhf.steps.updating import combine, decays, make_optimizer, make_update
+from jaxrlhf.steps.updating import combine, decays, make_optimizer, make_update, nothing
 from jaxrlhf.types import TrainState
 
 P = 4
@@ -124,6 +124,43 @@ def test_make_optimizer_decays_weights_alone(model, params, lora):
     assert spared == norms | {"head.kernel", "head.bias", "qkv.bias"}
 
 
+# The state in another dtype
+
+
+def test_keep_state_in_bfloat16_by_hand():
+    """m = 0.1·g and v = 0.05·g² rounded to eight bits, and the second step from those."""
+    config = OptimConfig(learning_rate=1.0, eps=1e-8, max_grad_norm=1e9, state_dtype="bfloat16")
+    tx, params, g = make_optimizer(config), {"kernel": jnp.zeros(2)}, np.array([1.0, 3.0])
+    state = tx.init(params)
+    _, state = tx.update({"kernel": jnp.array(g, jnp.float32)}, state, params)
+    adam = next(x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x))
+    assert {x.dtype.name for x in (*adam.mu.values(), *adam.nu.values())} == {"bfloat16"}
+    assert adam.count.dtype == jnp.int32
+    m, v = np.array([0.10009765625, 0.30078125]), np.array([0.050048828125, 0.44921875])
+    np.testing.assert_array_equal(np.float32(adam.mu["kernel"]), np.float32(m))
+    np.testing.assert_array_equal(np.float32(adam.nu["kernel"]), np.float32(v))
+    change, _ = tx.update({"kernel": jnp.array(g, jnp.float32)}, state, params)
+    m, v = (0.9 * m + 0.1 * g) / (1 - 0.9**2), (0.95 * v + 0.05 * g**2) / (1 - 0.95**2)
+    np.testing.assert_allclose(change["kernel"], -m / np.sqrt(v), rtol=1e-6)
+
+
+def test_keep_state_in_bfloat16_lies_as_its_parameters_do(model, params):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shapes, layout = jax.eval_shape(lambda: params), shardings(model.axes(True), mesh)
+    tx = make_optimizer(OptimConfig(state_dtype="bfloat16"))
+    where = train_state_shardings(tx, shapes, layout, mesh)
+    state = jax.jit(lambda p: TrainState.create(p, tx), out_shardings=where)(params)
+    adam = next(x for x in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(x))
+    for moment in (adam.mu, adam.nu):
+        for x, weight in zip(*map(jax.tree.leaves, (moment, state.params)), strict=True):
+            assert (x.dtype, weight.dtype) == (jnp.bfloat16, jnp.float32)
+            assert x.sharding == weight.sharding
+
+
+def is_adam(x):
+    return hasattr(x, "mu")
+
+
 # Microbatches and devices
 
 
@@ -168,6 +205,29 @@ def test_make_update_mean_is_over_all_devices(microbatches):
         state, metrics = update(start({"scale": jnp.ones(())}, tx), rows)
     np.testing.assert_allclose(metrics["loss"], 2.0, atol=1e-6)
     np.testing.assert_allclose(1 - state.params["scale"], 2.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+@pytest.mark.parametrize("name", ["x_max", "x_min", "x"])
+def test_nothing_changes_no_metric(name, dtype):
+    for x in (jnp.array(-3, dtype), jnp.array(4, dtype)):
+        found = combine(name, nothing(name, x), x)
+        assert (found, found.dtype) == (x, dtype)
+
+
+def test_make_update_compiles_the_loss_once_for_all_microbatches():
+    tx, seen = optax.sgd(1.0), []
+
+    def loss(params, frozen, rows):
+        seen.append(1)
+        return weighted_sum(params, frozen, rows)
+
+    rows = jnp.ones((4, 1)), jnp.full((4, 1), 0.25)
+    update = make_update(tx, loss, microbatches=4)
+    text = str(update.trace(start({"scale": jnp.ones(())}, tx), rows).jaxpr)
+    assert text.count("scan[") == 1
+    assert text.count("reduce_max") == 1
+    assert len(seen) == 2  # once for its shapes
 
 
 def test_combine_by_name():
