@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import runs
 from processes import free_port
 
 from jaxrlhf.config import EvalConfig, MeshConfig, RewardConfig, dump
 from jaxrlhf.loop import train
+from jaxrlhf.networks import Loader
 from jaxrlhf.processes import any_process, assemble, fetch, own_share
 from jaxrlhf.sharding import make_mesh
 
@@ -25,6 +27,7 @@ import sys
 from jaxrlhf.config import Config, load, override
 from jaxrlhf.distributed import together
 from jaxrlhf.loop import train
+from jaxrlhf.networks import Loader
 
 port, process, *paths = sys.argv[1:]
 words = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", process]
@@ -46,12 +49,12 @@ def goodness_of_own(prompts, completions, **columns):
 def two_processes(*paths, **variables):
     """PROGRAM on these configs, twice; both processes."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    here = os.path.dirname(__file__)
+    path = ":".join(str(folder) for folder in Path(__file__).parents[:2])
     port = str(free_port())
     return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, port, str(i), *map(str, paths)],
-            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": here, **variables},
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -120,18 +123,9 @@ def test_train_by_two_processes_equals_one(both, name):
                 assert b[key] == pytest.approx(value, rel=2e-4, abs=2e-6), key
     samples = [(folder / which / "samples.jsonl").read_text() for which in ("one", "two")]
     assert samples[0] == samples[1]
-    first, other = (_parameters(folder / which / "checkpoints") for which in ("one", "two"))
-    assert first.keys() == other.keys()
-    for key, x in first.items():
-        np.testing.assert_allclose(other[key], x, rtol=1e-5, atol=1e-6, err_msg=key)
-
-
-def _parameters(folder):
-    """The arrays of the last checkpoint that are parameters of the policy."""
-    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(folder / str(step) / "state")
-    return {name: np.asarray(x) for name, x in tree.items() if "params" in name}
+    loader = Loader(make_mesh(MeshConfig(), jax.devices()[:1]))
+    first, other = (loader.trained(str(folder / which)).params for which in ("one", "two"))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), other, first)
 
 
 def test_train_by_two_processes_asks_each_for_its_own_rows(both):
