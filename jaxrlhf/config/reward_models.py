@@ -20,7 +20,8 @@ class RewardModelConfig(OfflineConfig):
     """Weight of the mean of score² over a row's answers."""
     normalise_on: str = ""
     """Rows of prompt and completion, the SFT policy's samples, say, whose scores are to have mean 0
-    and standard deviation 1 once training ends; empty: scores stay as they are."""
+    and standard deviation 1 once training ends; the first 128 are measured. Empty: scores stay as
+    they are."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The rows of a file as a run's algorithm reads them, tokenised and checked."""
 
+from dataclasses import replace
 from typing import Any
 
 from jaxrlhf.config import (
@@ -50,6 +51,11 @@ def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Enc
     return encode_rows(rows, tokenizer, vocab, limit, config.sample.stop, skip)
 
 
+NORMALISED = 128
+"""Answers that a normalisation is measured on, at most: its mean is then right to a tenth of the
+standard deviation."""
+
+
 def normalise_path(config: Config) -> str:
     """The file of the answers that a reward model's scores are normalised on; empty if none."""
     kind = config.algorithm
@@ -70,4 +76,4 @@ def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Enco
     rows = encode_rows(rows, tokenizer, vocab, config.data.max_tokens, config.sample.stop, skip)
     if len(rows) < 2:
         raise InputError(f"algorithm.normalise_on={path}: one row has no spread; give more")
-    return rows
+    return replace(rows, items=rows.items[:NORMALISED])

@@ -6,8 +6,13 @@ from typing import get_args
 import pytest
 import runs
 
-from jaxrlhf.config import AlgorithmConfig, OfflineConfig, PointwiseRewardModelConfig
-from jaxrlhf.data.reading import READERS, load_data, normalise_path
+from jaxrlhf.config import (
+    AlgorithmConfig,
+    OfflineConfig,
+    PointwiseRewardModelConfig,
+    RewardModelConfig,
+)
+from jaxrlhf.data.reading import READERS, load_data, load_normalise_rows, normalise_path
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.tokenizers import load_tokenizer
 
@@ -48,3 +53,12 @@ def test_load_data_tells_a_classifier_that_scores_are_probabilities(tmp_path):
 def test_normalise_path_of_runs_without_scores(tmp_path):
     assert normalise_path(runs.sft(tmp_path)) == ""
     assert normalise_path(runs.of("process_reward_model", tmp_path)) == ""
+
+
+def test_load_normalise_rows_takes_the_first_128(tmp_path):
+    words = runs.WORDS.split()
+    rows = [{"prompt": words[i % 14], "completion": words[(i + 1) % 14]} for i in range(130)]
+    path = runs.write(tmp_path / "samples.jsonl", rows)
+    config = runs.reward_model(tmp_path, algorithm=RewardModelConfig(normalise_on=path))
+    found = load_normalise_rows(config, TOKENIZER, 16)
+    assert [row.source.prompt for row in found.items] == [row["prompt"] for row in rows[:128]]
