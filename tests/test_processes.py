@@ -142,20 +142,40 @@ def test_train_by_two_processes_writes_once(both):
     assert "step" not in other.replace("stepwise", "")
 
 
-def test_sigterm_of_one_process_stops_both_at_one_step(tmp_path):
-    config = replace(config_of("ppo", tmp_path / "ppo"), steps=1000)
-    path = write_config(config, tmp_path / "ppo", "two")
-    running = two_processes(path, ASKED=os.devnull)
-    log = tmp_path / "ppo" / "two" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") > 2):
+def begun(folder, steps):
+    """Two processes that train until they are stopped, some iterations in; their config."""
+    config = replace(config_of("ppo", folder), steps=steps)
+    running = two_processes(write_config(config, folder, "two"), ASKED=os.devnull)
+    log = folder / "two" / "metrics.jsonl"
+    until = time.monotonic() + 240
+    while not (log.is_file() and log.read_text().count("\n") > 4):
         assert time.monotonic() < until
+        assert running[0].poll() is None, running[0].communicate()[0]
         time.sleep(0.2)
+    return running, config
+
+
+def test_sigterm_of_one_process_stops_both_at_one_step(tmp_path):
+    folder = tmp_path / "ppo"
+    running, _ = begun(folder, 1000)
     running[1].send_signal(signal.SIGTERM)
     outputs = finish(running, 60)
-    step = logged(tmp_path / "ppo" / "two")[-1]["step"]
+    step = logged(folder / "two")[-1]["step"]
     assert f"stopped by SIGTERM after iteration {step}, which is saved" in outputs[0]
-    assert (tmp_path / "ppo" / "two" / "checkpoints" / str(step)).is_dir()
+    assert (folder / "two" / "checkpoints" / str(step)).is_dir()
+
+
+def test_kill_of_one_process_ends_both_and_a_restart_resumes(tmp_path):
+    folder = tmp_path / "ppo"
+    running, config = begun(folder, 1000)
+    running[1].kill()
+    assert running[0].wait(40) not in (0, None)
+    saved = max(int(p.name) for p in (folder / "two" / "checkpoints").iterdir() if p.name.isdigit())
+    config = replace(config, steps=saved + 2)
+    outputs = finish(two_processes(write_config(config, folder, "two"), ASKED=os.devnull))
+    assert f"resumed after iteration {saved} of {saved + 2}" in outputs[0]
+    steps = [row["step"] for row in logged(folder / "two") if "loss" in row]
+    assert steps == list(range(1, saved + 3))
 
 
 @pytest.mark.parametrize(("count", "processes"), [(7, 3), (2, 3), (8, 2), (0, 2)])
