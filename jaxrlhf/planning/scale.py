@@ -27,7 +27,7 @@ from jaxrlhf.planning.topology import GIB, parse
 CONFIGS = Path("configs/scale")
 
 WEAK = (
-    CONFIGS / "llama31_70b_ppo_v5p512.yaml",
+    CONFIGS / "llama31_70b_grpo_v5p512.yaml",
     ("v5p:4x4x4", "v5p:4x4x8", "v5p:8x8x4", "v5p:8x8x8"),
 )
 """A config, and the slices that it is planned for with the same rows a chip."""

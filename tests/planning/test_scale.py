@@ -67,9 +67,9 @@ def test_weak_jobs_have_as_many_rows_a_chip():
     jobs = weak_jobs(*scale.WEAK)
     chips = [parse(job.topology).devices for job in jobs]
     assert chips == [64, 128, 256, 512]
-    assert {job.prompts / n for job, n in zip(jobs, chips, strict=True)} == {0.5}
+    assert {job.prompts / n for job, n in zip(jobs, chips, strict=True)} == {0.25}
     assert jobs[2] == job_of(scale.WEAK[0])
-    assert jobs[0].words.endswith("--topology v5p:4x4x4 --mesh.fsdp -1 --data.batch-size 32")
+    assert jobs[0].words.endswith("--topology v5p:4x4x4 --mesh.fsdp -1 --data.batch-size 16")
     for job in jobs:
         config = load(job.config, job.changes)
         decoder = build(config.model).decoder
@@ -84,7 +84,7 @@ def test_scaling_by_hand():
     lines = scaling(scale.WEAK[0], list(zip(jobs, plans, strict=True))).splitlines()
     first, missing, third = lines[-5:-2]
     assert first.split("  ")[-1] == "16.7%"
-    for cell in ("64", "1 · 8 · 8", "32", "1.50", "6", "100.0%", "12", "4"):
+    for cell in ("64", "1 · 8 · 8", "16", "1.50", "6", "100.0%", "12", "4"):
         assert cell in [x.strip() for x in first.split("  ")], cell
     assert "no plan yet" in missing
     assert third.split()[-3:] == ["20", "4", "50.0%"]
