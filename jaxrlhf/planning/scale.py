@@ -142,7 +142,13 @@ def section(job: Job, plan: Plan | None) -> str:
 
 def scaling(config: Path, plans: Sequence[tuple[Job, Plan | None]]) -> str:
     """The table of a config on ever larger slices, of those that are planned."""
-    title = config.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").split(":")[0]
+    title = (
+        config.read_text(encoding="utf-8")
+        .splitlines()[0]
+        .removeprefix("# ")
+        .split(":")[0]
+        .rstrip(".")
+    )
     head = ["chips", "mesh", "prompts", "GiB", "overlapped s", "efficiency", "in turn s",
             "sent GB", "exchanges"]  # fmt: skip
     rows, first = [head], math.nan
