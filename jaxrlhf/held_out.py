@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,9 +57,9 @@ def measure(
         picked = [rows[i] for i in row_B]
         batch = pack(run, picked, real_B)
         if "scores" in run.programs:
-            score = fetch(run.programs["scores"](params, frozen, batch))
-            loss, metrics = run.algorithm.loss(*jax.tree.map(jnp.asarray, (score, fetch(batch))))
-            scored += list(zip(picked, score, strict=True))[: int(real_B.sum())]
+            score = run.programs["scores"](params, frozen, batch)
+            loss, metrics = run.programs["loss_of_scores"](score, batch)
+            scored += list(zip(picked, fetch(score), strict=True))[: int(real_B.sum())]
         else:
             loss, metrics = run.programs["loss"](params, frozen, batch)
         share = real_B.sum() / len(rows)

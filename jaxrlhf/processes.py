@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other; each of these is the identity in a process alone.
+"""What the processes of one run tell each other; a process alone has it all, and exchanges nothing.
 
 ``fetch``, ``assemble`` and ``any_process`` are collectives: every process calls them, in the same
 order.

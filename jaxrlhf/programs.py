@@ -184,11 +184,11 @@ def offline_programs(
             return replace(batch, ref_logp_BCT=logp_BCT)
 
         programs["reference"] = jax.jit(compare, out_shardings=row_layout(mesh))
-    if algorithm.reads == "scores":
-        return {**programs, "scores": jax.jit(partial(candidate_scores, model))}
-    if algorithm.reads == "steps":
-        return {**programs, "scores": jax.jit(partial(candidate_token_scores, model))}
-    return {**programs, "loss": jax.jit(loss)}
+    scores = {"scores": candidate_scores, "steps": candidate_token_scores}.get(algorithm.reads)
+    if scores is None:
+        return {**programs, "loss": jax.jit(loss)}
+    judged = {"scores": jax.jit(partial(scores, model)), "loss_of_scores": jax.jit(algorithm.loss)}
+    return programs | judged
 
 
 def optimizer(config: Config) -> Any:

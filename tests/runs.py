@@ -4,6 +4,9 @@ import json
 from dataclasses import replace
 from typing import get_args
 
+import jax
+import pytest
+
 from jaxrlhf.config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -12,6 +15,7 @@ from jaxrlhf.config import (
     DataConfig,
     DecoderConfig,
     EvalConfig,
+    MeshConfig,
     ModelConfig,
     OnPolicyConfig,
     OptimConfig,
@@ -21,6 +25,9 @@ from jaxrlhf.config import (
     SampleConfig,
     SFTConfig,
 )
+from jaxrlhf.loop import train
+from jaxrlhf.session import Session
+from jaxrlhf.sharding import make_mesh
 
 WORDS = "good great nice warm bright kind bad poor dull sad cold dark the and"
 DECODER = DecoderConfig(
@@ -158,3 +165,24 @@ def of(name, folder, **changes):
         config = replace(config, data=replace(config.data, train=train, eval=held_out))
     algorithm = kind(separator="the") if name == "process_reward_model" else kind()
     return replace(config, **{"algorithm": algorithm, **changes})
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def interrupt(config, step, check=lambda: None):
+    """Train until ``step`` iterations are saved, and no further; ``check`` comes before saves."""
+    save = Session.save
+
+    def cut(session, done):
+        check()
+        save(session, done)
+        if done == step:
+            session.checkpoints.wait()
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, one_device())

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from runs import one_device
 
 from jaxrlhf import checkpoint, loop
 from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, load, save
@@ -22,10 +23,6 @@ from jaxrlhf.session import Session
 from jaxrlhf.setup import setup
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.steps import losses
-
-
-def one_device():
-    return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def trained(config, mesh=None):
@@ -63,24 +60,13 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_train_resumed_is_bit_equal(name, tmp_path, monkeypatch):
+def test_train_resumed_is_bit_equal(name, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
     whole, log = trained(RUNS[name](folders[0]))
 
-    save_step = Session.save
-
-    def cut(session, done):
-        save_step(session, done)
-        if done == 2:
-            session.checkpoints.wait()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Session, "save", cut)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(RUNS[name](folders[1]), one_device())
-    monkeypatch.undo()
+    runs.interrupt(RUNS[name](folders[1]), 2)
     resumed, resumed_log = trained(RUNS[name](folders[1]))
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     timing = {"seconds", "tokens_per_second"}
@@ -288,26 +274,18 @@ def test_train_refuses_another_config_in_the_same_folder(tmp_path):
         loop.train(runs.sft(tmp_path, seed=1), one_device())
 
 
-def test_train_finished_takes_no_summary_of_a_shorter_run(tmp_path, monkeypatch):
+def test_train_finished_takes_no_summary_of_a_shorter_run(tmp_path):
     """Killed twice: while it goes on with more steps, and after its last checkpoint."""
     written = tmp_path / "run/summary.json"
     loop.train(runs.sft(tmp_path, steps=2), one_device())
     short = written.read_text()
     assert json.loads(short)["steps"] == 2
     longer = runs.sft(tmp_path, steps=4)
-    save_step = Session.save
 
-    def cut(session, done):
+    def check():
         assert not written.exists()  # nobody takes it for this run's
-        save_step(session, done)
-        if done == 4:
-            session.checkpoints.wait()
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "save", cut)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(longer, one_device())
-    monkeypatch.undo()
+    runs.interrupt(longer, 4, check)
     written.write_text(short)
     assert loop.train(longer, one_device())["steps"] == 4
     assert json.loads(written.read_text())["steps"] == 4

@@ -12,13 +12,12 @@ import numpy as np
 import optax
 import pytest
 import runs
+from runs import one_device
 
 from jaxrlhf import loop
-from jaxrlhf.config import EvalConfig, MeshConfig, OptimConfig
+from jaxrlhf.config import EvalConfig, OptimConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.networks import load_model
-from jaxrlhf.session import Session
-from jaxrlhf.sharding import make_mesh
 from jaxrlhf.stopping import _copier, compare, exchange, has_ended, is_over, keep
 from jaxrlhf.types import TrainState
 
@@ -90,10 +89,6 @@ def test_exchange_and_back():
     assert not has_ended({})
 
 
-def one_device():
-    return make_mesh(MeshConfig(), jax.devices()[:1])
-
-
 def overfitting(folder, **changes):
     """Held-out rows that contradict the others: their loss falls, and soon rises again."""
     folder.mkdir(exist_ok=True)
@@ -152,24 +147,13 @@ def test_train_stops_and_ends_with_the_best(whole):
 
 
 @pytest.mark.parametrize("after", ["best", "last"])
-def test_train_interrupted_stops_with_the_same(after, whole, tmp_path, monkeypatch):
+def test_train_interrupted_stops_with_the_same(after, whole, tmp_path):
     """Cut after the checkpoint that follows the best step, and before the summary is written."""
     _, summary, losses, params = whole
     config = overfitting(tmp_path / "b")
     best = summary["best_step"]
     at = summary["steps"] if after == "last" else -(-(best + 1) // 4) * 4
-    save = Session.save
-
-    def cut(session, done):
-        save(session, done)
-        if done == at:
-            session.checkpoints.wait()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Session, "save", cut)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, one_device())
-    monkeypatch.undo()
+    runs.interrupt(config, at)
     again = ran(config)
     assert again[:2] == (summary, losses)
     jax.tree.map(np.testing.assert_array_equal, again[2], params)

@@ -132,23 +132,20 @@ def plan_of(job: Job, folder: Path, cached: bool = False) -> Plan | None:
     return from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
+def title_of(config: Path) -> str:
+    """The first line of a config's header."""
+    return config.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".")
+
+
 def section(job: Job, plan: Plan | None) -> str:
     """A config's part of the document."""
-    lines = job.config.read_text(encoding="utf-8").splitlines()
-    title = lines[0].removeprefix("# ").rstrip(".")
     body = f"```\n{table(plan)}\n```" if plan else "No plan of it has been made yet."
-    return f"## {title}\n\n    {job.words}\n\n{body}"
+    return f"## {title_of(job.config)}\n\n    {job.words}\n\n{body}"
 
 
 def scaling(config: Path, plans: Sequence[tuple[Job, Plan | None]]) -> str:
     """The table of a config on ever larger slices, of those that are planned."""
-    title = (
-        config.read_text(encoding="utf-8")
-        .splitlines()[0]
-        .removeprefix("# ")
-        .split(":")[0]
-        .rstrip(".")
-    )
+    title = title_of(config).split(":")[0]
     head = ["chips", "mesh", "prompts", "GiB", "overlapped s", "efficiency", "in turn s",
             "sent GB", "exchanges"]  # fmt: skip
     rows, first = [head], math.nan
