@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxrlhf.models.transformer import Model as Model
     from jaxrlhf.networks import load_model as load_model
     from jaxrlhf.sharding import make_mesh as make_mesh
+    from jaxrlhf.steps.iteration import make_iteration as make_iteration
     from jaxrlhf.steps.losses import policy_loss as policy_loss
     from jaxrlhf.steps.sampling import sample as sample
     from jaxrlhf.steps.scoring import forward as forward
@@ -49,6 +50,7 @@ _HOMES = {
     "value": "jaxrlhf.steps.scoring",
     "make_optimizer": "jaxrlhf.steps.updating",
     "make_update": "jaxrlhf.steps.updating",
+    "make_iteration": "jaxrlhf.steps.iteration",
     "policy_loss": "jaxrlhf.steps.losses",
     "Batch": "jaxrlhf.types",
     "Outputs": "jaxrlhf.types",

@@ -32,14 +32,13 @@ from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.session import Session
 from jaxrlhf.setup import Run, fill, place, setup, start_of
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.steps.iteration import States, cut, prepare, update_on
 from jaxrlhf.stopping import compare, exchange, has_ended, is_over
-from jaxrlhf.types import AnyBatch, Params, Rollout, TrainState
+from jaxrlhf.types import AnyBatch, Params, Rollout
 from jaxrlhf.watchdog import guarded
 
 SHOWN = 4
 """Completions of each iteration that go to samples.jsonl."""
-
-States = dict[str, TrainState]
 
 
 def train(
@@ -106,22 +105,22 @@ def iterate(
     """One iteration of policy learning: from prompts to the next states."""
     programs, states, settings = run.programs, session.states, on_policy_settings(run.config)
     rollout, judgement, baseline_B, metrics = collect(run, session, step)
-    rows = (rollout.token_BT, rollout.attention_mask_BT)
     assert run.reference is not None
-    ref_logp_BT = programs["reference"](at_hand(run.reference.params), *rows)
     if settings.old_logp == "rescore":
-        policy, base = states["policy"].params, run.frozen["policy"]
-        logp_BT = programs["rescore"](policy, base, *rows) * rollout.mask_BT
-        rollout = replace(rollout, logp_BT=logp_BT)
-    extra = () if baseline_B is None else (baseline_B,)
-    if "value" in run.algorithm.needs:
-        value_BT = rollout.value_BT
-        if value_BT is None:
-            value_BT = programs["value"](states["critic"].params, run.frozen["critic"], *rows)
-        extra = (value_BT,)
+        rows = (rollout.token_BT, rollout.attention_mask_BT)
+        logp_BT = programs["rescore"](states["policy"].params, run.frozen["policy"], *rows)
+        rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
     coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}
-    batch, measured = programs["targets"](
-        rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, *extra
+    batch, measured = prepare(
+        programs,
+        run.algorithm.needs,
+        states,
+        run.frozen,
+        at_hand(run.reference.params),
+        rollout,
+        (judgement.reward_B, judgement.valid_B),
+        coefficients,
+        baseline_B,
     )
     session.lap("score", batch)
 
@@ -134,22 +133,13 @@ def iterate(
 def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
     """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
     programs, settings = run.programs, on_policy_settings(run.config)
-    states, seen = dict(states), []
+    seen = []
     warming = step < run.config.critic.warmup
     rows = jax.tree.leaves(batch)[0].shape[0]
     for epoch in range(settings.epochs):
         for row_M in minibatch_rows(run.config, rows, step, epoch):
-            part = batch if len(row_M) == rows else programs["take"](batch, row_M)
-            metrics: dict[str, Any] = {}
-            if "critic" in states:
-                states["critic"], metrics = programs["critic_update"](
-                    states["critic"], part, run.frozen["critic"]
-                )
-                metrics = {f"critic/{name}": x for name, x in metrics.items()}
-            if not warming or "critic" not in states:
-                update = programs["warmup" if warming else "update"]
-                states["policy"], learnt = update(states["policy"], part, run.frozen["policy"])
-                metrics |= learnt
+            part = cut(programs, batch, row_M)
+            states, metrics = update_on(programs, states, run.frozen, part, warming)
             seen.append(pace(metrics))
             if settings.target_kl and _apart(metrics) > settings.target_kl:
                 return states, combine(jax.device_get(seen)) | {"updates": len(seen)}

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import jax
 import pytest
 
+from jaxrlhf.checkpoint import load
 from jaxrlhf.config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -27,6 +29,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.loop import train
 from jaxrlhf.session import Session
+from jaxrlhf.setup import setup
 from jaxrlhf.sharding import make_mesh
 
 WORDS = "good great nice warm bright kind bad poor dull sad cold dark the and"
@@ -169,6 +172,21 @@ def of(name, folder, **changes):
 
 def one_device():
     return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def trained(config, mesh=None):
+    """The run's last states, as host arrays, and its metrics."""
+    mesh = mesh or one_device()
+    train(config, mesh)
+    with jax.set_mesh(mesh):
+        states = setup(config, mesh).states
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states
+        )
+        step, found, _ = load(Path(config.output) / "checkpoints", abstract)
+    assert step == config.steps
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return jax.device_get(found), [json.loads(line) for line in lines]
 
 
 def interrupt(config, step, check=lambda: None):

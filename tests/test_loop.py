@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 import runs
-from runs import one_device
+from runs import one_device, trained
 
-from jaxrlhf import checkpoint, loop
+from jaxrlhf import loop
 from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, load, save
 from jaxrlhf.errors import InputError
 from jaxrlhf.programs import minibatch_rows
@@ -23,21 +23,6 @@ from jaxrlhf.session import Session
 from jaxrlhf.setup import setup
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.steps import losses
-
-
-def trained(config, mesh=None):
-    """The run's last states, as host arrays, and its metrics."""
-    mesh = mesh or one_device()
-    loop.train(config, mesh)
-    with jax.set_mesh(mesh):
-        states = setup(config, mesh).states
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states
-        )
-        step, found, _ = checkpoint.load(Path(config.output) / "checkpoints", abstract)
-    assert step == config.steps
-    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-    return jax.device_get(found), [json.loads(line) for line in lines]
 
 
 def lora(config):

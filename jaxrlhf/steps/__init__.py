@@ -1,1 +1,2 @@
-"""The jitted steps: draw responses (sampling), score rows (scoring), learn (updating)."""
+"""The jitted steps: draw responses (sampling), score rows (scoring), learn (updating); and all of
+an iteration in one (iteration)."""
