@@ -40,9 +40,7 @@ Scored = list[tuple[Encoded, np.ndarray]]
 
 def batches(run: Run, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """All of ``count`` rows in batches that divide among the devices; see ``held_out_batches``."""
-    shards = row_shards()
-    size = -(-min(run.config.eval.batch_size, count) // shards) * shards
-    return held_out_batches(count, size)
+    return held_out_batches(count, run.config.eval.batch_size, row_shards())
 
 
 def measure(
@@ -123,11 +121,11 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
       InputError: scores that are all alike, or not finite.
     """
     assert run.normalise_rows is not None
-    rows, data = run.normalise_rows.items, run.config.data
+    rows = run.normalise_rows.items
     seen = []
     for row_B, real_B in batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
-        batch = answers_batch(picked, data.max_tokens, run.config.sample.pad, real_B)
+        batch = answers_batch(picked, run.width, run.config.sample.pad, real_B)
         score_BC = run.programs["scores"](params, run.frozen["policy"], put_rows(batch, run.mesh))
         seen.append(np.asarray(fetch(score_BC), np.float64)[real_B, 0])
     score_N = np.concatenate(seen)

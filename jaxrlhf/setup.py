@@ -33,7 +33,7 @@ from jaxrlhf.data.packing import (
 )
 from jaxrlhf.data.reading import load_data, load_normalise_rows
 from jaxrlhf.data.rows import Rows
-from jaxrlhf.data.tokens import Encoded
+from jaxrlhf.data.tokens import Encoded, longest
 from jaxrlhf.judging import Judge, make_judge
 from jaxrlhf.models.loading import build
 from jaxrlhf.models.tokenizers import check_vocab, ends_of, load_tokenizer
@@ -53,7 +53,7 @@ from jaxrlhf.networks import (
 from jaxrlhf.offload import at_hand
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
 from jaxrlhf.rewards.sources import check_truths
-from jaxrlhf.sharding import config_of, make_mesh, put_rows
+from jaxrlhf.sharding import config_of, length_shards, make_mesh, put_rows
 from jaxrlhf.stopping import keep
 from jaxrlhf.types import AnyBatch, Params, TrainState
 
@@ -95,6 +95,7 @@ class Run:
     """Answers whose scores a reward model is normalised on."""
     candidates: int = 1
     """C, the most answers that a row of the data has."""
+    width: int = 0  # T of a batch of whole rows
 
 
 def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> Run:
@@ -115,20 +116,21 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     check_vocab(tokenizer, model.decoder)
     stop, pad = ends_of(tokenizer)
     stop = tuple(sorted({*config.sample.stop, *stop}))
-    sampling = replace(config.sample, stop=stop, pad=pad)
-    config = replace(config, sample=sampling)
+    config = replace(config, sample=replace(config.sample, stop=stop, pad=pad))
     vocab = model.decoder.vocab
     train_rows = load_data(config, config.data.train, tokenizer, vocab)
     eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
-    held_out = eval_rows.items if eval_rows else ()
+    normalise_rows = load_normalise_rows(config, tokenizer, vocab)
+    every = [row for part in (train_rows, eval_rows, normalise_rows) if part for row in part.items]
     run = replace(
         run,
         config=config,
         tokenizer=tokenizer,
         train_rows=train_rows,
         eval_rows=eval_rows,
-        normalise_rows=load_normalise_rows(config, tokenizer, vocab),
-        candidates=max(len(row.answers) for row in [*train_rows.items, *held_out]),
+        normalise_rows=normalise_rows,
+        candidates=max(len(row.answers) for row in every),
+        width=longest(every, length_shards()),
     )
     run = _on_shapes(run, Loader(run.mesh, abstract=True))
     return run if abstract else fill(run)
@@ -172,6 +174,7 @@ def _described(config: Config, mesh: Mesh | None) -> Run:
         judge=None,
         gold=None,
         programs={},
+        width=config.data.max_tokens,
     )
 
 
@@ -264,7 +267,7 @@ def host_batch(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = No
     assert isinstance(config.algorithm, OfflineConfig)
     make = PACKERS[config.algorithm.rows]
     more = {"candidates": run.candidates} if make is ranked_batch else {}
-    return make(rows, config.data.max_tokens, config.sample.pad, real_B, **more)
+    return make(rows, run.width, config.sample.pad, real_B, **more)
 
 
 def place(run: Run, batch: Any) -> AnyBatch:

@@ -36,6 +36,25 @@ def test_batches_follow_the_order_of_rows(ready, tmp_path):
     assert packing_metrics(found) == {}
 
 
+@pytest.mark.parametrize(("context", "width"), [(1, 5), (2, 6), (8, 8)])
+def test_batches_are_as_wide_as_the_longest_row(context, width, tmp_path):
+    """However many ``max_tokens`` are allowed: 5 tokens, rounded up to what ``context`` divides."""
+    config = runs.sft(tmp_path)
+    config = replace(config, data=replace(config.data, max_tokens=64, eval=config.data.train))
+    mesh = make_mesh(MeshConfig(context=context), jax.devices()[:context])
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh, abstract=True)
+        assert batches(run)(0).token_BT.shape == (8, width)
+
+
+def test_batches_are_as_wide_as_a_longer_row_that_is_held_out(ready, tmp_path):
+    rows = [{"prompt": "the the", "completion": "good and good and"}]
+    config = runs.sft(tmp_path)
+    held_out = runs.write(tmp_path / "held_out.jsonl", rows)
+    run = ready(replace(config, data=replace(config.data, eval=held_out)))
+    assert batches(run)(0).token_BT.shape == (8, 7)
+
+
 def test_batches_packed_hold_every_row_once_an_epoch(ready, tmp_path):
     """14 rows of 5 tokens, 4 to a row of 20: an epoch is 4 packed rows, two steps."""
     run = ready(runs.sft_packed(tmp_path))

@@ -23,7 +23,8 @@ class DataConfig:
     max_prompt_tokens: int = 64
     """Width that prompts are padded to; a longer prompt is an error."""
     max_tokens: int = 128
-    """Width that whole rows (prompt and answer) are padded to, offline; longer is an error."""
+    """Most tokens of a whole row (prompt and answer), offline; longer is an error. Rows are padded
+    to the longest that there is."""
     packing: bool = False
     """SFT: lay short rows one after the other in rows of max_tokens, where they do not see each
     other. Held-out rows are never packed."""

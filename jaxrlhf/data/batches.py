@@ -40,19 +40,28 @@ def order(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     )
 
 
-def held_out_batches(count: int, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """All rows once, in file order, in batches of one size.
+def held_out_batches(
+    count: int, batch_size: int, multiple: int = 1
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All rows once, in file order, in as few batches as it takes, all of one size.
+
+    The size is the least with which they are so few: 45 rows, at most 32 at once, are twice 23.
+
+    Args:
+      batch_size: rows at once, at most; rounded up to ``multiple``.
+      multiple: what the size is a multiple of, say the devices that a batch is split over.
 
     Returns:
-      (index_B int64, real_B bool) a batch. The last one is filled up with row 0, where real_B is
+      (index_B int64, real_B bool) a batch. The last ones are filled up with row 0, where real_B is
       False: give those rows weight 0.
 
     Raises:
       InputError: no rows, or a batch of no rows.
     """
     _check(count, batch_size)
-    batches = -(-count // batch_size)
-    index = np.arange(batches * batch_size).reshape(batches, batch_size)
+    batches = -(-count // (-(-batch_size // multiple) * multiple))
+    size = -(-count // (batches * multiple)) * multiple
+    index = np.arange(batches * size).reshape(batches, size)
     real = index < count
     return list(zip(np.where(real, index, 0), real, strict=True))
 

@@ -76,6 +76,12 @@ def encode_rows(
     return encoded
 
 
+def longest(rows: Sequence[Encoded], multiple: int = 1) -> int:
+    """Tokens of the longest row, prompt and answer, rounded up to a multiple."""
+    tokens = max(len(row.prompt) + max(map(len, row.answers), default=0) for row in rows)
+    return -(-tokens // multiple) * multiple
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> Ids:
     """Ids of a rendered prompt.
 

@@ -72,19 +72,32 @@ def test_order_negative_step():
         order(4, 2, 0, -1)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(8, 4), (9, 4), (1, 3), (4, 1)])
-def test_held_out_batches_real_rows_once_in_order(count, batch_size):
-    batches = held_out_batches(count, batch_size)
-    assert len(batches) == -(-count // batch_size)
-    assert all(index.shape == real.shape == (batch_size,) for index, real in batches)
-    rows = np.concatenate([index[real] for index, real in batches])
+@pytest.mark.parametrize(
+    ("count", "batch_size", "multiple", "batches", "size"),
+    [
+        (8, 4, 1, 2, 4),
+        (9, 4, 1, 3, 3),
+        (1, 3, 1, 1, 1),
+        (4, 1, 1, 4, 1),
+        (45, 32, 1, 2, 23),
+        (45, 32, 4, 2, 24),
+        (45, 30, 4, 2, 24),
+        (3, 32, 4, 1, 4),
+        (9, 1, 4, 3, 4),
+    ],
+)
+def test_held_out_batches_real_rows_once_in_order(count, batch_size, multiple, batches, size):
+    made = held_out_batches(count, batch_size, multiple)
+    assert len(made) == batches
+    assert all(index.shape == real.shape == (size,) for index, real in made)
+    rows = np.concatenate([index[real] for index, real in made])
     np.testing.assert_array_equal(rows, np.arange(count))
 
 
 def test_held_out_batches_fills_up_with_a_row_that_exists():
     index, real = held_out_batches(5, 4)[-1]
-    np.testing.assert_array_equal(index, [4, 0, 0, 0])
-    np.testing.assert_array_equal(real, [True, False, False, False])
+    np.testing.assert_array_equal(index, [3, 4, 0])
+    np.testing.assert_array_equal(real, [True, True, False])
 
 
 def test_held_out_batches_bad_input():
