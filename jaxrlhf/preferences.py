@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrlhf.config import ModelConfig, PreferencesConfig, SampleConfig
 from jaxrlhf.data.batches import held_out_batches
@@ -20,8 +21,11 @@ from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
 from jaxrlhf.networks import Loader, tokenizer_path
 from jaxrlhf.rewards.functions import call, resolve
 from jaxrlhf.rewards.text import decode_rollout, repeat
-from jaxrlhf.sharding import put_rows
+from jaxrlhf.sharding import put_rows, row_shards
 from jaxrlhf.steps.sampling import sample
+
+STREAM = 2**24
+"""Numbers of completions that one file has to itself."""
 
 
 def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -> dict[str, int]:
@@ -31,7 +35,8 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     as scored answers (train_scored.jsonl, eval_scored.jsonl); ``ROWS`` says what a row of each is.
 
     Args:
-      seed: every draw follows from it.
+      seed: every draw follows from it and from the completion's number in its file, whatever
+        batch it is in.
     """
     loader = Loader(mesh)
     model = ModelConfig(path=config.model)
@@ -41,27 +46,29 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     settings = SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, stop=stop, pad=pad)
     draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
     judge = resolve(config.judge)
+    groups: dict[str, list[Group]] = {"train": [], "eval": []}
+    drawn: list[tuple[str, Encoded, int]] = []  # file, prompt, number of its first completion
     jobs = {"train": (config.train, config.train_rounds), "eval": (config.eval, config.eval_rounds)}
-    counts = {}
     for job, (name, (source, rounds)) in enumerate(jobs.items()):
         rows = read_prompts(read_rows(source), tokenizer)
         vocab = network.model.decoder.vocab
-        prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items
-        batches = held_out_batches(len(prompts), min(config.batch_size, len(prompts)))
-        groups: list[Group] = []
-        for index in range(rounds):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), job), index)
-            for at, (row_Q, real_Q) in enumerate(batches):
-                picked = [prompts[i] for i in row_Q]
-                arrays = prompt_arrays(picked, config.max_prompt_tokens, settings.pad)
-                rollout = draw(*put_rows(arrays, mesh), jax.random.fold_in(key, at), settings)
-                host = jax.device_get(rollout)
-                groups += judged(config, judge, tokenizer, picked, host, int(real_Q.sum()))
+        prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items * rounds
+        drawn += [(name, x, job * STREAM + i * config.n) for i, x in enumerate(prompts)]
+    for row_Q, real_Q in held_out_batches(len(drawn), config.batch_size, row_shards()):
+        names, prompts, first_Q = zip(*(drawn[i] for i in row_Q), strict=True)
+        arrays = put_rows(prompt_arrays(prompts, config.max_prompt_tokens, settings.pad), mesh)
+        row_B = (np.array(first_Q)[:, None] + np.arange(config.n)).ravel().astype(np.int32)
+        host = jax.device_get(draw(*arrays, jax.random.key(seed), settings, row_B=row_B))
+        made = judged(config, judge, tokenizer, prompts, host, int(real_Q.sum()))
+        for name, group in zip(names, made, strict=False):
+            groups[name].append(group)
+    counts = {}
+    for name, some in groups.items():
         for end, rows_of in ROWS.items():
-            lines = [line for group in groups for line in rows_of(group, config)]
+            lines = [line for group in some for line in rows_of(group, config)]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_atomic(folder / f"{name}{end}.jsonl", text)
-        counts[f"{name}_pairs"] = sum(1 for group in groups for _ in pairs_of(group, config))
+        counts[f"{name}_pairs"] = sum(1 for group in some for _ in pairs_of(group, config))
     return counts
 
 

@@ -1,9 +1,15 @@
 """What becomes of the completions of a prompt once they are judged."""
 
+import json
 from dataclasses import replace
 
+import jax
+import runs
+from runs import one_device
+
+from jaxrlhf import loop
 from jaxrlhf.config import PreferencesConfig
-from jaxrlhf.preferences import Group, answers_of, pairs_of, ranking_of
+from jaxrlhf.preferences import Group, answers_of, pairs_of, ranking_of, write_pairs
 
 GROUP = Group("a", ("b", "c", " ", "b"), (0.5, 0.9, 2.0, 0.5), (True, False, True, True))
 WISH = PreferencesConfig("x", "f", "t", "e", max_prompt_tokens=1, max_new_tokens=1, min_gap=0.3)
@@ -41,3 +47,27 @@ def test_ranking_of_each_text_once():
 
 def test_answers_of_each_text_once():
     assert [row["score"] for row in answers_of(GROUP, WISH)] == [0.5, 0.9]
+
+
+def test_write_pairs_draws_the_same_in_any_batch(tmp_path):
+    """Each completion has a key of its own: by its file, its round, and its place in them."""
+    run, (made, again) = runs.sft(tmp_path, steps=1), (tmp_path / "made", tmp_path / "again")
+    loop.train(run, one_device())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "the good"}) + "\n" for _ in range(3)))
+    sources = {"train": str(prompts), "eval": str(prompts)}
+    wish = replace(
+        WISH, model=run.output, judge="jaxrlhf.demo.words:goodness", max_prompt_tokens=2,
+        max_new_tokens=6, n=2, train_rounds=2, min_gap=0.0, **sources,
+    )  # fmt: skip
+    with jax.set_mesh(one_device()):
+        for folder, batch_size in ((made, 2), (again, 9)):
+            folder.mkdir()
+            write_pairs(replace(wish, batch_size=batch_size), folder, 0, one_device())
+    for file in sorted(path.name for path in made.iterdir()):
+        assert (made / file).read_text() == (again / file).read_text()
+    scored = {name: (made / f"{name}_scored.jsonl").read_text() for name in sources}
+    drawn = [
+        json.loads(line)["completion"] for text in scored.values() for line in text.split("\n")[:-1]
+    ]
+    assert len(set(drawn)) > 0.9 * len(drawn) > 10
