@@ -1,16 +1,15 @@
 """Eight fake CPU devices for every test, set before jax is imported; a tiny model for most."""
 
-# ruff: noqa: E402 (the environment comes first)
 import atexit
 import os
 import shutil
 import tempfile
 from importlib.metadata import version
 
-CACHE = tempfile.mkdtemp(prefix="jaxrlhf-tests-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # runs that are repeated compile once
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers compile into one folder
+    CACHE = tempfile.mkdtemp(prefix="jaxrlhf-tests-")
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # runs that are repeated compile once
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
