@@ -18,8 +18,9 @@ setup-test: $(VENV)/.stamp-test
 setup-demo: $(VENV)/.stamp-demo
 
 # Huge pages for what malloc maps (glibc; ignored elsewhere): a step's buffers come and go by the GiB.
+# Bytecode is written even where the environment says otherwise: see below.
 demo: setup-demo
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(VENV)/bin/jaxrlhf demo $(ARGS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/jaxrlhf demo $(ARGS)
 
 test: setup-test
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
