@@ -23,7 +23,7 @@ demo: setup-demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/jaxrlhf demo $(ARGS)
 
 test: setup-test
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup-test
 	$(VENV)/bin/ruff check .

@@ -32,6 +32,12 @@ from jaxrlhf.models.transformer import Model
 from jaxrlhf.types import Batch
 
 
+def pytest_collection_modifyitems(items):
+    """Files with long tests first, so that no worker is left alone with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def random_weights():
     """(shapes, seed) → noise, around 1 for norms: no zero and no one hides a leaf left out."""
