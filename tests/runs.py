@@ -44,6 +44,23 @@ def write(path, rows):
     return str(path)
 
 
+def count_traces(monkeypatch, module, **static_argnums):
+    """The names of the module's jitted functions, one for each time that one is traced from now on.
+
+    The size of a function's cache says less: full, it is neither cleared nor counted right.
+    """
+    traced = []
+    for name, static in static_argnums.items():
+        function = getattr(module, name).__wrapped__
+
+        def seen(*args, name=name, function=function, **kwargs):
+            traced.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, jax.jit(seen, static_argnums=static))
+    return traced
+
+
 def prompts(folder, count=24):
     words = WORDS.split()
     rows = [{"prompt": f"{words[i % 14]} {words[(3 * i + 1) % 14]} the"} for i in range(count)]

@@ -46,12 +46,12 @@ def test_model_source_scores_rows_as_they_are_alone(folder):
     assert len(set(expected)) == 4
 
 
-def test_model_source_compiles_once(folder):
+def test_model_source_compiles_once(folder, monkeypatch):
+    traced = runs.count_traces(monkeypatch, scorers, _reward=0)
     ask = model_source(folder, 4)
-    before = scorers._reward._cache_size()
     for count in (1, 2, 3):
         ask(Asked(PROMPTS[:count], TEXTS[:count], {}, [True] * count))
-    assert scorers._reward._cache_size() == before
+    assert traced == ["_reward"]
 
 
 def test_serve_model(folder, monkeypatch):
