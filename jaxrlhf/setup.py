@@ -95,7 +95,8 @@ class Run:
     """Answers whose scores a reward model is normalised on."""
     candidates: int = 1
     """C, the most answers that a row of the data has."""
-    width: int = 0  # T of a batch of whole rows
+    width: int = 0
+    """T of a batch of whole rows: as many columns as the longest row has tokens."""
 
 
 def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> Run:
@@ -111,13 +112,12 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
       InputError: whatever in config, data or weights cannot be used; nothing is written before.
     """
     run = _described(config, mesh)
-    model = run.model
     tokenizer = load_tokenizer(tokenizer_path(config.model))
-    check_vocab(tokenizer, model.decoder)
+    check_vocab(tokenizer, run.model.decoder)
     stop, pad = ends_of(tokenizer)
     stop = tuple(sorted({*config.sample.stop, *stop}))
     config = replace(config, sample=replace(config.sample, stop=stop, pad=pad))
-    vocab = model.decoder.vocab
+    vocab = run.model.decoder.vocab
     train_rows = load_data(config, config.data.train, tokenizer, vocab)
     eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
     normalise_rows = load_normalise_rows(config, tokenizer, vocab)

@@ -136,7 +136,7 @@ class EvalConfig:
     n: int = 2
     """Completions a held-out prompt."""
     batch_size: int = 32
-    """Held-out rows a step."""
+    """Most held-out rows at once; prompts, for a policy."""
     patience: int = 0
     """Offline: stop after this many evaluations in a row without a lower held-out loss, and end
     with the parameters of the lowest (also if steps run out); 0 is off. Keeps a second copy of what

@@ -31,7 +31,7 @@ class PreferencesConfig:
     n: int = 4
     """Completions a prompt and round; n // 2 pairs: best with worst, second with second worst."""
     batch_size: int = 16
-    """Prompts at once."""
+    """Most prompts at once; it changes no completion."""
     min_gap: float = 0.1
     """Pairs closer than this, in the judge's units, are dropped."""
 

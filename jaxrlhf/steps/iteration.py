@@ -35,9 +35,9 @@ def make_iteration(
     """A whole iteration as one jitted call: sample → reward → targets → updates.
 
     For rewards that are functions of arrays, such as a reward model's. Nothing leaves the devices
-    between prompts and new parameters, and one compiled program is all that is dispatched. Rounds
-    of sampling that depend on what was sampled (DAPO's), and an early stop between updates, are the
-    loop's alone.
+    between prompts and new parameters, and one compiled program is all that is dispatched. What the
+    host decides is the loop's alone: rounds of sampling that depend on what was sampled (DAPO's),
+    an early stop between updates, a critic's warm-up, and old log-probs that are scored again.
 
     Args:
       programs: "sample", "reference", "targets", "take" and "update", and as ``needs`` and states
