@@ -1,7 +1,10 @@
 """What the programs of a run will be called with, and compiling them before they are called."""
 
 import logging
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,6 +19,9 @@ from jaxrlhf.sharding import few_rows_layout, row_layout
 log = logging.getLogger(__name__)
 
 Arguments = dict[str, tuple[Any, ...]]
+
+TURN = 5e-4
+"""Seconds that a thread may keep the interpreter while another waits for it."""
 
 
 def arguments(run: Run, key: Any = None) -> Arguments:
@@ -105,7 +111,7 @@ def compile_ahead(run: Run) -> threading.Thread | None:
         return None
 
     def work() -> None:
-        with jax.set_mesh(run.mesh):
+        with jax.set_mesh(run.mesh), short_turns():
             for name, given in arguments(run).items():
                 try:
                     run.programs[name].lower(*given).compile()
@@ -115,3 +121,15 @@ def compile_ahead(run: Run) -> threading.Thread | None:
     thread = threading.Thread(target=work, name="compile ahead", daemon=True)
     thread.start()
     return thread
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Threads take turns often: one that traces would hold up one that reads weights, which gives
+    the interpreter away at each call into numpy, by Python's 5 ms each time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)

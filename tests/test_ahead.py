@@ -1,6 +1,7 @@
 """What is compiled ahead is what the loop then calls: same programs, shapes, types and layouts."""
 
 import re
+import sys
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import runs
 
 from jaxrlhf import loop
-from jaxrlhf.ahead import arguments, compile_ahead
+from jaxrlhf.ahead import TURN, arguments, compile_ahead, short_turns
 from jaxrlhf.config import LoraConfig, MeshConfig, PPOConfig
 from jaxrlhf.session import Session
 from jaxrlhf.setup import fill, setup, start_of
@@ -101,3 +102,17 @@ def test_start_of_is_the_first_state(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(start_of(run)))
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, states["policy"].params)
         assert max(jax.tree.leaves(moved)) > 0, kind
+
+
+def test_short_turns_end_whatever_happens():
+    usual = sys.getswitchinterval()
+
+    def work():
+        with short_turns():
+            assert sys.getswitchinterval() == pytest.approx(TURN)
+            assert usual > TURN
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert sys.getswitchinterval() == usual
