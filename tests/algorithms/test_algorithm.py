@@ -1,0 +1,47 @@
+"""What a minibatch that is cut from a rollout weighs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.algorithms import reweight
+from jaxrlhf.steps.iteration import cut
+from jaxrlhf.types import Batch, PreferenceBatch
+
+MASK = jnp.array([[1.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])
+
+
+def rollout(mask_BT=MASK, weight_BT=MASK / 6):
+    """Four rows of 3, 1, 0 and 2 tokens, under the weights of all four."""
+    return Batch(mask_BT, mask_BT, mask_BT, mask_BT, mask_BT, weight_BT)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "length", "weight_BT"),
+    [
+        ("token", None, [[1 / 5] * 3, [0, 0, 0], [1 / 5, 1 / 5, 0]]),
+        ("sequence", None, [[1 / 6] * 3, [0, 0, 0], [1 / 4, 1 / 4, 0]]),
+        ("sequence_sum", None, [[1 / 2] * 3, [0, 0, 0], [1 / 2, 1 / 2, 0]]),
+        ("fixed", 10, [[1 / 20] * 3, [0, 0, 0], [1 / 20, 1 / 20, 0]]),
+    ],
+)
+def test_reweight_makes_means_of_the_rows_that_are_left(aggregation, length, weight_BT):
+    part = jax.tree.map(lambda x: x[np.array([0, 2, 3])], rollout())
+    found = reweight(part, aggregation, length)
+    np.testing.assert_allclose(found.weight_BT, weight_BT, rtol=1e-6)
+    np.testing.assert_array_equal(found.mask_BT, part.mask_BT)
+
+
+def test_reweight_pairs_keep_their_proportions():
+    pairs = PreferenceBatch(MASK, MASK, MASK[:, 0], jnp.array([0.1, 0.0, 0.3]))
+    np.testing.assert_allclose(reweight(pairs, "token").weight_B, [0.25, 0, 0.75], rtol=1e-6)
+    nothing = PreferenceBatch(MASK, MASK, MASK[:, 0], jnp.zeros(3))
+    np.testing.assert_array_equal(reweight(nothing, "token").weight_B, [0, 0, 0])
+
+
+def test_cut_takes_rows_but_not_all_of_them():
+    programs = {"take": lambda batch, row_M: jax.tree.map(lambda x: x[row_M] + 1, batch)}
+    batch = rollout()
+    np.testing.assert_array_equal(cut(programs, batch, np.array([3, 1])).mask_BT, MASK[3:0:-2] + 1)
+    assert cut(programs, batch, np.array([3, 1, 0, 2])) is batch
