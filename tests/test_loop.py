@@ -18,7 +18,6 @@ from runs import one_device, trained
 from jaxrlhf import loop
 from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, load, save
 from jaxrlhf.errors import InputError
-from jaxrlhf.programs import minibatch_rows
 from jaxrlhf.session import Session
 from jaxrlhf.setup import setup
 from jaxrlhf.sharding import make_mesh
@@ -241,16 +240,6 @@ def test_train_learns_from_a_reward_function(dtype, tmp_path):
     assert summary["tokens_per_second"] > 0
     written = json.loads((tmp_path / "run/summary.json").read_text())
     assert written["gold_after"] == summary["gold_after"]
-
-
-def test_minibatch_rows_cover_every_row_once(tmp_path):
-    config = runs.ppo(tmp_path)
-    parts = minibatch_rows(config, 16, step=3, epoch=1)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(16))
-    again = minibatch_rows(config, 16, step=3, epoch=1)
-    np.testing.assert_array_equal(np.stack(parts), np.stack(again))
-    other = minibatch_rows(config, 16, step=3, epoch=0)
-    assert not np.array_equal(np.stack(parts), np.stack(other))
 
 
 def test_train_refuses_another_config_in_the_same_folder(tmp_path):
