@@ -55,6 +55,16 @@ def test_batches_are_as_wide_as_a_longer_row_that_is_held_out(ready, tmp_path):
     assert batches(run)(0).token_BT.shape == (8, 7)
 
 
+def test_batches_have_as_many_answers_as_a_longer_ranking_that_is_held_out(ready, tmp_path):
+    answers = ["good", "kind", "nice", "bad", "sad", "dark"]
+    row = {"prompt": "the", "responses": answers, "ranks": [1, 2, 3, 4, 5, 6]}
+    config = runs.of("listwise_reward_model", tmp_path)
+    held_out = runs.write(tmp_path / "held_out.jsonl", [row])
+    run = ready(replace(config, data=replace(config.data, eval=held_out)))
+    assert max(len(row.answers) for row in run.train_rows.items) < 6
+    assert batches(run)(0).token_BCT.shape[1] == 6
+
+
 def test_batches_packed_hold_every_row_once_an_epoch(ready, tmp_path):
     """14 rows of 5 tokens, 4 to a row of 20: an epoch is 4 packed rows, two steps."""
     run = ready(runs.sft_packed(tmp_path))
