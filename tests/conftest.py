@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test, set before jax is imported; a tiny model for most."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items):
     """Files with long tests first, so that no worker is left alone with one at the end."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """The programs of a file are of no use to the next; of all, a worker would hold 10 GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
