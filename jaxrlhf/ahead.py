@@ -111,7 +111,7 @@ def compile_ahead(run: Run) -> threading.Thread | None:
         return None
 
     def work() -> None:
-        with jax.set_mesh(run.mesh), short_turns():
+        with jax.set_mesh(run.mesh):
             for name, given in arguments(run).items():
                 try:
                     run.programs[name].lower(*given).compile()
@@ -125,8 +125,11 @@ def compile_ahead(run: Run) -> threading.Thread | None:
 
 @contextmanager
 def short_turns() -> Iterator[None]:
-    """Threads take turns often: one that traces would hold up one that reads weights, which gives
-    the interpreter away at each call into numpy, by Python's 5 ms each time."""
+    """Threads take turns often, for a main thread that reads weights while another traces.
+
+    Reading gives the interpreter away at each call into numpy, and would have it back Python's 5 ms
+    later each time. For the main thread alone: the setting is the process's.
+    """
     usual = sys.getswitchinterval()
     sys.setswitchinterval(TURN)
     try:
