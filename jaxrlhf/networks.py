@@ -5,6 +5,7 @@ folder of a run. Weights of one path are read once and shared by all who use the
 donated.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.data.reading import normalise_path
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.loading import build, read_weights
+from jaxrlhf.models.loading import build
+from jaxrlhf.models.reading import read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, merge_lora
 from jaxrlhf.offload import to_host
@@ -77,7 +79,7 @@ class Loader:
     def _read(self, model: Model, config: ModelConfig, seed: int) -> Params:
         layout = shardings(model.axes(), self.mesh)
         if self.abstract:
-            return with_layout(jax.eval_shape(lambda: model.init(jax.random.key(0))), layout)
+            return with_layout(model.shapes(), layout)
         if config.decoder is not None:
             stream = jax.random.fold_in(jax.random.key(seed), INIT)
             return jax.jit(model.init, out_shardings=layout)(stream)
@@ -160,42 +162,44 @@ def trainable_axes(model: Model, head: bool) -> Any:
     return {"lora": model.lora_axes(), **scalar}
 
 
-def start_params(
-    network: Network, head: bool, seed: int, mesh: Mesh, random_head: bool = False
-) -> Params:
-    """Fresh trainable parameters for a network: a copy of its weights, or adapters beside them.
+def starting(
+    network: Network, head: bool, seed: int, random_head: bool = False
+) -> tuple[Callable[..., Params], tuple[Any, ...]]:
+    """A function to be jitted, and its arguments: fresh trainable parameters for a network.
 
-    Head and adapters that the network already has are taken over; else the head is zero, or drawn
-    as a reward model's with ``random_head``, and the adapters change nothing at first.
+    They are a copy of its weights, or adapters beside them. Head and adapters that the network
+    already has are taken over; else the head is zero, or drawn as a reward model's with
+    ``random_head``, and the adapters change nothing at first.
     """
     model = network.model
-    stream = jax.random.fold_in(jax.random.key(seed), INIT)
 
     def start(key: Any, params: Params, lora: Params | None) -> Params:
-        fresh = model.init_head(jax.random.fold_in(key, 2) if random_head else None)
+        stream = jax.random.fold_in(key, INIT)
+        fresh = model.init_head(jax.random.fold_in(stream, 2) if random_head else None)
         scalar = {"head": params.get("head", fresh)} if head else {}
         if model.lora is None:
             body = {name: x for name, x in params.items() if name != "head"}
             return jax.tree.map(jnp.copy, {**body, **scalar})
-        adapters = model.init_lora(jax.random.fold_in(key, 1)) if lora is None else lora
+        adapters = model.init_lora(jax.random.fold_in(stream, 1)) if lora is None else lora
         return {"lora": jax.tree.map(jnp.copy, adapters), **jax.tree.map(jnp.copy, scalar)}
 
-    layout = shardings(trainable_axes(model, head), mesh)
-    return jax.jit(start, out_shardings=layout)(stream, network.params, network.lora)
+    return start, (jax.random.key(seed), network.params, network.lora)
+
+
+def start_params(network: Network, head: bool, seed: int, mesh: Mesh) -> Params:
+    """Fresh trainable parameters for a network, laid out on the mesh; see ``starting``."""
+    start, given = starting(network, head, seed)
+    layout = shardings(trainable_axes(network.model, head), mesh)
+    return jax.jit(start, out_shardings=layout)(*given)
 
 
 def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the TrainState that a run of ``config`` carries."""
     layout = shardings(trainable_axes(model, head), mesh)
-    base = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-
-    def params_of(params: Params) -> Params:
-        scalar = {"head": model.init_head()} if head else {}
-        if model.lora is None:
-            return {**params, **scalar}
-        return {"lora": model.init_lora(jax.random.key(0)), **scalar}
-
-    params = jax.eval_shape(params_of, base)
+    params = model.shapes(head)
+    if model.lora is not None:
+        scalar = {"head": params["head"]} if head else {}
+        params = {"lora": model.lora_shapes(), **scalar}
     tx = make_optimizer(config.optim, config.steps)
     state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
     where = train_state_shardings(tx, params, layout, mesh)

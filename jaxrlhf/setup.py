@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -48,6 +47,7 @@ from jaxrlhf.networks import (
     needs_head,
     offloaded,
     start_params,
+    starting,
     tokenizer_path,
 )
 from jaxrlhf.offload import at_hand
@@ -222,8 +222,7 @@ def _networks(run: Run, loader: Loader) -> Run:
         made = make_judge(sources, loader, run.tokenizer, vocab, field, limit)
         if loader.abstract:  # the first of two times
             asked = (run.train_rows if field == "rewards" else None, run.eval_rows)
-            rows = [row.source for part in asked if part for row in part.items]
-            check_truths(made.sources, rows)
+            check_truths(made.sources, [row.source for part in asked if part for row in part.items])
         return made
 
     return replace(
@@ -283,10 +282,9 @@ def start_state(config: Config, network: Network, head: bool, loader: Loader) ->
     state = abstract_state(config, network.model, head, loader.mesh)
     if loader.abstract:
         return state
-    scores = is_reward_model(config)
-    params = start_params(network, head, config.seed, loader.mesh, random_head=scores)
-    layout = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(partial(TrainState.create, tx=optimizer(config)), out_shardings=layout)(params)
+    start, given = starting(network, head, config.seed, random_head=is_reward_model(config))
+    tx, layout = optimizer(config), jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(lambda *x: TrainState.create(start(*x), tx), out_shardings=layout)(*given)
 
 
 def start_of(run: Run) -> Params:
@@ -295,6 +293,6 @@ def start_of(run: Run) -> Params:
     weights = run.frozen["policy"]
     if weights is None and run.reference is not None and not config.reference.path:
         weights = at_hand(run.reference.params)
-    network = Loader(run.mesh).base(config.model, config.seed) if weights is None else None
-    network = network or Network(run.model, weights)
-    return start_params(network, needs_head(config), config.seed, run.mesh)
+    if weights is None:
+        weights = Loader(run.mesh).base(config.model, config.seed).params
+    return start_params(Network(run.model, weights), needs_head(config), config.seed, run.mesh)

@@ -129,12 +129,19 @@ class Model:
             module = Block(self.decoder, nnx.Rngs(key), self.lora)
             return adapters_of(nnx.to_pure_dict(nnx.state(module)))
 
-        return jax.vmap(layer)(jax.random.split(key, self.decoder.layers))
+        # Mapped, not vmapped, which XLA would compile for 9 s in place of 1.
+        return jax.lax.map(layer, jax.random.split(key, self.decoder.layers))
 
     def shapes(self, head: bool = False) -> Params:
         """The parameters as ShapeDtypeStructs."""
         layers = stacked(block(self.decoder, None).shapes, False, self.decoder.layers)
         return {**ends(self.decoder, head).shapes, "layers": layers}
+
+    def lora_shapes(self) -> Params:
+        """The adapters as ShapeDtypeStructs."""
+        return stacked(
+            adapters_of(block(self.decoder, self.lora).shapes), False, self.decoder.layers
+        )
 
     def axes(self, head: bool = False) -> Any:
         """The parameters' logical axes: the same tree with tuples of names."""
@@ -215,12 +222,7 @@ class Model:
         return nnx.merge(declared.graph, outer)
 
     def _run(
-        self,
-        declared: Declared,
-        layers: Params,
-        x: Array,
-        mask_BT: Array,
-        segment_BT: Array | None,
+        self, declared: Declared, layers: Params, x: Array, mask_BT: Array, segment_BT: Array | None
     ) -> Array:
         """All layers over whole rows."""
         angles = rotary_angles(positions(mask_BT, segment_BT), self.decoder)

@@ -189,6 +189,7 @@ def test_init_matches_shapes_and_axes(model):
         assert ("head.kernel" in axes) == head
         assert {x.dtype for x in shapes.values()} == {jnp.dtype("float32")}
     shapes = flat(jax.eval_shape(model.init_lora, KEY))
+    assert shapes == flat(model.lora_shapes())
     axes = flat(model.lora_axes())
     assert axes.keys() == shapes.keys()
     assert all(len(axes[name]) == len(shapes[name].shape) for name in axes)
