@@ -1,10 +1,8 @@
 """What the programs of a run will be called with, and compiling them before they are called."""
 
 import logging
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,16 +16,14 @@ from jaxrlhf.sharding import few_rows_layout, row_layout
 
 log = logging.getLogger(__name__)
 
-Arguments = dict[str, tuple[Any, ...]]
-
-TURN = 5e-4
-"""Seconds that a thread may keep the interpreter while another waits for it."""
+Arguments = tuple[Any, ...]
 
 
-def arguments(run: Run, key: Any = None) -> Arguments:
-    """Shape, dtype and layout of every argument of the programs that one iteration calls, by name.
+def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
+    """(name, shapes, dtypes and layouts of all arguments) of the programs that one iteration calls.
 
-    This is ``loop.iterate`` on shapes: no array is made, nothing is compiled.
+    This is ``loop.iterate`` on shapes: no array is made, nothing is compiled. A program is traced
+    when what follows it is asked for.
 
     Args:
       run: one that samples.
@@ -36,39 +32,44 @@ def arguments(run: Run, key: Any = None) -> Arguments:
     config, programs = run.config, run.programs
     policy, base = shapes(run.states["policy"]).params, shapes(run.frozen["policy"])
     assert run.reference is not None
-    out: Arguments = {"sample": (policy, base, *_prompts(run, key))}
 
-    def rows(name: str) -> Any:
+    def rows(name: str, given: Arguments) -> Any:
         """What the program returns: rows, laid out as all rows are."""
-        return on_rows(run, jax.eval_shape(programs[name], *out[name]))
+        return on_rows(run, jax.eval_shape(programs[name], *given))
 
-    rollout = rows("sample")
+    prompts = (policy, base, *_prompts(run, key))
+    yield "sample", prompts
+    rollout = rows("sample", prompts)
     texts = (rollout.token_BT, rollout.attention_mask_BT)
-    out["reference"] = (shapes(at_hand(run.reference.params)), *texts)
     extra = ()
     if "greedy" in run.algorithm.needs:
-        out["greedy"] = out["sample"]
+        yield "greedy", prompts
         shape = (config.data.batch_size * config.sample.n,)
         extra = on_rows(run, (jax.ShapeDtypeStruct(shape, jnp.float32),))
+    if on_policy(config).old_logp == "rescore":
+        yield "rescore", (policy, base, *texts)
+    scored = (shapes(at_hand(run.reference.params)), *texts)
+    yield "reference", scored
     if "value" in run.algorithm.needs:
         extra = (rollout.value_BT,)
     if "critic" in run.states:
-        critic = shapes(run.states["critic"])
-        out["value"] = (critic.params, shapes(run.frozen["critic"]), *texts)
-        extra = (rows("value"),)
-    if on_policy(config).old_logp == "rescore":
-        out["rescore"] = (policy, base, *texts)
+        valued = (shapes(run.states["critic"]).params, shapes(run.frozen["critic"]), *texts)
+        yield "value", valued
+        extra = (rows("value", valued),)
     count = rollout.token_BT.shape[0]
     judged = [jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.float32, jnp.bool_)]
     coefficients = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)}
-    out["targets"] = (rollout, rows("reference"), *on_rows(run, judged), coefficients, *extra)
-    batch = on_rows(run, jax.eval_shape(programs["targets"], *out["targets"])[0])
+    given = (rollout, rows("reference", scored), *on_rows(run, judged), coefficients, *extra)
+    yield "targets", given
+    batch = on_rows(run, jax.eval_shape(programs["targets"], *given)[0])
     count = jax.tree.leaves(batch)[0].shape[0]
     row_M = minibatch_rows(config, count, 0, 0)[0]
     if len(row_M) < count:
-        out["take"] = (batch, row_M)
-        batch = rows("take")
-    return out | _updates(run, batch)
+        yield "take", (batch, row_M)
+        batch = rows("take", (batch, row_M))
+    for name, who in {"critic_update": "critic", "warmup": "policy", "update": "policy"}.items():
+        if name in programs:
+            yield name, (shapes(run.states[who]), batch, shapes(run.frozen[who]))
 
 
 def _prompts(run: Run, key: Any) -> tuple[Any, ...]:
@@ -77,16 +78,6 @@ def _prompts(run: Run, key: Any) -> tuple[Any, ...]:
     layout = few_rows_layout(run.mesh, width[0])
     prompts = (jax.ShapeDtypeStruct(width, jnp.int32, sharding=layout),) * 2
     return *prompts, jax.random.fold_in(jax.random.key(0), 0) if key is None else key
-
-
-def _updates(run: Run, batch: Any) -> Arguments:
-    """What each optimizer step is called with."""
-    names = {"critic_update": "critic", "warmup": "policy", "update": "policy"}
-    return {
-        name: (shapes(run.states[who]), batch, shapes(run.frozen[who]))
-        for name, who in names.items()
-        if name in run.programs
-    }
 
 
 def shapes(tree: Any) -> Any:
@@ -112,7 +103,7 @@ def compile_ahead(run: Run) -> threading.Thread | None:
 
     def work() -> None:
         with jax.set_mesh(run.mesh):
-            for name, given in arguments(run).items():
+            for name, given in arguments(run):
                 try:
                     run.programs[name].lower(*given).compile()
                 except Exception as error:  # the call that needs it will say so
@@ -121,18 +112,3 @@ def compile_ahead(run: Run) -> threading.Thread | None:
     thread = threading.Thread(target=work, name="compile ahead", daemon=True)
     thread.start()
     return thread
-
-
-@contextmanager
-def short_turns() -> Iterator[None]:
-    """Threads take turns often, for a main thread that reads weights while another traces.
-
-    Reading gives the interpreter away at each call into numpy, and would have it back Python's 5 ms
-    later each time. For the main thread alone: the setting is the process's.
-    """
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(TURN)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.ahead import compile_ahead, short_turns
+from jaxrlhf.ahead import compile_ahead
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.collecting import collect
 from jaxrlhf.config import Config, is_on_policy
@@ -60,8 +60,7 @@ def train(
     with jax.set_mesh(mesh):
         run = setup(config, mesh, abstract=True)
         compile_ahead(run)
-        with short_turns():
-            run = fill(run)
+        run = fill(run)
         with lock(config.output), Session(run, began, feed) as session, guarded():
             session.lap("setup")
             if summary := session.finished():

@@ -34,7 +34,8 @@ def calls_of(run: Run) -> dict[str, Call]:
     if not is_on_policy(run.config):
         return _offline(run)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    config, given = run.config, arguments(run, jax.ShapeDtypeStruct(key.shape, key.dtype))
+    config = run.config
+    given = dict(arguments(run, jax.ShapeDtypeStruct(key.shape, key.dtype)))
     settings, samples = on_policy(config), config.data.batch_size * config.sample.n
     rounds = settings.rounds if isinstance(settings, DAPOConfig) else 1
     updates = settings.epochs * settings.minibatches
