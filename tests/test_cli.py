@@ -152,6 +152,17 @@ def test_prepare_jax_sets_what_is_unset(monkeypatch):
     }
 
 
+def test_only_a_process_of_its_own_is_settled():
+    code = (
+        "import gc, sys; from jaxrlhf import cli;"
+        "state = lambda: (round(sys.getswitchinterval(), 6), gc.get_threshold()[0]);"
+        "before = state(); cli.main(['--help']); assert state() == before;"
+        "sys.argv[1:] = ['--help']; cli.main(); print(*state())"
+    )
+    last = run(code=code).stdout.splitlines()[-1]
+    assert last == f"{environment.TURN} {environment.YOUNG}"
+
+
 def test_prepare_jax_is_read_by_jax(tmp_path):
     code = (
         "from jaxrlhf.cli.environment import prepare_jax; prepare_jax();"

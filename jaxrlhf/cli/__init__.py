@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from jaxrlhf.cli.environment import env
+from jaxrlhf.cli.environment import env, settle
 from jaxrlhf.cli.parsing import typed
 from jaxrlhf.cli.planning import plan
 from jaxrlhf.cli.reading import diagnose, report
@@ -22,12 +22,14 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, 2 after bad input (one line ``error: …`` on stderr), 130 after Ctrl-C.
     """
-    words = sys.argv[1:] if words is None else list(words)
+    if words is None:  # the process is ours
+        settle()
+        words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     try:
-        find(words[0])(words[1:])
+        find(words[0])(list(words[1:]))
     except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,10 @@ def train(words: list[str]) -> None:
     config = load(words[0], words[1:])
     check(config)
     prepare_jax()
-    from jaxrlhf import distributed, loop
+    from jaxrlhf.models.reading import read_ahead
+
+    read_ahead(config.model)
+    from jaxrlhf import distributed, loop  # takes a while
 
     with distributed.together(config.distributed) as watchdog:
         loop.train(distributed.placeless(config), feed=watchdog.feed)

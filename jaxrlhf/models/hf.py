@@ -6,18 +6,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerBase
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import names
 from jaxrlhf.models.hf_config import read_config, write_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _DTYPES = ("F32", "BF16", "F16")
 
@@ -135,7 +137,7 @@ def write_hf(
     folder: str | os.PathLike[str],
     decoder: DecoderConfig,
     params: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     dtype: Literal["float32", "bfloat16"] = "float32",
     shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -180,7 +182,7 @@ def write_hf(
         partial.rename(folder)
 
 
-def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())

@@ -5,9 +5,10 @@ hold one tensor a layer, and linear maps as [out, in] (``y = W x``), where the t
 ``x @ kernel`` with heads as axes of their own: stored = kernel.reshape(in, out).T.
 """
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
+from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,9 @@ import numpy as np
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.errors import InputError
 
-READERS = 4
-"""Tensors that are read at once, each a copy in memory beside the model."""
+READERS = max(1, min(4, (os.cpu_count() or 1) - 1))
+"""Tensors that are read at once, each a copy in memory beside the model; a core is left to imports
+and tracing, which go on meanwhile."""
 
 
 class Weight(NamedTuple):
@@ -108,8 +110,8 @@ def assemble(decoder: DecoderConfig, read: Callable[[Weight, int], np.ndarray]) 
             place[...] = tensor.reshape(weight.shape)
 
     jobs = [(weight, layer) for weight, array in arrays.items() for layer in range(len(array))]
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(fill, *zip(*jobs, strict=True)))
+    with ThreadPool(READERS) as pool:  # of daemons: an error elsewhere does not wait for them
+        pool.starmap(fill, jobs, chunksize=1)
 
     params: dict[str, Any] = {}
     for weight, array in arrays.items():

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.gguf import gguf_tokenizer, smollm2_path
+from jaxrlhf.models.gguf import smollm2_path
+from jaxrlhf.models.gguf_tokenizer import gguf_tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:

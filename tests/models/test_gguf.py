@@ -16,7 +16,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import gguf as ours
 from jaxrlhf.models import names
-from jaxrlhf.models.gguf import gguf_tokenizer, read_gguf, read_gguf_decoder, smollm2_path
+from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
+from jaxrlhf.models.gguf_tokenizer import gguf_tokenizer
 from jaxrlhf.models.hf import write_hf
 from jaxrlhf.models.transformer import Model
 
