@@ -192,8 +192,10 @@ def fill(run: Run) -> Run:
 def _networks(run: Run, loader: Loader) -> Run:
     """The run with what it trains, and what it trains that with: reference, critic, rewards."""
     config, model = run.config, run.model
+    # Adapters do not depend on the weights, which are still being read.
+    ready = Network(model, {}) if model.lora else loader.base(config.model, config.seed)
+    states = {"policy": start_state(config, ready, needs_head(config), loader)}
     start = loader.base(config.model, config.seed)
-    states = {"policy": start_state(config, start, needs_head(config), loader)}
     if config.eval.patience:
         states["best"] = keep(states["policy"])
     frozen = {"policy": start.params if model.lora else None}
