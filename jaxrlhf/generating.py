@@ -23,7 +23,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.judging import make_judge
 from jaxrlhf.models.tokenizers import ends_of
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.networks import Loader, load_model
+from jaxrlhf.networks import Loader, load_model, scores_texts
 from jaxrlhf.rewards.text import decode_rollout
 from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.steps.sampling import sample
@@ -65,8 +65,8 @@ def complete(
       A list a prompt.
 
     Raises:
-      InputError: a prompt without a token, one that is too long, ``keep`` without a reward, or a
-        prompt none of whose completions got one.
+      InputError: a reward model in place of a policy, a prompt without a token, one that is too
+        long, ``keep`` without a reward, or a prompt none of whose completions got one.
     """
     check_sample(config)
     if keep != "all" and reward is None:
@@ -75,6 +75,8 @@ def complete(
         raise InputError(f"keep={keep}: n={config.n} leaves nothing to choose from: raise n")
     if keep == "resample" and beta <= 0:
         raise InputError(f"beta={beta}: must be above 0")
+    if scores_texts(path):
+        raise InputError(f"{path}: a reward model, which completes nothing: give a policy")
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     key, n = jax.random.key(seed), config.n
     sources = [Prompt(text, {}, f"prompt {i + 1}") for i, text in enumerate(prompts)]

@@ -8,7 +8,7 @@ donated.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxrlhf import checkpoint
 from jaxrlhf.config import (
     Config,
+    DataConfig,
     MeshConfig,
     ModelConfig,
     RewardModelConfig,
@@ -29,7 +30,7 @@ from jaxrlhf.config import (
 from jaxrlhf.data.reading import normalise_path
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.loading import build
-from jaxrlhf.models.reading import read_weights
+from jaxrlhf.models.reading import is_reward_folder, read_decoder, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, merge_lora
 from jaxrlhf.offload import to_host
@@ -62,24 +63,27 @@ class Loader:
     """Give shapes with layouts in place of arrays, and read no weights."""
     stand_in: ModelConfig | None = None
     """Shape of a reward model whose run is not there yet; only on shapes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What a reward model computes in that is no run, whose config would say it."""
     weights: dict[Any, Params] = field(default_factory=dict)
 
-    def base(self, config: ModelConfig, seed: int = 0) -> Network:
+    def base(self, config: ModelConfig, seed: int = 0, head: bool = False) -> Network:
         """The weights a model starts from, without head and adapters.
 
-        Adapters of a run folder are merged into its weights.
+        Adapters of a run folder are merged into its weights. With ``head``, the path is the Hugging
+        Face folder of a reward model, which has one.
         """
-        model = build(config)
+        model = build(config, head)
         check_layout(model, self.mesh)
-        key = (config.path, config.decoder, seed if config.decoder else None)
+        key = (config.path, config.decoder, seed if config.decoder else None, head)
         if key not in self.weights:
-            self.weights[key] = self._read(model, config, seed)
+            self.weights[key] = self._read(model, config, seed, head)
         return Network(model, self.weights[key])
 
-    def _read(self, model: Model, config: ModelConfig, seed: int) -> Params:
-        layout = shardings(model.axes(), self.mesh)
+    def _read(self, model: Model, config: ModelConfig, seed: int, head: bool) -> Params:
+        layout = shardings(model.axes(head), self.mesh)
         if self.abstract:
-            return with_layout(model.shapes(), layout)
+            return with_layout(model.shapes(head), layout)
         if config.decoder is not None:
             stream = jax.random.fold_in(jax.random.key(seed), INIT)
             return jax.jit(model.init, out_shardings=layout)(stream)
@@ -90,16 +94,25 @@ class Loader:
                 return body
             merged = jax.jit(merge_lora, static_argnums=0, out_shardings=layout)
             return merged(network.model, body, network.lora)
-        return put(read_weights(config.path)[1], layout)
+        return put(read_weights(config.path, head)[1], layout)
 
     def config_of(self, folder: str) -> Config:
-        """The config of a run; a reward model's of the ``stand_in``'s shape if it is not there."""
+        """The config of a run; a reward model's of the ``stand_in``'s shape if it is not there.
+
+        A reward model that is a Hugging Face folder has one with the defaults, but rows of up to
+        1,024 tokens.
+        """
+        if is_reward_folder(folder):
+            rows = DataConfig(max_tokens=min(1024, read_decoder(folder, head=True).context))
+            model = ModelConfig(folder, dtype=self.dtype)
+            return Config(algorithm=RewardModelConfig(), model=model, data=rows)
         if self.abstract and self.stand_in and not is_run(folder):
             return Config(algorithm=RewardModelConfig(), model=self.stand_in)
         return run_config(folder)
 
     def trained(self, folder: str) -> Network:
-        """The network that a run trained, from its newest checkpoint.
+        """The network that a run trained, from its newest checkpoint; or a reward model that is a
+        Hugging Face folder.
 
         A reward model's scores are normalised as its checkpoint says (``normalise_on``).
 
@@ -108,6 +121,8 @@ class Loader:
             yet.
         """
         config = self.config_of(folder)
+        if is_reward_folder(folder):
+            return self.base(config.model, head=True)
         base = self.base(config.model, config.seed)
         head = needs_head(config)
         state = abstract_state(config, base.model, head, self.mesh)
@@ -129,6 +144,13 @@ class Loader:
 def is_run(path: str) -> bool:
     """Whether ``path`` is the output folder of a run."""
     return not path.startswith("words:") and (Path(path) / "config.yaml").is_file()
+
+
+def scores_texts(path: str) -> bool:
+    """Whether ``path`` is a reward model: the folder of its run, or a Hugging Face folder."""
+    if is_run(path):
+        return is_reward_model(run_config(path))
+    return is_reward_folder(path)
 
 
 def run_config(folder: str) -> Config:
@@ -257,24 +279,20 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]
     """(model, params, tokenizer) from a path, ready for the step functions.
 
     Args:
-      path: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run, whose
-        adapters are merged into the weights and whose head, if any, is kept.
+      path: smollm2, a Hugging Face folder (of a reward model too), a .gguf file, or the output
+        folder of a run, whose adapters are merged into the weights and whose head, if any, is kept.
       mesh: where the parameters go (default: all devices along ``data``).
 
     Raises:
       InputError: if the path holds none of these, or holds it damaged.
     """
     loader = Loader(mesh or make_mesh(MeshConfig()))
-    if not is_run(path):
-        network = loader.base(ModelConfig(path=path))
-        tokenizer = load_tokenizer(path)
-    else:
-        network = loader.trained(path)
-        tokenizer = load_tokenizer(tokenizer_path(run_config(path).model))
-        if network.lora is not None:
-            params = jax.jit(merge_lora, static_argnums=0)(
-                network.model, network.params, network.lora
-            )
-            network = Network(network.model, params)
+    config = ModelConfig(path=path)
+    trained = is_run(path) or is_reward_folder(path)
+    network = loader.trained(path) if trained else loader.base(config)
+    if network.lora is not None:
+        params = jax.jit(merge_lora, static_argnums=0)(network.model, network.params, network.lora)
+        network = Network(network.model, params)
+    tokenizer = load_tokenizer(tokenizer_path(config))
     check_vocab(tokenizer, network.model.decoder)
     return network.model, network.params, tokenizer

@@ -72,14 +72,14 @@ class Scorer:
 
 
 def load_scorer(
-    config: RewardConfig, loader: Loader, tokenizer: Any, vocab: int, field: str
+    config: RewardConfig, loader: Loader, tokenizer: Any, vocab: int | None, field: str
 ) -> Scorer:
     """The reward model, or the ensemble of them, that a reward config names.
 
     Members that are adapters over one set of weights share it: ``loader`` reads it once.
 
     Args:
-      vocab: tokens of the policy's vocabulary, which a member must share.
+      vocab: tokens of the policy's vocabulary, which a member must share; None if there is none.
       field: the config's dotted name, for errors.
 
     Raises:
@@ -99,7 +99,7 @@ def load_scorer(
         if config.offload:
             network = offloaded(network, loader.mesh, f"{field}.offload")
         theirs = network.model.decoder.vocab
-        if theirs != vocab:
+        if theirs != (vocab or theirs):
             raise InputError(
                 f"{field}.{name}={folder}: its vocabulary has {theirs} tokens, the "
                 f"policy's {vocab}: train it on the policy's tokenizer"

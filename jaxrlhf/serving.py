@@ -11,9 +11,9 @@ from jaxrlhf.config import MeshConfig, RewardConfig
 from jaxrlhf.data.padding import right_pad
 from jaxrlhf.data.tokens import encode_answer, encode_prompt
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.loading import build
+from jaxrlhf.models.reading import is_reward_folder
 from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
-from jaxrlhf.networks import Loader, is_run, run_config, tokenizer_path
+from jaxrlhf.networks import Loader, is_run, tokenizer_path
 from jaxrlhf.rewards import local
 from jaxrlhf.rewards.asked import Asked, Scored, Source
 from jaxrlhf.rewards.server import Server
@@ -29,17 +29,19 @@ def serve(
     batch_size: int = 32,
     concurrency: int = 1,
     header_env: str = "",
+    max_tokens: int | None = None,
 ) -> Server:
     """A server of rewards, ready for ``serve_forever()``.
 
     Args:
-      what: the output folder of a reward-model run, or a function: a built-in or
-        package.module:function.
+      what: a reward model (the output folder of its run, or the Hugging Face folder of a
+        …ForSequenceClassification), or a function: a built-in or package.module:function.
       host, port: where to listen; port 0 takes a free one.
       batch_size: rows that the reward model scores at once.
       concurrency: requests that a function is asked at once, from as many threads.
       header_env: environment variable with the value that requests must have in their header
         Authorization; empty lets everybody in.
+      max_tokens: most tokens of a row that a reward model scores; see ``model_source``.
 
     Raises:
       InputError: one of these cannot be used.
@@ -47,32 +49,36 @@ def serve(
     secret = os.environ.get(header_env, "") if header_env else ""
     if header_env and not secret:
         raise InputError(f"header_env={header_env}: this environment variable is unset or empty")
-    if is_run(what):
-        source, concurrency = model_source(what, batch_size), 1
+    if is_run(what) or is_reward_folder(what):
+        source, concurrency = model_source(what, batch_size, max_tokens=max_tokens), 1
     else:
         source = local.make(RewardConfig(function=what))
     return Server(source, host, port, concurrency, secret=secret)
 
 
-def model_source(folder: str, batch_size: int = 32, mesh: Mesh | None = None) -> Source:
-    """The reward model of a run as a source of text's rewards.
+def model_source(
+    folder: str, batch_size: int = 32, mesh: Mesh | None = None, max_tokens: int | None = None
+) -> Source:
+    """A reward model as a source of text's rewards.
 
-    Rows are padded to the run's ``data.max_tokens`` and batches to ``batch_size``: one shape, which
-    is compiled once. A row that does not fit or has no token gets no reward.
+    Rows are padded to ``max_tokens`` and batches to ``batch_size``: one shape, which is compiled
+    once. A row that does not fit or has no token gets no reward.
 
     Args:
       mesh: where it lies (default: on the first device).
+      max_tokens: default: ``data.max_tokens`` of the reward model's run; 1,024, or its context if
+        that is less, where it is a Hugging Face folder.
 
     Raises:
-      InputError: not the folder of a reward-model run.
+      InputError: not the folder of a reward model; ``max_tokens`` exceed its context.
     """
-    config = run_config(folder)
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    loader = Loader(mesh)
+    config = loader.config_of(folder)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
-    vocab = build(config.model).decoder.vocab
     with jax.set_mesh(mesh):
-        score = load_scorer(RewardConfig(model=folder), Loader(mesh), tokenizer, vocab, "serve")
-    (stop, pad), width = ends_of(tokenizer), config.data.max_tokens
+        score = load_scorer(RewardConfig(model=folder), loader, tokenizer, None, "serve")
+    (stop, pad), width = ends_of(tokenizer), max_tokens or config.data.max_tokens
 
     def encode(prompt: str, completion: str, ended: bool) -> tuple[list[int], list[int]]:
         ids = encode_prompt(tokenizer, prompt, "prompt")
@@ -81,7 +87,7 @@ def model_source(folder: str, batch_size: int = 32, mesh: Mesh | None = None) ->
             answer = encode_answer(tokenizer, completion, "completion", stop, ended)
         if len(ids) + len(answer) > width:
             raise InputError(
-                f"{len(ids) + len(answer)} tokens, and the reward model's data.max_tokens={width}"
+                f"{len(ids) + len(answer)} tokens, and the reward model reads max_tokens={width}"
             )
         return ids, answer
 

@@ -42,7 +42,7 @@ def test_model_source_scores_rows_as_they_are_alone(folder):
         scored = model_source(folder, batch_size)(ASKED)
         np.testing.assert_allclose(scored.score_B[:4], expected, rtol=1e-5)
         assert np.isnan(scored.score_B[4])
-        assert scored.problem == "22 tokens, and the reward model's data.max_tokens=8"
+        assert scored.problem == "22 tokens, and the reward model reads max_tokens=8"
     assert len(set(expected)) == 4
 
 

@@ -30,7 +30,7 @@ def generate(
       temperature: logits are divided by this; 0 takes the likeliest token.
       max_new_tokens: most tokens of a completion.
       reward: a function that judges completions: sentiment, or package.module:function.
-      reward_model: instead, the output folder of a reward-model run.
+      reward_model: instead, a reward model: the folder of its run, or of a sequence classifier.
       keep: of a prompt's completions all, the best by the reward, or one drawn in proportion to
         exp(reward / beta).
       beta: of that draw, reward units a nat.
@@ -70,20 +70,26 @@ def export(
 ) -> None:
     """Write the policy of a run as a folder that transformers, vLLM and llama.cpp can load.
 
+    A reward model becomes a …ForSequenceClassification with one label.
+
     Args:
       run: the output folder of a run, or whatever else is a model.
       out: a new folder.
     """
     prepare_jax()
-    from jaxrlhf.config import is_reward_model
+    from jaxrlhf.config import ProcessRewardModelConfig
     from jaxrlhf.models.hf import write_hf
-    from jaxrlhf.networks import is_run, load_model, run_config
+    from jaxrlhf.networks import is_run, load_model, run_config, scores_texts
 
-    if is_run(run) and is_reward_model(run_config(run)):
-        raise InputError(f"{run}: a reward model; only language models have such a folder")
+    scores = scores_texts(run)
+    if is_run(run) and isinstance(run_config(run).algorithm, ProcessRewardModelConfig):
+        raise InputError(f"{run}: a process reward model; transformers has no such class")
     model, params, tokenizer = load_model(run)
-    weights = {name: part for name, part in params.items() if name != "head"}  # a critic's
-    write_hf(out, model.decoder, weights, tokenizer)
+    if not scores:  # a head would be a critic's
+        params = {name: part for name, part in params.items() if name != "head"}
+    write_hf(out, model.decoder, params, tokenizer, head=scores)
+    if scores and (bias := float(params["head"]["bias"])):
+        print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
 
 
 def serve(
@@ -93,22 +99,26 @@ def serve(
     batch_size: int = 32,
     concurrency: int = 1,
     header_env: str = "",
+    max_tokens: int | None = None,
 ) -> None:
     """Serve rewards by HTTP, as docs/reward_service.md describes, until interrupted.
 
     Args:
-      what: the output folder of a reward-model run, or package.module:function.
+      what: the output folder of a reward-model run, the Hugging Face folder of a sequence
+        classifier with one label, or package.module:function.
       host: where to listen; 0.0.0.0 is everywhere.
       port: where to listen; 0 takes a free one.
       batch_size: rows that a reward model scores at once.
       concurrency: requests that a function is asked at once.
       header_env: environment variable with the value that requests must have in their header
         Authorization; empty lets everybody in.
+      max_tokens: most tokens of a row that a reward model scores; None: as its run was trained, or
+        up to 1,024 for a folder.
     """
     prepare_jax()
     from jaxrlhf import serving
 
-    with serving.serve(what, host, port, batch_size, concurrency, header_env) as server:
+    with serving.serve(what, host, port, batch_size, concurrency, header_env, max_tokens) as server:
         print(f"{what} → {server.url}", flush=True)
         server.serve_forever()
 

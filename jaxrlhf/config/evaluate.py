@@ -24,7 +24,7 @@ class EvaluateConfig:
     reward: str = ""
     """Gold measure: sentiment, or package.module:function. "" = the run's eval.gold."""
     reward_model: str = ""
-    """Gold measure, instead: the output folder of a reward-model run."""
+    """Gold measure, instead: a reward model, as ``rewards.model``."""
     n: int = 8
     """Completions a prompt, of the model and of ``against``."""
     best_of: int = 64

@@ -89,11 +89,12 @@ class RewardConfig:
     """A built-in (sentiment) or a Python function by its dotted path, package.module:function;
     async ones too."""
     model: str = ""
-    """The output folder of a reward-model run."""
+    """A reward model: the output folder of its run, or a Hugging Face folder of a
+    …ForSequenceClassification with one label and the policy's vocabulary."""
     weight: float = 1.0
     """What its score is multiplied with."""
     ensemble: tuple[str, ...] = ()
-    """Output folders of reward-model runs that judge together (arXiv:2310.02743)."""
+    """Reward models, as ``model``, that judge together (arXiv:2310.02743)."""
     combine: Literal["mean", "min", "lcb"] = "mean"
     """The reward of an ensemble: mean or least of its scores, or mean − k · standard deviation."""
     k: float = 1.0

@@ -14,7 +14,6 @@ from jaxrlhf.config import (
     SampleConfig,
     SFTConfig,
     is_on_policy,
-    is_reward_model,
 )
 from jaxrlhf.data.formats import Prompt, read_prompts
 from jaxrlhf.data.reading import READERS
@@ -24,7 +23,14 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.evaluating.drawing import Bench
 from jaxrlhf.judging import Judge, make_judge
 from jaxrlhf.models.tokenizers import check_vocab, ends_of, load_tokenizer
-from jaxrlhf.networks import Loader, Network, is_run, run_config, tokenizer_path
+from jaxrlhf.networks import (
+    Loader,
+    Network,
+    is_run,
+    run_config,
+    scores_texts,
+    tokenizer_path,
+)
 
 NEW_TOKENS = 64
 """Most tokens of a completion by a model that is no run."""
@@ -53,12 +59,11 @@ def config_of(path: str) -> Config:
     Raises:
       InputError: a reward model, which completes nothing.
     """
+    if scores_texts(path):
+        raise InputError(f"{path}: a reward model, which completes nothing: give a policy")
     if not is_run(path):
         return Config(algorithm=SFTConfig(), model=ModelConfig(path=path))
-    config = run_config(path)
-    if is_reward_model(config):
-        raise InputError(f"{path}: a reward model, which completes nothing: give a policy")
-    return config
+    return run_config(path)
 
 
 def read_entrants(wish: EvaluateConfig, config: Config, mesh: Mesh) -> tuple[Bench, Entrants]:
@@ -73,7 +78,7 @@ def read_entrants(wish: EvaluateConfig, config: Config, mesh: Mesh) -> tuple[Ben
         raise InputError(
             f"data: missing: {wish.model} has no held-out rows: give a file of prompts"
         )
-    loader = Loader(mesh)
+    loader = Loader(mesh, dtype=config.model.dtype)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     model = _network(wish.model, loader)
     vocab = model.model.decoder.vocab

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import names
-from jaxrlhf.models.hf_config import read_config, write_config
+from jaxrlhf.models.hf_config import read_bias, read_config, write_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +25,19 @@ if TYPE_CHECKING:
 _DTYPES = ("F32", "BF16", "F16")
 
 
-def read_hf(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, Any]]:
+def read_hf(
+    folder: str | os.PathLike[str], head: bool = False
+) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a causal language model of the Llama, Mistral, Qwen2, Qwen3 or Gemma (first
-    generation) architecture.
+    generation) architecture, or a reward model on its trunk.
 
     The folder holds ``config.json`` and ``model.safetensors``, or shards of it with
     ``model.safetensors.index.json``, in float32, bfloat16 or float16. Tensors are converted one by
     one, so the peak is about one float32 copy of the model.
+
+    Args:
+      head: read a …ForSequenceClassification with one label: parameters with the scalar head and
+        without the projection to the vocabulary.
 
     Returns:
       The decoder's configuration and its parameters: a nested dict of float32 numpy arrays.
@@ -40,16 +47,19 @@ def read_hf(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
         field that the decoder has no equivalent of; a missing, extra or misshapen tensor.
     """
     folder = Path(folder)
-    decoder = read_config(folder / "config.json")
+    decoder = read_config(folder / "config.json", head)
     with ExitStack() as stack:
         handles = _open(folder, stack)
-        _check(folder, decoder, handles)
+        _check(folder, decoder, handles, head)
 
         def read(weight: names.Weight, layer: int) -> np.ndarray:
             name = weight.hf.format(layer)
             return handles[name].get_tensor(name)
 
-        return decoder, names.assemble(decoder, read)
+        params = names.assemble(decoder, read, head)
+    if head:
+        params["head"]["bias"] = np.float32(read_bias(folder / "config.json"))
+    return decoder, params
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -90,11 +100,11 @@ def _open_file(path: Path, stack: ExitStack) -> Any:
         raise InputError(f"{path}: {reason}; download it again") from None
 
 
-def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any]) -> None:
+def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: bool) -> None:
     """Raises InputError unless the files hold the decoder's tensors, all and only."""
     expected = {
         weight.hf.format(layer): weight.stored
-        for weight in names.weights(decoder)
+        for weight in names.weights(decoder, head)
         for layer in range(decoder.layers if weight.stacked else 1)
     }
     missing = sorted(expected.keys() - handles.keys())
@@ -140,6 +150,7 @@ def write_hf(
     tokenizer: "PreTrainedTokenizerBase",
     dtype: Literal["float32", "bfloat16"] = "float32",
     shard_bytes: int = 5 * 10**9,
+    head: bool = False,
 ) -> None:
     """Writes a folder that ``transformers`` (4 and 5), vLLM or llama.cpp's converter can load.
 
@@ -151,16 +162,23 @@ def write_hf(
       params: as ``read_hf`` returns them; numpy or jax arrays.
       dtype: of the file; bfloat16 rounds to nearest even.
       shard_bytes: most bytes of tensors a file, and of memory beside the parameters.
+      head: write a reward model, a …ForSequenceClassification with one label; ``params`` hold its
+        scalar head. transformers adds no bias to a score: it stands in config.json (score_bias),
+        where ``read_hf`` finds it.
 
     Raises:
       InputError: ``folder`` exists and is not empty; ``params`` is not a tree of ``decoder``'s
-        weights; the combination of features has no architecture in transformers.
+        weights, or has no head where one is asked for; the combination of features has no
+        architecture in transformers.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty; choose a new folder")
-    leaves = names.flatten(decoder, params)
-    config = write_config(decoder, dtype)
+    bias = None
+    if head:
+        decoder, params, bias = _scored(decoder, params)
+    leaves = names.flatten(decoder, params, head)
+    config = write_config(decoder, dtype, bias)
     ids = {
         key: getattr(tokenizer, key)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -168,6 +186,8 @@ def write_hf(
     }
     # Not pad_token_id: torch's embedding would then never train that row, and it may be eos.
     config |= {key: ids[key] for key in ids if key != "pad_token_id"}
+    if head and ids.get("pad_token_id") not in (None, ids.get("eos_token_id")):
+        config["pad_token_id"] = ids["pad_token_id"]  # a score is read before the padding
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
@@ -176,10 +196,19 @@ def write_hf(
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", ids)
         _save_tokenizer(partial, tokenizer)
-        _write_weights(partial, decoder, leaves, dtype, shard_bytes)
+        _write_weights(partial, names.weights(decoder, head), leaves, dtype, shard_bytes)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+
+
+def _scored(decoder: DecoderConfig, params: Any) -> tuple[DecoderConfig, Any, float]:
+    """A reward model without the projection to the vocabulary, and its bias apart."""
+    if "head" not in params:
+        raise InputError("params: head is missing: only a reward model has one")
+    bias = float(params["head"]["bias"])
+    body = {name: part for name, part in params.items() if name != "unembed"}
+    return replace(decoder, tied=True), {**body, "head": {"kernel": params["head"]["kernel"]}}, bias
 
 
 def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -192,9 +221,9 @@ def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _write_weights(
-    folder: Path, decoder: DecoderConfig, leaves: dict[str, Any], dtype: str, shard_bytes: int
+    folder: Path, weights: list[names.Weight], leaves: dict[str, Any], dtype: str, shard_bytes: int
 ) -> None:
-    shards = list(_shards(decoder, dtype, shard_bytes))
+    shards = list(_shards(weights, leaves, dtype, shard_bytes))
     places = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -213,12 +242,12 @@ def _write_weights(
 
 
 def _shards(
-    decoder: DecoderConfig, dtype: str, shard_bytes: int
+    weights: list[names.Weight], leaves: dict[str, Any], dtype: str, shard_bytes: int
 ) -> Iterator[list[tuple[str, names.Weight, int]]]:
     """The tensors, file by file."""
     shard, size = [], 0
-    for weight in names.weights(decoder):
-        for layer in range(decoder.layers if weight.stacked else 1):
+    for weight in weights:
+        for layer in range(len(leaves[weight.path]) if weight.stacked else 1):
             if shard and size + _bytes(weight, dtype) > shard_bytes:
                 yield shard
                 shard, size = [], 0

@@ -1,6 +1,7 @@
 """config.json of a Hugging Face checkpoint ↔ DecoderConfig."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,23 @@ _GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
 """What sets a Gemma of the first generation apart; later ones have more that is their own."""
 
 
-def read_config(path: Path) -> DecoderConfig:
+def read_config(path: Path, head: bool = False) -> DecoderConfig:
     """The decoder that a config.json describes.
 
     Fields that are left out take the defaults of transformers. ``rope_scaling`` with
     ``rope_theta`` (transformers 4) and ``rope_parameters`` (5) are both read.
 
+    Args:
+      head: of a reward model, which has one score and no logits (``tied`` is then true).
+
     Raises:
       InputError: the file is missing or malformed, or says something that the decoder cannot do.
     """
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; give a folder with config.json") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object; download it again")
+    config = _read_object(path)
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise InputError(f"{path}: model_type={family!r}; supported are {', '.join(_FAMILIES)}")
-    _refuse_unsupported(path, config)
+    _refuse_unsupported(path, config, "ForSequenceClassification" if head else "ForCausalLM")
 
     gemma = family == "gemma"
     heads = _number(path, config, "num_attention_heads")
@@ -53,11 +50,37 @@ def read_config(path: Path) -> DecoderConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_number(path, config, "rms_norm_eps", 1e-6, float),
-        tied=config.get("tie_word_embeddings", gemma),
+        tied=head or config.get("tie_word_embeddings", gemma),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         **(_GEMMA if gemma else {}),
     )
+
+
+def is_reward_model(path: Path) -> bool:
+    """Whether a config.json is that of a …ForSequenceClassification: a trunk with a score."""
+    architectures = _read_object(path).get("architectures") or [] if path.is_file() else []
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
+def read_bias(path: Path) -> float:
+    """What a reward model adds to its score, ``score_bias``; transformers' own have no bias."""
+    bias = _read_object(path).get("score_bias", 0.0)
+    if not isinstance(bias, int | float) or isinstance(bias, bool) or not math.isfinite(bias):
+        raise InputError(f"{path}: score_bias={bias!r}; it must be a number")
+    return float(bias)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; give a folder with config.json") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object; download it again")
+    return config
 
 
 def _number(path: Path, table: dict, key: str, default: Any = None, kind: type = int) -> Any:
@@ -70,7 +93,7 @@ def _number(path: Path, table: dict, key: str, default: Any = None, kind: type =
     return kind(value)
 
 
-def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+def _refuse_unsupported(path: Path, config: dict[str, Any], kind: str) -> None:
     """Raises InputError for the first field that asks for what the decoder does not do."""
     gemma = config["model_type"] == "gemma"
     tanh = ("gelu_pytorch_tanh", "gelu")  # of a Gemma they are the same
@@ -91,8 +114,8 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise InputError(f"{path}: tie_word_embeddings must be true or false")
     for architecture in config.get("architectures") or []:
-        if not str(architecture).endswith("ForCausalLM"):
-            raise InputError(f"{path}: architectures={architecture!r}; give a …ForCausalLM model")
+        if not str(architecture).endswith(kind):
+            raise InputError(f"{path}: architectures={architecture!r}; give a …{kind} model")
     for layer in config.get("layer_types") or []:
         if layer != "full_attention":
             raise InputError(f"{path}: layer_types has {layer!r}; supported is full_attention")
@@ -131,8 +154,11 @@ def _rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None
     )
 
 
-def write_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
+def write_config(decoder: DecoderConfig, dtype: str, bias: float | None = None) -> dict[str, Any]:
     """The config.json of ``decoder``, in the words of transformers 4, which 5 reads too.
+
+    Args:
+      bias: of a reward model's score; None for a language model.
 
     Raises:
       InputError: no architecture of transformers has this combination of features.
@@ -151,8 +177,11 @@ def write_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
             f"decoder: embed={decoder.embed} % heads={decoder.heads}: LlamaForCausalLM refuses it"
         )
     scaling = decoder.rope_scaling
+    score = {} if bias is None else {"num_labels": 1, "score_bias": bias}
     return {
-        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "architectures": [
+            family.capitalize() + ("ForCausalLM" if bias is None else "ForSequenceClassification")
+        ],
         "model_type": family,
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.embed,
@@ -177,4 +206,5 @@ def write_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": dtype,
+        **score,
     }

@@ -67,8 +67,9 @@ def _attention(decoder: DecoderConfig) -> list[Weight]:
     return weights
 
 
-def weights(decoder: DecoderConfig) -> list[Weight]:
-    """The weights that ``decoder`` has, in the order of the computation."""
+def weights(decoder: DecoderConfig, head: bool = False) -> list[Weight]:
+    """The weights that ``decoder`` has, in the order of the computation; with ``head``, the scalar
+    head's too, but for its bias, for which files have no place."""
     D, F, V = (decoder.embed,), (decoder.mlp,), (decoder.vocab,)
     layer, blk = "model.layers.{}", "blk.{}"
     table = Weight(
@@ -87,10 +88,13 @@ def weights(decoder: DecoderConfig) -> list[Weight]:
         _vector("norm/scale", D, "model.norm.weight", "output_norm.weight"),
         *([] if decoder.tied else
           [_kernel("unembed/kernel", D, V, "lm_head.weight", "output.weight")]),
+        *([_kernel("head/kernel", D, (), "score.weight", "cls.output.weight")] if head else []),
     ]  # fmt: skip
 
 
-def assemble(decoder: DecoderConfig, read: Callable[[Weight, int], np.ndarray]) -> dict[str, Any]:
+def assemble(
+    decoder: DecoderConfig, read: Callable[[Weight, int], np.ndarray], head: bool = False
+) -> dict[str, Any]:
     """The tree of float32 arrays, filled tensor by tensor: one copy of the model in memory.
 
     Args:
@@ -99,7 +103,7 @@ def assemble(decoder: DecoderConfig, read: Callable[[Weight, int], np.ndarray]) 
     """
     arrays = {
         weight: np.empty((decoder.layers if weight.stacked else 1, *weight.shape), np.float32)
-        for weight in weights(decoder)
+        for weight in weights(decoder, head)
     }
 
     def fill(weight: Weight, layer: int) -> None:
@@ -130,8 +134,8 @@ def stored(weight: Weight, array: Any) -> np.ndarray:
     return np.asarray(array).reshape(weight.stored)
 
 
-def flatten(decoder: DecoderConfig, params: Any) -> dict[str, Any]:
-    """The leaves of ``params`` by path.
+def flatten(decoder: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]:
+    """The leaves of ``params`` by path; ``head`` as of ``weights``.
 
     Raises:
       InputError: if names or shapes are not those of ``decoder``; names the first difference.
@@ -147,7 +151,7 @@ def flatten(decoder: DecoderConfig, params: Any) -> dict[str, Any]:
 
     walk(params, ())
     shapes = {
-        w.path: (decoder.layers, *w.shape) if w.stacked else w.shape for w in weights(decoder)
+        w.path: (decoder.layers, *w.shape) if w.stacked else w.shape for w in weights(decoder, head)
     }
     for path in sorted(leaves.keys() | shapes.keys()):
         want = shapes.get(path)

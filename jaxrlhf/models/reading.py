@@ -10,7 +10,7 @@ from jaxrlhf.config import DecoderConfig, ModelConfig, load
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
 from jaxrlhf.models.hf import read_hf
-from jaxrlhf.models.hf_config import read_config
+from jaxrlhf.models.hf_config import is_reward_model, read_config
 
 Weights = tuple[DecoderConfig, Any]
 """A model's shape, and its parameters as float32 numpy arrays."""
@@ -19,19 +19,29 @@ _begun: dict[str, Future[Weights]] = {}
 """What is being read ahead, by path."""
 
 
-def read_decoder(path: str) -> DecoderConfig:
-    """The shape of the model at ``path``, from its header alone."""
+def is_reward_folder(path: str) -> bool:
+    """Whether ``path`` is a Hugging Face folder of a reward model: a …ForSequenceClassification."""
+    return is_reward_model(Path(path) / "config.json")
+
+
+def read_decoder(path: str, head: bool = False) -> DecoderConfig:
+    """The shape of the model at ``path``, from its header alone; ``head`` as in ``read_hf``."""
     source = Path(path)
     if (source / "config.yaml").is_file():
         model = load(source / "config.yaml").model
         return model.decoder or read_decoder(model.path)
     if gguf := gguf_file(path):
         return read_gguf_decoder(gguf)
-    return read_config(folder(path) / "config.json")
+    return read_config(folder(path) / "config.json", head)
 
 
-def read_weights(path: str) -> Weights:
-    """The model at ``path``; waits for the end of ``read_ahead`` where that has begun it."""
+def read_weights(path: str, head: bool = False) -> Weights:
+    """The model at ``path``; waits for the end of ``read_ahead`` where that has begun it.
+
+    ``head``: as in ``read_hf``.
+    """
+    if head:
+        return read_hf(folder(path), head)
     return _begun.pop(path).result() if path in _begun else _read(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxrlhf.config import Config, MeshConfig, across_slices, resolve_mesh
+from jaxrlhf.models.reading import is_reward_folder
 from jaxrlhf.networks import is_run
 from jaxrlhf.planning import collectives as exchange
 from jaxrlhf.planning import flops, hlo
@@ -142,7 +143,7 @@ def with_stand_ins(config: Config) -> tuple[Config, list[str]]:
         f"rewards.{i}: {path}: {said}"
         for i, reward in enumerate(config.rewards)
         for path in (reward.model, *reward.ensemble)
-        if path and not is_run(path)
+        if path and not is_run(path) and not is_reward_folder(path)
     ]
     for section in ("critic", "reference"):
         path = getattr(config, section).path
