@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -91,24 +92,36 @@ def on_rows(run: Run, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
 
-def compile_ahead(run: Run) -> threading.Thread | None:
-    """Compile the programs of an on-policy run in the order that an iteration calls them.
+@contextmanager
+def compiled_ahead(run: Run) -> Iterator[threading.Thread | None]:
+    """Compiles an on-policy run's programs while the block goes on, in the order of an iteration.
 
     Meant for a run that is not filled yet: weights are read meanwhile. What is compiled is found in
     jit's own cache; without this a first step waits for each program in turn. With several
     processes it does nothing: they must reach the compiler in one order.
+
+    At the block's end no further program is begun. The interpreter ends once the one at hand is
+    compiled: a thread that it stopped within XLA would abort the process.
     """
     if jax.process_count() > 1 or not is_on_policy(run.config):
-        return None
+        yield None
+        return
+    over = threading.Event()
 
     def work() -> None:
-        with jax.set_mesh(run.mesh):
-            for name, given in arguments(run):
-                try:
+        name = ""
+        try:
+            with jax.set_mesh(run.mesh):
+                for name, given in arguments(run):
+                    if over.is_set():
+                        return
                     run.programs[name].lower(*given).compile()
-                except Exception as error:  # the call that needs it will say so
-                    log.info("%s does not compile: %s", name, error)
+        except Exception as error:  # the call that needs it will say so
+            log.info("%s does not compile: %s", name, error)
 
-    thread = threading.Thread(target=work, name="compile ahead", daemon=True)
+    thread = threading.Thread(target=work, name="compile ahead")
     thread.start()
-    return thread
+    try:
+        yield thread
+    finally:
+        over.set()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.ahead import compile_ahead
+from jaxrlhf.ahead import compiled_ahead
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.collecting import collect
 from jaxrlhf.config import Config, is_on_policy
@@ -59,16 +59,16 @@ def train(
     mesh = mesh or make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = setup(config, mesh, abstract=True)
-        compile_ahead(run)
-        run = fill(run)
-        with lock(config.output), Session(run, began, feed) as session, guarded():
-            session.lap("setup")
-            if summary := session.finished():
-                return summary
-            session.example(example(run))
-            learn = on_policy if is_on_policy(config) else offline
-            learn(run, session)
-            return summarise(run, session)
+        with compiled_ahead(run):
+            run = fill(run)
+            with lock(config.output), Session(run, began, feed) as session, guarded():
+                session.lap("setup")
+                if summary := session.finished():
+                    return summary
+                session.example(example(run))
+                learn = on_policy if is_on_policy(config) else offline
+                learn(run, session)
+                return summarise(run, session)
 
 
 def on_policy(run: Run, session: Session) -> None:

@@ -1,6 +1,9 @@
 """What is compiled ahead is what the loop then calls: same programs, shapes, types and layouts."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -9,8 +12,8 @@ import pytest
 import runs
 
 from jaxrlhf import loop
-from jaxrlhf.ahead import arguments, compile_ahead
-from jaxrlhf.config import LoraConfig, MeshConfig, PPOConfig
+from jaxrlhf.ahead import arguments, compiled_ahead
+from jaxrlhf.config import LoraConfig, MeshConfig, PPOConfig, dump
 from jaxrlhf.session import Session
 from jaxrlhf.setup import fill, setup, start_of
 from jaxrlhf.sharding import make_mesh
@@ -77,7 +80,8 @@ def test_compile_ahead_compiles_what_is_called(ahead, tmp_path, caplog):
         run = setup(config, mesh, abstract=True)
         assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(run.states))
         if ahead:
-            compile_ahead(run).join()
+            with compiled_ahead(run) as thread:
+                thread.join()
         run = fill(run)
         session = Session(run)
         session.host["kl_coef"] = 0.05
@@ -101,3 +105,22 @@ def test_start_of_is_the_first_state(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(start_of(run)))
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, states["policy"].params)
         assert max(jax.tree.leaves(moved)) > 0, kind
+
+
+def test_a_process_that_has_nothing_to_do_ends_well(tmp_path):
+    """A thread that is stopped within XLA aborts its process: exit status 134 or 139."""
+    config = runs.ppo(tmp_path, steps=1)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+    def train(*words):
+        command = [sys.executable, "-m", "jaxrlhf.cli", "train", str(path), *words]
+        return subprocess.run(
+            command, env={**os.environ, **cache}, capture_output=True, text=True, check=False
+        )
+
+    assert train().returncode == 0
+    again, refused = train(), train("--seed", "1")
+    assert (again.returncode, refused.returncode) == (0, 2), again.stderr + refused.stderr
+    assert refused.stderr.startswith("error: ")
