@@ -154,13 +154,17 @@ def make_judge(
     vocab: int,
     field: str,
     max_excluded: float = 1.0,
+    sources: tuple[Reward, ...] | None = None,
 ) -> Judge:
     """The judge that a list of reward configs describes.
+
+    Args:
+      sources: ``load_rewards(configs, field)``, where that is done.
 
     Raises:
       InputError: none given, one that cannot be had, or a reward model with another vocabulary.
     """
-    sources = load_rewards(configs, field)
+    sources = sources or load_rewards(configs, field)
     scorers = [
         load_scorer(config, loader, tokenizer, vocab, f"{field}[{index}]")
         if config.model or config.ensemble

@@ -167,7 +167,8 @@ def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, An
 def offline(run: Run, session: Session) -> None:
     """Learn from the rows of a file: one optimizer step an iteration."""
     batch_of = batches(run)
-    evaluate_before(run, session, lambda: session.states["policy"].params)
+    first = session.states["policy"].params if session.start == 0 else None
+    evaluate_before(run, session, lambda: start_of(run) if first is None else first)
     for step in session.steps():
         began = time.perf_counter()
         rows = batch_of(step)
@@ -187,7 +188,7 @@ def evaluate_before(run: Run, session: Session, start: Callable[[], Params]) -> 
         session.host["before"] = found.metrics
         session.host["gold_before"] = None if found.gold is None else found.gold.tolist()
         session.evaluated(0, found)
-        if run.config.eval.patience:  # of learning from rows, where nothing has been learnt yet
+        if run.config.eval.patience and session.start == 0:  # the states are those of the start
             session.states = _compare(session, 0, found)
     session.lap("evaluate")
 

@@ -123,14 +123,15 @@ class Loader:
         config = self.config_of(folder)
         if is_reward_folder(folder):
             return self.base(config.model, head=True)
-        base = self.base(config.model, config.seed)
-        head = needs_head(config)
-        state = abstract_state(config, base.model, head, self.mesh)
+        model, head = build(config.model), needs_head(config)
+        check_layout(model, self.mesh)
+        frozen = self.base(config.model, config.seed).params if model.lora else None
+        state = abstract_state(config, model, head, self.mesh)
         if self.abstract:
-            return Network(base.model, *combine_params(state.params, base.params))
+            return Network(model, *combine_params(state.params, frozen))
         wanted = {"policy": replace(state, opt_state=(), step=(), skipped=())}
         step, found, host = checkpoint.load(Path(folder) / "checkpoints", wanted)
-        params, lora = combine_params(found["policy"].params, base.params)
+        params, lora = combine_params(found["policy"].params, frozen)
         if normalise_path(config):
             if "normalisation" not in host:
                 raise InputError(
@@ -138,7 +139,7 @@ class Loader:
                 )
             head = normalised(params["head"], **host["normalisation"])
             params = {**params, "head": head}
-        return Network(base.model, params, lora, step)
+        return Network(model, params, lora, step)
 
 
 def is_run(path: str) -> bool:
@@ -208,9 +209,11 @@ def starting(
     return start, (jax.random.key(seed), network.params, network.lora)
 
 
-def start_params(network: Network, head: bool, seed: int, mesh: Mesh) -> Params:
+def start_params(
+    network: Network, head: bool, seed: int, mesh: Mesh, random_head: bool = False
+) -> Params:
     """Fresh trainable parameters for a network, laid out on the mesh; see ``starting``."""
-    start, given = starting(network, head, seed)
+    start, given = starting(network, head, seed, random_head)
     layout = shardings(trainable_axes(network.model, head), mesh)
     return jax.jit(start, out_shardings=layout)(*given)
 

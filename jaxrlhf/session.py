@@ -42,7 +42,8 @@ class Session:
       feed: called at every lap.
 
     Attributes:
-      states: the training states, restored or at their start.
+      states: the training states, restored or at their start (``run.states``, which are deleted
+        where there is a checkpoint, and donated by the first step elsewhere).
       host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``,
         ``normalisation``.
       start: iterations already done.
@@ -73,6 +74,9 @@ class Session:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
         )
         self._check_same_run()
+        if self.checkpoints.latest() is not None:  # or a resumed run would hold two states
+            for x in jax.tree.leaves(self.states):
+                x.delete()
         found = self.checkpoints.restore(abstract)
         if found is not None:
             self.start, self.states, self.host = found

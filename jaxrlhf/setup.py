@@ -52,7 +52,7 @@ from jaxrlhf.networks import (
 )
 from jaxrlhf.offload import at_hand
 from jaxrlhf.programs import critic_config, offline_programs, on_policy_programs, optimizer
-from jaxrlhf.rewards.sources import check_truths
+from jaxrlhf.rewards.sources import check_truths, load_rewards
 from jaxrlhf.sharding import config_of, length_shards, make_mesh, put_rows
 from jaxrlhf.stopping import keep
 from jaxrlhf.types import AnyBatch, Params, TrainState
@@ -219,21 +219,21 @@ def _networks(run: Run, loader: Loader) -> Run:
         states["critic"] = start_state(critic_config(config), critic, True, loader)
         frozen["critic"] = critic.params if critic.model.lora else None
 
-    def judge(sources: tuple[RewardConfig, ...], field: str) -> Judge:
+    def judge(rewards: tuple[RewardConfig, ...], field: str, before: Judge | None) -> Judge:
         vocab, limit = model.decoder.vocab, config.max_excluded
-        made = make_judge(sources, loader, run.tokenizer, vocab, field, limit)
-        if loader.abstract:  # the first of two times
+        sources = before.sources if before else load_rewards(rewards, field)
+        if not before:
             asked = (run.train_rows if field == "rewards" else None, run.eval_rows)
-            check_truths(made.sources, [row.source for part in asked if part for row in part.items])
-        return made
+            check_truths(sources, [row.source for part in asked if part for row in part.items])
+        return make_judge(rewards, loader, run.tokenizer, vocab, field, limit, sources)
 
     return replace(
         run,
         states=states,
         frozen=frozen,
         critic=critic and critic.model,
-        judge=judge(config.rewards, "rewards"),
-        gold=judge(config.eval.gold, "eval.gold") if config.eval.gold else None,
+        judge=judge(config.rewards, "rewards", run.judge),
+        gold=judge(config.eval.gold, "eval.gold", run.gold) if config.eval.gold else None,
     )
 
 
@@ -292,9 +292,9 @@ def start_state(config: Config, network: Network, head: bool, loader: Loader) ->
 def start_of(run: Run) -> Params:
     """A fresh copy of the policy's trainable parameters as they were before the first update."""
     config = run.config
-    weights = run.frozen["policy"]
+    weights, head, scores = run.frozen["policy"], needs_head(config), is_reward_model(config)
     if weights is None and run.reference is not None and not config.reference.path:
         weights = at_hand(run.reference.params)
     if weights is None:
         weights = Loader(run.mesh).base(config.model, config.seed).params
-    return start_params(Network(run.model, weights), needs_head(config), config.seed, run.mesh)
+    return start_params(Network(run.model, weights), head, config.seed, run.mesh, scores)
