@@ -34,7 +34,14 @@ from jaxrlhf.models.reading import is_reward_folder, read_decoder, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, merge_lora
 from jaxrlhf.offload import to_host
-from jaxrlhf.sharding import config_of, make_mesh, put, shardings, train_state_shardings
+from jaxrlhf.sharding import (
+    config_of,
+    make_mesh,
+    put,
+    shardings,
+    train_state_shardings,
+    with_layout,
+)
 from jaxrlhf.steps.losses import combine_params
 from jaxrlhf.steps.updating import make_optimizer
 from jaxrlhf.types import Params, TrainState
@@ -104,8 +111,7 @@ class Loader:
         """
         if is_reward_folder(folder):
             rows = DataConfig(max_tokens=min(1024, read_decoder(folder, head=True).context))
-            model = ModelConfig(folder, dtype=self.dtype)
-            return Config(algorithm=RewardModelConfig(), model=model, data=rows)
+            return Config(RewardModelConfig(), ModelConfig(folder, dtype=self.dtype), data=rows)
         if self.abstract and self.stand_in and not is_run(folder):
             return Config(algorithm=RewardModelConfig(), model=self.stand_in)
         return run_config(folder)
@@ -229,13 +235,6 @@ def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> Trai
     state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
     where = train_state_shardings(tx, params, layout, mesh)
     return with_layout(state, where)
-
-
-def with_layout(tree: Any, layout: Any) -> Any:
-    """Shapes, with the shardings of a matching tree."""
-    return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, layout
-    )
 
 
 def offloaded(network: Network, mesh: Mesh, field: str) -> Network:

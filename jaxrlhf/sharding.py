@@ -213,3 +213,10 @@ def train_state_shardings(tx: Any, params: Any, layout: Any, mesh: Mesh) -> Trai
         transform_non_params=lambda _: replicated,
     )
     return TrainState(params=layout, opt_state=moments, step=replicated, skipped=replicated)  # type: ignore[arg-type]
+
+
+def with_layout(tree: Any, layout: Any) -> Any:
+    """Shapes, with the shardings of a matching tree."""
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, layout
+    )

@@ -18,7 +18,9 @@ from flax import nnx, struct
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import Remat
-from jaxrlhf.models.layers import Block, Ends, positions, rotary_angles
+from jaxrlhf.models.ends import Ends
+from jaxrlhf.models.layers import Block, positions, rotary_angles
+from jaxrlhf.models.lora import adapters_of
 from jaxrlhf.models.remat import POLICIES
 from jaxrlhf.sharding import DECODE, RULES, constrain
 from jaxrlhf.types import Array, Params
@@ -82,17 +84,6 @@ def merge(left: Params, right: Params) -> Params:
     """Two nested dicts as one; a leaf that stands in both is taken from ``right``."""
     both = {k: merge(left[k], right[k]) for k in left if k in right and isinstance(left[k], dict)}
     return {**left, **right, **both}
-
-
-def adapters_of(tree: Any) -> Any:
-    """The part of a layer's tree that is LoRA."""
-    picked = {}
-    for name, child in tree.items():
-        if name.startswith("lora_"):
-            picked[name] = child
-        elif isinstance(child, dict) and (inner := adapters_of(child)):
-            picked[name] = inner
-    return picked
 
 
 @dataclass(frozen=True)
