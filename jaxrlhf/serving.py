@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,17 +81,6 @@ def model_source(
         score = load_scorer(RewardConfig(model=folder), loader, tokenizer, None, "serve")
     (stop, pad), width = ends_of(tokenizer), max_tokens or config.data.max_tokens
 
-    def encode(prompt: str, completion: str, ended: bool) -> tuple[list[int], list[int]]:
-        ids = encode_prompt(tokenizer, prompt, "prompt")
-        answer = list(stop[:1])  # where it ended at once
-        if completion or not ended:
-            answer = encode_answer(tokenizer, completion, "completion", stop, ended)
-        if len(ids) + len(answer) > width:
-            raise InputError(
-                f"{len(ids) + len(answer)} tokens, and the reward model reads max_tokens={width}"
-            )
-        return ids, answer
-
     def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
         texts = [prompt + answer for prompt, answer in filled]
@@ -108,7 +98,7 @@ def model_source(
         rows = zip(asked.prompts, asked.completions, asked.ended, strict=True)
         for b, row in enumerate(rows):
             try:
-                ids[b] = encode(*row)
+                ids[b] = _encode(tokenizer, stop, width, *row)
             except InputError as error:
                 problem = str(error)
         score_B = np.full(len(asked), np.nan)
@@ -120,3 +110,17 @@ def model_source(
 
     batch([([pad], [pad])])  # compiles, before anybody waits
     return ask
+
+
+def _encode(
+    tokenizer: Any, stop: Sequence[int], width: int, prompt: str, completion: str, ended: bool
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of its completion, which is closed by a stop token if it ``ended``."""
+    ids = encode_prompt(tokenizer, prompt, "prompt")
+    answer = list(stop[:1])  # where it ended at once
+    if completion or not ended:
+        answer = encode_answer(tokenizer, completion, "completion", stop, ended)
+    tokens = len(ids) + len(answer)
+    if tokens > width:
+        raise InputError(f"{tokens} tokens, and the reward model reads max_tokens={width}")
+    return ids, answer
