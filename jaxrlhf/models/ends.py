@@ -1,6 +1,7 @@
 """What lies before and after the layers: weights with their axes, and what they compute."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ class Embed(nnx.Module):
 
     def __call__(self, token: Array, dtype: str) -> Array:
         table = self.table[...]
-        x = look_up(table.shape[0], dtype, table, token)
+        x: Any = look_up(table.shape[0], dtype, table, token)
         return x if self.factor == 1 else x * jnp.asarray(self.factor, dtype)
 
     def logits(self, x: Array) -> Array:
