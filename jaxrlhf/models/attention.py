@@ -1,11 +1,12 @@
-"""Attention over whole rows: each token looks at those before it, however long the row is."""
+"""Attention: each token looks at those before it, however long the row is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import constrain, devices_in_mesh, length_shards
+from jaxrlhf.sharding import DECODE, constrain, devices_in_mesh, length_shards
 from jaxrlhf.types import Array
 
 SCORES_A_DEVICE = 2**26
@@ -48,6 +49,39 @@ def attend_before(
     if pieces > 1:
         return _in_pieces(some, query, key, value, pieces)
     return some(query, key, value, jnp.arange(tokens))
+
+
+def attend_cached(
+    query: Array, keys: Array, values: Array, slot_BT: Array, mask_BS: Array
+) -> Array:
+    """``attend`` of rows' next tokens [B, T, N, H], which are in the slots ``slot_BT``: to the
+    real ones up to them among the S in the cache.
+
+    Scores that exceed ``SCORES_A_DEVICE`` are computed some queries at a time, which is exact.
+    """
+    rows, tokens, heads, _ = query.shape
+    slots = keys.shape[1]
+    pieces = -(-rows * heads * tokens * slots // (SCORES_A_DEVICE * devices_in_mesh()))
+    width = -(-tokens // min(pieces, tokens))
+    pieces = -(-tokens // width)
+
+    def some(item: tuple[Array, Array]) -> Array:
+        query, slot_BW = item
+        allowed = (jnp.arange(slots) <= slot_BW[..., None]) & (mask_BS[:, None] != 0)
+        return attend(query, keys, values, allowed)
+
+    if pieces == 1:
+        return some((query, slot_BT))
+
+    def cut(x: Array) -> Array:
+        """[B, T, …] → [pieces, B, width, …]; what fills the last piece is its last column."""
+        at = jnp.minimum(jnp.arange(pieces * width), tokens - 1).reshape(pieces, width)
+        return jnp.moveaxis(x[:, at], 1, 0)
+
+    lay: Any = (None, "batch", "length", "heads", "head_dim")
+    mixed = jax.lax.map(some, (constrain(cut(query), lay, DECODE), cut(slot_BT)))
+    mixed = jnp.moveaxis(constrain(mixed, lay, DECODE), 0, 1).reshape(rows, -1, *query.shape[2:])
+    return constrain(mixed[:, :tokens], lay[1:], DECODE)
 
 
 def _in_pieces(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig, RopeScaling
-from jaxrlhf.models.attention import attend, attend_before
+from jaxrlhf.models.attention import attend_before, attend_cached
 from jaxrlhf.models.lora import low_rank
 from jaxrlhf.sharding import DECODE, RULES, Rules, constrain
 from jaxrlhf.types import Array
@@ -187,16 +187,19 @@ class Block(nnx.Module):
         angles: tuple[Array, Array],
         write: Callable[[Array, Array], Array],
         cache: tuple[Array, Array],
-        allowed_BTS: Array,
+        slot_BT: Array,
+        mask_BS: Array,
     ) -> tuple[Array, tuple[Array, Array]]:
         """The block over the next tokens of rows, and this layer's keys and values with theirs.
 
         Args:
           write: (cached, new) → cached, each row's entries in their slots.
+          slot_BT: these slots.
+          mask_BS: the cache's slots that hold real tokens, the new ones included.
         """
         query, key, value = self.attention.project(self.attention_norm(x), angles, DECODE)
         keys, values = write(cache[0], key), write(cache[1], value)
-        mixed = attend(query, keys, values, allowed_BTS)
+        mixed = attend_cached(query, keys, values, slot_BT, mask_BS)
         return self._feed_forward(x + self.attention.o(mixed), DECODE), (keys, values)
 
     def _feed_forward(self, x: Array, rules: Rules) -> Array:

@@ -229,13 +229,11 @@ class Model:
     ) -> tuple[Array, Cache]:
         """All layers over the next tokens of rows whose earlier ones are in the cache."""
         width = x.shape[1]
-        slots = jnp.arange(cache.mask_BS.shape[1])
         slot_BT = cache.index_B[:, None] + jnp.arange(width)
         mask_BS = write_rows(cache.mask_BS, mask_BT.astype(jnp.int32), cache.index_B)
         seen_B = cache.mask_BS.sum(1, keepdims=True)
         position = jnp.maximum(seen_B + jnp.cumsum(mask_BT, axis=1) - 1, 0)
         angles = rotary_angles(position, self.decoder)
-        allowed = (slots <= slot_BT[..., None]) & (mask_BS[:, None] != 0)
 
         def write(old: Array, new: Array) -> Array:
             return write_rows(old, new, cache.index_B)
@@ -243,7 +241,7 @@ class Model:
         def layer(x: Array, item: Any) -> tuple[Array, Any]:
             weights, keys, values = item
             module = nnx.merge(declared.graph, weights)
-            return module.cached(x, angles, write, (keys, values), allowed)
+            return module.cached(x, angles, write, (keys, values), slot_BT, mask_BS)
 
         # The cache is scanned over, not carried: XLA copies a carried one whole in every layer.
         items = (layers, cache.key_LBSKH, cache.value_LBSKH)

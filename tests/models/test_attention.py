@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.models import attention
-from jaxrlhf.models.attention import attend_before
+from jaxrlhf.models.attention import attend_before, attend_cached
 from jaxrlhf.sharding import make_mesh
 
 B, T, N, K, H = 2, 13, 4, 2, 8  # an odd length: no number of pieces or devices divides it
@@ -77,3 +77,52 @@ def test_attend_before_holds_no_more_scores_than_it_may(pieces, monkeypatch):
     shapes = [tuple(map(int, x.split("x"))) for x in re.findall(r"tensor<([\dx]+)xf32>", text)]
     scores = [math.prod(shape) for shape in shapes if shape[-1] == T]
     assert max(scores) == B * N * T * -(-T // pieces)
+
+
+SLOTS = 17
+INDEX = np.array([2, 4])  # rows of which 2 and 4 slots are taken already
+
+
+def with_cache():
+    """The T tokens of each row in slots from INDEX on, before them real ones, after them none."""
+    slot_BT = INDEX[:, None] + np.arange(T)
+    rng = np.random.default_rng(1)
+    keys, values = (rng.standard_normal((B, SLOTS, K, H)).astype(np.float32) for _ in range(2))
+    mask_BS = np.zeros((B, SLOTS), np.int32)
+    for b in range(B):
+        keys[b, slot_BT[b]], values[b, slot_BT[b]] = KEY[b], VALUE[b]
+        mask_BS[b, : INDEX[b]] = 1
+        mask_BS[b, slot_BT[b]] = MASK[b]
+    found = jax.jit(lambda *given: attend_cached(*given))(QUERY, keys, values, slot_BT, mask_BS)
+    return np.where(MASK[..., None, None] != 0, found, 0), keys, values, mask_BS
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 1, 2, 1), (1, 2, 2, 1)], ids=str)
+@pytest.mark.parametrize("pieces", [1, 3, 100])
+def test_attend_cached_by_hand(sizes, pieces, monkeypatch):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    if sizes:
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:4])
+    allowed = math.ceil(B * N * T * SLOTS / mesh.size / pieces)
+    monkeypatch.setattr(attention, "SCORES_A_DEVICE", allowed)
+    with jax.set_mesh(mesh):
+        found, keys, values, mask_BS = with_cache()
+    for b, t, n in np.ndindex(B, T, N):
+        if MASK[b, t]:
+            seen = np.flatnonzero(mask_BS[b, : INDEX[b] + t + 1])
+            k = n // (N // K)
+            score = keys[b, seen, k].astype(np.float64) @ QUERY[b, t, n] / np.sqrt(H)
+            weight = np.exp(score - score.max())
+            expected = weight @ values[b, seen, k] / weight.sum()
+            np.testing.assert_allclose(found[b, t, n], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 100])
+def test_attend_cached_holds_no_more_scores_than_it_may(pieces, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_A_DEVICE", math.ceil(B * N * T * SLOTS / pieces))
+    keys = jnp.zeros((B, SLOTS, K, H))
+    given = (QUERY, keys, keys, jnp.zeros((B, T), jnp.int32), jnp.ones((B, SLOTS), jnp.int32))
+    text = jax.jit(lambda *given: attend_cached(*given)).lower(*given).as_text()
+    shapes = [tuple(map(int, x.split("x"))) for x in re.findall(r"tensor<([\dx]+)xf32>", text)]
+    scores = [math.prod(shape) for shape in shapes if shape[-1] == SLOTS]
+    assert max(scores) == B * N * SLOTS * -(-T // min(pieces, T))
