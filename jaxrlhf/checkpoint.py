@@ -21,14 +21,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
-from jaxrlhf.digest import check_leaves, describe, named_leaves, seal, unseal
+from jaxrlhf.digest import describe, named_leaves, seal, unseal
 from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_atomic
+from jaxrlhf.restoring import Found, brief, newest, steps_in
 
 log = logging.getLogger(__name__)
-
-Found = tuple[int, Any, dict[str, Any]]
-"""A restored checkpoint: step, state, host."""
 
 
 class Checkpoints:
@@ -74,7 +72,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step on disk; a save in flight does not count."""
-        return max(_steps(self.folder), default=None)
+        return max(steps_in(self.folder), default=None)
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
         """Copy ``state`` to the host and write it in the background; a step on disk is kept.
@@ -92,11 +90,11 @@ class Checkpoints:
           TypeError: ``host`` is not JSON-able.
         """
         self._settle()
-        newest = self.latest() if self._saved is None else self._saved
-        if step == newest:
+        last = self.latest() if self._saved is None else self._saved
+        if step == last:
             return
-        if newest is not None and step < newest:
-            where = f"{self.folder}: holds step {newest}, and this run is at step {step}"
+        if last is not None and step < last:
+            where = f"{self.folder}: holds step {last}, and this run is at step {step}"
             raise InputError(f"{where}; resume from there, or choose another output")
         leaves = named_leaves(state)
         note = seal({"step": step, "host": dict(host), "leaves": describe(leaves)})
@@ -139,7 +137,7 @@ class Checkpoints:
           InputError: every checkpoint is damaged, or the saved state has another tree, shape or
             dtype than ``abstract`` (the message names the first difference).
         """
-        found, damaged = _newest(self.folder, abstract, part=False)
+        found, damaged = newest(self.folder, abstract, part=False)
         if found is None:
             return None
         self._saved = found[0]
@@ -188,7 +186,7 @@ class Checkpoints:
     def _fail(self, error: Exception) -> None:
         """Count and report a failed save, and give back its space; the next starts afresh."""
         self.failed += 1
-        self._failure = f"step {self._in_flight} could not be saved ({_brief(error)})"
+        self._failure = f"step {self._in_flight} could not be saved ({brief(error)})"
         log.warning("%s: %s; the next save tries again", self.folder, self._failure)
         log.debug("the failed save", exc_info=error)
         manager, self._manager, self._in_flight = self._manager, None, None
@@ -198,75 +196,6 @@ class Checkpoints:
         except Exception as again:
             log.debug("closing after a failed save: %s", again)
         _sweep(self.folder)
-
-
-def load(folder: str | Path, abstract: Any) -> Found:
-    """(step, state, host) of the newest whole checkpoint, or of a part of its state; read only.
-
-    For evaluation and export; a trainer that writes to the same folder is not disturbed.
-
-    Args:
-      folder: ``checkpoints/`` of a run.
-      abstract: as for ``Checkpoints.restore``, but leaves it has not are not read.
-
-    Raises:
-      InputError: no checkpoint, none that is whole, or another tree, shape or dtype.
-    """
-    found, _ = _newest(Path(folder).absolute(), abstract, part=True)
-    if found is None:
-        raise InputError(f"{folder}: holds no checkpoint; name the checkpoints/ of a run")
-    return found
-
-
-def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list[int]]:
-    """The newest whole checkpoint (None if there is none at all), and the damaged ones before."""
-    damaged: dict[int, str] = {}
-    for step in sorted(_steps(folder), reverse=True):
-        try:
-            return (step, *_read(folder / str(step), abstract, part)), list(damaged)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a damaged file makes of its reader
-            damaged[step] = _brief(error)
-            log.warning("%s/%d is DAMAGED, passing over it: %s", folder, step, damaged[step])
-    if damaged:
-        listed = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
-        raise InputError(
-            f"{folder}: every checkpoint is damaged ({listed}); bring one back from a backup, "
-            "or choose another output to start anew"
-        )
-    return None, []
-
-
-def _read(path: Path, abstract: Any, part: bool) -> tuple[Any, dict[str, Any]]:
-    """State and host of one checkpoint; any exception but InputError means that it is damaged."""
-    wanted = named_leaves(abstract)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        items = reader.restore(path, args=ocp.args.Composite(host=ocp.args.JsonRestore()))
-    note = unseal(items["host"])
-    check_leaves(path, note["leaves"], wanted, part)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    how = {
-        name: ocp.ArrayRestoreArgs(
-            sharding=x.sharding or here, global_shape=tuple(x.shape), dtype=x.dtype
-        )
-        for name, x in wanted.items()
-    }
-    state = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=part)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        leaves = reader.restore(path, args=ocp.args.Composite(state=state))["state"]
-    for name, found in describe(leaves).items():
-        if found != note["leaves"][name]:
-            raise ValueError(f"{name} is not as it was saved")
-    restored = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
-    return restored, note["host"]
-
-
-def _steps(folder: Path) -> list[int]:
-    """Steps on disk, whole or damaged; what is still being written has no number for a name."""
-    if not folder.is_dir():
-        return []
-    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
 
 
 def _writer(folder: Path, keep: int) -> ocp.CheckpointManager:
@@ -286,12 +215,6 @@ def _sweep(folder: Path) -> None:
     if jax.process_index() == 0:
         for path in (folder / "trash", *folder.glob("*.orbax-checkpoint-tmp*")):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _brief(error: Exception) -> str:
-    """An error in one line of bounded length; long ones have their cause at the end."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= 240 else f"{text[:80]} … {text[-150:]}"
 
 
 def _not_orbax_traceback(record: logging.LogRecord) -> bool:

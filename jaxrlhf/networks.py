@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrlhf import checkpoint
 from jaxrlhf.config import (
     Config,
     DataConfig,
@@ -34,6 +33,7 @@ from jaxrlhf.models.reading import is_reward_folder, read_decoder, read_weights
 from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, merge_lora
 from jaxrlhf.offload import to_host
+from jaxrlhf.restoring import load as load_checkpoint
 from jaxrlhf.sharding import (
     config_of,
     make_mesh,
@@ -136,7 +136,7 @@ class Loader:
         if self.abstract:
             return Network(model, *combine_params(state.params, frozen))
         wanted = {"policy": replace(state, opt_state=(), step=(), skipped=())}
-        step, found, host = checkpoint.load(Path(folder) / "checkpoints", wanted)
+        step, found, host = load_checkpoint(Path(folder) / "checkpoints", wanted)
         params, lora = combine_params(found["policy"].params, frozen)
         if normalise_path(config):
             if "normalisation" not in host:

@@ -1,9 +1,10 @@
 """What the processes of one run tell each other; a process alone has it all, and exchanges nothing.
 
-``fetch``, ``assemble`` and ``any_process`` are collectives: every process calls them, in the same
-order.
+``fetch``, ``assemble``, ``any_process`` and ``all_or_none`` are collectives: every process calls
+them, in the same order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,6 +51,26 @@ def any_process(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.array(here)).any())
+
+
+def all_or_none(work: Callable[[], Any]) -> Any:
+    """What ``work``, which exchanges nothing, returns; if it fails on a process, it fails on all.
+
+    Raises:
+      Exception: whatever it raised here.
+      ValueError: it failed on another process.
+    """
+    failed, result = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failed = error
+    anywhere = any_process(failed is not None)
+    if failed is not None:
+        raise failed
+    if anywhere:
+        raise ValueError("another process has failed")
+    return result
 
 
 def pace(tree: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import get_args
 import jax
 import pytest
 
-from jaxrlhf.checkpoint import load
 from jaxrlhf.config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -28,6 +27,7 @@ from jaxrlhf.config import (
     SFTConfig,
 )
 from jaxrlhf.loop import train
+from jaxrlhf.restoring import load
 from jaxrlhf.session import Session
 from jaxrlhf.setup import setup
 from jaxrlhf.sharding import make_mesh

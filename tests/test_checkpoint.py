@@ -14,9 +14,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrlhf.checkpoint import Checkpoints, load
+from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.errors import InputError
+from jaxrlhf.restoring import load
 from jaxrlhf.types import TrainState
 
 # A read that fails on a damaged file leaves callbacks behind, which complain as they are collected.

@@ -16,7 +16,7 @@ import pytest
 import runs
 from processes import free_port
 
-from jaxrlhf.config import EvalConfig, MeshConfig, RewardConfig, dump
+from jaxrlhf.config import CheckpointConfig, EvalConfig, MeshConfig, RewardConfig, dump
 from jaxrlhf.loop import train
 from jaxrlhf.networks import Loader
 from jaxrlhf.processes import any_process, assemble, fetch, own_share
@@ -176,6 +176,25 @@ def test_kill_of_one_process_ends_both_and_a_restart_resumes(tmp_path):
     assert f"resumed after iteration {saved} of {saved + 2}" in outputs[0]
     steps = [row["step"] for row in logged(folder / "two") if "loss" in row]
     assert steps == list(range(1, saved + 3))
+
+
+def test_files_damaged_for_one_process_are_passed_over_by_both(tmp_path):
+    config = replace(config_of("sft", tmp_path / "sft"), checkpoint=CheckpointConfig(every=1))
+    config = replace(config, mesh=MeshConfig(fsdp=4))
+    finish(two_processes(write_config(config, tmp_path, "two")))
+    of_the_second = [
+        path
+        for path in (tmp_path / "two/checkpoints/3/state/ocdbt.process_1/d").iterdir()
+        if path.stat().st_size > 4000
+    ]
+    assert of_the_second
+    for path in of_the_second:
+        os.truncate(path, path.stat().st_size // 2)
+    config = replace(config, steps=4)
+    outputs = finish(two_processes(write_config(config, tmp_path, "two")), seconds=200)
+    assert all("checkpoints/3 is DAMAGED" in output for output in outputs)
+    assert "another process has failed" in outputs[0]
+    assert [row["step"] for row in logged(tmp_path / "two")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("count", "processes"), [(7, 3), (2, 3), (8, 2), (0, 2)])
