@@ -9,7 +9,7 @@ FLOORS = (
     {"types", "masked", "errors", "files", "config", "watchdog"},
     {"sharding", "algorithms", "digest", "distributed", "processes", "offload"},
     {"models", "oracle"},
-    {"steps"},
+    {"steps", "restoring"},
     {"data", "rewards", "checkpoint", "resume", "metrics", "measures", "display"},
     {"report", "calibration", "stopping"},
     {"networks", "programs", "diagnosis"},
