@@ -1,7 +1,7 @@
 """From a config to everything a run needs: data, networks, states and jitted programs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, longest
 from jaxrlhf.judging import Judge, make_judge
 from jaxrlhf.models.loading import build
+from jaxrlhf.models.reading import is_reward_folder
 from jaxrlhf.models.tokenizers import check_vocab, ends_of, load_tokenizer
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.networks import (
@@ -77,20 +78,20 @@ class Run:
     """Resolved: stop tokens and padding are the tokenizer's."""
     mesh: Mesh
     model: Model
-    tokenizer: Any
     algorithm: Algorithm
     train_rows: Rows[Encoded]
-    eval_rows: Rows[Encoded] | None
-    states: dict[str, TrainState]
+    eval_rows: Rows[Encoded] | None = None
+    tokenizer: Any = None
+    states: dict[str, TrainState] = field(default_factory=dict)
     """What is trained, at its start: policy, and critic if it is separate."""
-    frozen: dict[str, Params | None]
+    frozen: dict[str, Params | None] = field(default_factory=dict)
     """What each of them is trained on top of, by the same names: the weights under adapters."""
-    reference: Network | None
-    critic: Model | None
+    reference: Network | None = None
+    critic: Model | None = None
     """A separate critic's; None where the policy's trunk serves."""
-    judge: Judge | None
-    gold: Judge | None
-    programs: dict[str, Callable[..., Any]]
+    judge: Judge | None = None
+    gold: Judge | None = None
+    programs: dict[str, Callable[..., Any]] = field(default_factory=dict)
     normalise_rows: Rows[Encoded] | None = None
     """Answers whose scores a reward model is normalised on."""
     candidates: int = 1
@@ -163,17 +164,8 @@ def _described(config: Config, mesh: Mesh | None) -> Run:
         config=config,
         mesh=mesh,
         model=model,
-        tokenizer=None,
         algorithm=ALGORITHMS[config.algorithm.name](config.algorithm),
         train_rows=Rows((), config.data.train),
-        eval_rows=None,
-        states={},
-        frozen={},
-        reference=None,
-        critic=None,
-        judge=None,
-        gold=None,
-        programs={},
         width=config.data.max_tokens,
     )
 
@@ -214,7 +206,8 @@ def _networks(run: Run, loader: Loader) -> Run:
         if config.critic.path and is_run(config.critic.path):
             critic = loader.trained(config.critic.path)
         elif config.critic.path:
-            critic = loader.base(replace(config.model, path=config.critic.path, decoder=None))
+            named = replace(config.model, path=config.critic.path, decoder=None)
+            critic = loader.base(named, head=is_reward_folder(named.path))
         check_speaks_alike("critic.path", critic, config, model)
         states["critic"] = start_state(critic_config(config), critic, True, loader)
         frozen["critic"] = critic.params if critic.model.lora else None

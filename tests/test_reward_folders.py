@@ -108,6 +108,18 @@ def test_exported_reward_model_computes_as_the_policy(pair, tmp_path):
     assert with_stand_ins(config)[1] == []  # a plan takes it as it is
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4)])
+def test_a_critic_starts_from_an_exported_reward_model(lora, pair, tmp_path):
+    config = runs.ppo(tmp_path, critic=replace(runs.SEPARATE, path=pair[1]), steps=1)
+    config = replace(config, model=replace(config.model, lora=lora))
+    theirs = Loader(MESH).trained(pair[1]).params["head"]
+    with jax.set_mesh(MESH):
+        run = setup(config, MESH)
+        jax.tree.map(np.testing.assert_array_equal, run.states["critic"].params["head"], theirs)
+        assert ("lora" in run.states["critic"].params) == (lora is not None)
+    loop.train(config, MESH)
+
+
 def test_a_reward_model_completes_nothing(pair, tmp_path):
     for path in pair:
         with pytest.raises(InputError, match="a reward model, which completes nothing"):

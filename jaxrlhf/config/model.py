@@ -86,7 +86,7 @@ class CriticConfig:
     kind: Literal["shared", "separate"] = "shared"
     """shared: a head on the policy's trunk. separate: a network of its own."""
     path: str = ""
-    """Start of a separate critic: as model.path, reward-model runs included; "" = the policy."""
+    """Start of a separate critic: as model.path, reward models included; "" = the policy."""
     learning_rate: float | None = None
     """Of a separate critic; None: as the policy's."""
     warmup: int = 0
