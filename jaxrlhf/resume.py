@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 import jax
 
-from jaxrlhf.config import Config
+from jaxrlhf.algorithms import kl_kind
+from jaxrlhf.config import Config, OnPolicyConfig
 from jaxrlhf.errors import InputError
 
 
@@ -52,13 +53,16 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
 
     The number of steps counts only where the learning rate depends on it. Left out is what may
     change from launch to launch: mesh, microbatches, checkpoints, evaluation, output, the numbers
-    of the algorithm (its words and switches say what is learnt, and from what), and the rewards.
+    of the algorithm (its words and switches, defaults filled in, say what is learnt, and from
+    what), and the rewards.
 
     Args:
       config: the run's configuration.
       **facts: more of the kind that only the run knows, such as the number of rows of the data.
     """
     full = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in a file
+    if isinstance(config.algorithm, OnPolicyConfig):
+        full["algorithm"]["kl_estimator"] = kl_kind(config.algorithm)
     optim = _without(full["optim"], "microbatches", "max_skipped")
     if config.optim.schedule != "constant":
         optim["steps"] = config.steps

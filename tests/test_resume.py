@@ -124,6 +124,19 @@ def test_check_fingerprint_another_objective(algorithm, field, value):
     assert f"with algorithm.{field}={value!r} (was {old!r}): set" in str(error.value)
 
 
+def test_check_fingerprint_estimator():
+    """What is left out counts as what it stands for."""
+
+    def saved(**settings):
+        return json.loads(json.dumps(fingerprint(changed(algorithm=settings))))
+
+    k1, k3 = fingerprint(changed(algorithm={"kl_estimator": "k1"})), saved(kl_estimator="k3")
+    check_fingerprint(saved(), k1)
+    for old, new in ((saved(), "k3"), (k3, None)):
+        with pytest.raises(InputError, match=r"algorithm.kl_estimator='k\d' \(was 'k\d'\)"):
+            check_fingerprint(old, fingerprint(changed(algorithm={"kl_estimator": new})))
+
+
 @pytest.mark.parametrize(
     "parts",
     [

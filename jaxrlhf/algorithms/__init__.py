@@ -26,6 +26,7 @@ from jaxrlhf.algorithms.kl import (
     bounded_exp,
     fixed_kl,
     kl_estimate,
+    kl_kind,
     kl_loss,
     token_rewards,
 )
@@ -134,6 +135,7 @@ __all__ = [
     "importance_resample",
     "importance_weights",
     "kl_estimate",
+    "kl_kind",
     "kl_loss",
     "kto",
     "kto_loss",

@@ -24,8 +24,8 @@ def grpo(config: GRPOConfig) -> Algorithm:
     """PPO's loss on (R − mean) / (std + ε) of the prompt's samples (arXiv:2402.03300).
 
     The paper's KL is a k3 term in the loss (``kl_in: loss``); its gradient is that of the other
-    direction (see ``kl_loss``). With ``kl_in: reward`` the optimum is that of the KL-regularised
-    objective.
+    direction (see ``kl_loss``). With ``kl_in: reward``, and k1 as by default there, the optimum is
+    that of the KL-regularised objective.
     """
     clipped = partial(ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
     return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))

@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import masked
+from jaxrlhf.config.on_policy import OnPolicyConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.types import Array
+
+KLKind = Literal["k1", "k2", "k3"]
+"""Estimators of the KL; ``kl_estimate`` gives the formulas."""
 
 LIMIT = 20.0
 """Nats up to which ``bounded_exp`` is exp itself."""
@@ -26,15 +30,22 @@ def bounded_exp(x: Array) -> Array:
     return jnp.exp(bounded) * (1 + (x - bounded))
 
 
-def kl_estimate(logp: Array, ref_logp: Array, kind: Literal["k1", "k2", "k3"] = "k1") -> Array:
+def kl_kind(config: OnPolicyConfig) -> KLKind:
+    """``kl_estimator``, or where it is left out k1 in the reward and k3 in the loss."""
+    return config.kl_estimator or ("k1" if config.kl_in == "reward" else "k3")
+
+
+def kl_estimate(logp: Array, ref_logp: Array, kind: KLKind = "k1") -> Array:
     """Estimates of KL(π‖π_ref) from tokens drawn from π (http://joschu.net/blog/kl-approx.html).
 
     With d = log π − log π_ref: k1 = d is unbiased, k2 = d²/2 is biased and has low variance,
     k3 = e⁻ᵈ − 1 + d is unbiased and never negative. Exact for d ≥ −20; below, k3 goes on along
     its tangent (``bounded_exp``), because e⁻ᵈ overflows float32 from d = −88 on.
 
-    As a reward any of them will do. As a loss, only the gradient of k2 is that of the KL; the
-    gradient of k1 is 0 on average.
+    As a reward, only k1 makes the policy gradient that of the KL. For a token's own choice,
+    E[∇log π·k3] = ∇KL(π‖π_ref) − ∇KL(π_ref‖π), and E[∇log π·k2] like it is 0 to first order near
+    the reference: the penalty comes when π is far off. As a loss, only the gradient of k2 is that
+    of the KL; the gradient of k1 is 0 on average.
 
     Args:
       logp: log π of each token, any shape, nats.
@@ -65,7 +76,7 @@ def kl_loss(
     old_logp_BT: Array,
     mask_BT: Array,
     weight_BT: Array,
-    kind: Literal["k1", "k2", "k3"] = "k3",
+    kind: KLKind = "k3",
     exact: bool = False,
 ) -> Array:
     """Σ weight·kl, the KL to the reference as a term of the loss, float32 scalar.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Metrics, Targets
-from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate, kl_loss, token_rewards
+from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate, kl_kind, kl_loss, token_rewards
 from jaxrlhf.algorithms.off_policy import importance_weights
 from jaxrlhf.algorithms.policy_losses import entropy_bonus, policy_gradient_loss
 from jaxrlhf.algorithms.value_loss import value_loss
@@ -130,7 +130,7 @@ def price(
     mask_BT = ((rollout.mask_BT != 0) & valid_B[:, None]).astype(jnp.float32)
     logp_BT, ref_logp_BT = (masked.fill(x_BT, mask_BT) for x_BT in (rollout.logp_BT, ref_logp_BT))
     beta = jnp.asarray(coefficients["kl_coef"], jnp.float32)
-    kl_BT = kl_estimate(logp_BT, ref_logp_BT, config.kl_estimator)
+    kl_BT = kl_estimate(logp_BT, ref_logp_BT, kl_kind(config))
     charged = beta if config.kl_in == "reward" else jnp.zeros_like(beta)
     penalty_B = jnp.where(rollout.ended_B, 0, config.missing_eos_penalty)
     if config.overlong_buffer:
@@ -252,7 +252,7 @@ def penalised(
             batch.old_logp_BT,
             batch.mask_BT,
             batch.weight_BT * batch.kl_coef_B[:, None],
-            kind=config.kl_estimator,
+            kind=kl_kind(config),
             exact=config.kl_in == "exact_loss",
         )
         loss += metrics["kl_loss"]

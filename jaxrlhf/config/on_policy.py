@@ -46,8 +46,10 @@ class OnPolicyConfig:
     """β, reward units a nat."""
     kl_in: Literal["reward", "loss", "exact_loss"] = "reward"
     """Where β·KL goes: into each token's reward, or into the loss (see kl_loss)."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the per-token KL to the reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the per-token KL to the reference (default: k1 in the reward, k3 in the loss).
+    As rewards, k2 and k3 leave the KL of a token's own choice unpunished, to first order, near the
+    reference: only what the choice does to the KL of later tokens is charged."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: β follows ``kl_target`` (arXiv:1909.08593)."""
     kl_target: float = 6.0
@@ -163,7 +165,6 @@ class GRPOConfig(OnPolicyConfig):
     aggregation: Aggregation = "sequence"
     kl_coef: float = 0.04
     kl_in: Literal["reward", "loss", "exact_loss"] = "loss"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     clip_low: float = 0.2
     """The ratio is clipped below at 1 − clip_low."""
     clip_high: float = 0.2

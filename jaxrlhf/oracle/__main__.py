@@ -35,11 +35,11 @@ REGULARISED: tuple[OnPolicyConfig, ...] = (
     ReMaxConfig(),
     RLOOConfig(),
     ReinforcePPConfig(),
-    GRPOConfig(kl_in="reward", kl_estimator="k1"),
-    DrGRPOConfig(kl_in="reward", kl_estimator="k1"),
-    DAPOConfig(kl_in="reward", kl_estimator="k1"),
-    GSPOConfig(kl_in="reward", kl_estimator="k1"),
-    CISPOConfig(kl_in="reward", kl_estimator="k1"),
+    GRPOConfig(kl_in="reward"),
+    DrGRPOConfig(kl_in="reward"),
+    DAPOConfig(kl_in="reward"),
+    GSPOConfig(kl_in="reward"),
+    CISPOConfig(kl_in="reward"),
 )
 """Algorithms whose objective is E[r] − β·KL: their optimum is π*. With the KL in the reward every
 return is the same at π*, so all advantages are 0 there, whatever they are scaled by."""

@@ -10,9 +10,11 @@ from jaxrlhf.algorithms import (
     bounded_exp,
     fixed_kl,
     kl_estimate,
+    kl_kind,
     kl_loss,
     token_rewards,
 )
+from jaxrlhf.config import DAPOConfig, GRPOConfig, PPOConfig
 from jaxrlhf.errors import InputError
 
 
@@ -87,6 +89,39 @@ def test_kl_estimate_averages():
     wanted = jax.grad(exact)(logits)
     np.testing.assert_allclose(jax.grad(estimated)(logits, "k2"), wanted, atol=1e-6)
     np.testing.assert_allclose(jax.grad(estimated)(logits, "k1"), 0, atol=1e-6)
+
+
+def test_kl_estimate_as_a_reward():
+    """E[∇log π·k1] is ∇KL(π‖π_ref), E[∇log π·k3] that minus ∇KL(π_ref‖π)."""
+    logits, ref_logits = jnp.array([1.0, 0, -1, 0.5]), jnp.array([0.2, 0.1, 0, -0.3])
+    ref = jax.nn.log_softmax(ref_logits)
+
+    def of_policy(logits):
+        logp = jax.nn.log_softmax(logits)
+        return (jnp.exp(logp) * (logp - ref)).sum()
+
+    def of_reference(logits):
+        return (jnp.exp(ref) * (ref - jax.nn.log_softmax(logits))).sum()
+
+    def credited(logits, kind):
+        logp = jax.nn.log_softmax(logits)
+        kl = kl_estimate(logp, ref, kind)
+        return (jax.lax.stop_gradient(jnp.exp(logp) * kl) * logp).sum()
+
+    forward, reverse = jax.grad(of_policy)(logits), jax.grad(of_reference)(logits)
+    np.testing.assert_allclose(jax.grad(credited)(logits, "k1"), forward, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(credited)(logits, "k3"), forward - reverse, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [PPOConfig, GRPOConfig, DAPOConfig])
+def test_kl_kind(config):
+    """k1 in the reward and k3 in the loss, whatever the algorithm's own default place is."""
+    kinds = {place: kl_kind(config(kl_in=place)) for place in ("reward", "loss", "exact_loss")}
+    assert kinds == {"reward": "k1", "loss": "k3", "exact_loss": "k3"}
+    for place in kinds:
+        assert kl_kind(config(kl_in=place, kl_estimator="k2")) == "k2"
+    assert kl_kind(PPOConfig()) == "k1"
+    assert kl_kind(GRPOConfig()) == "k3"
 
 
 def test_bounded_exp_is_exp_then_its_tangent():

@@ -121,7 +121,10 @@ def test_check_passes(config):
         ({"algorithm": GRPOConfig(), "sample": SampleConfig(n=1)}, "sample.n=1: grpo compares"),
         ({"algorithm": RLOOConfig(epochs=2)}, "rloo has no ratio"),
         ({"algorithm": A2CConfig(minibatches=2)}, "a2c has no ratio"),
-        ({"algorithm": DAPOConfig(kl_in="loss")}, "algorithm.kl_estimator=k1: as a loss"),
+        (
+            {"algorithm": DAPOConfig(kl_in="loss", kl_estimator="k1")},
+            "algorithm.kl_estimator=k1: as a loss",
+        ),
         ({"algorithm": GRPOConfig(kl_coef=0.0, kl_controller="adaptive")}, "algorithm.kl_coef=0"),
         ({"algorithm": GRPOConfig(off_policy="token")}, "algorithm.off_policy=token: the old log"),
         ({"algorithm": GRPOConfig(overlong_buffer=25)}, "algorithm.overlong_buffer=25: more"),
