@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import jax.numpy as jnp
-
 from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Algorithm, Metrics
 from jaxrlhf.algorithms.gae import explained_variance, gae
@@ -19,11 +17,8 @@ def ppo(config: PPOConfig) -> Algorithm:
 
     ``targets`` turns scores into advantages: score and KL into token rewards, GAE, whitening;
     ``loss`` is the clipped policy loss minus ``entropy_coef``·entropy; ``value_loss`` is the
-    critic's, before ``value_coef``.
-
-    With ``bootstrap_truncated``, a response that was cut off bootstraps from the critic's value of
-    the state that its *last token was chosen in*: the state after it has no column, so this is one
-    token early.
+    critic's, before ``value_coef``. The score is paid on the last token, cut off or not, so that
+    nothing follows it: no value of a state after the end is added.
     """
 
     def credit(priced: Priced, value_BT: Array | None = None) -> Credit:
@@ -31,7 +26,7 @@ def ppo(config: PPOConfig) -> Algorithm:
             scaled_BT = masked.whiten(priced.reward_BT, priced.mask_BT, shift_mean=False)
             priced = priced._replace(reward_BT=scaled_BT)
         advantage_BT, return_BT, value_BT, measured = critic_targets(
-            priced, value_BT, config.gamma, config.lam, config.bootstrap_truncated
+            priced, value_BT, config.gamma, config.lam
         )
         if config.whiten_advantages:
             advantage_BT = masked.whiten(advantage_BT, priced.mask_BT)
@@ -49,11 +44,7 @@ def ppo(config: PPOConfig) -> Algorithm:
 
 
 def critic_targets(
-    priced: Priced,
-    value_BT: Array | None,
-    gamma: float,
-    lam: float,
-    bootstrap_truncated: bool = False,
+    priced: Priced, value_BT: Array | None, gamma: float, lam: float
 ) -> tuple[Array, Array, Array, Metrics]:
     """GAE on a priced rollout: (advantage_BT, return_BT, value_BT, metrics).
 
@@ -63,15 +54,12 @@ def critic_targets(
     Raises:
       InputError: neither has any.
     """
-    rollout, mask_BT = priced.rollout, priced.mask_BT
-    value_BT = rollout.value_BT if value_BT is None else value_BT
+    mask_BT = priced.mask_BT
+    value_BT = priced.rollout.value_BT if value_BT is None else value_BT
     if value_BT is None:
         raise InputError("value_BT=None: a critic is needed; pass its values or roll them out")
     value_BT = masked.fill(value_BT, mask_BT)
-    bootstrap_B = jnp.zeros(mask_BT.shape[0])
-    if bootstrap_truncated:
-        bootstrap_B = jnp.where(rollout.ended_B, 0, _last(value_BT, mask_BT))
-    advantage_BT, return_BT = gae(priced.reward_BT, value_BT, mask_BT, gamma, lam, bootstrap_B)
+    advantage_BT, return_BT = gae(priced.reward_BT, value_BT, mask_BT, gamma, lam)
     return (
         advantage_BT,
         return_BT,
@@ -82,9 +70,3 @@ def critic_targets(
             "explained_variance": explained_variance(value_BT, return_BT, mask_BT),
         },
     )
-
-
-def _last(x_BT: Array, mask_BT: Array) -> Array:
-    """x_B, the entry of each row's last masked-in column; the last column's in a row without."""
-    last_B = x_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] != 0, axis=1)
-    return jnp.take_along_axis(x_BT, last_B[:, None], axis=1)[:, 0]

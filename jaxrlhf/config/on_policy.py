@@ -91,8 +91,6 @@ class PPOConfig(OnPolicyConfig):
     """Advantages to mean 0, variance 1 over the rollout."""
     whiten_rewards: bool = False
     """Token rewards scaled to variance 1 over the rollout, mean kept."""
-    bootstrap_truncated: bool = False
-    """A response that was cut off is credited with the critic's value of its last state."""
 
 
 @dataclass(frozen=True)

@@ -133,13 +133,6 @@ def test_ppo_targets_missing_eos_penalty():
     np.testing.assert_allclose(before["reward"] - metrics["reward"], 1.5, rtol=1e-5)
 
 
-def test_ppo_targets_bootstrap_truncated():
-    plain, _ = targets()
-    batch, _ = targets(PPOConfig(lam=1.0, whiten_advantages=False, bootstrap_truncated=True))
-    difference = batch.return_BT - plain.return_BT
-    np.testing.assert_allclose(difference, [[0] * 4, [0, 0.2, 0.2, 0]], atol=1e-6)
-
-
 @pytest.mark.parametrize("excluded", ["valid", "reward"])
 def test_ppo_targets_unknown_reward_poisons_nothing(excluded):
     """The first row alone, and next to a row without a reward and full of NaN."""
