@@ -45,8 +45,11 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     extra = ()
     if "greedy" in run.algorithm.needs:
         yield "greedy", prompts
-        shape = (config.data.batch_size * config.sample.n,)
-        extra = on_rows(run, (jax.ShapeDtypeStruct(shape, jnp.float32),))
+        few = few_rows_layout(run.mesh, config.data.batch_size)
+        judged_Q = jax.ShapeDtypeStruct((config.data.batch_size,), jnp.float32)
+        compared = on(few, (jax.eval_shape(programs["greedy"], *prompts), judged_Q))
+        yield "baseline", compared
+        extra = (rows("baseline", compared),)
     if on_policy(config).old_logp == "rescore":
         yield "rescore", (policy, base, *texts)
     scored = (shapes(at_hand(run.reference.params)), *texts)
@@ -88,7 +91,11 @@ def shapes(tree: Any) -> Any:
 
 def on_rows(run: Run, tree: Any) -> Any:
     """Shapes with a leading row axis, laid out as the programs leave rows."""
-    layout = row_layout(run.mesh)
+    return on(row_layout(run.mesh), tree)
+
+
+def on(layout: Any, tree: Any) -> Any:
+    """Shapes, all with this layout."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
 

@@ -12,7 +12,6 @@ from jaxrlhf.data.tokens import prompt_arrays
 from jaxrlhf.errors import InputError
 from jaxrlhf.judging import Judgement
 from jaxrlhf.processes import fetch
-from jaxrlhf.rewards.text import repeat
 from jaxrlhf.session import Session
 from jaxrlhf.setup import Run
 from jaxrlhf.sharding import put_rows
@@ -25,7 +24,7 @@ class Collected(NamedTuple):
     rollout: Rollout
     judgement: Judgement
     baseline_B: Array | None
-    """The score of each prompt's greedy response, for algorithms that need it."""
+    """What each prompt's greedy response is worth, for algorithms that need it."""
     metrics: dict[str, float]
 
 
@@ -83,10 +82,11 @@ def one_round(run: Run, session: Session, draw: int) -> Collected:
         raise InputError(f"rewards: draw {draw + 1} got no usable reward for any completion")
     baseline_B = None
     if "greedy" in run.algorithm.needs:
-        best_Q = fetch(run.judge(programs["greedy"](*given), prompts).reward_B)
-        if not np.isfinite(best_Q).any():
+        greedy = programs["greedy"](*given)
+        reward_Q = fetch(run.judge(greedy, prompts).reward_B)
+        if not np.isfinite(reward_Q).any():
             raise InputError(f"rewards: draw {draw + 1} got none for any greedy response")
-        baseline_B = put_rows(np.array(repeat(list(best_Q), config.sample.n)), run.mesh)
+        baseline_B = programs["baseline"](greedy, put_rows(reward_Q, run.mesh))
     session.lap("reward", judgement.reward_B)
     return Collected(rollout, judgement, baseline_B, {})
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.algorithms import Algorithm, reweight
+from jaxrlhf.algorithms import Algorithm, greedy_baseline, reweight
 from jaxrlhf.config import (
     Config,
     SampleConfig,
@@ -76,6 +76,9 @@ def on_policy_programs(
         part = jax.tree.map(lambda x: x[row_M], batch)
         return reweight(part, settings.aggregation, settings.length)
 
+    def baseline(greedy: Rollout, reward_Q: Array) -> Array:
+        return greedy_baseline(settings, greedy, reward_Q, config.sample.n)
+
     return {
         "sample": sampler(model, config.sample, rows, shared),
         "eval_sample": sampler(model, evaluation_sampling(config), rows),
@@ -87,6 +90,7 @@ def on_policy_programs(
         "take": jax.jit(take, out_shardings=rows),
         "merge": jax.jit(merge, out_shardings=rows),
         "greedy": sampler(model, replace(config.sample, n=1, temperature=0.0), few),
+        "baseline": jax.jit(baseline, out_shardings=rows),
         **updates(config, algorithm, model, critic_model, states),
     }
 

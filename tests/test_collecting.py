@@ -101,3 +101,30 @@ def test_collect_greedy_baseline(n, tmp_path):
     assert (baseline_QG == baseline_QG[:, :1]).all()
     np.testing.assert_array_equal(one, two)
     assert len(np.unique(baseline_QG)) > 1
+
+
+def test_collect_greedy_baseline_pays_penalties(tmp_path):
+    """A response that was cut off is worth 1 less, and one that ended as much as its score."""
+    found = []
+    for penalty in (0.0, 1.0):
+        (folder := tmp_path / str(penalty)).mkdir()
+        config = runs.ppo(
+            folder,
+            algorithm=ReMaxConfig(missing_eos_penalty=penalty),
+            sample=SampleConfig(max_new_tokens=8, n=2),
+        )
+        mesh = one_device()
+        with jax.set_mesh(mesh):
+            run = setup(config, mesh)
+            ended = []
+
+            def greedy(*given, run=run, ended=ended):
+                rollout = run.programs["greedy"](*given)
+                ended.append(np.asarray(rollout.ended_B))
+                return rollout
+
+            heard = replace(run, programs={**run.programs, "greedy": greedy})
+            found.append(np.asarray(collect(heard, Session(heard), 0).baseline_B))
+    free_B, paid_B = found
+    np.testing.assert_allclose(free_B - paid_B, 1.0 - np.repeat(ended[0], 2), atol=1e-6)
+    assert not ended[0].all()

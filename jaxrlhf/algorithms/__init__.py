@@ -66,7 +66,7 @@ from jaxrlhf.algorithms.process import (
 from jaxrlhf.algorithms.reference_free_losses import cpo_loss, orpo_loss, simpo_loss
 from jaxrlhf.algorithms.reinforce import reinforce
 from jaxrlhf.algorithms.reinforce_pp import reinforce_pp
-from jaxrlhf.algorithms.remax import remax
+from jaxrlhf.algorithms.remax import greedy_baseline, remax
 from jaxrlhf.algorithms.reward_model import pairwise_reward_loss, reward_model
 from jaxrlhf.algorithms.rloo import rloo
 from jaxrlhf.algorithms.sft import sft
@@ -128,6 +128,7 @@ __all__ = [
     "explained_variance",
     "fixed_kl",
     "gae",
+    "greedy_baseline",
     "group_advantage",
     "grpo",
     "gspo",

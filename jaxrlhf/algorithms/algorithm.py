@@ -32,8 +32,8 @@ class Algorithm(NamedTuple):
     value_loss: Callable[..., tuple[Array, Metrics]] | None = None
     """(outputs, batch) → (scalar, metrics), before any coefficient."""
     needs: frozenset[str] = frozenset()
-    """Which of "value", "reference", "entropy" and "greedy" (the score of each prompt's greedy
-    response) have to be computed for it."""
+    """Which of "value", "reference", "entropy" and "greedy" (what each prompt's greedy response is
+    worth) have to be computed for it."""
     reads: Literal["outputs", "scores", "steps", "pairs"] = "outputs"
     """What its loss is given: Outputs of a batch's rows, the rewards [B, C] of its candidates, the
     head at every token of them [B, C, T], or their log-probs [B, C, T]."""

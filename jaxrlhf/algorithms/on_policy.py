@@ -15,6 +15,7 @@ from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Metrics, Targets
 from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate, kl_kind, kl_loss, token_rewards
 from jaxrlhf.algorithms.off_policy import importance_weights
+from jaxrlhf.algorithms.penalties import score_penalty
 from jaxrlhf.algorithms.policy_losses import entropy_bonus, policy_gradient_loss
 from jaxrlhf.algorithms.value_loss import value_loss
 from jaxrlhf.config.on_policy import OnPolicyConfig
@@ -132,10 +133,8 @@ def price(
     beta = jnp.asarray(coefficients["kl_coef"], jnp.float32)
     kl_BT = kl_estimate(logp_BT, ref_logp_BT, kl_kind(config))
     charged = beta if config.kl_in == "reward" else jnp.zeros_like(beta)
-    penalty_B = jnp.where(rollout.ended_B, 0, config.missing_eos_penalty)
-    if config.overlong_buffer:
-        penalty_B += overlong_penalty(rollout.mask_BT, config.overlong_buffer)
-    reward_BT = token_rewards(reward_B - penalty_B, kl_BT, mask_BT, charged)
+    net_B = reward_B - score_penalty(config, rollout)
+    reward_BT = token_rewards(net_B, kl_BT, mask_BT, charged)
     priced = Priced(rollout, mask_BT, logp_BT, ref_logp_BT, reward_BT, valid_B, beta, {})
     return priced._replace(metrics=_metrics(priced, reward_B, kl_BT, charged))
 
@@ -164,24 +163,6 @@ def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metr
         "sample_gap": masked.mean(jnp.abs(gap_BT), mask_BT),
         "valid": valid_B.mean(dtype=jnp.float32),
     }
-
-
-def overlong_penalty(mask_BT: Array, buffer: int) -> Array:
-    """Soft penalty on length, in tokens: 0 up to N − buffer, then linear up to 1 at N.
-
-    max(0, length − (N − buffer)) / buffer (DAPO; arXiv:2503.14476, equation 13), where N is the
-    most tokens that a response can have.
-
-    Args:
-      mask_BT: [B, T], 1 on the response's tokens; the first column of any response is that of all.
-      buffer: tokens, at least 1.
-
-    Returns:
-      float32 [B], from 0 to 1, reward units.
-    """
-    mask_BT = mask_BT != 0
-    most = mask_BT.shape[1] - jnp.argmax(mask_BT.any(0))
-    return jnp.clip((mask_BT.sum(1) - (most - buffer)) / buffer, 0, 1)
 
 
 def learnable(

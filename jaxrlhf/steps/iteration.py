@@ -41,7 +41,7 @@ def make_iteration(
 
     Args:
       programs: "sample", "reference", "targets", "take" and "update", and as ``needs`` and states
-        have it "greedy", "value" and "critic_update".
+        have it "greedy" and "baseline", "value", "critic_update".
       reward: (parameters, rollout) → float [B], reward units; NaN where a row has none.
       needs: those of the algorithm.
 
@@ -69,8 +69,8 @@ def make_iteration(
         reward_B = reward(judge, rollout)
         baseline_B = None
         if "greedy" in needs:
-            baseline_Q = reward(judge, programs["greedy"](*given))
-            baseline_B = jnp.repeat(baseline_Q, rollout.n)
+            greedy = programs["greedy"](*given)
+            baseline_B = programs["baseline"](greedy, reward(judge, greedy))
         judged = (reward_B, jnp.isfinite(reward_B))
         batch, measured = prepare(
             programs, needs, states, frozen, reference, rollout, judged, coefficients, baseline_B
@@ -100,7 +100,7 @@ def prepare(
 
     Args:
       judged: reward_B, and valid_B, where there is one.
-      baseline_B: the score of each prompt's greedy response, if ``needs`` has "greedy".
+      baseline_B: what each prompt's greedy response is worth, if ``needs`` has "greedy".
     """
     rows = (rollout.token_BT, rollout.attention_mask_BT)
     extra = () if baseline_B is None else (baseline_B,)

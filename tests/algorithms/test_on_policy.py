@@ -35,7 +35,6 @@ from jaxrlhf.algorithms.on_policy import (
     groups,
     learnable,
     needs,
-    overlong_penalty,
     penalised,
     price,
     spread,
@@ -244,17 +243,6 @@ def test_price_sample_gap():
     gap = LOGP.at[3, 1].add(-jnp.log(2)).at[0, 1].add(jnp.log(2))
     metrics = priced(roll=rollout(sample_logp_BT=gap)).metrics
     np.testing.assert_allclose(metrics["sample_gap"], 2 * np.log(2) / 11, rtol=1e-6)
-
-
-def test_overlong_penalty_hand_computed():
-    """At most 6 tokens after a prompt of 2 columns, the last 4 of which cost."""
-    for prompt in (0, 2):
-        mask = jnp.arange(6) < jnp.arange(7)[:, None]
-        mask = jnp.pad(mask, ((0, 0), (prompt, 0))).astype(jnp.float32)
-        penalty = overlong_penalty(mask, 4)
-        np.testing.assert_allclose(penalty, [0, 0, 0, 0.25, 0.5, 0.75, 1], rtol=1e-6)
-        assert penalty.dtype == jnp.float32
-    np.testing.assert_allclose(overlong_penalty(mask, 1), [0] * 6 + [1])
 
 
 def test_learnable_hand_computed():

@@ -33,7 +33,7 @@ KINDS = {
         "critic": CriticConfig(kind="separate", learning_rate=2e-3),
     },
     "grpo": {"algorithm": GRPOConfig(minibatches=1)},
-    "remax": {"algorithm": ReMaxConfig()},
+    "remax": {"algorithm": ReMaxConfig(missing_eos_penalty=0.5, overlong_buffer=4)},
 }
 
 
