@@ -20,7 +20,7 @@ def bco(config: BCOConfig) -> Algorithm:
         given = (logp_B, ref_logp_B, batch.label_B, config.beta)
         shift = bco_shift(*given, batch.weight_B)
         loss_B, metrics_B = bco_loss(*given, shift, batch.weight_B)
-        return summed(loss_B, metrics_B, logp_BCT, batch)
+        return summed(loss_B, metrics_B, logp_BCT, batch, chosen_B=batch.label_B)
 
     needs = frozenset({"reference"})
     return Algorithm(None, loss, needs=needs, reads="pairs")

@@ -29,7 +29,7 @@ def kto(config: KTOConfig) -> Algorithm:
             config.undesirable_weight,
             valid_B=batch.weight_B,
         )
-        return summed(loss_B, metrics_B, logp_BCT, batch)
+        return summed(loss_B, metrics_B, logp_BCT, batch, chosen_B=batch.label_B)
 
     needs = frozenset({"reference"})
     return Algorithm(None, loss, needs=needs, reads="pairs")

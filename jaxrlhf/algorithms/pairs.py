@@ -28,9 +28,17 @@ def reference_logp(batch: PreferenceBatch, mean: bool = False) -> Array:
 
 
 def summed(
-    loss_B: Array, metrics_B: Metrics, logp_BCT: Array, batch: PreferenceBatch, sft_coef: float = 0
+    loss_B: Array,
+    metrics_B: Metrics,
+    logp_BCT: Array,
+    batch: PreferenceBatch,
+    sft_coef: float = 0,
+    chosen_B: Array | None = None,
 ) -> tuple[Array, Metrics]:
     """Σ weight·loss over rows, plus ``sft_coef`` times the chosen answers' ``nll``, nats a token.
+
+    Args:
+      chosen_B: [B], non-zero where candidate 0 is a chosen answer; None: everywhere.
 
     Returns:
       The loss, and the metrics as sums under the same weights, ``weight`` among them. Rows of
@@ -41,6 +49,7 @@ def summed(
     def total(x_B: Array) -> Array:
         return (weight_B * masked.fill(x_B, weight_B)).sum()
 
-    nll = -total(answer_logp(logp_BCT, batch, mean=True)[:, 0])
+    logp_B = answer_logp(logp_BCT, batch, mean=True)[:, 0]
+    nll = -total(logp_B if chosen_B is None else masked.fill(logp_B, chosen_B))
     metrics = {name: total(x_B) for name, x_B in metrics_B.items()}
     return total(loss_B) + sft_coef * nll, {**metrics, "nll": nll, "weight": weight_B.sum()}

@@ -117,13 +117,19 @@ def _until_best(history: History) -> History:
 
 
 def chosen_logp_falls(history: History) -> list[Finding]:
-    """The chosen answers get less likely while the margin grows (arXiv:2402.13228)."""
-    change = history.training.change("nll")
+    """The chosen answers, or the desirable ones, get less likely (arXiv:2402.13228).
+
+    Of labelled rows ``nll`` sums over the desirable ones, ``desirable`` of the batch.
+    """
+    training = history.training
+    if "desirable" in training.values:
+        training = training.with_ratio("nll", "desirable")
+    change = training.change("nll")
     if is_on_policy(history.config) or change is None or not change.rose:
         return []
     if change.rise < NLL_RISE:
         return []
-    margin = history.training.change("margin")
+    margin = training.change("margin")
     return [
         Finding(
             "chosen_logp_falls",

@@ -34,6 +34,7 @@ def test_bco_loss_hand_computed():
     np.testing.assert_allclose(metrics["desirable_reward"], 0.2 / 3, rtol=1e-5)
     np.testing.assert_allclose(metrics["undesirable_reward"], -0.05 / 3, rtol=1e-5)
     np.testing.assert_allclose(metrics["desirable"], 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["nll"], (1 / 2 + 0) / 3, rtol=1e-6)
 
 
 def test_bco_loss_beta():

@@ -38,7 +38,7 @@ def test_kto_loss_hand_computed(config, weights):
         "undesirable_reward": -0.025,
         "desirable": 0.5,
         "kl": 0.25,
-        "nll": (1 / 2 + 2 / 3) / 2,
+        "nll": 1 / 2 / 2,
         "weight": 1,
     }
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(wanted, rel=1e-5, abs=1e-7)
@@ -60,6 +60,15 @@ def test_kto_loss_at_the_reference():
     wanted = np.zeros((3, 2, 4))
     wanted[0, 0, 1:3], wanted[1, 0, 1:4] = -0.05 / 2, 0.075 / 2
     np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_kto_nll_is_that_of_desirable_answers():
+    """The desirable answer gains a nat a token, the other loses one: only the first is counted."""
+    logp, batch = labelled()
+    _, before = kto(KTOConfig()).loss(logp, batch)
+    _, after = kto(KTOConfig()).loss(logp.at[0].add(1).at[1].add(-1), batch)
+    np.testing.assert_allclose(after["nll"] - before["nll"], -0.5, rtol=1e-6)
+    np.testing.assert_allclose(after["desirable"], 0.5, rtol=1e-6)
 
 
 def test_kto_loss_reads_the_candidates_in_their_order():

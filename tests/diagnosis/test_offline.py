@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from histories import STEPS, dpo, line, policy, reward_model
 from histories import offline as rows_of
 
+from jaxrlhf.algorithms import kto
 from jaxrlhf.config import (
     EvalConfig,
     KTOConfig,
@@ -15,6 +17,7 @@ from jaxrlhf.config import (
     ProcessRewardModelConfig,
 )
 from jaxrlhf.diagnosis import offline
+from jaxrlhf.types import PreferenceBatch
 
 ONES = np.ones(STEPS)
 
@@ -102,6 +105,33 @@ def test_overfitting_accuracy():
 def test_chosen_logp_falls(end, severity):
     found = offline.chosen_logp_falls(dpo(nll=line(1.5, end, 0.02)))
     assert severities(found) == ([severity] if severity else [])
+
+
+def test_chosen_logp_falls_of_desirable_answers():
+    """KTO as it should be: those marked true get likelier, the others less so."""
+    share = 0.5 + 0.2 * np.sin(np.arange(STEPS))  # of the batch is desirable
+    logp_IBCT = np.zeros((STEPS, 2, 2, 2), np.float32)
+    logp_IBCT[:, 0, 0, 1], logp_IBCT[:, 1, 0, 1] = line(-1.5, -1.0), line(-1.5, -5.0)
+    nll, desirable = [], []
+    for logp_BCT, part in zip(logp_IBCT, share, strict=True):
+        batch = PreferenceBatch(
+            token_BCT=jnp.zeros((2, 2, 2), jnp.int32),
+            attention_mask_BCT=jnp.ones((2, 2, 2), jnp.int32),
+            margin_B=jnp.zeros(2),
+            weight_B=jnp.array([part, 1 - part]),
+            mask_BCT=jnp.ones((2, 2, 2)).at[:, :, 0].set(0),
+            ref_logp_BCT=jnp.full((2, 2, 2), -1.5),
+            label_B=jnp.array([1.0, 0]),
+        )
+        _, metrics = kto(KTOConfig()).loss(jnp.array(logp_BCT), batch)
+        nll.append(float(metrics["nll"]))
+        desirable.append(float(metrics["desirable"]))
+    given = {"nll": np.array(nll), "desirable": np.array(desirable)}
+    assert offline.chosen_logp_falls(rows_of(KTOConfig(), **given)) == []
+    worse = {**given, "nll": line(1.5, 3.5) * share}
+    (finding,) = offline.chosen_logp_falls(rows_of(KTOConfig(), **worse))
+    assert finding.severity == "problem"
+    assert "1.68 (steps 1-8) → 3.32 (steps 33-40)" in finding.evidence
 
 
 def test_margin_explosion():
