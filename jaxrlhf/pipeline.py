@@ -2,8 +2,8 @@
 
 A stage's folder holds ``stage.json``: what it was made from and, once it is done, what came out. A
 stage that is done is skipped, one that was interrupted goes on (a run from its checkpoint, the
-others from their start), and one whose settings or inputs have changed since is refused: nothing
-stale is used, and nothing is thrown away.
+others from their start), and one whose settings or inputs have changed since is refused, unless it
+had made nothing yet: nothing stale is used, and nothing is thrown away.
 """
 
 import dataclasses
@@ -126,19 +126,31 @@ def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
 def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     """The record of a folder, signed now if it has none; refused if it was made otherwise."""
     path = folder / RECORD
-    if not path.exists():
+    record = json.loads(path.read_text()) if path.exists() else {}
+    changes = {part: _changed(record.get(part, {}), now) for part, now in made_from.items()}
+    if not record or (any(changes.values()) and not _has_made(folder, record, made_from)):
         write_atomic(path, json.dumps(made_from, indent=2) + "\n")
         return made_from
-    record = json.loads(path.read_text())
-    for part, now in made_from.items():
-        before = record.get(part, {})
-        if before != now:
-            names = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
+    for part, names in changes.items():
+        if names:
             raise InputError(
                 f"{folder}: was made with other {part} ({', '.join(names)}): choose another "
                 "--output, or remove this folder and those of later stages"
             )
     return record
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
+
+
+def _has_made(folder: Path, record: dict[str, Any], made_from: dict[str, Any]) -> bool:
+    """Whether the stage of a record has made what would be lost; a run has with a checkpoint."""
+    if "run" in record["settings"] and "run" in made_from["settings"]:
+        return "result" in record or any(folder.glob("checkpoints/[0-9]*"))
+    return "result" in record or any(
+        path.name not in (RECORD, ".lock") for path in folder.iterdir()
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

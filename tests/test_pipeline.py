@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 import pytest
+import runs
 import yaml
 
-from jaxrlhf.config import MeshConfig, load_pipeline
+from jaxrlhf.config import MeshConfig, PipelineConfig, StageConfig, dump, load_pipeline
 from jaxrlhf.errors import InputError
 from jaxrlhf.metrics import plain
 from jaxrlhf.pipeline import run_pipeline
@@ -144,6 +145,38 @@ def test_run_pipeline_ends_with_a_status_when_a_run_is_stopped(tmp_path, monkeyp
         run_pipeline(config)
     assert end.value.code == 143
     assert "result" not in json.loads((tmp_path / "out/sft/stage.json").read_text())
+
+
+def one_run(folder, **changes):
+    """A pipeline of one run, with the fields of its ``data`` that change."""
+    run = runs.sft(folder, steps=1)
+    (folder / "sft.yaml").write_text(dump(replace(run, data=replace(run.data, **changes))))
+    stage = StageConfig("a", train=str(folder / "sft.yaml"))
+    return PipelineConfig((stage,), output=str(folder / "out"))
+
+
+def test_run_pipeline_takes_other_settings_where_nothing_was_made(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl:1"):
+        run_pipeline(one_run(tmp_path, train=str(bad)))
+    (tmp_path / "out/a/config.yaml").write_text("of a run that did not get far")
+    config = one_run(tmp_path)
+    assert list(run_pipeline(config, runs.one_device())) == ["a"]
+    with pytest.raises(InputError, match=r"a: was made with other settings \(run\)"):
+        run_pipeline(replace(config, seed=1))
+
+
+@pytest.mark.parametrize("made", ["checkpoints/2/state", "text"])
+def test_run_pipeline_keeps_what_an_interrupted_stage_has_made(made, tmp_path):
+    config = make_only(tmp_path, text="a") if made == "text" else one_run(tmp_path)
+    file = tmp_path / "out/a" / made
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    before = {"settings": {"name": "a", "run": {}} if made != "text" else {"name": "a"}}
+    (tmp_path / "out/a/stage.json").write_text(json.dumps(before))
+    with pytest.raises(InputError, match="a: was made with other settings"):
+        run_pipeline(config)
 
 
 def letters(folder, seed, text, times=1):
