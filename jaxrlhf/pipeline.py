@@ -36,6 +36,7 @@ from jaxrlhf.files import write_atomic
 from jaxrlhf.loop import train
 from jaxrlhf.metrics import plain
 from jaxrlhf.networks import is_run
+from jaxrlhf.prechecks import check_stages
 from jaxrlhf.preferences import write_pairs
 from jaxrlhf.report import write_report
 from jaxrlhf.resume import lock
@@ -51,8 +52,8 @@ STOPPED = 143
 def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, Any]:
     """Carry out the stages that are not done yet.
 
-    All files and runs that the stages name are checked first, so that a slip in the last stage is
-    found before the first has begun.
+    All files, models and functions that the stages name are looked for first, so that a slip in the
+    last stage is found before the first has begun.
 
     Args:
       mesh: where to; if None, on all devices, runs as their own ``mesh`` says.
@@ -64,6 +65,8 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
       InputError: a stage cannot be used, or is not the one that its folder was made by.
     """
     settings = {stage.name: _settings(stage, config) for stage in config.stages}
+    folders = {stage.name: Path(config.output) / stage.name for stage in config.stages}
+    check_stages(config, [name for name, x in folders.items() if "result" in _read(x / RECORD)])
     Path(config.output).mkdir(parents=True, exist_ok=True)
     with lock(config.output):
         return _carry_out(config, settings, mesh)
@@ -126,7 +129,7 @@ def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
 def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     """The record of a folder, signed now if it has none; refused if it was made otherwise."""
     path = folder / RECORD
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = _read(path)
     changes = {part: _changed(record.get(part, {}), now) for part, now in made_from.items()}
     if not record or (any(changes.values()) and not _has_made(folder, record, made_from)):
         write_atomic(path, json.dumps(made_from, indent=2) + "\n")
@@ -138,6 +141,11 @@ def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
                 "--output, or remove this folder and those of later stages"
             )
     return record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record at ``path``; empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ FLOORS = (
     {"evaluation", "ahead", "feeding"},
     {"session", "evaluating"},
     {"collecting"},
-    {"loop", "planning"},
+    {"loop", "planning", "prechecks"},
     {"pipeline"},
     {"demo"},
     {"cli", "__main__", "__init__"},

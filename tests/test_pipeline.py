@@ -120,9 +120,13 @@ def test_run_pipeline_refuses_a_stage_whose_input_was_made_again(done, tmp_path)
 
 
 def test_run_pipeline_finds_a_slip_in_the_last_stage_before_the_first(tmp_path):
-    path = short(tmp_path, ppo={"algorithm.minibatches": 7})
-    with pytest.raises(InputError, match=r"minibatches=7 is not 0"):
-        run_pipeline(load_pipeline(path, str(tmp_path / "out")))
+    slips = {
+        "minibatches=7 is not 0": {"algorithm.minibatches": 7},
+        "stage ppo: .*no.jsonl: no such file": {"data.eval": "no.jsonl"},
+    }
+    for message, slip in slips.items():
+        with pytest.raises(InputError, match=message):
+            run_pipeline(load_pipeline(short(tmp_path, ppo=slip), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from jaxrlhf.config.ranges import below_least
 from jaxrlhf.errors import InputError
 
 
@@ -66,10 +67,8 @@ def check_evaluate(wish: EvaluateConfig) -> None:
         "context": 1,
         "seed": 0,
     }
-    for name, bound in least.items():
-        value = getattr(wish, name)
-        if value is not None and value < bound:
-            raise InputError(f"{name}={value}: must be at least {bound}")
+    for problem in below_least(wish, least):
+        raise InputError(problem)
     if wish.reward and wish.reward_model:
         raise InputError("reward and reward_model are both given: keep one of them")
 

@@ -1,6 +1,6 @@
 """What each number of a config must be."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxrlhf.config.run import Config
@@ -60,6 +60,14 @@ def out_of_range(config: Config) -> Iterator[str]:
             value = _get(config, key)
             if value is not None and not holds(value):
                 yield f"{key}={value}: must be {what}"
+
+
+def below_least(section: Any, least: Mapping[str, float]) -> Iterator[str]:
+    """The fields of a dataclass that are below their least value, a line each; None is passed."""
+    for name, bound in least.items():
+        value = getattr(section, name)
+        if value is not None and value < bound:
+            yield f"{name}={value}: must be at least {bound}"
 
 
 def _get(config: Config, key: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxrlhf.config.evaluate import EvaluateConfig, check_evaluate
 from jaxrlhf.config.load import build, read
+from jaxrlhf.config.ranges import below_least
 from jaxrlhf.config.run import Config
 from jaxrlhf.errors import InputError
 
@@ -34,6 +35,18 @@ class PreferencesConfig:
     """Most prompts at once; it changes no completion."""
     min_gap: float = 0.1
     """Pairs closer than this, in the judge's units, are dropped."""
+
+
+LEAST = {
+    "max_prompt_tokens": 1,
+    "max_new_tokens": 1,
+    "train_rounds": 1,
+    "eval_rounds": 1,
+    "n": 2,
+    "batch_size": 1,
+    "min_gap": 0,
+}
+"""What each number of a PreferencesConfig must at least be."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ def load_pipeline(path: str | Path, output: str = "", seed: int | None = None) -
 
     Raises:
       InputError: no such file, an unknown key, a stage that is of no kind or of two, a name that
-        is taken or refers to no earlier stage.
+        is taken or refers to no earlier stage, a number out of its range.
     """
     path = Path(path)
     config: PipelineConfig = build(PipelineConfig, read(path), str(path))
@@ -139,6 +152,8 @@ def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
         raise InputError(f"{where}.name={stage.name}: an earlier stage has this name")
     for name in {"output", "model" if stage.evaluate else "output"} & set(stage.set):
         raise InputError(f"{where}.set: {name}: the pipeline's own: leave it out")
+    for problem in below_least(stage.preferences, LEAST) if stage.preferences else ():
+        raise InputError(f"{where}.preferences.{problem}")
     if stage.set and given[0] == "preferences":
         raise InputError(f"{where}.set: a stage with {given[0]} has no such fields: leave it out")
 

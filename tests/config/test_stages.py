@@ -77,6 +77,18 @@ def test_stage_run_changes_the_fields_of_the_file(tmp_path):
         ("  - {name: a, train: x, set: {y: '{'}}", "write {{ for a brace"),
         ("  - {name: a, train: x, set: {output: y}}", "set: output: the pipeline's own"),
         ("  - {name: a, evaluate: x, set: {model: y}}", "set: model: the pipeline's own"),
+        (
+            f"  - {{name: a, preferences: {PREFERENCES[:-1]}, n: 1}}}}",
+            "stages.0.preferences.n=1: must be at least 2",
+        ),
+        (
+            f"  - {{name: a, preferences: {PREFERENCES[:-1]}, batch_size: 0}}}}",
+            "stages.0.preferences.batch_size=0: must be at least 1",
+        ),
+        (
+            f"  - {{name: a, preferences: {PREFERENCES[:-1]}, train_rounds: 0}}}}",
+            "stages.0.preferences.train_rounds=0: must be at least 1",
+        ),
         ("  - {name: a, trian: x}", "stages.0.trian: unknown key (did you mean train?)"),
     ],
 )
