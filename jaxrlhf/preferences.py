@@ -16,6 +16,7 @@ from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.formats import read_prompts
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
+from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_atomic
 from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
 from jaxrlhf.networks import Loader, tokenizer_path
@@ -37,6 +38,9 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     Args:
       seed: every draw follows from it and from the completion's number in its file, whatever
         batch it is in.
+
+    Raises:
+      InputError: no pair is found for one of the two; nothing is written then.
     """
     loader = Loader(mesh)
     model = ModelConfig(path=config.model)
@@ -62,14 +66,13 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
         made = judged(config, judge, tokenizer, prompts, host, int(real_Q.sum()))
         for name, group in zip(names, made, strict=False):
             groups[name].append(group)
-    counts = {}
+    counts = {name: _count(name, some, config) for name, some in groups.items()}
     for name, some in groups.items():
         for end, rows_of in ROWS.items():
             lines = [line for group in some for line in rows_of(group, config)]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_atomic(folder / f"{name}{end}.jsonl", text)
-        counts[f"{name}_pairs"] = sum(1 for group in some for _ in pairs_of(group, config))
-    return counts
+    return {f"{name}_pairs": count for name, count in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,19 @@ def pairs_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]
             "chosen_ended": group.ended[best],
             "rejected_ended": group.ended[worst],
         }
+
+
+def _count(name: str, groups: Sequence[Group], config: PreferencesConfig) -> int:
+    """How many pairs there are; an InputError if there is none."""
+    count = sum(1 for group in groups for _ in pairs_of(group, config))
+    if count:
+        return count
+    score_B = np.array([score for group in groups for score in group.scores])
+    raise InputError(
+        f"preferences.{name}: no pairs: of {score_B.size} completions, n={config.n} a prompt, "
+        f"{config.judge} scored {np.isfinite(score_B).sum()}, and no two with words lie "
+        f"min_gap={config.min_gap:g} apart: lower min_gap, or raise n"
+    )
 
 
 def ranking_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import jax
+import pytest
 import runs
 from runs import one_device
 
 from jaxrlhf import loop
 from jaxrlhf.config import PreferencesConfig
+from jaxrlhf.errors import InputError
 from jaxrlhf.preferences import Group, answers_of, pairs_of, ranking_of, write_pairs
 
 GROUP = Group("a", ("b", "c", " ", "b"), (0.5, 0.9, 2.0, 0.5), (True, False, True, True))
@@ -49,25 +51,40 @@ def test_answers_of_each_text_once():
     assert [row["score"] for row in answers_of(GROUP, WISH)] == [0.5, 0.9]
 
 
-def test_write_pairs_draws_the_same_in_any_batch(tmp_path):
-    """Each completion has a key of its own: by its file, its round, and its place in them."""
-    run, (made, again) = runs.sft(tmp_path, steps=1), (tmp_path / "made", tmp_path / "again")
+@pytest.fixture(scope="module")
+def wish(tmp_path_factory):
+    """Pairs of a policy that has learnt nothing, on three prompts."""
+    folder = tmp_path_factory.mktemp("policy")
+    run = runs.sft(folder, steps=1)
     loop.train(run, one_device())
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": "the good"}) + "\n" for _ in range(3)))
-    sources = {"train": str(prompts), "eval": str(prompts)}
-    wish = replace(
+    prompts = runs.write(folder / "prompts.jsonl", [{"prompt": "the good"}] * 3)
+    return replace(
         WISH, model=run.output, judge="jaxrlhf.demo.words:goodness", max_prompt_tokens=2,
-        max_new_tokens=6, n=2, train_rounds=2, min_gap=0.0, **sources,
+        max_new_tokens=6, n=2, train_rounds=2, min_gap=0.0, train=prompts, eval=prompts,
     )  # fmt: skip
+
+
+def test_write_pairs_draws_the_same_in_any_batch(wish, tmp_path):
+    """Each completion has a key of its own: by its file, its round, and its place in them."""
+    made, again = tmp_path / "made", tmp_path / "again"
     with jax.set_mesh(one_device()):
         for folder, batch_size in ((made, 2), (again, 9)):
             folder.mkdir()
             write_pairs(replace(wish, batch_size=batch_size), folder, 0, one_device())
     for file in sorted(path.name for path in made.iterdir()):
         assert (made / file).read_text() == (again / file).read_text()
-    scored = {name: (made / f"{name}_scored.jsonl").read_text() for name in sources}
+    scored = {name: (made / f"{name}_scored.jsonl").read_text() for name in ("train", "eval")}
     drawn = [
         json.loads(line)["completion"] for text in scored.values() for line in text.split("\n")[:-1]
     ]
     assert len(set(drawn)) > 0.9 * len(drawn) > 10
+
+
+def test_write_pairs_refuses_to_write_none(wish, tmp_path):
+    with jax.set_mesh(one_device()), pytest.raises(InputError) as error:
+        write_pairs(replace(wish, min_gap=100.0), tmp_path, 0, one_device())
+    assert str(error.value) == (
+        "preferences.train: no pairs: of 12 completions, n=2 a prompt, jaxrlhf.demo.words:goodness "
+        "scored 12, and no two with words lie min_gap=100 apart: lower min_gap, or raise n"
+    )
+    assert not list(tmp_path.iterdir())
