@@ -251,7 +251,7 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
             summary["reliability"] = found.reliability
         if "kl_nats" in after:
             summary["kl_nats"] = after["kl_nats"]
-    summary |= session.totals()
+    summary |= session.skipped() | session.totals()
     session.recorder.summary(summary)
     session.report()
     return summary

@@ -96,6 +96,10 @@ class Session:
         )
         if self.start:
             self.show.note(f"resumed after iteration {self.start} of {config.steps}")
+        for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
+            if rows is not None and rows.skipped:
+                count, first = len(rows.skipped), rows.skipped[0]
+                self.show.note(f"data.skip_bad_rows: {rows.path}: {count} skipped; first: {first}")
         self._handle_sigterm()
         return self
 
@@ -218,6 +222,14 @@ class Session:
             return None
         self.show.note(f"nothing to do: all {self.start} iterations are done")
         return summary
+
+    def skipped(self) -> dict[str, int]:
+        """Rows left out under ``data.skip_bad_rows``, which it counts: ``rows_skipped`` of the
+        training data, ``eval_rows_skipped`` of the held-out; nothing without it."""
+        named = {"rows_skipped": self.run.train_rows, "eval_rows_skipped": self.run.eval_rows}
+        if not self.run.config.data.skip_bad_rows:
+            return {}
+        return {name: len(rows.skipped) for name, rows in named.items() if rows is not None}
 
     def totals(self) -> dict[str, Any]:
         """Seconds by phase, generated tokens a second of training, and peak memory."""

@@ -307,3 +307,24 @@ def test_train_interrupted_goes_on_where_it_was(how, tmp_path):
     assert resumed >= (15 if how == signal.SIGKILL else 22)
     lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
+
+
+def test_train_says_how_many_rows_it_skips(tmp_path, capsys):
+    config = runs.sft(tmp_path, steps=1)
+    for name in ("train", "eval"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text('{"prompt": "the", "completion": "good"}\n' * 9 + "{\n" * len(name))
+        data = replace(config.data, skip_bad_rows=True, **{name: str(path)})
+        config = replace(config, data=data)
+    summary = loop.train(config, one_device())
+    assert (summary["rows_skipped"], summary["eval_rows_skipped"]) == (5, 4)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["rows_skipped"] == 5
+    notes = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert len(notes) == 2
+    path = tmp_path / "train.jsonl"
+    assert f"{path}: 5 skipped; first: {path}:10: not JSON" in notes[0]
+
+
+def test_train_counts_no_rows_that_it_would_not_skip(tmp_path, capsys):
+    assert "rows_skipped" not in loop.train(runs.sft(tmp_path, steps=1), one_device())
+    assert "skipped" not in capsys.readouterr().out

@@ -29,7 +29,8 @@ class DataConfig:
     """SFT: lay short rows one after the other in rows of max_tokens, where they do not see each
     other. Held-out rows are never packed."""
     skip_bad_rows: bool = False
-    """Skip malformed or overlong rows and count them, instead of stopping at the first."""
+    """Skip malformed or overlong rows, instead of stopping at the first. Their number is said at
+    the start, with the first of them, and in summary.json."""
 
 
 @dataclass(frozen=True)
