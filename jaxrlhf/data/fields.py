@@ -56,10 +56,11 @@ def as_number(value: Any, name: str, where: str) -> float:
 
 def columns_of(row: Row, *used: str) -> dict[str, Any]:
     """The columns besides ``used``, which reward functions get by name."""
-    for name in ("prompts", "completions"):
-        if name in row.values and name not in used:
+    arguments = {"prompts", "completions"} - set(used)
+    for name in arguments:
+        if row.values.get(name) is not None:
             raise InputError(f"{row.where}: column {name!r} is the name of an argument; rename it")
-    return {name: value for name, value in row.values.items() if name not in used}
+    return {name: x for name, x in row.values.items() if name not in arguments.union(used)}
 
 
 def _chat(value: list[Any], key: str, where: str) -> list[Message]:

@@ -9,7 +9,8 @@ The column names are TRL's. A value is plain text, or a chat: a list of ``{role,
 
 Answers that are compared (pairs, labelled completions) are one turn of the assistant's each.
 
-All other columns are kept with the row, and reach the reward functions under their names.
+All other columns are kept with the row, and reach the reward functions under their names. A null in
+a column that may be left out stands for nothing there: Parquet has a cell in every row.
 
 Plain text is used as it stands: prompt and answer are simply joined, so an answer brings its own
 leading space. A chat goes through the tokenizer's chat template (chat.py), in training as in
@@ -126,7 +127,7 @@ def _prompt(row: Row, tokenizer: PreTrainedTokenizerFast) -> Prompt:
 
 def _columns_of_completion(row: Row) -> tuple[Text, Text, dict[str, Any]]:
     """Prompt, completion and the other columns of a row, which may have both in ``messages``."""
-    if "messages" in row.values and "prompt" not in row.values:
+    if row.values.get("messages") is not None and row.values.get("prompt") is None:
         chat = text_of(row, "messages")
         if isinstance(chat, str) or len(chat) < 2:
             raise InputError(f"{row.where}: messages={shown(chat)}: give a question and an answer")
@@ -178,7 +179,8 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerFast) -> Pair:
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if chosen == rejected:
         raise InputError(f"{row.where}: chosen == rejected, {shown(chosen)}; drop the row")
-    if "prompt" in row.values or isinstance(chosen, str) or isinstance(rejected, str):
+    given = row.values.get("prompt") is not None
+    if given or isinstance(chosen, str) or isinstance(rejected, str):
         prompt = text_of(row, "prompt")
     else:
         prompt, chosen, rejected = _split_common(chosen, rejected, row.where)
@@ -204,7 +206,9 @@ def _split_common(
 
 
 def _margin(row: Row) -> float:
-    value = row.values.get("margin", 0.0)
+    value = row.values.get("margin")
+    if value is None:
+        return 0.0
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) < 1e38:  # the comparison is False for NaN too
         raise InputError(f"{row.where}: margin={shown(value)}: give a finite number or no margin")

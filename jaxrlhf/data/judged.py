@@ -103,9 +103,10 @@ def read_steps(
 
 
 def _ranked(row: Row, tokenizer: PreTrainedTokenizerFast) -> Ranked:
-    if "responses" not in row.values and row.values.get("chosen") is not None:
+    if row.values.get("responses") is None and row.values.get("chosen") is not None:
         (pair,) = read_pairs(Rows((row,), row.where), tokenizer).items
-        flags = [pair.columns.get(f"{name}_ended", True) for name in ("chosen", "rejected")]
+        flags = [pair.columns.get(f"{name}_ended") for name in ("chosen", "rejected")]
+        flags = [True if flag is None else flag for flag in flags]
         texts, ended = (pair.chosen, pair.rejected), _flags(row, flags, 2)
         return Ranked(pair.prompt, texts, (1.0, 2.0), ended, pair.columns, row.where)
     where, given = row.where, list_of(row, "responses")
@@ -158,7 +159,8 @@ def _scored(row: Completion, binary: bool) -> Completion:
 
 def _steps(row: Row, tokenizer: PreTrainedTokenizerFast, separator: str) -> Stepwise:
     where = row.where
-    name = "steps" if "steps" in row.values else "completions"
+    trl = row.values.get("steps") is None and row.values.get("completions") is not None
+    name = "completions" if trl else "steps"
     given = list_of(row, name)
     if not given:
         raise InputError(f"{where}: {name} is an empty list; give a step or drop the row")

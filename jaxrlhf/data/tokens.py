@@ -264,7 +264,9 @@ def _encode_row(
 
 
 def _ended(row: Completion | Pair, name: str) -> bool:
-    value = row.columns.get(name, True)
+    value = row.columns.get(name)
+    if value is None:
+        return True
     if not isinstance(value, bool):
         raise InputError(f"{row.where}: {name}={shown(value)}: true, false, or leave it out")
     return value

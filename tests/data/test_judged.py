@@ -2,6 +2,8 @@
 
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxrlhf.data.judged import Ranked, Stepwise, read_ranked, read_scored, read_steps
@@ -56,6 +58,28 @@ def test_read_ranked_pair_is_a_ranking_of_two(tokenizer, jsonl):
     assert row.columns["gap"] == 2
 
 
+def parquet(folder, *rows):
+    path = str(folder / "rows.parquet")
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    pq.write_table(table, path)
+    return path
+
+
+def test_read_ranked_parquet_null_is_absent(tokenizer, tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_ended": False}
+    path = parquet(tmp_path, {**pair, "rejected_ended": None}, RANKED, {**pair, "responses": None})
+    found = read_ranked(read_rows(path), tokenizer).items
+    assert [row.ended for row in found] == [(False, True), (True,) * 3, (False, True)]
+
+
+def test_read_steps_parquet_null_is_absent(tokenizer, tmp_path):
+    trl = {"prompt": "a", "completions": ["b c", " d "], "labels": [1.0, 0.25]}
+    path = parquet(tmp_path, {**STEPS, "labels": [1.0, 0.25]}, {**trl, "steps": None})
+    first, second = read_steps(read_rows(path), tokenizer).items
+    assert first.answer == second.answer
+
+
 BAD = [
     (read_ranked, {**RANKED, "responses": "b"}, "responses='b' is str, not a list"),
     (read_ranked, {"prompt": "a"}, "no 'responses' among its columns"),
@@ -74,6 +98,7 @@ BAD = [
     (read_scored, {"prompt": "a", "completion": "b", "label": True}, "score is null or missing"),
     (read_scored, {"prompt": "a", "completion": "b", "score": True}, "score=True: give a finite"),
     (read_scored, {"prompt": "a", "completion": "b", "score": float("inf")}, "score=inf: give"),
+    (read_steps, {**STEPS, "steps": None}, "steps=None is NoneType, not a list"),
     (read_steps, {**STEPS, "steps": []}, "steps is an empty list"),
     (read_steps, {**STEPS, "steps": ["b", " "]}, "steps[1]=' ' is empty"),
     (read_steps, {**STEPS, "steps": ["b", "c\nd"]}, r"steps[1] holds the separator '\n'; make it"),

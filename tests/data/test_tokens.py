@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxrlhf import masked
@@ -12,6 +14,7 @@ from jaxrlhf.data.formats import (
     Pair,
     Prompt,
     read_completions,
+    read_labelled,
     read_pairs,
     read_prompts,
     render,
@@ -175,6 +178,20 @@ def test_encode_rows_skips_and_counts(tokenizer):
     assert [row.prompt for row in rows.items] == [[B]]
     assert len(rows.skipped) == 2
     assert rows.skipped[1].startswith("x:1: 3 tokens")
+
+
+@pytest.mark.parametrize("read", [read_completions, read_labelled, read_pairs])
+def test_encode_rows_parquet_null_flag_is_absent(read, tokenizer, tmp_path):
+    path = str(tmp_path / "rows.parquet")
+    if read is read_completions:
+        row, flag = {"prompt": "a", "completion": "b"}, "ended"
+    else:
+        row, flag = {"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen_ended"
+    rows = [{**row, flag: value} for value in (None, False, True)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = encode_rows(read(read_rows(path), tokenizer), tokenizer, VOCAB, 9).items
+    ids = [row.answers[0] for row in found if row.answers[0][0] == B]
+    assert ids == [[B, 0], [B], [B, 0]]
 
 
 def test_encode_rows_same_tokens_in_chosen_and_rejected(tokenizer):
