@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import jax
 
 from jaxrlhf.algorithms import kl_kind
-from jaxrlhf.config import Config, OnPolicyConfig
+from jaxrlhf.config import Config, OnPolicyConfig, is_on_policy
 from jaxrlhf.errors import InputError
 
 
@@ -58,7 +58,8 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
 
     Args:
       config: the run's configuration.
-      **facts: more of the kind that only the run knows, such as the number of rows of the data.
+      **facts: more of the kind that only the run knows, such as the number of rows of the data,
+        and a digest of their ``contents``.
     """
     full = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in a file
     if isinstance(config.algorithm, OnPolicyConfig):
@@ -66,13 +67,14 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
     optim = _without(full["optim"], "microbatches", "max_skipped")
     if config.optim.schedule != "constant":
         optim["steps"] = config.steps
+    unread = "max_tokens" if is_on_policy(config) else "max_prompt_tokens"
     return {
         "algorithm": {k: x for k, x in full["algorithm"].items() if isinstance(x, str | bool)},
         "model": _without(full["model"], "remat"),
         "critic": _without(full["critic"], "warmup"),
         "reference": _without(full["reference"], "offload"),
         "optim": optim,
-        "data": _without(full["data"], "eval"),
+        "data": _without(full["data"], "eval", unread),
         "sample": {"n": config.sample.n},
         "seed": config.seed,
         "eval": {"patience": "on" if config.eval.patience else "off"},  # a second set of parameters
@@ -84,19 +86,31 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run whose configuration has become another.
 
     A field that one side lacks came or went with a version of the program and is not compared.
+    Rows with the same contents are the same rows, whichever path leads to them.
 
     Args:
       saved: the fingerprint in the checkpoint.
       now: the fingerprint of this launch.
 
     Raises:
-      InputError: fields differ; the message names each, with both values.
+      InputError: fields differ; the message names each, with both values. Or only the contents of
+        the rows do.
     """
     differences = list(_differences(saved, json.loads(json.dumps(now))))
-    if differences:
-        listed = ", ".join(f"{name}={new!r} (was {old!r})" for name, old, new in differences)
+    if saved.get("contents", "") == now.get("contents"):
+        differences = [found for found in differences if found[0] != "data.train"]
+    fields = [found for found in differences if found[0] not in ("contents", "eval.contents")]
+    if fields:
+        listed = ", ".join(f"{name}={new!r} (was {old!r})" for name, old, new in fields)
         raise InputError(
             f"cannot resume with {listed}: set it back to what it was, or choose another output"
+        )
+    if differences:
+        files = {"contents": now["data"]["train"], "eval.contents": "data.eval"}
+        listed = " and ".join(files[name] for name, _, _ in sorted(differences))
+        raise InputError(
+            f"cannot resume: the rows of {listed} have changed: put them back as they were, or "
+            "choose another output"
         )
 
 

@@ -14,7 +14,10 @@ from typing import Any
 import jax
 
 from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.config import dump, load
+from jaxrlhf.config import dump, is_on_policy, load
+from jaxrlhf.data.contents import contents
+from jaxrlhf.data.rows import Rows
+from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.display import display
 from jaxrlhf.errors import InputError
 from jaxrlhf.evaluation import Evaluation
@@ -66,10 +69,11 @@ class Session:
         config = self.run.config
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint)
         self._stack.enter_context(self.checkpoints)
-        self._fingerprint = fingerprint(config, rows=len(self.run.train_rows))
+        self._fingerprint = fingerprint(config, **_rows_of(self.run.train_rows))
         if self.run.eval_rows is not None:
-            measured = {"n": config.eval.n, "gold": len(config.eval.gold)}
-            self._fingerprint["eval"] |= {"rows": len(self.run.eval_rows), **measured}
+            sampled = {"n": config.eval.n, "gold": len(config.eval.gold)}
+            measured = _rows_of(self.run.eval_rows) | (sampled if is_on_policy(config) else {})
+            self._fingerprint["eval"] |= measured
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
         )
@@ -117,10 +121,12 @@ class Session:
         return self.start < self.run.config.steps and not has_ended(self.host)
 
     def _check_same_run(self) -> None:
-        """Refuse another model, data or seed before their shapes are compared."""
+        """Refuse another model or seed before shapes are compared; the data's path comes later."""
         path = self.output / "config.yaml"
         if path.is_file() and self.checkpoints.latest() is not None:
-            check_fingerprint(fingerprint(load(path)), self._fingerprint)
+            saved = fingerprint(load(path))
+            del saved["data"]["train"]
+            check_fingerprint(saved, self._fingerprint)
 
     def _handle_sigterm(self) -> None:
         def stop(*_: Any) -> None:
@@ -241,6 +247,11 @@ class Session:
             "tokens_per_second": tokens / training if tokens else None,
             "peak_memory_gib": round(peak_memory_gib(), 3),
         }
+
+
+def _rows_of(rows: Rows[Encoded]) -> dict[str, Any]:
+    """What a fingerprint has of rows."""
+    return {"rows": len(rows), "contents": contents(rows.items)}
 
 
 def peak_memory_gib() -> float:

@@ -248,6 +248,35 @@ def test_train_refuses_another_config_in_the_same_folder(tmp_path):
         loop.train(runs.sft(tmp_path, seed=1), one_device())
 
 
+def test_train_refuses_other_rows_in_the_same_file(tmp_path, monkeypatch):
+    config = runs.sft(tmp_path, steps=1)
+    config = replace(config, data=replace(config.data, eval=config.data.train))
+    path = Path(config.data.train)
+    text = path.read_text()
+    longer = replace(config, steps=2)
+    loop.train(config, one_device())
+    path.write_text(text.replace("good and good", "good and kind"))
+    with pytest.raises(InputError, match=f"the rows of {path} and data.eval have changed"):
+        loop.train(longer, one_device())
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(path.read_text())
+    path.write_text(text)
+    other = replace(longer, data=replace(longer.data, eval=str(held_out)))
+    with pytest.raises(InputError, match=r"the rows of data\.eval have changed"):
+        loop.train(other, one_device())
+    monkeypatch.chdir(tmp_path)
+    near = replace(longer, data=replace(longer.data, train=path.name))
+    assert loop.train(near, one_device())["steps"] == 2
+
+
+def test_train_goes_on_with_other_settings_that_rows_do_not_read(tmp_path):
+    config = runs.reward_model(tmp_path, steps=1)
+    loop.train(config, one_device())
+    data = replace(config.data, max_prompt_tokens=9)
+    config = replace(config, data=data, eval=EvalConfig(every=2), steps=2)
+    assert loop.train(config, one_device())["steps"] == 2
+
+
 def test_train_finished_takes_no_summary_of_a_shorter_run(tmp_path):
     """Killed twice: while it goes on with more steps, and after its last checkpoint."""
     written = tmp_path / "run/summary.json"

@@ -173,3 +173,41 @@ def test_check_fingerprint_facts_and_versions():
 def test_fingerprint_constant_rate_may_go_on():
     short = changed(optim={"schedule": "constant"})
     check_fingerprint(fingerprint(short), fingerprint(dataclasses.replace(short, steps=500)))
+
+
+def test_check_fingerprint_same_rows_by_another_path():
+    moved = changed(data={"train": "/home/a.jsonl"})
+    same = {"rows": 9, "contents": "1f"}
+    check_fingerprint(fingerprint(base(), **same), fingerprint(moved, **same))
+    for saved in (fingerprint(base(), rows=9), fingerprint(base(), rows=9, contents="2e")):
+        with pytest.raises(InputError, match=r"with data.train='/home/a.jsonl' \(was 'a.jsonl'\):"):
+            check_fingerprint(saved, fingerprint(moved, **same))
+
+
+def test_check_fingerprint_changed_rows():
+    saved, now = (fingerprint(base(), rows=9, contents=x) for x in ("1f", "2e"))
+    with pytest.raises(
+        InputError, match=r"resume: the rows of a.jsonl have changed: put them back"
+    ):
+        check_fingerprint(saved, now)
+    del saved["contents"]
+    check_fingerprint(saved, now)
+
+
+def test_check_fingerprint_changed_held_out_rows():
+    saved, now = (fingerprint(base()) for _ in range(2))
+    saved["eval"]["contents"], now["eval"]["contents"] = "1f", "2e"
+    with pytest.raises(InputError, match=r"resume: the rows of data.eval have changed"):
+        check_fingerprint(saved, now)
+
+
+def test_fingerprint_leaves_out_what_is_not_read():
+    sft = {"algorithm": SFTConfig()}
+    check_fingerprint(
+        fingerprint(changed(**sft)), fingerprint(changed(**sft, data={"max_prompt_tokens": 9}))
+    )
+    check_fingerprint(fingerprint(base()), fingerprint(changed(data={"max_tokens": 9})))
+    for parts in ({**sft, "data": {"max_tokens": 9}}, {"data": {"max_prompt_tokens": 9}}):
+        start = {name: x for name, x in parts.items() if name != "data"}
+        with pytest.raises(InputError, match=r"tokens=9 \(was"):
+            check_fingerprint(fingerprint(changed(**start)), fingerprint(changed(**parts)))
