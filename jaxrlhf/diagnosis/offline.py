@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from jaxrlhf.algorithms.preference_losses import SMOOTHED_KINDS
 from jaxrlhf.config import OfflineConfig, is_on_policy
 from jaxrlhf.diagnosis.finding import Finding
 from jaxrlhf.diagnosis.history import History
@@ -24,7 +25,13 @@ NLL_RISE, NLL_LOST = 0.1, 1.0
 each of their tokens e times less likely."""
 
 MARGIN_LARGE, MARGIN_EXTREME = 20.0, 100.0
-"""Margin at which the sigmoid's gradient is 1 − σ = 2e-9, and one that no loss asks for."""
+"""Margin at which the sigmoid's gradient is 1 − σ = 2e-9, and one that no such loss asks for."""
+
+NO_SIGMOID = frozenset({"ipo", "hinge", "sppo_hard"})
+"""Losses on pairs that are squares or straight: with margins of their own, in other units."""
+
+BOUNDED_BY_SMOOTHING = SMOOTHED_KINDS - {"robust"}
+"""Losses that are least at a finite margin under ``label_smoothing``; robust has none at all."""
 
 
 def chance_accuracy(history: History) -> list[Finding]:
@@ -143,18 +150,23 @@ def chosen_logp_falls(history: History) -> list[Finding]:
 
 
 def margin_explosion(history: History) -> list[Finding]:
-    """Chosen minus rejected far beyond where the loss asks for more."""
+    """Chosen minus rejected far beyond where a loss of the sigmoid asks for more."""
     late = history.training.late("margin")
     if is_on_policy(history.config) or late is None or late.mean <= MARGIN_LARGE:
         return []
-    rewards = history.config.algorithm.name == "reward_model"
+    algorithm = history.config.algorithm
+    kind = getattr(algorithm, "kind", "sigmoid")
+    if kind in NO_SIGMOID:
+        return []
+    names = ["centre_coef", "score_l2"] + ["label_smoothing"] * (kind in BOUNDED_BY_SMOOTHING)
+    options = [f"algorithm.{name}" for name in names if hasattr(algorithm, name)]
     return [
         Finding(
             "margin_explosion",
             "problem" if late.mean > MARGIN_EXTREME else "warning",
             f"margin {late.mean:.3g} ({late.steps})",
             "lower optim.learning_rate or steps"
-            + (", set algorithm.centre_coef" if rewards else ", set algorithm.label_smoothing")
+            + (f", raise {' or '.join(options)}" if options else "")
             + "; see whether data.train gives the answer away (an end, a length)",
         )
     ]

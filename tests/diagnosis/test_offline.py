@@ -1,5 +1,6 @@
 """Reward models and DPO: chance, overfitting, falling log-probs, margins."""
 
+import re
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -10,11 +11,16 @@ from histories import offline as rows_of
 
 from jaxrlhf.algorithms import kto
 from jaxrlhf.config import (
+    CPOConfig,
+    DPOConfig,
     EvalConfig,
     KTOConfig,
     ListwiseRewardModelConfig,
+    ORPOConfig,
     PointwiseRewardModelConfig,
     ProcessRewardModelConfig,
+    RewardModelConfig,
+    SimPOConfig,
 )
 from jaxrlhf.diagnosis import offline
 from jaxrlhf.types import PreferenceBatch
@@ -138,6 +144,32 @@ def test_margin_explosion():
     for margin, expected in ((19, []), (21, ["warning"]), (101, ["problem"])):
         assert severities(offline.margin_explosion(dpo(margin=margin * ONES))) == expected
     assert "centre_coef" in offline.margin_explosion(reward_model(margin=30 * ONES))[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (DPOConfig(), ["label_smoothing"]),
+        (DPOConfig(kind="exo_pair", label_smoothing=0.1), ["label_smoothing"]),
+        (DPOConfig(kind="robust"), []),  # there it asks for more
+        (DPOConfig(kind="apo_zero"), []),
+        (DPOConfig(kind="apo_down"), []),
+        (CPOConfig(), ["label_smoothing"]),
+        (SimPOConfig(), []),
+        (ORPOConfig(), []),
+        (RewardModelConfig(), ["centre_coef", "score_l2", "label_smoothing"]),
+        (ListwiseRewardModelConfig(), ["score_l2"]),
+    ],
+)
+def test_margin_explosion_names_what_there_is(kind, options):
+    (finding,) = offline.margin_explosion(rows_of(kind, margin=30 * ONES))
+    assert re.findall(r"algorithm\.(\w+)", finding.remedy) == options
+    assert finding.remedy.startswith(f"lower optim.learning_rate or steps{';,'[bool(options)]} ")
+
+
+@pytest.mark.parametrize("kind", ["ipo", "hinge", "sppo_hard"])
+def test_margin_explosion_is_of_sigmoids(kind):
+    assert offline.margin_explosion(rows_of(DPOConfig(kind=kind), margin=500 * ONES)) == []
 
 
 @pytest.mark.parametrize(
