@@ -8,7 +8,16 @@ from typing import Any
 from jaxrlhf.config.model import DecoderConfig, RopeScaling
 from jaxrlhf.errors import InputError
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+_FAMILIES = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
+    "gemma": {"max_position_embeddings": 8192, "num_key_value_heads": 16, "head_dim": 256},
+}
+"""What transformers takes where a config.json leaves it out; as many key heads as query heads, and
+hidden_size / num_attention_heads, where it says nothing here either."""
+
 _GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
 """What sets a Gemma of the first generation apart; later ones have more that is their own."""
 
@@ -16,7 +25,7 @@ _GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
 def read_config(path: Path, head: bool = False) -> DecoderConfig:
     """The decoder that a config.json describes.
 
-    Fields that are left out take the defaults of transformers. ``rope_scaling`` with
+    Fields that are left out take the family's defaults in transformers. ``rope_scaling`` with
     ``rope_theta`` (transformers 4) and ``rope_parameters`` (5) are both read.
 
     Args:
@@ -32,21 +41,29 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
     _refuse_unsupported(path, config, "ForSequenceClassification" if head else "ForCausalLM")
 
     gemma = family == "gemma"
+    default = _FAMILIES[family]
     heads = _number(path, config, "num_attention_heads")
     embed = _number(path, config, "hidden_size")
-    head_dim = 256 if gemma else embed // heads
-    if config.get("head_dim") is None and not gemma and embed % heads:
+    head_dim = default.get("head_dim")
+    if config.get("head_dim") is None and not head_dim and embed % heads:
         raise InputError(f"{path}: hidden_size={embed} % num_attention_heads={heads}; add head_dim")
-    theta, scaling = _rope(path, config)
+    kv_heads = _number(path, {**default, **config}, "num_key_value_heads", heads)  # null is heads
+    if heads % kv_heads:
+        raise InputError(
+            f"{path}: num_attention_heads={heads} % num_key_value_heads={kv_heads} is not 0"
+            + ("" if "num_key_value_heads" in config else f"; a {family}'s default: write it down")
+        )
+    context = _number(path, config, "max_position_embeddings", default["max_position_embeddings"])
+    theta, scaling = _rope(path, config, context)
     return DecoderConfig(
         vocab=_number(path, config, "vocab_size"),
         embed=embed,
         layers=_number(path, config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=_number(path, config, "num_key_value_heads", heads),
-        head_dim=_number(path, config, "head_dim", head_dim),
+        kv_heads=kv_heads,
+        head_dim=_number(path, config, "head_dim", head_dim or embed // heads),
         mlp=_number(path, config, "intermediate_size"),
-        context=_number(path, config, "max_position_embeddings", 8192 if gemma else 2048),
+        context=context,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_number(path, config, "rms_norm_eps", 1e-6, float),
@@ -121,7 +138,8 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], kind: str) -> None:
             raise InputError(f"{path}: layer_types has {layer!r}; supported is full_attention")
     if config["model_type"] == "mistral":
         window = config.get("sliding_window", 4096)
-        context = _number(path, config, "max_position_embeddings", 131_072)
+        default = _FAMILIES["mistral"]["max_position_embeddings"]
+        context = _number(path, config, "max_position_embeddings", default)
         if window is not None and window < context:  # a window as wide as any row hides nothing
             raise InputError(
                 f"{path}: sliding_window={window} is not supported; set it to null and "
@@ -129,7 +147,7 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], kind: str) -> None:
             )
 
 
-def _rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(path: Path, config: dict[str, Any], context: int) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary frequencies, from either generation of transformers."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -145,7 +163,6 @@ def _rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None
         return theta, None
     if kind != "llama3":
         raise InputError(f"{path}: rope_type={kind!r}; supported are default and llama3")
-    context = _number(path, config, "max_position_embeddings", 2048)
     return theta, RopeScaling(
         factor=_number(path, rope, "factor", None, float),
         low_freq_factor=_number(path, rope, "low_freq_factor", None, float),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from jaxrlhf.config import DecoderConfig, RopeScaling
 from jaxrlhf.errors import InputError
@@ -53,8 +54,39 @@ def test_read_config_families(tmp_path, family, qkv_bias, qk_norm):
     assert decoder.norm_eps == 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_read_config_left_out(tmp_path, family):
+    """As transformers itself fills a config.json that says no more than sizes."""
+    said = {"vocab_size": 100, "hidden_size": 256, "num_attention_heads": 64}
+    said |= {"num_hidden_layers": 2, "intermediate_size": 64}
+    theirs = AutoConfig.for_model(family, **said)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": family, **said, "sliding_window": None}))
+    decoder = read_config(path)
+    assert decoder.kv_heads == theirs.num_key_value_heads
+    assert decoder.head_dim == getattr(theirs, "head_dim", 256 // 64)
+    assert decoder.context == theirs.max_position_embeddings
+    assert decoder.norm_eps == theirs.rms_norm_eps
+    assert decoder.tied == theirs.tie_word_embeddings
+
+
+def test_read_config_key_heads(tmp_path):
+    """Null is as many as there are heads; what is left out may not fit them."""
+    decoder = read(tmp_path, model_type="qwen2", num_key_value_heads=None)
+    assert decoder.kv_heads == 4
+    with pytest.raises(InputError, match=r"heads=4 % num_key_value_heads=32 .* a qwen2's default"):
+        read(tmp_path, model_type="qwen2")
+    with pytest.raises(
+        InputError, match=r"num_attention_heads=4 % num_key_value_heads=3 is not 0$"
+    ):
+        read(tmp_path, num_key_value_heads=3)
+
+
 def test_read_config_gemma(tmp_path):
-    decoder = read(tmp_path, model_type="gemma", hidden_act="gelu", max_position_embeddings=None)
+    decoder = read(
+        tmp_path, model_type="gemma", hidden_act="gelu", max_position_embeddings=None,
+        num_key_value_heads=1,
+    )  # fmt: skip
     assert (decoder.activation, decoder.norm_offset, decoder.embed_scale) == ("gelu", True, True)
     assert (decoder.head_dim, decoder.context, decoder.tied) == (256, 8192, True)
 
