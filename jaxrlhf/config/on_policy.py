@@ -43,7 +43,9 @@ class OnPolicyConfig:
     target_kl: float | None = None
     """Stop the passes over a rollout once KL(old‖new) exceeds this (nats a token)."""
     kl_coef: float = 0.05
-    """β, reward units a nat."""
+    """β, reward units a nat. With the KL in the loss it is in standard deviations of the advantage
+    a nat where advantages are divided by those and β·KL is not: PPO and A2C that
+    ``whiten_advantages``, REINFORCE++; and, by each group's, GRPO, DAPO, GSPO and CISPO."""
     kl_in: Literal["reward", "loss", "exact_loss"] = "reward"
     """Where β·KL goes: into each token's reward, or into the loss (see kl_loss)."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
