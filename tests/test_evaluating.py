@@ -1,6 +1,7 @@
 """Measuring a trained policy on held-out prompts, from its folder to evaluation.json."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,17 @@ def test_evaluate_model_of_a_plain_model(run, tmp_path):
 def test_evaluate_model_refuses(change, message, run):
     with pytest.raises(InputError, match=message):
         evaluate_model(replace(EvaluateConfig(run.output), **change), one_device(run))
+
+
+def test_nothing_is_read_for_what_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    for module in ("evaluating.read_entrants", "networks.load_model"):
+        monkeypatch.setattr(f"jaxrlhf.{module}", None)
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file/x")
+    for words in (["eval", run.output, "--output", out], ["export", run.output, out]):
+        assert cli.main(words) == 2
+        err = capsys.readouterr().err
+        assert re.match(r"error: \S*/file\S*: cannot be written \(.*\): give another path\n", err)
 
 
 def test_evaluate_model_refuses_reward_models(tmp_path):

@@ -260,6 +260,14 @@ def test_main_report(folder, tmp_path, capsys):
     assert "not the output folder of a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("output", "reason"), [("", "it is a folder"), ("file/x", "File exists")])
+def test_main_report_names_what_cannot_be_written(output, reason, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["report", str(folder), "--output", str(tmp_path / output)]) == 2
+    assert f"cannot be written ({reason})" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
 def test_gold_against_proxy_by_hand():
     path = gold_against_proxy(METRICS, root=True)
     assert path == [

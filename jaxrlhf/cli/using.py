@@ -78,16 +78,19 @@ def export(
     """
     prepare_jax()
     from jaxrlhf.config import ProcessRewardModelConfig
-    from jaxrlhf.models.hf import write_hf
+    from jaxrlhf.files import writing
+    from jaxrlhf.models.hf import check_new, write_hf
     from jaxrlhf.networks import is_run, load_model, run_config, scores_texts
 
     scores = scores_texts(run)
     if is_run(run) and isinstance(run_config(run).algorithm, ProcessRewardModelConfig):
         raise InputError(f"{run}: a process reward model; transformers has no such class")
+    check_new(out)
     model, params, tokenizer = load_model(run)
     if not scores:  # a head would be a critic's
         params = {name: part for name, part in params.items() if name != "head"}
-    write_hf(out, model.decoder, params, tokenizer, head=scores)
+    with writing(out):
+        write_hf(out, model.decoder, params, tokenizer, head=scores)
     if scores and (bias := float(params["head"]["bias"])):
         print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
 

@@ -16,7 +16,7 @@ from jaxrlhf.evaluating.drawing import draw
 from jaxrlhf.evaluating.entrants import config_of, read_entrants
 from jaxrlhf.evaluating.figures import best_of_n_curve, compare, completions, describe, solved
 from jaxrlhf.evaluating.table import table
-from jaxrlhf.files import write_atomic
+from jaxrlhf.files import check_file, write_atomic, writing
 from jaxrlhf.judging import Judge
 from jaxrlhf.metrics import plain
 from jaxrlhf.networks import is_run
@@ -58,18 +58,21 @@ def evaluate_model(
       ``completions``.
 
     Raises:
-      InputError: a model, data or reward that cannot be used, or no folder to write to.
+      InputError: a model, data or reward that cannot be used, or no folder that can be written.
     """
     check_evaluate(wish)
     folder = _folder(wish)
     config = config_of(wish.model)
+    path = folder / "evaluation.json"
+    if jax.process_index() == 0:
+        check_file(path)
     mesh = mesh or make_mesh(_mesh_config(wish, config))
     with jax.set_mesh(mesh):
         found = _measure(wish, config, mesh, extract)
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(plain(found), indent=1, allow_nan=False)
-        write_atomic(folder / "evaluation.json", text + "\n")
+        with writing(path):
+            write_atomic(path, text + "\n")
     return found
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.errors import InputError
+from jaxrlhf.files import check_folder, writing
 from jaxrlhf.models import names
 from jaxrlhf.models.hf_config import read_bias, read_config, write_config
 
@@ -143,6 +144,19 @@ def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: 
             )
 
 
+def check_new(folder: str | os.PathLike[str]) -> None:
+    """See that ``write_hf`` can write there, before weights are read; makes the folder above.
+
+    Raises:
+      InputError: ``folder`` exists and is not empty, or cannot be written.
+    """
+    folder = Path(folder).absolute()
+    with writing(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder}: exists and is not empty; choose a new folder")
+    check_folder(folder.parent)
+
+
 def write_hf(
     folder: str | os.PathLike[str],
     decoder: DecoderConfig,
@@ -167,13 +181,12 @@ def write_hf(
         where ``read_hf`` finds it.
 
     Raises:
-      InputError: ``folder`` exists and is not empty; ``params`` is not a tree of ``decoder``'s
+      InputError: as ``check_new``; ``params`` is not a tree of ``decoder``'s
         weights, or has no head where one is asked for; the combination of features has no
         architecture in transformers.
     """
+    check_new(folder)
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not empty; choose a new folder")
     bias = None
     if head:
         decoder, params, bias = _scored(decoder, params)
@@ -189,7 +202,6 @@ def write_hf(
     if head and ids.get("pad_token_id") not in (None, ids.get("eos_token_id")):
         config["pad_token_id"] = ids["pad_token_id"]  # a score is read before the padding
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
         partial = Path(scratch) / folder.name
         partial.mkdir()

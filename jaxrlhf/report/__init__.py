@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_atomic
+from jaxrlhf.files import check_file, write_atomic, writing
 from jaxrlhf.report.compared import compare
 from jaxrlhf.report.page import Page
 from jaxrlhf.report.reading import RunFiles, read_run
@@ -26,8 +26,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "") -> str:
       The path of the page.
 
     Raises:
-      InputError: a folder that is no run's, a file that cannot be read, or no output for several.
-      OSError: the page cannot be written.
+      InputError: a folder that is no run's, a file that cannot be read, no output for several, or
+        one that cannot be written.
     """
     if not folders:
         raise InputError("report: RUN: missing: give the output folder of at least one run")
@@ -35,8 +35,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "") -> str:
         raise InputError("output: missing: give an .html file for the page about several runs")
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else Path(folders[0]) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, render(runs))
+    check_file(path)
+    with writing(path):
+        write_atomic(path, render(runs))
     return str(path)
 
 
