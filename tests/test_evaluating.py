@@ -284,6 +284,13 @@ def test_solved_is_over_the_same_prompts_for_every_k():
     assert found["solved_prompts"] == 1
 
 
+def test_figures_of_no_known_prompt_are_left_out():
+    drawn = columns([[np.nan, 1.0], [np.nan, np.nan]])
+    for correct_at in (None, 0.5):
+        assert solved(drawn, 2, ("gold",), correct_at, str.strip) == {}
+    assert best_of_n_curve(drawn, 2, ("gold",), {"kl_nats": 0.1}) == {}
+
+
 def test_best_of_n_curve_is_over_the_same_prompts_for_every_n():
     """Prompt 1 has one sample too few for the largest n: it would drop out there alone."""
     score_QN = np.array([[0.0] * 4, [1.0, 1.0, 1.0, np.nan]])

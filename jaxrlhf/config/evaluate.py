@@ -1,5 +1,6 @@
 """What ``jaxrlhf eval`` is to measure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,8 @@ def check_evaluate(wish: EvaluateConfig) -> None:
     }
     for problem in below_least(wish, least):
         raise InputError(problem)
+    if wish.correct_at is not None and not math.isfinite(wish.correct_at):
+        raise InputError(f"correct_at={wish.correct_at}: must be a finite number")
     if wish.reward and wish.reward_model:
         raise InputError("reward and reward_model are both given: keep one of them")
 

@@ -68,7 +68,8 @@ def solved(
 ) -> Figures:
     """``pass_at_k`` and ``maj_at_k`` for k = 1, 2, 4, … n; nothing where nothing is correct or not.
 
-    For every k over the same ``solved_prompts``: those whose n completions are all known.
+    For every k over the same ``solved_prompts``: those whose n completions are all known. Nothing
+    either where there is none.
 
     Args:
       correct_at: the least score, by the last of the judges, of a correct completion. None: 1 if
@@ -79,12 +80,14 @@ def solved(
         return {}
     score_QN = drawn[judges[-1]][:, :n]
     known_QN = ~np.isnan(score_QN)
+    whole_Q = known_QN.all(axis=1)
+    if not whole_Q.any():
+        return {}
     if correct_at is None:
         if not np.isin(score_QN[known_QN], (0, 1)).all():
             return {}
         correct_at = 1.0
     correct_QN = np.where(known_QN, score_QN >= correct_at, np.nan)
-    whole_Q = known_QN.all(axis=1)
     correct_QN = correct_QN[whole_Q]
     answers = [[extract(text) for text in row] for row in drawn["text"][whole_Q, :n]]
     ks = powers_of_two(n)
@@ -109,6 +112,7 @@ def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Fi
     ``equal_kl``, the curve at the policy's own KL, by linear interpolation: what training has to
     beat. None in it where the policy is further from its reference than the curve reaches. All of
     the curve is over the same ``best_of_n_prompts``: those with enough known samples for all n.
+    Nothing where there is none.
     """
     counts = powers_of_two(most)
     score_QN = drawn[judges[0]][:, :most]
@@ -117,6 +121,8 @@ def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Fi
         for judge in judges
     }
     whole_Q = np.all([np.isfinite(value_KQ[-1]) for value_KQ in values.values()], axis=0)
+    if not whole_Q.any():
+        return {}
     curve: Figures = {"n": counts, "kl_nats": [best_of_n_kl(n) for n in counts]}
     for judge, value_KQ in values.items():
         both = [over_prompts(value_Q, 1) for value_Q in value_KQ[:, whole_Q]]
