@@ -145,7 +145,17 @@ def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The record at ``path``; empty where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "settings" not in record:
+        raise InputError(
+            f"{path}: no record of a stage: remove this folder and those of later stages"
+        )
+    return record
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -183,6 +183,16 @@ def test_run_pipeline_keeps_what_an_interrupted_stage_has_made(made, tmp_path):
         run_pipeline(config)
 
 
+@pytest.mark.parametrize("text", ['{"settings"', "[]", "{}", "3", '"a"'])
+def test_run_pipeline_refuses_a_torn_record(text, tmp_path):
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/stage.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"a/stage\.json: no record of a stage: remove this folder"
+    ):
+        run_pipeline(make_only(tmp_path, text="a"))
+
+
 def letters(folder, seed, text, times=1):
     """What a stage of the next test makes."""
     (folder / "text").write_text(f"{text * times} {seed}")

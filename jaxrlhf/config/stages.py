@@ -118,6 +118,8 @@ def stage_run(stage: StageConfig, output: str, seed: int) -> Config:
       InputError: as ``load``; a field of ``set`` counts as one of the file's.
     """
     content = read(Path(stage.train))
+    if not isinstance(content, dict):
+        raise InputError(f"{stage.train}: should be keys with values, one a line")
     for dotted, value in {"seed": seed, **stage.set, "output": output}.items():
         *sections, name = dotted.split(".")
         at = content

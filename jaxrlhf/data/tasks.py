@@ -174,8 +174,17 @@ def tasks(
       completion: also write right completions to imitate: their text, {answer} in it.
       chat: write chats of one turn.
     """
-    for word in option:
-        if "=" not in word:
-            raise InputError(f"--option {word}: give name=value")
-    options = {name: yaml.safe_load(x) for name, _, x in (word.partition("=") for word in option)}
+    options = dict(map(_option, option))
     write_tasks(out, task_rows(task, size, seed, options, prompt, completion, chat))
+
+
+def _option(word: str) -> tuple[str, Any]:
+    """name=value, the value as YAML has it."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise InputError(f"--option {word}: give name=value")
+    try:
+        return name, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"--option {word!r:.80}: the value is not YAML: {problem}") from None

@@ -114,6 +114,13 @@ def test_stage_run_names_the_stage_of_a_bad_field(tmp_path):
         stage_run(stage, "x", 0)
 
 
+def test_stage_run_refuses_a_file_that_is_a_list(tmp_path):
+    stage = load_pipeline(written(tmp_path, TWO)).stages[1]
+    (tmp_path / "sft.yaml").write_text("- a\n- b\n")
+    with pytest.raises(InputError, match=r"sft\.yaml: should be keys with values"):
+        stage_run(stage, "x", 0)
+
+
 def test_stage_evaluation_takes_the_options_of_eval(tmp_path):
     stages = "  - {name: judge, evaluate: smollm2, set: {n: 4, best_of: 16}}"
     stage = load_pipeline(written(tmp_path, stages)).stages[0]

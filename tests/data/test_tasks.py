@@ -66,6 +66,12 @@ def test_tasks_command(tmp_path, capsys):
     assert rows == task_rows("chain_sum", 2, options={"max_terms": 2})
     assert cli.main([*words[:-1], "max_terms"]) == 2
     assert "--option max_terms: give name=value" in capsys.readouterr().err
+    for value in ("[", "2020-13-45", "\x00"):
+        assert cli.main([*words[:-1], f"max_terms={value}"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: --option 'max_terms=")
+        assert "the value is not YAML: " in err
+        assert err.count("\n") == 1
     assert cli.main(["tasks", "chain_sum", str(tmp_path / "no" / "tasks.jsonl")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
