@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import importance_resample
-from jaxrlhf.config import MeshConfig, RewardConfig, SampleConfig, check_sample
+from jaxrlhf.config import MeshConfig, RewardConfig, SampleConfig, check_sample, check_seed
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.padding import left_pad
 from jaxrlhf.data.tokens import encode_prompt
@@ -65,16 +65,20 @@ def complete(
       A list a prompt.
 
     Raises:
-      InputError: a reward model in place of a policy, a prompt without a token, one that is too
-        long, ``keep`` without a reward, or a prompt none of whose completions got one.
+      InputError: a number out of its range, a reward model in place of a policy, a prompt without
+        a token, one that is too long, ``keep`` without a reward, or a prompt none of whose
+        completions got one.
     """
     check_sample(config)
+    check_seed(seed)
     if keep != "all" and reward is None:
         raise InputError(f"keep={keep}: needs a reward: give a function or a reward model")
     if keep != "all" and config.n < 2:
         raise InputError(f"keep={keep}: n={config.n} leaves nothing to choose from: raise n")
-    if keep == "resample" and beta <= 0:
-        raise InputError(f"beta={beta}: must be above 0")
+    if not beta > 0:
+        raise InputError(f"beta={beta:g}: must be above 0")
+    if keep != "resample" and beta != 1:
+        raise InputError(f"beta={beta:g}: keep={keep} does not read it: leave it out")
     if scores_texts(path):
         raise InputError(f"{path}: a reward model, which completes nothing: give a policy")
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])

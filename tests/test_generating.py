@@ -45,6 +45,22 @@ def test_complete_without_a_reward(run):
         complete(run, PROMPTS, SampleConfig(n=2, max_new_tokens=64))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 10**20}, "seed=100000000000000000000: must be below 4294967296"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"beta": -3.0}, "beta=-3: must be above 0"),
+        ({"beta": float("nan"), "keep": "resample"}, "beta=nan: must be above 0"),
+        ({"beta": 0.5}, "beta=0.5: keep=all does not read it: leave it out"),
+        ({"beta": 0.5, "keep": "best"}, "beta=0.5: keep=best does not read it"),
+    ],
+)
+def test_complete_refuses_numbers(options, message):
+    with pytest.raises(InputError, match=message):
+        complete("nowhere", PROMPTS, SampleConfig(n=2), GOODNESS, **options)
+
+
 def test_choose_resamples_in_proportion_to_exp_reward():
     reward_QN = np.tile(np.array([[0.0, np.nan, np.log(3.0)]], np.float32), (4000, 1))
     kept_Q = choose(reward_QN, "resample", 1.0, jax.random.key(0))

@@ -33,6 +33,7 @@ from jaxrlhf.config.algorithm import (
 from jaxrlhf.config.checks import (
     check,
     check_sample,
+    check_seed,
     has_critic,
     has_reference,
     is_on_policy,
@@ -137,6 +138,7 @@ __all__ = [
     "check_evaluate",
     "check_mesh",
     "check_sample",
+    "check_seed",
     "dump",
     "has_critic",
     "has_reference",

@@ -77,6 +77,16 @@ def check_sample(sample: SampleConfig) -> None:
         raise InputError(problem)
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a run could not have.
+
+    Raises:
+      InputError: it is out of its range.
+    """
+    for problem in out_of_range(Config(seed=seed)):
+        raise InputError(problem)
+
+
 def rows_at_once(config: Config) -> int:
     """Rows of one microbatch: what one forward and backward pass of the update works on."""
     rows = config.data.batch_size

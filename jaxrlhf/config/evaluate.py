@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from jaxrlhf.config.checks import check_seed
 from jaxrlhf.config.ranges import below_least
 from jaxrlhf.errors import InputError
 
@@ -66,10 +67,10 @@ def check_evaluate(wish: EvaluateConfig) -> None:
         "fsdp": 1,
         "tensor": 1,
         "context": 1,
-        "seed": 0,
     }
     for problem in below_least(wish, least):
         raise InputError(problem)
+    check_seed(wish.seed)
     if wish.correct_at is not None and not math.isfinite(wish.correct_at):
         raise InputError(f"correct_at={wish.correct_at}: must be a finite number")
     if wish.reward and wish.reward_model:

@@ -97,8 +97,8 @@ def load_pipeline(path: str | Path, output: str = "", seed: int | None = None) -
     path = Path(path)
     config: PipelineConfig = build(PipelineConfig, read(path), str(path))
     output, seed = output or config.output, config.seed if seed is None else seed
-    if seed < 0:
-        raise InputError(f"{path}: seed={seed}: give 0 or more")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"{path}: seed={seed}: give 0 or more, below {2**32}")
     if not config.stages:
         raise InputError(f"{path}: stages: empty: give at least one")
     folders: dict[str, str] = {}

@@ -20,6 +20,8 @@ def test_parse_evaluate():
         ({"n": 0}, "n=0: must be at least 1"),
         ({"best_of": -1}, "best_of=-1: must be at least 0"),
         ({"fsdp": 0}, "fsdp=0: must be at least 1"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"seed": 10**20}, "seed=100000000000000000000: must be below 4294967296"),
         ({"correct_at": float("nan")}, "correct_at=nan: must be a finite number"),
         ({"correct_at": float("inf")}, "correct_at=inf: must be a finite number"),
         ({"reward": "a", "reward_model": "b"}, "both given"),

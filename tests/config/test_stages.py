@@ -98,9 +98,10 @@ def test_load_pipeline_refuses(stages, message, tmp_path):
     assert message in str(error.value)
 
 
-def test_load_pipeline_refuses_a_negative_seed(tmp_path):
-    with pytest.raises(InputError, match="seed=-1: give 0 or more"):
-        load_pipeline(written(tmp_path, TWO), seed=-1)
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_load_pipeline_refuses_a_seed_out_of_range(seed, tmp_path):
+    with pytest.raises(InputError, match=f"seed={seed}: give 0 or more"):
+        load_pipeline(written(tmp_path, TWO), seed=seed)
 
 
 def test_stage_run_names_the_stage_of_a_bad_field(tmp_path):
