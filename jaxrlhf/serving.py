@@ -9,10 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.config.ranges import below_least
 from jaxrlhf.data.padding import right_pad
 from jaxrlhf.data.tokens import encode_answer, encode_prompt
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.reading import is_reward_folder
+from jaxrlhf.models.reading import is_reward_folder, read_decoder
 from jaxrlhf.models.tokenizers import ends_of, load_tokenizer
 from jaxrlhf.networks import Loader, is_run, tokenizer_path
 from jaxrlhf.rewards import local
@@ -21,6 +22,9 @@ from jaxrlhf.rewards.server import Server
 from jaxrlhf.scorers import load_scorer
 from jaxrlhf.sharding import make_mesh, put_rows
 from jaxrlhf.types import Rollout
+
+LEAST = {"batch_size": 1, "concurrency": 1, "max_tokens": 2}
+"""What these must at least be; a row has a token of a prompt and one of an answer."""
 
 
 def serve(
@@ -47,6 +51,9 @@ def serve(
     Raises:
       InputError: one of these cannot be used.
     """
+    given = {"batch_size": batch_size, "concurrency": concurrency, "max_tokens": max_tokens}
+    for problem in below_least(given, LEAST):
+        raise InputError(problem)
     secret = os.environ.get(header_env, "") if header_env else ""
     if header_env and not secret:
         raise InputError(f"header_env={header_env}: this environment variable is unset or empty")
@@ -76,10 +83,14 @@ def model_source(
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     loader = Loader(mesh)
     config = loader.config_of(folder)
+    width = max_tokens or config.data.max_tokens
+    context = read_decoder(folder, head=is_reward_folder(folder)).context
+    if width > context:
+        raise InputError(f"max_tokens={width}: exceed the context of {folder}, {context}: lower it")
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     with jax.set_mesh(mesh):
         score = load_scorer(RewardConfig(model=folder), loader, tokenizer, None, "serve")
-    (stop, pad), width = ends_of(tokenizer), max_tokens or config.data.max_tokens
+    stop, pad = ends_of(tokenizer)
 
     def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         filled = [*rows, *[rows[0]] * (batch_size - len(rows))]

@@ -74,6 +74,10 @@ def test_serve_function():
 @pytest.mark.parametrize(
     ("what", "options", "message"),
     [
+        ("sentiment", {"concurrency": 0}, "concurrency=0: must be at least 1"),
+        ("sentiment", {"concurrency": -1}, "concurrency=-1: must be at least 1"),
+        ("sentiment", {"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ("sentiment", {"max_tokens": 0}, "max_tokens=0: must be at least 2"),
         ("runs/nowhere", {}, "reward function 'runs/nowhere' is unknown"),
         ("sentiment", {"header_env": "REWARD_KEY"}, "header_env=REWARD_KEY: .* unset"),
     ],
@@ -82,6 +86,12 @@ def test_serve_bad_input(what, options, message, monkeypatch):
     monkeypatch.delenv("REWARD_KEY", raising=False)
     with pytest.raises(InputError, match=message):
         serve(what, port=0, **options)
+
+
+def test_serve_refuses_rows_longer_than_the_context(folder, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.serving.load_scorer", None)  # weights are not read for it
+    with pytest.raises(InputError, match=r"max_tokens=65: exceed the context of .*, 64: lower it"):
+        serve(folder, port=0, max_tokens=65)
 
 
 def test_serve_another_kind_of_run(tmp_path, capsys):

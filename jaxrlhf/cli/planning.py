@@ -1,5 +1,6 @@
 """The command that says what a run would take: plan."""
 
+import math
 import os
 
 from jaxrlhf.cli.environment import prepare_jax
@@ -35,14 +36,19 @@ def plan(words: list[str]) -> None:
     from jaxrlhf.planning.topology import environment, parse
 
     topology = parse(given.topology)
-    if given.mean_length is not None and given.mean_length < 1:
-        raise InputError(f"--mean-length {given.mean_length:g}: must be at least 1 token")
-    if given.memory is not None and given.memory <= 0:
-        raise InputError(f"--memory {given.memory:g}: must be above 0 GiB")
-    from jaxrlhf.config import check, load
+    if given.mean_length is not None and not 1 <= given.mean_length < math.inf:
+        raise InputError(
+            f"--mean-length {given.mean_length:g}: must be at least 1 token, and finite"
+        )
+    if given.memory is not None and not 0 < given.memory < math.inf:
+        raise InputError(f"--memory {given.memory:g}: must be above 0 GiB, and finite")
+    from jaxrlhf.config import check, is_on_policy, load
 
     config = load(given.config, changes)
     check(config)
+    mean, most = given.mean_length, config.sample.max_new_tokens
+    if mean is not None and is_on_policy(config) and mean > most:
+        raise InputError(f"--mean-length {mean:g}: above sample.max_new_tokens={most}: lower it")
     os.environ.update(environment(topology, os.environ.get("XLA_FLAGS", "")))
     prepare_jax()
     from jaxrlhf.planning.command import run

@@ -68,7 +68,7 @@ def check_evaluate(wish: EvaluateConfig) -> None:
         "tensor": 1,
         "context": 1,
     }
-    for problem in below_least(wish, least):
+    for problem in below_least(vars(wish), least):
         raise InputError(problem)
     check_seed(wish.seed)
     if wish.correct_at is not None and not math.isfinite(wish.correct_at):

@@ -62,10 +62,10 @@ def out_of_range(config: Config) -> Iterator[str]:
                 yield f"{key}={value}: must be {what}"
 
 
-def below_least(section: Any, least: Mapping[str, float]) -> Iterator[str]:
-    """The fields of a dataclass that are below their least value, a line each; None is passed."""
+def below_least(given: Mapping[str, Any], least: Mapping[str, float]) -> Iterator[str]:
+    """The numbers of ``given`` that are below their least value, a line each; None is passed."""
     for name, bound in least.items():
-        value = getattr(section, name)
+        value = given[name]
         if value is not None and value < bound:
             yield f"{name}={value}: must be at least {bound}"
 

@@ -154,7 +154,7 @@ def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
         raise InputError(f"{where}.name={stage.name}: an earlier stage has this name")
     for name in {"output", "model" if stage.evaluate else "output"} & set(stage.set):
         raise InputError(f"{where}.set: {name}: the pipeline's own: leave it out")
-    for problem in below_least(stage.preferences, LEAST) if stage.preferences else ():
+    for problem in below_least(vars(stage.preferences), LEAST) if stage.preferences else ():
         raise InputError(f"{where}.preferences.{problem}")
     if stage.set and given[0] == "preferences":
         raise InputError(f"{where}.set: a stage with {given[0]} has no such fields: leave it out")

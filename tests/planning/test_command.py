@@ -20,6 +20,10 @@ from jaxrlhf.config import MeshConfig, dump
         (["--topology", "abacus:3"], "error: --topology abacus:3: unknown device; give v4, v5e"),
         (["--topology", "cpu:8", "--mean-length", "0"], "error: --mean-length 0: must be at least"),
         (["--topology", "cpu:8", "--memory", "-1"], "error: --memory -1: must be above 0 GiB"),
+        (["--topology", "cpu:8", "--mean-length", "nan"], "error: --mean-length nan: must be at"),
+        (["--topology", "cpu:8", "--mean-length", "inf"], "error: --mean-length inf: must be at"),
+        (["--topology", "cpu:8", "--memory", "nan"], "error: --memory nan: must be above 0 GiB"),
+        (["--topology", "cpu:8", "--memory", "inf"], "error: --memory inf: must be above 0 GiB"),
         (["--topology", "cpu:8"], "error: /no.yaml: No such file or directory"),
     ],
 )
@@ -74,6 +78,12 @@ def test_plan_refuses_what_does_not_fit(path):
     assert last.endswith(
         "take more devices, or LoRA, optim.state_dtype: bfloat16, reference.offload"
     )
+
+
+def test_plan_refuses_a_mean_that_no_response_reaches(path, capsys):
+    assert cli.main(["plan", path, "--topology", "cpu:2", "--mean-length", "9"]) == 2
+    err = capsys.readouterr().err
+    assert err == "error: --mean-length 9: above sample.max_new_tokens=8: lower it\n"
 
 
 def test_plan_advice_fits_when_followed(path):
