@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -44,9 +45,9 @@ class Rows(Generic[T]):
 def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
     """The rows of a file, each with its place.
 
-    A JSONL file holds one JSON object a line, in UTF-8; a byte-order mark, CRLF line ends and
-    blank lines are accepted. Text anywhere in a row must be free of NUL and of lone surrogates,
-    which neither tokenizers nor log files can carry.
+    A JSONL file holds one JSON object a line, in UTF-8, with no key twice; a byte-order mark, CRLF
+    line ends and blank lines are accepted. Text anywhere in a row must be free of NUL and of lone
+    surrogates, which neither tokenizers nor log files can carry.
 
     Args:
       path: a .jsonl or .parquet file, or ``package:relative/path`` for one inside an installed
@@ -122,10 +123,28 @@ def _read_parquet(file: IO[bytes], path: str) -> Iterator[tuple[str, dict[str, A
             yield f"{path}:{number}", values
 
 
+class _TwiceError(ValueError):
+    def __init__(self, key: str):
+        super().__init__(key)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ: of two alike, the first would go unseen."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise _TwiceError(key)
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse(raw: tuple[str, bytes | dict[str, Any]]) -> Row:
     where, content = raw
     try:
-        values = json.loads(content.decode()) if isinstance(content, bytes) else content
+        values = _DECODER.decode(content.decode()) if isinstance(content, bytes) else content
         _check_text(values, where)
     except InputError:
         raise
@@ -134,6 +153,9 @@ def _parse(raw: tuple[str, bytes | dict[str, Any]]) -> Row:
         raise InputError(message) from error
     except json.JSONDecodeError as error:
         message = f"{where}: not JSON ({error.msg} at character {error.pos + 1}); mend or drop it"
+        raise InputError(message) from error
+    except _TwiceError as error:
+        message = f"{where}: key {shown(error.key)} stands twice in one object; keep one"
         raise InputError(message) from error
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({one_line(error)}); mend or drop it") from error

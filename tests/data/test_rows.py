@@ -59,6 +59,11 @@ BAD_LINES = {
     "raw surrogate": (b'{"prompt": "\xed\xa0\x80"}', "not UTF-8"),
     "latin-1": (b'{"prompt": "caf\xe9"}', "not UTF-8"),
     "nested": (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+    "key twice": (b'{"prompt": "a", "x": 1, "x": 1}', "key 'x' stands twice in one object"),
+    "key twice in a chat": (
+        b'{"prompt": [{"role": "user", "content": "a", "content": "b"}]}',
+        "key 'content' stands twice",
+    ),
     "long number": (b'{"x": ' + b"9" * 5000 + b"}", "not JSON"),
 }
 
