@@ -69,8 +69,11 @@ def prompts(folder, count=24):
 
 
 def ppo(folder, **changes):
+    algorithm = PPOConfig(minibatches=2, value_coef=0.5)
+    if changes.get("critic", CriticConfig()).kind == "separate":
+        algorithm = PPOConfig(minibatches=2)
     config = Config(
-        algorithm=PPOConfig(minibatches=2, value_coef=0.5),
+        algorithm=algorithm,
         model=ModelConfig(decoder=DECODER, tokenizer=f"words:{WORDS}"),
         rewards=(GOODNESS,),
         data=DataConfig(train=prompts(folder), batch_size=8, max_prompt_tokens=4),

@@ -167,7 +167,7 @@ def test_learn_stops_early_on_kl(aggregation, length, tmp_path):
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_learn_with_a_limit_on_kl_lets_the_critic_warm_up(critic, tmp_path):
     settings = runs.SEPARATE if critic == "separate" else runs.ppo(tmp_path).critic
-    algorithm = PPOConfig(minibatches=2, value_coef=0.5, target_kl=1e-9)
+    algorithm = replace(runs.ppo(tmp_path, critic=settings).algorithm, target_kl=1e-9)
     config = runs.ppo(tmp_path, critic=replace(settings, warmup=1), algorithm=algorithm)
     mesh = one_device()
     with jax.set_mesh(mesh):

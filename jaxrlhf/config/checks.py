@@ -10,13 +10,20 @@ from jaxrlhf.config.model import CriticConfig, ReferenceConfig
 from jaxrlhf.config.ranges import out_of_range
 from jaxrlhf.config.reward_checks import reward_model_problems
 from jaxrlhf.config.rewards import reward_problems
-from jaxrlhf.config.run import Config, SampleConfig
+from jaxrlhf.config.run import Config, EvalConfig, SampleConfig
 from jaxrlhf.errors import InputError
 
 UNREAD_BY_PAIRS = (
     "aggregation", "length", "kl_in", "off_policy", "entropy_coef", "mask_truncated",
 )  # fmt: skip
 """Settings of losses on tokens."""
+
+UNREAD_UNDER = (
+    ("kl_target", "kl_controller", "fixed"),
+    ("kl_horizon", "kl_controller", "fixed"),
+    ("off_policy_cap", "off_policy", "none"),
+)
+"""A setting, and the value of another under which nothing reads it."""
 
 
 def is_on_policy(config: Config) -> bool:
@@ -142,6 +149,14 @@ def _critic(config: Config) -> Iterator[str]:
         value = getattr(config.critic, name)
         if config.critic.kind == "shared" and value not in ("", None):
             yield f"critic.{name}={value}: a shared critic has none: set critic.kind: separate"
+    value = getattr(config.algorithm, "value_coef", None)
+    if config.critic.kind == "separate" and value != getattr(
+        type(config.algorithm), "value_coef", None
+    ):
+        yield (
+            f"algorithm.value_coef={value:g}: a separate critic has a loss of its own and does not "
+            "read it: leave it out, or set critic.kind: shared"
+        )
 
 
 def _warmup(config: Config) -> Iterator[str]:
@@ -230,8 +245,12 @@ def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
         yield f"algorithm.target_kl={algorithm.target_kl}: {name} has no ratio: leave it out"
     if algorithm.off_policy != "none" and algorithm.off_policy_cap < 1:
         yield f"algorithm.off_policy_cap={algorithm.off_policy_cap}: must be at least 1"
+    default = type(algorithm)()
+    for key, switch, off in UNREAD_UNDER:
+        value = getattr(algorithm, key)
+        if getattr(algorithm, switch) == off and value != getattr(default, key):
+            yield f"algorithm.{key}={value:g}: {switch}={off} does not read it: leave it out"
     if algorithm.on_pairs:
-        default = type(algorithm)()
         for key in UNREAD_BY_PAIRS:
             if getattr(algorithm, key) != getattr(default, key):
                 yield f"algorithm.{key}: {name} learns from whole responses and does not read it"
@@ -262,6 +281,8 @@ def _offline(config: Config) -> Iterator[str]:
         yield f"data.batch_size=1: {name} compares the rows of a batch: give at least 2"
     if config.eval.gold:
         yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
+    if config.eval.n != EvalConfig.n:
+        yield f"eval.n={config.eval.n}: algorithm.name={name} samples nothing: leave it out"
     ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's
     unread = {
         "critic": (config.critic, CriticConfig()),

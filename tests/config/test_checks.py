@@ -64,6 +64,12 @@ def fresh(**changes):
         replace(SFT, algorithm=SimPOConfig(beta=10, margin=3.0)),  # the paper's
         replace(SFT, algorithm=DPOConfig(), reference=ReferenceConfig(path="p")),
         replace(PPO, optim=OptimConfig(learning_rate=0.0)),
+        replace(PPO, algorithm=PPOConfig(kl_controller="adaptive", kl_target=3.0, kl_horizon=50.0)),
+        replace(
+            PPO,
+            algorithm=PPOConfig(off_policy="token", old_logp="rescore", off_policy_cap=3.0),
+        ),
+        replace(PPO, critic=CriticConfig(kind="separate")),
         replace(SFT, sample=SampleConfig(stop=(2,), pad=2)),  # as a run's own config.yaml says
     ],
 )
@@ -161,6 +167,19 @@ def test_check_passes(config):
             {"algorithm": PPOConfig(kl_controller="adaptive", kl_horizon=6.4)},
             "algorithm.kl_horizon=6.4: must exceed a fifth of the rows",
         ),
+        (
+            {"algorithm": PPOConfig(kl_target=3.0)},
+            "algorithm.kl_target=3: kl_controller=fixed does not read it: leave it out",
+        ),
+        ({"algorithm": GRPOConfig(kl_horizon=50.0)}, "algorithm.kl_horizon=50: kl_controller=fix"),
+        ({"algorithm": PPOConfig(off_policy_cap=3.0)}, "algorithm.off_policy_cap=3: off_policy=no"),
+        (
+            {
+                "algorithm": A2CConfig(value_coef=0.5),
+                "critic": CriticConfig(kind="separate"),
+            },
+            "algorithm.value_coef=0.5: a separate critic has a loss of its own",
+        ),
         ({"data": DataConfig()}, "data.train: missing"),
         ({"model": ModelConfig()}, "model.path: missing"),
         ({"model": replace(fresh(), path="p")}, "model.path=p: model.decoder is given too"),
@@ -219,6 +238,7 @@ def test_check_refuses(changes, message):
         ),
         ({"sample": SampleConfig(n=2)}, "sample: algorithm.name=sft does not read it"),
         ({"critic": CriticConfig(kind="separate")}, "critic: algorithm.name=sft does not read it"),
+        ({"eval": EvalConfig(n=4)}, "eval.n=4: algorithm.name=sft samples nothing: leave it out"),
         ({"reference": ReferenceConfig(path="p")}, "reference: algorithm.name=sft does not read"),
         (
             {"eval": EvalConfig(gold=PPO.rewards), "data": replace(PPO.data, eval="e")},

@@ -29,7 +29,7 @@ STEPS = 3
 KINDS = {
     "ppo": {"algorithm": PPOConfig(minibatches=2, epochs=2, value_coef=0.5)},
     "ppo-separate": {
-        "algorithm": PPOConfig(minibatches=2, value_coef=0.5),
+        "algorithm": PPOConfig(minibatches=2),
         "critic": CriticConfig(kind="separate", learning_rate=2e-3),
     },
     "grpo": {"algorithm": GRPOConfig(minibatches=1)},
