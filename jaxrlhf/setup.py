@@ -114,7 +114,7 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     """
     run = _described(config, mesh)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
-    check_vocab(tokenizer, run.model.decoder)
+    check_vocab(tokenizer, run.model.decoder, config.sample.stop)
     stop, pad = ends_of(tokenizer)
     stop = tuple(sorted({*config.sample.stop, *stop}))
     config = replace(config, sample=replace(config.sample, stop=stop, pad=pad))

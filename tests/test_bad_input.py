@@ -69,6 +69,11 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path, capsys):
     assert "embedding has 8 rows" in said(replace(config, model=model), tmp_path, capsys)
 
 
+def test_stop_token_that_the_model_lacks(tmp_path, capsys):
+    config = runs.ppo(tmp_path, sample=SampleConfig(max_new_tokens=8, n=2, stop=(16,)))
+    assert "sample.stop: 16 is none of the model's 16" in said(config, tmp_path, capsys)
+
+
 def test_no_reward_given(tmp_path, capsys):
     assert "rewards: missing" in said(runs.ppo(tmp_path, rewards=()), tmp_path, capsys)
 

@@ -173,9 +173,6 @@ def _on_policy(config: Config) -> Iterator[str]:
     assert isinstance(algorithm, OnPolicyConfig)
     if sample.temperature == 0:
         yield "sample.temperature=0: greedy; refused in training: give a number above 0"
-    for token in sample.stop:
-        if token < 0:
-            yield f"sample.stop={list(sample.stop)}: token ids are at least 0"
     if not config.rewards:
         yield "rewards: missing: give at least one, with a function or a model"
     rows = data.batch_size * sample.n

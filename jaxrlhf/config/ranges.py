@@ -12,7 +12,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
         "critic.warmup checkpoint.every eval.every eval.patience distributed.processes "
         "distributed.watchdog "
-        "sample.temperature sample.top_k sample.pad algorithm.clip_high "
+        "sample.temperature sample.top_k sample.pad sample.stop algorithm.clip_high "
         "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
         "algorithm.score_l2 "
         "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
@@ -42,6 +42,11 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("above 1", lambda x: x > 1, "algorithm.dual_clip"),
     ("below 4294967296", lambda x: x < 2**32, "seed"),
     (
+        "below 2147483648",
+        lambda x: x < 2**31,
+        "steps optim.warmup critic.warmup sample.top_k sample.pad sample.stop",
+    ),
+    (
         "in [0, 1]",
         lambda x: 0 <= x <= 1,
         "max_excluded algorithm.gamma algorithm.lam algorithm.clip_low",
@@ -50,7 +55,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "algorithm.label_smoothing"),
     ("in (0, 1]", lambda x: 0 < x <= 1, "sample.top_p"),
 )
-"""What a number must be, and the dotted keys it is asked of; absent and None fields are passed."""
+"""What a number must be, and the dotted keys it is asked of, of lists each number; absent and None
+fields are passed."""
 
 
 def out_of_range(config: Config) -> Iterator[str]:
@@ -58,8 +64,9 @@ def out_of_range(config: Config) -> Iterator[str]:
     for what, holds, keys in RANGES:
         for key in keys.split():
             value = _get(config, key)
-            if value is not None and not holds(value):
-                yield f"{key}={value}: must be {what}"
+            several = isinstance(value, tuple)
+            if value is not None and not all(map(holds, value if several else (value,))):
+                yield f"{key}={list(value) if several else value}: must be {what}"
 
 
 def below_least(given: Mapping[str, Any], least: Mapping[str, float]) -> Iterator[str]:

@@ -105,12 +105,17 @@ def ends_of(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], int]:
     return (() if eos is None else (int(eos),)), int(pad)
 
 
-def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> None:
+def check_vocab(
+    tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig, stop: Iterable[int] = ()
+) -> None:
     """Makes sure that every token has a row in the embedding.
+
+    Args:
+      stop: ids that end a response (``sample.stop``).
 
     Raises:
       InputError: the tokenizer has an id that is not below ``decoder.vocab``: jax would silently
-        read another token's row.
+        read another token's row. Or ``stop`` has one, which would never be drawn.
     """
     size = max(tokenizer.get_vocab().values()) + 1
     if size > decoder.vocab:
@@ -118,3 +123,9 @@ def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> N
             f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
             "use the model's own tokenizer"
         )
+    for token in stop:
+        if token >= decoder.vocab:
+            raise InputError(
+                f"sample.stop: {token} is none of the model's {decoder.vocab} token ids: mend it, "
+                "or leave it out"
+            )

@@ -109,6 +109,9 @@ def test_check_passes(config):
         ({"sample": SampleConfig(top_p=1.1)}, "sample.top_p=1.1: must be in (0, 1]"),
         ({"sample": SampleConfig(n=0)}, "sample.n=0: must be at least 1"),
         ({"sample": SampleConfig(stop=(-1,))}, "sample.stop=[-1]"),
+        ({"sample": SampleConfig(stop=(2, 2**31))}, "sample.stop=[2, 2147483648]: must be below"),
+        ({"steps": 2**31}, "steps=2147483648: must be below 2147483648"),
+        ({"optim": OptimConfig(warmup=2**31)}, "optim.warmup=2147483648: must be below"),
         ({"algorithm": PPOConfig(lam=1.1)}, "algorithm.lam=1.1: must be in [0, 1]"),
         ({"algorithm": PPOConfig(gamma=-0.1)}, "algorithm.gamma=-0.1: must be in [0, 1]"),
         ({"algorithm": PPOConfig(kl_coef=-0.1)}, "algorithm.kl_coef=-0.1: must be at least 0"),
@@ -238,6 +241,7 @@ def test_check_refuses(changes, message):
         ),
         ({"sample": SampleConfig(n=2)}, "sample: algorithm.name=sft does not read it"),
         ({"critic": CriticConfig(kind="separate")}, "critic: algorithm.name=sft does not read it"),
+        ({"sample": SampleConfig(stop=(-1,))}, "sample.stop=[-1]: must be at least 0"),
         ({"eval": EvalConfig(n=4)}, "eval.n=4: algorithm.name=sft samples nothing: leave it out"),
         ({"reference": ReferenceConfig(path="p")}, "reference: algorithm.name=sft does not read"),
         (

@@ -90,6 +90,13 @@ def test_check_vocab(tiny, tiny_tokenizer):
         check_vocab(tiny_tokenizer, replace(tiny, vocab=41))
 
 
+def test_check_vocab_stop_that_is_never_drawn(tiny, tiny_tokenizer):
+    decoder = replace(tiny, vocab=50)
+    check_vocab(tiny_tokenizer, decoder, (1, 49))
+    with pytest.raises(InputError, match="stop: 50 is none of the model's 50 token ids"):
+        check_vocab(tiny_tokenizer, decoder, (1, 50))
+
+
 def test_check_vocab_counts_the_highest_id(tmp_path, tiny, tiny_tokenizer):
     """A vocabulary with holes has ids above its length."""
     tiny_tokenizer.save_pretrained(tmp_path)
