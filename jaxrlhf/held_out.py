@@ -68,6 +68,8 @@ def measure(
     curve = None
     if scored:
         judged, curve = judge_scores(run.config.algorithm, scored)
+        if judged.get("pairs") == 0:
+            del totals["accuracy"]  # of nothing but ties
         totals |= judged
     return totals | {"rows": float(len(rows))}, curve
 
@@ -79,7 +81,8 @@ def judge_scores(algorithm: Any, scored: Scored) -> tuple[dict[str, float], Curv
     ``ece`` of σ(Δ), ``pairs``. Where rows say by how much one answer is better (``gap``,
     ``margin``, or the ``scores`` of a ranking's responses) also ``accuracy_gap_1`` to ``_4``, over
     quarters of the pairs from the closest to the clearest, and ``accuracy_large_gap`` over the
-    ``pairs_large_gap`` that are at least 0.5 apart.
+    ``pairs_large_gap`` that are at least 0.5 apart. Where all ranks tie, ``pairs`` is 0, and there
+    is no accuracy.
 
     Of scored answers: ``correlation`` (Pearson) and ``rank_correlation`` (Spearman) with the score;
     of labels, and of steps one by one: ``accuracy`` and ``ece``.

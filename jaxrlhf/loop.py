@@ -23,7 +23,7 @@ from jaxrlhf.evaluation import Evaluation, evaluate, over_prompts
 from jaxrlhf.feeding import batches, example, packing_metrics
 from jaxrlhf.held_out import measure_normalisation
 from jaxrlhf.judging import Judgement, measures
-from jaxrlhf.metrics import combine
+from jaxrlhf.metrics import combine, known
 from jaxrlhf.offload import at_hand
 from jaxrlhf.processes import fetch, pace
 from jaxrlhf.programs import minibatch_rows
@@ -81,7 +81,7 @@ def on_policy(run: Run, session: Session) -> None:
     for step in session.steps():
         began = time.perf_counter()
         session.states, metrics, rollout, judgement = iterate(run, session, step)
-        metrics = jax.device_get(metrics)
+        metrics = known(jax.device_get(metrics))
         rows = int(rollout.token_BT.shape[0])
         session.host["kl_coef"] = controller(
             session.host["kl_coef"],

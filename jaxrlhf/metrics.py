@@ -149,6 +149,17 @@ def combine(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+OF_PAIRS = ("gap", "accuracy", "margin", "chosen_reward", "rejected_reward", "nll")
+"""What is said of pairs that the policy's own samples make (online_dpo)."""
+
+
+def known(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """``metrics``, where a rollout made no pair (``pairs`` is 0) with NaN for what is said of pairs:
+    their sums over no rows are 0, which would be read as figures."""
+    unknown = OF_PAIRS if metrics.get("pairs") == 0 else ()
+    return {name: math.nan if name in unknown else x for name, x in metrics.items()}
+
+
 def distinct_n(completions: Sequence[str | Sequence[int]], n: int = 2) -> float:
     """Distinct n-grams over all n-grams of all completions (arXiv:1510.03055), in [0, 1].
 

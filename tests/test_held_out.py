@@ -113,6 +113,16 @@ def test_measure_normalisation_refuses_one_row(tmp_path):
         setup(config, make_mesh(config.mesh, jax.devices()[:1]), abstract=True)
 
 
+def test_train_on_held_out_ties_reports_no_accuracy(tmp_path):
+    config = runs.of("listwise_reward_model", tmp_path, steps=1)
+    tie = {"prompt": "the", "responses": ["good", "bad"], "ranks": [1, 1]}
+    data = replace(config.data, eval=runs.write(tmp_path / "ties.jsonl", [tie] * 3))
+    summary = loop.train(replace(config, data=data), runs.one_device())
+    assert summary["pairs_after"] == 0
+    assert not [name for name in summary if "accuracy" in name]
+    assert "eval/accuracy" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
 def test_train_reports_calibration(tmp_path):
     config = replace(runs.reward_model(tmp_path), steps=2)
     summary = loop.train(config, make_mesh(config.mesh, jax.devices()[:1]))

@@ -16,7 +16,16 @@ import runs
 from runs import one_device, trained
 
 from jaxrlhf import loop
-from jaxrlhf.config import EvalConfig, LoraConfig, MeshConfig, OptimConfig, PPOConfig, load, save
+from jaxrlhf.config import (
+    EvalConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    load,
+    save,
+)
 from jaxrlhf.errors import InputError
 from jaxrlhf.session import Session
 from jaxrlhf.setup import setup
@@ -352,6 +361,24 @@ def test_train_says_how_many_rows_it_skips(tmp_path, capsys):
     assert len(notes) == 2
     path = tmp_path / "train.jsonl"
     assert f"{path}: 5 skipped; first: {path}:10: not JSON" in notes[0]
+
+
+def same(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+def test_train_without_a_pair_says_nothing_of_pairs(tmp_path, capsys):
+    reward = RewardConfig(function="test_loop:same")
+    config = runs.of("online_dpo", tmp_path, steps=1, rewards=(reward,))
+    assert loop.train(config, one_device())["steps"] == 1
+    (line,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert (line["pairs"], line["loss"]) == (0, 0)
+    for name in ("accuracy", "gap", "margin", "chosen_reward", "rejected_reward", "nll"):
+        assert line[name] is None
+    out = capsys.readouterr().out
+    assert "loss 0.00" in out
+    assert "accuracy" not in out
+    assert (tmp_path / "run/report.html").is_file()
 
 
 def test_train_counts_no_rows_that_it_would_not_skip(tmp_path, capsys):
