@@ -154,8 +154,10 @@ OF_PAIRS = ("gap", "accuracy", "margin", "chosen_reward", "rejected_reward", "nl
 
 
 def known(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """``metrics``, where a rollout made no pair (``pairs`` is 0) with NaN for what is said of pairs:
-    their sums over no rows are 0, which would be read as figures."""
+    """``metrics``, with NaN for what is said of pairs where a rollout made none (``pairs`` is 0).
+
+    Their sums over no rows are 0, which would be read as figures.
+    """
     unknown = OF_PAIRS if metrics.get("pairs") == 0 else ()
     return {name: math.nan if name in unknown else x for name, x in metrics.items()}
 

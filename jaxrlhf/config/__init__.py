@@ -30,18 +30,15 @@ from jaxrlhf.config.algorithm import (
     SFTConfig,
     SimPOConfig,
 )
-from jaxrlhf.config.checks import (
-    check,
-    check_sample,
-    check_seed,
+from jaxrlhf.config.checks import check, check_sample, check_seed, rows_at_once
+from jaxrlhf.config.evaluate import EvaluateConfig, check_evaluate, parse_evaluate
+from jaxrlhf.config.kinds import (
     has_critic,
     has_reference,
     is_on_policy,
     is_reward_model,
     on_policy,
-    rows_at_once,
 )
-from jaxrlhf.config.evaluate import EvaluateConfig, check_evaluate, parse_evaluate
 from jaxrlhf.config.layout import AXES, across_slices, check_mesh, resolve_mesh, sizes_of
 from jaxrlhf.config.load import dump, load, override, save
 from jaxrlhf.config.model import (

@@ -4,6 +4,11 @@ import itertools
 from collections.abc import Iterator
 
 from jaxrlhf.config.algorithm import DPOConfig, OfflineConfig, OnPolicyConfig, ReinforceConfig
+from jaxrlhf.config.kinds import (
+    has_critic,
+    has_reference,
+    is_on_policy,
+)
 from jaxrlhf.config.layout import axes_problems
 from jaxrlhf.config.memory_checks import memory_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
@@ -24,32 +29,6 @@ UNREAD_UNDER = (
     ("off_policy_cap", "off_policy", "none"),
 )
 """A setting, and the value of another under which nothing reads it."""
-
-
-def is_on_policy(config: Config) -> bool:
-    """Whether the run learns from responses it samples."""
-    return isinstance(config.algorithm, OnPolicyConfig)
-
-
-def has_critic(config: Config) -> bool:
-    """Whether the run learns a value function."""
-    return isinstance(config.algorithm, OnPolicyConfig) and config.algorithm.has_critic
-
-
-def has_reference(config: Config) -> bool:
-    """Whether the run compares the policy with a reference."""
-    return isinstance(config.algorithm, OnPolicyConfig) or config.algorithm.has_reference
-
-
-def is_reward_model(config: Config) -> bool:
-    """Whether the run trains a scalar head to judge."""
-    return isinstance(config.algorithm, OfflineConfig) and config.algorithm.is_reward_model
-
-
-def on_policy(config: Config) -> OnPolicyConfig:
-    """The settings of an algorithm that samples; only for runs that do."""
-    assert isinstance(config.algorithm, OnPolicyConfig)
-    return config.algorithm
 
 
 def check(config: Config) -> None:
