@@ -83,6 +83,21 @@ def test_reward_that_does_not_exist(tmp_path, capsys):
     assert "sentiment" in said(config, tmp_path, capsys)
 
 
+def fails(prompts, completions):
+    """A reward function with a slip."""
+    raise KeyError("answer")
+
+
+def test_reward_that_raises(tmp_path, capsys):
+    config = runs.ppo(tmp_path, rewards=(RewardConfig(function="test_bad_input:fails"),))
+    save(config, tmp_path / "config.yaml")
+    assert cli.main(["train", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    place = f"{__file__}:{fails.__code__.co_firstlineno + 2}"
+    message = f"reward function 'test_bad_input:fails' raised KeyError: 'answer' at {place}; mend"
+    assert error.startswith(f"error: {message}")
+
+
 def test_reward_model_that_does_not_exist(tmp_path, capsys):
     config = runs.ppo(tmp_path, rewards=(RewardConfig(model="runs/nowhere"),))
     assert "runs/nowhere" in said(config, tmp_path, capsys)

@@ -23,7 +23,8 @@ def finish(awaitable: Awaitable[T]) -> T:
         try:
             return await awaitable
         except SystemExit as error:  # would end the loop, and leave all who wait on it waiting
-            raise RuntimeError(f"SystemExit: {error}") from error
+            ended = RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__)
+            raise ended from error
 
     return asyncio.run_coroutine_threadsafe(wait(), _loop()).result()
 

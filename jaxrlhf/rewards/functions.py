@@ -14,13 +14,13 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from traceback import walk_tb
 from typing import Any, cast
 
 import numpy as np
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards import sentiment
-from jaxrlhf.rewards.background import finish
+from jaxrlhf.rewards import background, sentiment
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -77,19 +77,19 @@ def call(
       float64 [B], in reward units; NaN where the function gave no finite number.
 
     Raises:
-      InputError: the result is not a list of B scores.
-      RuntimeError: the function raised; its error is the cause.
+      InputError: the result is not a list of B scores, or the function raised; its error is then
+        the cause.
     """
     try:
         # Copies: what one function does to its arguments does not reach the next.
         lists = {key: list(values) for key, values in columns.items()}
         result: Any = function(list(prompts), list(completions), **lists)
         if inspect.isawaitable(result):
-            result = finish(result)
+            result = background.finish(result)
     except (Exception, SystemExit) as error:
-        raise RuntimeError(
-            f"reward function {name!r} raised {describe(error)}; mend it, or set isolate, which "
-            "leaves out the rows concerned"
+        raise InputError(
+            f"reward function {name!r} raised {describe(error)}{_place(error)}; mend it, or, in a "
+            "run, set isolate, which leaves out the rows concerned"
         ) from error
     is_list = hasattr(result, "__len__") and not isinstance(result, str | bytes | Mapping)
     got = f"{len(result)} scores" if is_list else type(result).__name__
@@ -112,6 +112,15 @@ def number(score: Any) -> float:
     except OverflowError:
         return math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def _place(error: BaseException) -> str:
+    """Where in its own file the function that ``call`` called was; empty if it was not entered."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    while any(file in (__file__, background.__file__) for file, _ in frames):
+        frames = frames[1:]
+    inside = [line for file, line in frames if file == frames[0][0]]
+    return f" at {frames[0][0]}:{inside[-1]}" if inside else ""
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ def main(handle: int) -> None:
         try:
             score_B = call(name_of(source), function, prompts, completions, columns)
             said = ("scores", score_B.tolist())
-        except (InputError, RuntimeError) as error:
+        except InputError as error:
             cause = error.__cause__
             said = ("problem", f"raised {describe(cause)}" if cause else str(error))
         connection.send(said)

@@ -134,10 +134,34 @@ def test_call_function_that_raises_keeps_the_cause(error):
     def function(prompts, completions):
         raise error
 
-    with pytest.raises(RuntimeError, match=f"'own' raised {type(error).__name__}") as caught:
+    with pytest.raises(InputError, match=f"'own' raised {type(error).__name__}") as caught:
         score(function)
     assert caught.value.__cause__ is error
     assert "\n" not in str(caught.value)
+
+
+FAILING = """
+import json
+def outer(prompts, completions):
+    return [inner(text) for text in completions]
+def inner(text):
+    return json.loads(text)["score"]
+"""
+
+
+def test_call_names_the_line_of_the_function_that_raised(module, tmp_path):
+    """The innermost of its own file, not of a library that it calls."""
+    function = resolve(f"{module('failing_rewards', FAILING)}:outer")
+    with pytest.raises(InputError) as caught:
+        score(function, ["{"])
+    message = str(caught.value)
+    assert message.startswith("reward function 'own' raised JSONDecodeError: Expecting")
+    assert f" at {tmp_path}/failing_rewards.py:6; mend it, or, in a run, set isolate" in message
+
+
+def test_call_of_a_function_that_takes_other_arguments():
+    with pytest.raises(InputError, match=r"raised TypeError: .* unexpected .* 'answer'; mend it"):
+        score(lambda prompts, completions: [], columns={"answer": [1, 2]})
 
 
 def test_call_empty_completions_are_scored():
@@ -164,8 +188,9 @@ def test_call_async_function_that_raises(error):
         raise error
 
     for _ in range(2):  # and the loop goes on
-        with pytest.raises(RuntimeError, match=f"raised .*{type(error).__name__}|{error}"):
+        with pytest.raises(InputError, match=f"raised .*{type(error).__name__}|{error}") as caught:
             score(function)
+        assert f" at {__file__}:{function.__code__.co_firstlineno + 1}; " in str(caught.value)
 
 
 def test_call_async_inside_an_event_loop():
