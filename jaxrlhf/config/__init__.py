@@ -56,6 +56,7 @@ from jaxrlhf.config.rewards import (
     RewardConfig,
     ServiceConfig,
     kind_of,
+    name_of,
     reward_problems,
 )
 from jaxrlhf.config.run import (
@@ -144,6 +145,7 @@ __all__ = [
     "kind_of",
     "load",
     "load_pipeline",
+    "name_of",
     "on_policy",
     "override",
     "parse_evaluate",

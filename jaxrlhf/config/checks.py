@@ -14,7 +14,7 @@ from jaxrlhf.config.memory_checks import memory_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
 from jaxrlhf.config.ranges import out_of_range
 from jaxrlhf.config.reward_checks import reward_model_problems
-from jaxrlhf.config.rewards import reward_problems
+from jaxrlhf.config.rewards import name_of, reward_problems
 from jaxrlhf.config.run import Config, EvalConfig, SampleConfig
 from jaxrlhf.errors import InputError
 
@@ -42,9 +42,9 @@ def check(config: Config) -> None:
         out_of_range(config),
         _model(config),
         memory_problems(config),
-        _data(config),
         reward_problems("rewards", config.rewards),
         reward_problems("eval.gold", config.eval.gold),
+        _data(config),
         _critic(config),
         _warmup(config),
         axes_problems(config.mesh),
@@ -105,10 +105,10 @@ def _model(config: Config) -> Iterator[str]:
 def _data(config: Config) -> Iterator[str]:
     if not config.data.train:
         yield "data.train: missing: give a .jsonl or .parquet file"
-    for name in ("every", "gold"):
-        value = getattr(config.eval, name)
+    given = {"every": config.eval.every, "gold": ", ".join(map(name_of, config.eval.gold))}
+    for name, value in given.items():
         if value and not config.data.eval:
-            yield f"eval.{name}={value!r:.80}: there are no rows to evaluate on: give data.eval"
+            yield f"eval.{name}={value}: there are no rows to evaluate on: give data.eval"
     if config.eval.patience and not (config.eval.every and config.data.eval):
         yield (
             f"eval.patience={config.eval.patience}: counts evaluations, and there are none in "

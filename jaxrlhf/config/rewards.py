@@ -137,6 +137,20 @@ def kind_of(reward: RewardConfig) -> str:
     return next(kind for kind in KINDS if getattr(reward, kind))
 
 
+def name_of(config: RewardConfig) -> str:
+    """What errors and metrics call a source."""
+    service = _place(config.service.url) if config.service else ""
+    several = f"{config.combine}({', '.join(config.ensemble)})" if config.ensemble else ""
+    return config.function or config.model or several or config.verifier or service or "length"
+
+
+def _place(url: str) -> str:
+    """Scheme, host and path of a URL: no secrets are in these."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl()
+
+
 def reward_problems(key: str, rewards: Sequence[RewardConfig]) -> Iterator[str]:
     """What is wrong with a list of sources, a line each.
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import IsolateConfig, RewardConfig
+from jaxrlhf.config import IsolateConfig, RewardConfig, name_of
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.asked import Asked, Scored
-from jaxrlhf.rewards.local import name_of
 
 START_SECONDS = 120.0
 """Seconds that a process may take to import the function."""

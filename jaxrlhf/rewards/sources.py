@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxrlhf.config import GateConfig, LengthConfig, RewardConfig, kind_of, reward_problems
+from jaxrlhf.config import GateConfig, LengthConfig, RewardConfig, kind_of, name_of, reward_problems
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import local, service, verifiers
 from jaxrlhf.rewards.asked import Source
@@ -40,7 +40,7 @@ def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tup
         raise InputError(f"{field}: none given; add one, such as [{{function: sentiment}}]")
     for problem in reward_problems(field, configs):
         raise InputError(problem)
-    names = [local.name_of(config) for config in configs]
+    names = [name_of(config) for config in configs]
     rewards = []
     for index, config in enumerate(configs):
         again = names[:index].count(names[index])

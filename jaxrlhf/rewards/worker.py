@@ -13,9 +13,10 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+from jaxrlhf.config import name_of
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.functions import call, describe
-from jaxrlhf.rewards.local import host_function, name_of
+from jaxrlhf.rewards.local import host_function
 
 
 def main(handle: int) -> None:

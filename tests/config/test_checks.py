@@ -165,7 +165,10 @@ def test_check_passes(config):
             "eval.gold.0: give either",
         ),
         ({"eval": EvalConfig(every=5)}, "eval.every=5: there are no rows"),
-        ({"eval": EvalConfig(gold=PPO.rewards)}, "there are no rows to evaluate on"),
+        (
+            {"eval": EvalConfig(gold=(*PPO.rewards, RewardConfig(model="runs/rm")))},
+            "eval.gold=sentiment, runs/rm: there are no rows to evaluate on: give data.eval",
+        ),
         (
             {"algorithm": PPOConfig(kl_controller="adaptive", kl_horizon=6.4)},
             "algorithm.kl_horizon=6.4: must exceed a fifth of the rows",
