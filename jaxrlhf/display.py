@@ -23,7 +23,8 @@ ROWS = {
     "tokens_per_second": "tokens/s",
     "value_explained_variance": "value expl. var.",
 }
-"""Metrics that are shown where a run has them, in this order, and their labels."""
+"""Metrics that are shown where a run has them, in this order, and their labels. ``reward`` is what
+is learnt from, with penalties and KL; that of a completion is the score alone."""
 
 UNITS = {"tokens_per_second": " tok/s"}
 """Metrics that a plain line writes as number and unit, not as name and number."""
