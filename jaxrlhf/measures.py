@@ -8,6 +8,7 @@ completions of a prompt are no independent draws of prompts, so intervals are ta
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,12 +87,12 @@ def _vote(ballots: Sequence[tuple[Hashable | None, float]]) -> float:
     return float(np.mean(right)) if right else 0.0
 
 
-def best_of_n(score_QN: np.ndarray, n: int, value_QN: np.ndarray | None = None) -> np.ndarray:
+def best_of_n(score_QN: np.ndarray, n: float, value_QN: np.ndarray | None = None) -> np.ndarray:
     """Expected value of the best of n by score, from N ≥ n samples, unbiased and without drawing.
 
     Of all C(N, n) subsets the i-th lowest score is the best in C(i−1, n−1), so the expectation is
     Σ_i C(i−1, n−1)/C(N, n) · value of the i-th. Samples of equal score share their weight, as when
-    the winner among them is picked at random.
+    the winner among them is picked at random. Between whole n: see ``order_weights``.
 
     Args:
       score_QN: what the best is chosen by; unknown ones are not among the samples.
@@ -116,7 +117,7 @@ def best_of_n(score_QN: np.ndarray, n: int, value_QN: np.ndarray | None = None) 
     return out_Q
 
 
-def _expected(score_N: np.ndarray, value_N: np.ndarray, n: int) -> float:
+def _expected(score_N: np.ndarray, value_N: np.ndarray, n: float) -> float:
     _, rank_N = np.unique(score_N, return_inverse=True)
     count_R = np.bincount(rank_N)
     value_R = np.bincount(rank_N, value_N) / count_R
@@ -124,8 +125,11 @@ def _expected(score_N: np.ndarray, value_N: np.ndarray, n: int) -> float:
     return float(weight_R @ value_R)
 
 
-def order_weights(total: int, n: int) -> np.ndarray:
+def order_weights(total: int, n: float) -> np.ndarray:
     """C(i−1, n−1)/C(N, n) for i = 1…N: how likely the i-th lowest of N is the best of n of them.
+
+    C(i, n)/C(N, n), the chance that it or a lower one is, has a meaning for real n as well (0 up to
+    i = n − 1): between two whole n the weights go from those of one to those of the other.
 
     Args:
       total: N, samples.
@@ -135,10 +139,104 @@ def order_weights(total: int, n: int) -> np.ndarray:
       float64 [N], which sums to 1.
     """
     weight_N = np.zeros(total)
-    weight_N[-1] = n / total
-    for i in range(total - 1, n - 1, -1):  # C(i−1, n−1) = C(i, n−1) · (i − n + 1)/i
-        weight_N[i - 1] = weight_N[i] * (i - n + 1) / i
+    reached = 1.0  # C(i, n)/C(N, n)
+    for i in range(total, 0, -1):
+        weight_N[i - 1] = reached * min(n / i, 1)
+        reached *= max(1 - n / i, 0)  # C(i−1, n) = C(i, n) · (i − n)/i
     return weight_N
+
+
+def best_of_n_nats(score_QN: np.ndarray, n: float) -> np.ndarray:
+    """KL of the best of n by score to what the samples were drawn from, nats, for real n ≥ 1.
+
+    With F(r) = Pr(score ≤ r) and F₋(r) = Pr(score < r) as a prompt's samples have them, the best
+    has score r with probability w = Fⁿ − F₋ⁿ, and the KL is Σ_r w·log(w/(F − F₋))
+    (arXiv:2401.01879). That is for scores that several samples have, of whatever prompts, such as 0
+    and 1. A score that comes only once stands for a stretch of continuous ones,
+    ∫ n·uⁿ⁻¹·log(n·uⁿ⁻¹) du from F₋ to F: where none comes twice that is log n − (n − 1)/n in all,
+    and not the log N that N samples, counted, cannot exceed.
+
+    Args:
+      score_QN: unknown ones are not among the samples.
+
+    Returns:
+      float64 [Q]; NaN for a prompt with fewer than n known samples.
+
+    Raises:
+      ValueError: if ``n`` is less than 1.
+    """
+    _check(n)
+    return _nats(_levels(score_QN), n)
+
+
+def n_at_kl(score_QN: np.ndarray, kl: float, most: int) -> float | None:
+    """The real n, at most ``most``, at which the mean of ``best_of_n_nats`` is ``kl``.
+
+    Args:
+      kl: nats; one below 0, as an estimate from samples may be, counts as 0.
+
+    Returns:
+      The least such n; None where the best of ``most`` is nearer than that, or nothing is known.
+    """
+    levels = _levels(score_QN)
+
+    def reaches(n: float) -> bool:
+        nats_Q = _nats(levels, n)
+        return bool(np.isfinite(nats_Q).any() and np.nanmean(nats_Q) >= max(kl, 0.0))
+
+    if not reaches(most):
+        return None
+    below, above = 1.0, float(most)
+    if reaches(below):
+        return below
+    for _ in range(50):
+        middle = (below + above) / 2
+        below, above = (below, middle) if reaches(middle) else (middle, above)
+    return above
+
+
+class _Levels(NamedTuple):
+    """The scores of a prompt that differ, rising."""
+
+    below_R: np.ndarray
+    """F₋ of each, and F."""
+    upto_R: np.ndarray
+    shared_R: np.ndarray
+    """Whether other samples, of any prompt, have this score."""
+    count: int
+    """Known samples."""
+
+
+def _levels(score_QN: np.ndarray) -> list[_Levels]:
+    score_QN = np.asarray(score_QN, np.float64)
+    level_L, count_L = np.unique(score_QN[~np.isnan(score_QN)], return_counts=True)
+    out = []
+    for score_N in score_QN:
+        level_R, count_R = np.unique(score_N[~np.isnan(score_N)], return_counts=True)
+        total, upto_R = int(count_R.sum()), np.cumsum(count_R)
+        shared_R = np.isin(level_R, level_L[count_L > 1])
+        share = max(total, 1)
+        out.append(_Levels((upto_R - count_R) / share, upto_R / share, shared_R, total))
+    return out
+
+
+def _nats(levels: Sequence[_Levels], n: float) -> np.ndarray:
+    out_Q = np.full(len(levels), np.nan)
+    for q, (below_R, upto_R, shared_R, count) in enumerate(levels):
+        if count < n:
+            continue
+        weight_R = upto_R**n - below_R**n
+        ratio_R = np.where(weight_R > 0, weight_R / (upto_R - below_R), 1)
+        stretch_R = weight_R * math.log(n) + (n - 1) * (
+            _log_part(upto_R, n) - _log_part(below_R, n)
+        )
+        out_Q[q] = np.where(shared_R, weight_R * np.log(ratio_R), stretch_R).sum()
+    return out_Q
+
+
+def _log_part(u_R: np.ndarray, n: float) -> np.ndarray:
+    """∫ n·uⁿ⁻¹·log u du from 0: uⁿ·log u − uⁿ/n."""
+    return u_R**n * (np.log(np.where(u_R > 0, u_R, 1)) - 1 / n)
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -160,26 +258,12 @@ def repetition(tokens: Sequence[Hashable], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else math.nan
 
 
-def at_equal_kl(kl_K: Sequence[float], value_K: Sequence[float], kl: float) -> float | None:
-    """A curve's value at a KL, by linear interpolation; None where the curve does not reach.
-
-    Args:
-      kl_K: nats, rising.
-      value_K: any unit.
-      kl: nats.
-    """
-    kl = max(kl, 0.0)  # an estimate from samples may be just below
-    if not kl_K or not kl_K[0] <= kl <= kl_K[-1]:
-        return None
-    return float(np.interp(kl, kl_K, value_K))
-
-
 def _mean(x_QN: np.ndarray) -> np.ndarray:
     """Mean of the known numbers of each row; NaN for a row without one."""
     count_Q = np.isfinite(x_QN).sum(1)
     return np.nansum(x_QN, axis=1) / np.where(count_Q > 0, count_Q, np.nan)
 
 
-def _check(n: int) -> None:
+def _check(n: float) -> None:
     if n < 1:
         raise ValueError(f"n={n}: at least 1")

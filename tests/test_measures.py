@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf.measures import (
-    at_equal_kl,
     best_of_n,
+    best_of_n_nats,
     maj_at_k,
+    n_at_kl,
     order_weights,
     pass_at_k,
     powers_of_two,
@@ -119,12 +120,71 @@ def test_repetition_by_hand():
     assert np.isnan(repetition([1, 2]))
 
 
-def test_at_equal_kl_of_an_estimate_below_0_is_the_start():
-    assert at_equal_kl([0.0, 1.0], [0.5, 0.9], -0.003) == 0.5
+@pytest.mark.parametrize("n", [1, 2, 5.5, 16])
+def test_best_of_n_nats_of_scores_that_differ(n):
+    score_QN = np.random.default_rng(0).standard_normal((2, 16))
+    np.testing.assert_allclose(best_of_n_nats(score_QN, n), math.log(n) - (n - 1) / n, atol=1e-12)
 
 
-def test_at_equal_kl():
-    assert at_equal_kl([0, 1, 3], [0, 10, 20], 2) == 15
-    assert at_equal_kl([0, 1, 3], [0, 10, 20], 3.1) is None
-    assert at_equal_kl([0.5, 1, 3], [0, 10, 20], 0.4) is None
-    assert at_equal_kl([], [], 0) is None
+@pytest.mark.parametrize(("n", "kl"), [(1, 0.0), (2, 0.13081204), (16, 0.69296270)])
+def test_best_of_n_nats_of_a_fair_coin(n, kl):
+    """The best is a 1 with probability 1 − 2⁻ⁿ; log 2 is as far as that gets."""
+    coin_QN = np.tile([0.0, 1.0], (1, 8))
+    np.testing.assert_allclose(best_of_n_nats(coin_QN, n), kl, atol=1e-7)
+
+
+def test_best_of_n_nats_against_the_law_of_a_table():
+    score_QN = np.array([[0.0, 1, 1, 2, 2, 2, 2, 7], [0, 0, 0, 0, 0, 0, 0, 7], [NAN] * 7 + [2]])
+    for n in (1, 2, 3.5, 8):
+        law = {0: (1, 8), 1: (3, 8), 2: (7, 8), 7: (8, 8)}
+        bounds = [0] + [count / total for count, total in law.values()]
+        wanted = 0.0
+        for low, high in itertools.pairwise(bounds):
+            weight = high**n - low**n
+            wanted += weight * math.log(weight / (high - low))
+        rare = (7 / 8) ** n
+        wanted_rare = rare * math.log(rare * 8 / 7) + (1 - rare) * math.log((1 - rare) * 8)
+        last = 0 if n == 1 else NAN  # fewer samples than n
+        np.testing.assert_allclose(
+            best_of_n_nats(score_QN, n), [wanted, wanted_rare, last], atol=1e-12
+        )
+    assert best_of_n_nats(np.ones((1, 4)), 4) == 0
+    with pytest.raises(ValueError, match="n=0: at least 1"):
+        best_of_n_nats(score_QN, 0)
+
+
+def test_best_of_n_nats_of_one_score_that_stands_out():
+    """Ties at the bottom, one alone on top: between what either rule alone would say."""
+    score_QN = np.array([[0.0] * 15 + [1.0]])
+    for n in (2, 7, 16):
+        below = (15 / 16) ** n
+        counted = below * math.log(below * 16 / 15) + (1 - below) * math.log((1 - below) * 16)
+        (nats,) = best_of_n_nats(score_QN, n)
+        assert counted <= nats <= min(1.03 * counted, math.log(n) - (n - 1) / n)
+
+
+def test_n_at_kl():
+    distinct_QN = np.random.default_rng(0).standard_normal((3, 16))
+    for n in (1, 2, 5.5, 16):
+        kl = math.log(n) - (n - 1) / n
+        assert n_at_kl(distinct_QN, kl - 1e-12, 16) == pytest.approx(n, abs=1e-5)
+    assert n_at_kl(distinct_QN, -0.003, 16) == 1  # an estimate from samples may be below 0
+    assert n_at_kl(distinct_QN, 2.0, 16) is None
+    coin_QN = np.tile([0.0, 1.0], (2, 8))
+    assert n_at_kl(coin_QN, 0.1308120, 16) == pytest.approx(2, abs=1e-5)
+    assert n_at_kl(coin_QN, 0.6932, 16) is None
+    assert n_at_kl(np.ones((2, 4)), 0.0, 4) == 1
+    assert n_at_kl(np.ones((2, 4)), 0.1, 4) is None
+    assert n_at_kl(np.zeros((0, 4)), 0.0, 4) is None
+
+
+def test_best_of_n_between_whole_n():
+    """Rising and without a jump, and a law for every n."""
+    score_QN = np.random.default_rng(2).standard_normal((1, 8))
+    n_K = np.linspace(1, 8, 141)
+    best_K = np.array([best_of_n(score_QN, n)[0] for n in n_K])
+    assert (np.diff(best_K) > 0).all()
+    assert np.diff(best_K).max() < 0.1
+    weight_KN = np.array([order_weights(8, n) for n in n_K])
+    np.testing.assert_allclose(weight_KN.sum(1), 1, rtol=1e-12)
+    assert (weight_KN >= 0).all()

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.algorithms import best_of_n_kl
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.evaluating.drawing import Columns
 from jaxrlhf.evaluation import over_prompts
 from jaxrlhf.measures import (
-    at_equal_kl,
     best_of_n,
+    best_of_n_nats,
     maj_at_k,
+    n_at_kl,
     pass_at_k,
     powers_of_two,
     repetition,
@@ -108,11 +108,11 @@ def solved(
 def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Figures) -> Figures:
     """``best_of_n``: what the best of n by the first judge is worth to each, n = 1, 2, 4, … most.
 
-    The same samples serve every n (see ``measures.best_of_n``), at KL log n − (n − 1)/n. And
-    ``equal_kl``, the curve at the policy's own KL, by linear interpolation: what training has to
-    beat. None in it where the policy is further from its reference than the curve reaches. All of
-    the curve is over the same ``best_of_n_prompts``: those with enough known samples for all n.
-    Nothing where there is none.
+    The same samples serve every n (see ``measures.best_of_n``), at the prompts' mean KL (see
+    ``measures.best_of_n_nats``). And ``equal_kl``, the best of the n, whole or not, whose KL is the
+    policy's own: what training has to beat. None in it where the policy is further from its
+    reference than the curve reaches. All of the curve is over the same ``best_of_n_prompts``:
+    those with enough known samples for all n. Nothing where there is none.
     """
     counts = powers_of_two(most)
     score_QN = drawn[judges[0]][:, :most]
@@ -123,7 +123,9 @@ def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Fi
     whole_Q = np.all([np.isfinite(value_KQ[-1]) for value_KQ in values.values()], axis=0)
     if not whole_Q.any():
         return {}
-    curve: Figures = {"n": counts, "kl_nats": [best_of_n_kl(n) for n in counts]}
+    score_PN = score_QN[whole_Q]
+    nats = [over_prompts(best_of_n_nats(score_PN, n), 1)[0] for n in counts]
+    curve: Figures = {"n": counts, "kl_nats": nats}
     for judge, value_KQ in values.items():
         both = [over_prompts(value_Q, 1) for value_Q in value_KQ[:, whole_Q]]
         curve[judge], curve[f"{judge}_ci"] = [mean for mean, _ in both], [ci for _, ci in both]
@@ -131,7 +133,12 @@ def best_of_n_curve(drawn: Columns, most: int, judges: Sequence[str], policy: Fi
     if "kl_nats" not in policy:
         return found
     kl = policy["kl_nats"]
-    equal = {judge: at_equal_kl(curve["kl_nats"], curve[judge], kl) for judge in judges}
+    n = n_at_kl(score_PN, kl, most)
+    equal: Figures = dict.fromkeys(judges)
+    if n is not None:
+        for judge in judges:
+            best_P = best_of_n(score_PN, n, drawn[judge][whole_Q, :most])
+            equal[judge], _ = over_prompts(best_P, 1)
     return found | {"equal_kl": {"kl_nats": kl, **equal}}
 
 
