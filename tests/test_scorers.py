@@ -140,11 +140,10 @@ def test_judge_adds_an_ensemble_to_a_function(members):
     np.testing.assert_allclose(found.reward_B, 2 * parts[0] + parts[1], rtol=1e-5)
 
 
-def test_complete_with_a_normalised_reward_model(members):
+def test_complete_with_a_normalised_reward_model(members, tmp_path):
+    _, policy = trained(tmp_path / "policy", runs.sft(tmp_path, steps=1))
     wish = runs.SampleConfig(n=2, max_new_tokens=4)
-    raw, got = (
-        complete(members[0][1], ("the",), wish, RewardConfig(model=members[i][1])) for i in (0, 2)
-    )
+    raw, got = (complete(policy, ("the",), wish, RewardConfig(model=members[i][1])) for i in (0, 2))
     measured = members[2][0]["normalisation"]
     wanted = [(r - measured["mean"]) / measured["std"] for _, r in raw[0]]
     np.testing.assert_allclose([r for _, r in got[0]], wanted, rtol=1e-3, atol=1e-4)
