@@ -101,9 +101,8 @@ class Session:
         if self.start:
             self.show.note(f"resumed after iteration {self.start} of {config.steps}")
         for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
-            if rows is not None and rows.skipped:
-                count, first = len(rows.skipped), rows.skipped[0]
-                self.show.note(f"data.skip_bad_rows: {rows.path}: {count} skipped; first: {first}")
+            if rows is not None and (note := rows.note()):
+                self.show.note(note)
         self._handle_sigterm()
         return self
 

@@ -186,6 +186,21 @@ def test_nothing_is_read_for_what_cannot_be_written(run, tmp_path, monkeypatch, 
         assert re.match(r"error: \S*/file\S*: cannot be written \(.*\): give another path\n", err)
 
 
+def test_evaluate_model_says_what_it_skips(run, found, tmp_path, capsys):
+    rows = [{"prompt": f"{word} the"} for word in ("good", "bad", "cold")]
+    data = runs.write(tmp_path / "rows.jsonl", [*rows[:1], {"prompt": 7}, *rows[1:], {"x": "y"}])
+    wish = EvaluateConfig(run.output, data=data, output=str(tmp_path), n=1, best_of=0)
+    with pytest.raises(InputError, match=r"rows.jsonl:2"):
+        evaluate_model(wish, one_device(run))
+    config = replace(run, data=replace(run.data, skip_bad_rows=True), output=str(tmp_path / "run"))
+    shutil.copytree(run.output, config.output)
+    save(config, f"{config.output}/config.yaml")
+    skipping = evaluate_model(replace(wish, model=config.output), one_device(run))
+    assert (skipping["prompts"], skipping["rows_skipped"]) == (3, 2)
+    assert re.search(r"rows.jsonl: 2 skipped; first: .*rows.jsonl:2", capsys.readouterr().out)
+    assert "rows_skipped" not in found
+
+
 def test_evaluate_model_refuses_reward_models(tmp_path):
     config = runs.reward_model(tmp_path)
     Path(config.output).mkdir()

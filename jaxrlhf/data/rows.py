@@ -41,6 +41,13 @@ class Rows(Generic[T]):
     def __len__(self) -> int:
         return len(self.items)
 
+    def note(self) -> str:
+        """What was skipped, in one line; "" if nothing was."""
+        if not self.skipped:
+            return ""
+        first = self.skipped[0]
+        return f"data.skip_bad_rows: {self.path}: {len(self.skipped)} skipped; first: {first}"
+
 
 def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
     """The rows of a file, each with its place.

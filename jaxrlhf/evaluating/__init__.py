@@ -51,11 +51,11 @@ def evaluate_model(
 
     Returns:
       What evaluation.json holds: ``step``, iterations of the run behind the model (None if it is no
-      run); ``policy`` and ``against``, the figures of each (``describe``),
-      the policy's with its KL to the reference; ``win_rate``, by each judge; ``pass_at_k`` and
-      ``maj_at_k`` for verifiable tasks; ``best_of_n``, the curve of the reference (of the model, if
-      it has none), and ``equal_kl``, what that curve reaches at the policy's KL; and the policy's
-      ``completions``.
+      run); ``rows_skipped``, where the run has ``data.skip_bad_rows``; ``policy`` and ``against``,
+      the figures of each (``describe``), the policy's with its KL to the reference; ``win_rate``,
+      by each judge; ``pass_at_k`` and ``maj_at_k`` for verifiable tasks; ``best_of_n``, the curve
+      of the reference (of the model, if it has none), and ``equal_kl``, what that curve reaches at
+      the policy's KL; and the policy's ``completions``.
 
     Raises:
       InputError: a model, data or reward that cannot be used, or no folder that can be written.
@@ -83,6 +83,8 @@ def _measure(
     extract: Extract | None,
 ) -> dict[str, Any]:
     bench, entrants = read_entrants(wish, config, mesh)
+    if note := bench.prompts.note():
+        print(note, flush=True)
     judges = tuple(bench.judges)
     best_of = wish.best_of if judges else 0
     stream = jax.random.key(wish.seed)
@@ -115,10 +117,12 @@ def _measure(
         found["win_rate"] = compare(ours, drawn[compared], wish.n, judges)
     rule = rule_of(bench.judges[judges[-1]]) if judges else Rule()
     correct_at = rule.correct_at if wish.correct_at is None else wish.correct_at
+    if config.data.skip_bad_rows:
+        found["rows_skipped"] = len(bench.prompts.skipped)
     found |= solved(ours, wish.n, judges, correct_at, extract or rule.extract)
     if best_of:
         found |= best_of_n_curve(drawn[baseline], best_of, judges, found["policy"])
-    return found | {"completions": completions(ours, wish.n, bench.prompts, judges)}
+    return found | {"completions": completions(ours, wish.n, bench.prompts.items, judges)}
 
 
 class Rule(NamedTuple):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config import SampleConfig
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.formats import Prompt
+from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, prompt_arrays
 from jaxrlhf.judging import Judge
 from jaxrlhf.networks import Network
@@ -33,7 +34,7 @@ and the score of each judge, NaN where it had none."""
 class Bench:
     """Where networks are measured: the same prompts, judges and settings for each."""
 
-    prompts: tuple[Encoded, ...]
+    prompts: Rows[Encoded]
     width: int
     """P, tokens that prompts are padded to."""
     sampling: SampleConfig
@@ -81,7 +82,7 @@ def draw(
     program = _program(bench, network, shape, reference)
     parts = []
     for row_Q, real_Q in held_out_batches(len(bench.prompts), shape.prompts):
-        prompts = [bench.prompts[i] for i in row_Q]
+        prompts = [bench.prompts.items[i] for i in row_Q]
         first_QN = row_Q[:, None] * n + np.arange(shape.n)
         rounds = [
             program(prompts, key, (first_QN + turn * shape.n).ravel().astype(np.int32))

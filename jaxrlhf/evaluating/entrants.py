@@ -84,7 +84,7 @@ def read_entrants(wish: EvaluateConfig, config: Config, mesh: Mesh) -> tuple[Ben
     vocab = model.model.decoder.vocab
     check_vocab(tokenizer, model.model.decoder)
     prompts = _prompts(path, config, tokenizer, vocab, own=not wish.data)
-    width = max(len(row.prompt) for row in prompts)
+    width = max(len(row.prompt) for row in prompts.items)
     new = wish.max_new_tokens or _new_tokens(config, is_run(wish.model), width)
     entrants = Entrants(
         model=model,
@@ -141,9 +141,7 @@ def _names(wish: EvaluateConfig, config: Config) -> dict[str, str | None]:
     }
 
 
-def _prompts(
-    path: str, config: Config, tokenizer: Any, vocab: int, own: bool
-) -> tuple[Encoded, ...]:
+def _prompts(path: str, config: Config, tokenizer: Any, vocab: int, own: bool) -> Rows[Encoded]:
     """The prompts of a file, of the run's ``own`` kind or of prompts; one in several rows once."""
     kind, skip = config.algorithm, config.data.skip_bad_rows
     read = READERS[kind.rows] if own and isinstance(kind, OfflineConfig) else read_prompts
@@ -153,7 +151,7 @@ def _prompts(
         prompt = row if isinstance(row, Prompt) else Prompt(row.prompt, row.columns, row.where)
         once.setdefault(prompt.text, prompt)
     rows = Rows(tuple(once.values()), rows.path, rows.skipped)
-    return encode_rows(rows, tokenizer, vocab, ANY_LENGTH).items
+    return encode_rows(rows, tokenizer, vocab, ANY_LENGTH, skip_bad_rows=skip)
 
 
 def _new_tokens(config: Config, run: bool, width: int) -> int:
