@@ -146,8 +146,8 @@ def test_plan_refuses_a_model_that_is_not_there(config):
 def test_advice_makes_it_fit_when_followed(tmp_path):
     config = replace(config_of(tmp_path), sample=replace(config_of(tmp_path).sample, n=16))
     large = plan(config, CPU)
-    update = next(step for step in large.steps if step.name == "update")
-    assert update.peak == large.peak
+    update = max(large.steps, key=lambda step: step.peak)
+    assert "update" in update.name
     second = max(step.peak for step in large.steps if "update" not in step.name)
     memory = (second + large.peak) / 2
     tight = plan(config, CPU, memory=memory)
@@ -157,7 +157,7 @@ def test_advice_makes_it_fit_when_followed(tmp_path):
     assert plan(change.config, CPU, memory=memory).fits
     assert change.flags == flags(config, change.config)
     assert "--model.remat" in change.flags
-    assert f"update needs {update.peak / 2**30:.2f} GiB" in verdict(tight)
+    assert f"{update.name} needs {update.peak / 2**30:.2f} GiB" in verdict(tight)
     assert advice(change).startswith("fits with --model.remat ")
 
 
