@@ -71,46 +71,43 @@ def test_kl_estimate_k3_never_negative(d):
     assert np.sign(slope) == np.sign(d) or abs(d) < 1e-6
 
 
+LOGITS, REF = jnp.array([1.0, 0, -1, 0.5]), jax.nn.log_softmax(jnp.array([0.2, 0.1, 0, -0.3]))
+
+
+def of_policy(logits):
+    """KL(π‖π_ref)."""
+    logp = jax.nn.log_softmax(logits)
+    return (jnp.exp(logp) * (logp - REF)).sum()
+
+
 def test_kl_estimate_averages():
     """E[k1] = E[k3] = KL; the gradient of E[k2] is the KL's, that of E[k1] is 0."""
-    logits, ref_logits = jnp.array([1.0, 0, -1, 0.5]), jnp.array([0.2, 0.1, 0, -0.3])
-    ref = jax.nn.log_softmax(ref_logits)
-
-    def exact(logits):
-        logp = jax.nn.log_softmax(logits)
-        return (jnp.exp(logp) * (logp - ref)).sum()
 
     def estimated(logits, kind):
         logp = jax.nn.log_softmax(logits)
-        return (jax.lax.stop_gradient(jnp.exp(logp)) * kl_estimate(logp, ref, kind)).sum()
+        return (jax.lax.stop_gradient(jnp.exp(logp)) * kl_estimate(logp, REF, kind)).sum()
 
     for kind in ("k1", "k3"):
-        np.testing.assert_allclose(estimated(logits, kind), exact(logits), rtol=1e-5)
-    wanted = jax.grad(exact)(logits)
-    np.testing.assert_allclose(jax.grad(estimated)(logits, "k2"), wanted, atol=1e-6)
-    np.testing.assert_allclose(jax.grad(estimated)(logits, "k1"), 0, atol=1e-6)
+        np.testing.assert_allclose(estimated(LOGITS, kind), of_policy(LOGITS), rtol=1e-5)
+    wanted = jax.grad(of_policy)(LOGITS)
+    np.testing.assert_allclose(jax.grad(estimated)(LOGITS, "k2"), wanted, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(estimated)(LOGITS, "k1"), 0, atol=1e-6)
 
 
 def test_kl_estimate_as_a_reward():
     """E[∇log π·k1] is ∇KL(π‖π_ref), E[∇log π·k3] that minus ∇KL(π_ref‖π)."""
-    logits, ref_logits = jnp.array([1.0, 0, -1, 0.5]), jnp.array([0.2, 0.1, 0, -0.3])
-    ref = jax.nn.log_softmax(ref_logits)
-
-    def of_policy(logits):
-        logp = jax.nn.log_softmax(logits)
-        return (jnp.exp(logp) * (logp - ref)).sum()
 
     def of_reference(logits):
-        return (jnp.exp(ref) * (ref - jax.nn.log_softmax(logits))).sum()
+        return (jnp.exp(REF) * (REF - jax.nn.log_softmax(logits))).sum()
 
     def credited(logits, kind):
         logp = jax.nn.log_softmax(logits)
-        kl = kl_estimate(logp, ref, kind)
+        kl = kl_estimate(logp, REF, kind)
         return (jax.lax.stop_gradient(jnp.exp(logp) * kl) * logp).sum()
 
-    forward, reverse = jax.grad(of_policy)(logits), jax.grad(of_reference)(logits)
-    np.testing.assert_allclose(jax.grad(credited)(logits, "k1"), forward, atol=1e-6)
-    np.testing.assert_allclose(jax.grad(credited)(logits, "k3"), forward - reverse, atol=1e-6)
+    forward, reverse = jax.grad(of_policy)(LOGITS), jax.grad(of_reference)(LOGITS)
+    np.testing.assert_allclose(jax.grad(credited)(LOGITS, "k1"), forward, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(credited)(LOGITS, "k3"), forward - reverse, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [PPOConfig, GRPOConfig, DAPOConfig])

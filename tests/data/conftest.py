@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -57,5 +59,18 @@ def jsonl(tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b"".join(line + b"\n" for line in lines))
         return str(path)
+
+    return write
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Write rows to a file, null where a row lacks a column of another; returns its path."""
+
+    def write(*rows):
+        path = str(tmp_path / "rows.parquet")
+        names = dict.fromkeys(name for row in rows for name in row)
+        pq.write_table(pa.table({x: [row.get(x) for row in rows] for x in names}), path)
+        return path
 
     return write

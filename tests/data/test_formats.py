@@ -73,27 +73,18 @@ def test_read_pairs_without_margin_is_zero(tokenizer, jsonl):
     assert one(read_pairs, tokenizer, path).margin == 0.0
 
 
-def parquet(folder, *rows):
-    path = str(folder / "rows.parquet")
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    pq.write_table(table, path)
-    return path
-
-
-def test_read_pairs_parquet_null_is_absent(chat_tokenizer, tmp_path):
+def test_read_pairs_parquet_null_is_absent(chat_tokenizer, parquet):
     pair = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
     one_turn = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
-    path = parquet(tmp_path, {**pair, "prompt": None}, {**one_turn, "margin": 0.5})
+    path = parquet({**pair, "prompt": None}, {**one_turn, "margin": 0.5})
     found = read_pairs(read_rows(path), chat_tokenizer).items
     assert [row.margin for row in found] == [0.0, 0.5]
     assert found[0].prompt == found[1].prompt
     assert (found[0].chosen, found[0].rejected) == (found[1].chosen, found[1].rejected)
 
 
-def test_read_completions_parquet_null_is_absent(chat_tokenizer, tmp_path):
+def test_read_completions_parquet_null_is_absent(chat_tokenizer, parquet):
     path = parquet(
-        tmp_path,
         {"messages": [user("a"), assistant("b")], "prompt": None, "completion": None},
         {"messages": None, "prompt": [user("a")], "completion": [assistant("b")]},
     )
@@ -101,8 +92,8 @@ def test_read_completions_parquet_null_is_absent(chat_tokenizer, tmp_path):
     assert (first.prompt, first.completion) == (second.prompt, second.completion)
 
 
-def test_read_prompts_parquet_null_in_an_arguments_name(tokenizer, tmp_path):
-    path = parquet(tmp_path, {"prompt": "a", "completions": None, "answer": None})
+def test_read_prompts_parquet_null_in_an_arguments_name(tokenizer, parquet):
+    path = parquet({"prompt": "a", "completions": None, "answer": None})
     assert one(read_prompts, tokenizer, path).columns == {"answer": None}
 
 

@@ -2,8 +2,6 @@
 
 import re
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jaxrlhf.data.judged import Ranked, Stepwise, read_ranked, read_scored, read_steps
@@ -58,24 +56,16 @@ def test_read_ranked_pair_is_a_ranking_of_two(tokenizer, jsonl):
     assert row.columns["gap"] == 2
 
 
-def parquet(folder, *rows):
-    path = str(folder / "rows.parquet")
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    pq.write_table(table, path)
-    return path
-
-
-def test_read_ranked_parquet_null_is_absent(tokenizer, tmp_path):
+def test_read_ranked_parquet_null_is_absent(tokenizer, parquet):
     pair = {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_ended": False}
-    path = parquet(tmp_path, {**pair, "rejected_ended": None}, RANKED, {**pair, "responses": None})
+    path = parquet({**pair, "rejected_ended": None}, RANKED, {**pair, "responses": None})
     found = read_ranked(read_rows(path), tokenizer).items
     assert [row.ended for row in found] == [(False, True), (True,) * 3, (False, True)]
 
 
-def test_read_steps_parquet_null_is_absent(tokenizer, tmp_path):
+def test_read_steps_parquet_null_is_absent(tokenizer, parquet):
     trl = {"prompt": "a", "completions": ["b c", " d "], "labels": [1.0, 0.25]}
-    path = parquet(tmp_path, {**STEPS, "labels": [1.0, 0.25]}, {**trl, "steps": None})
+    path = parquet({**STEPS, "labels": [1.0, 0.25]}, {**trl, "steps": None})
     first, second = read_steps(read_rows(path), tokenizer).items
     assert first.answer == second.answer
 
