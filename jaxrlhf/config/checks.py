@@ -4,11 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from jaxrlhf.config.algorithm import DPOConfig, OfflineConfig, OnPolicyConfig, ReinforceConfig
-from jaxrlhf.config.kinds import (
-    has_critic,
-    has_reference,
-    is_on_policy,
-)
+from jaxrlhf.config.kinds import has_critic, has_reference, is_on_policy
 from jaxrlhf.config.layout import axes_problems
 from jaxrlhf.config.memory_checks import memory_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig

@@ -112,13 +112,13 @@ def _measure(
         "seed": wish.seed,
         "policy": describe(ours, wish.n, judges),
     }
+    if config.data.skip_bad_rows:
+        found["rows_skipped"] = len(bench.prompts.skipped)
     if compared != "model":
         found["against"] = describe(drawn[compared], wish.n, judges)
         found["win_rate"] = compare(ours, drawn[compared], wish.n, judges)
     rule = rule_of(bench.judges[judges[-1]]) if judges else Rule()
     correct_at = rule.correct_at if wish.correct_at is None else wish.correct_at
-    if config.data.skip_bad_rows:
-        found["rows_skipped"] = len(bench.prompts.skipped)
     found |= solved(ours, wish.n, judges, correct_at, extract or rule.extract)
     if best_of:
         found |= best_of_n_curve(drawn[baseline], best_of, judges, found["policy"])
