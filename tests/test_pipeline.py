@@ -9,17 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 import runs
 import yaml
 
-from jaxrlhf.config import MeshConfig, PipelineConfig, StageConfig, dump, load_pipeline
+from jaxrlhf.config import PipelineConfig, StageConfig, dump, load_pipeline
 from jaxrlhf.errors import InputError
-from jaxrlhf.metrics import plain
 from jaxrlhf.pipeline import run_pipeline
 from jaxrlhf.resume import lock
-from jaxrlhf.sharding import make_mesh
 
 SHORT = {
     "sft": {"steps": 8, "checkpoint.every": 2},
@@ -56,14 +53,27 @@ def numbers(result, path=""):
             yield f"{path}{name}", value
 
 
+def launch(path, out, log):
+    """``jaxrlhf pipeline`` in a process of its own that has one device."""
+    code = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
+    flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "pipeline", str(path), "--output", str(out)],
+        env={**os.environ, "XLA_FLAGS": " ".join(flags)},
+        stdout=log,
+        stderr=log,
+    )
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """(pipeline's file, results of an uninterrupted run of it, its folder)."""
     folder = tmp_path_factory.mktemp("pipeline")
     path = short(folder)
-    config = load_pipeline(path, str(folder / "out"))
-    results = run_pipeline(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-    return path, results, folder / "out"
+    with open(folder / "log", "w") as log:
+        status = launch(path, folder / "out", log).wait()
+    assert status == 0, (folder / "log").read_text()
+    return path, json.loads((folder / "out/summary.json").read_text()), folder / "out"
 
 
 def test_run_pipeline_hands_on_and_sums_up(done):
@@ -74,13 +84,12 @@ def test_run_pipeline_hands_on_and_sums_up(done):
     assert 0 <= results["evaluation"]["win_rate"]["gold"] <= 1
     assert (folder / "ppo" / "report.html").exists()
     assert (folder / "ppo" / "diagnosis.json").exists()
-    assert json.loads((folder / "summary.json").read_text()) == plain(results)
 
 
 def test_run_pipeline_skips_what_is_done(done, capsys, monkeypatch):
     path, results, folder = done
     monkeypatch.setattr("jaxrlhf.pipeline.train", None)
-    assert run_pipeline(load_pipeline(path, str(folder))) == plain(results)
+    assert run_pipeline(load_pipeline(path, str(folder))) == results
     assert capsys.readouterr().out.count("done before") == 6
 
 
@@ -229,31 +238,23 @@ def test_run_pipeline_refuses_arguments_before_the_first_stage(options, message,
 @pytest.mark.slow
 def test_run_pipeline_killed_in_every_stage_comes_to_the_same(done, tmp_path):
     path, wanted, _ = done
-    out = tmp_path / "out"
-    command = [
-        sys.executable, "-c", "import sys; from jaxrlhf.cli import main; sys.exit(main())",
-        "pipeline", str(path), "--output", str(out),
-    ]  # fmt: skip
-    flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
-    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}  # one device, as ``done`` had
+    out, log = tmp_path / "out", tmp_path / "log"
     saved = {"sft": "2", "reward_model": "2", "ppo": "1"}
     for stage in wanted:
         sign = out / stage / "checkpoints" / saved[stage] if stage in saved else out / stage
-        with (
-            open(tmp_path / "log", "a") as log,
-            subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
-        ):
+        with open(log, "a") as file, launch(path, out, file) as process:
             deadline = time.monotonic() + 200
             while process.poll() is None and not sign.exists() and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert sign.exists(), stage
             process.send_signal(signal.SIGKILL)
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "done before" in ended.stdout
-    assert (tmp_path / "log").read_text().count("resumed after iteration") == len(saved)
+    with open(tmp_path / "last", "w") as file:
+        status = launch(path, out, file).wait()
+    last = (tmp_path / "last").read_text()
+    assert status == 0, last
+    assert "done before" in last
+    assert log.read_text().count("resumed after iteration") == len(saved)
     results = json.loads((out / "summary.json").read_text())
     expected = dict(numbers(wanted))
     assert len(expected) > 80
-    # Not bit for bit: ``done`` had other threads, and only rounding moves a reward model's bias.
-    assert dict(numbers(results)) == pytest.approx(expected, rel=1e-3, abs=2e-3)
+    assert dict(numbers(results)) == expected
