@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = (  # after the first, they only shorten compilation, m
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0"
     + " --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_parallel_codegen_split_count=1"  # each core has a worker of its own
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")  # gone since
 )
 os.environ["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
@@ -28,9 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.cli.environment import settle
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.types import Batch
+
+settle()  # as the commands are: most of what is made here are programs, traced to stay
 
 
 def pytest_collection_modifyitems(items):
