@@ -29,12 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.cli.environment import settle
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.types import Batch
-
-settle()  # as the commands are: most of what is made here are programs, traced to stay
 
 
 def pytest_collection_modifyitems(items):
