@@ -4,25 +4,14 @@ import json
 import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import run
 
 from jaxrlhf import cli
 from jaxrlhf.cli import environment
 from jaxrlhf.errors import InputError
-
-
-def run(*words, code="import sys; from jaxrlhf.cli import main; sys.exit(main())", **env):
-    return subprocess.run(
-        [sys.executable, "-c", code, *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
-        check=False,
-    )
 
 
 def test_main_help_lists_commands(capsys):

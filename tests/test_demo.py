@@ -1,11 +1,9 @@
 """The demo end to end, as a user runs it, on the tiny model."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from command import run
 
 from jaxrlhf.config import check, load
 from jaxrlhf.config.load import packaged
@@ -18,15 +16,8 @@ from jaxrlhf.rewards.functions import resolve
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_demo_tiny_raises_the_reward(seed, tmp_path):
-    code = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
     words = ["demo", "--tiny", "--seed", str(seed), "--output", str(tmp_path / "demo")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        env={**os.environ, "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(*words, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "demo/summary.json").read_text())
     assert summary["gold_after"] - summary["gold_before"] > 0.4

@@ -1,10 +1,7 @@
 """Whole runs on tiny models: they resume bit-equal, and the mesh does not matter."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from command import start
 from runs import one_device, trained
 
 from jaxrlhf import loop
@@ -308,15 +306,7 @@ def test_train_finished_takes_no_summary_of_a_shorter_run(tmp_path):
 def launch(config, folder):
     path = folder / "config_of_run.yaml"
     save(config, path)
-    code = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
-    environment = {**os.environ, "XLA_FLAGS": "", "HOME": str(folder)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "train", str(path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return start("train", str(path), XLA_FLAGS="", HOME=str(folder))
 
 
 def wait_for_steps(output, count):

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,11 @@ from pathlib import Path
 import pytest
 import runs
 import yaml
+from command import start
 
 from jaxrlhf.config import PipelineConfig, StageConfig, dump, load_pipeline
 from jaxrlhf.errors import InputError
+from jaxrlhf.metrics import plain
 from jaxrlhf.pipeline import run_pipeline
 from jaxrlhf.resume import lock
 
@@ -53,16 +54,10 @@ def numbers(result, path=""):
             yield f"{path}{name}", value
 
 
-def launch(path, out, log):
+def launch(path, out):
     """``jaxrlhf pipeline`` in a process of its own that has one device."""
-    code = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
     flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "pipeline", str(path), "--output", str(out)],
-        env={**os.environ, "XLA_FLAGS": " ".join(flags)},
-        stdout=log,
-        stderr=log,
-    )
+    return start("pipeline", str(path), "--output", str(out), XLA_FLAGS=" ".join(flags))
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +65,9 @@ def done(tmp_path_factory):
     """(pipeline's file, results of an uninterrupted run of it, its folder)."""
     folder = tmp_path_factory.mktemp("pipeline")
     path = short(folder)
-    with open(folder / "log", "w") as log:
-        status = launch(path, folder / "out", log).wait()
-    assert status == 0, (folder / "log").read_text()
+    process = launch(path, folder / "out")
+    told = process.communicate()[0]
+    assert process.returncode == 0, told
     return path, json.loads((folder / "out/summary.json").read_text()), folder / "out"
 
 
@@ -175,7 +170,9 @@ def test_run_pipeline_takes_other_settings_where_nothing_was_made(tmp_path):
         run_pipeline(one_run(tmp_path, train=str(bad)))
     (tmp_path / "out/a/config.yaml").write_text("of a run that did not get far")
     config = one_run(tmp_path)
-    assert list(run_pipeline(config, runs.one_device())) == ["a"]
+    results = run_pipeline(config, runs.one_device())
+    assert list(results) == ["a"]
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == plain(results)
     with pytest.raises(InputError, match=r"a: was made with other settings \(run\)"):
         run_pipeline(replace(config, seed=1))
 
@@ -238,22 +235,22 @@ def test_run_pipeline_refuses_arguments_before_the_first_stage(options, message,
 @pytest.mark.slow
 def test_run_pipeline_killed_in_every_stage_comes_to_the_same(done, tmp_path):
     path, wanted, _ = done
-    out, log = tmp_path / "out", tmp_path / "log"
+    out, told = tmp_path / "out", ""
     saved = {"sft": "2", "reward_model": "2", "ppo": "1"}
     for stage in wanted:
         sign = out / stage / "checkpoints" / saved[stage] if stage in saved else out / stage
-        with open(log, "a") as file, launch(path, out, file) as process:
+        with launch(path, out) as process:
             deadline = time.monotonic() + 200
             while process.poll() is None and not sign.exists() and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert sign.exists(), stage
             process.send_signal(signal.SIGKILL)
-    with open(tmp_path / "last", "w") as file:
-        status = launch(path, out, file).wait()
-    last = (tmp_path / "last").read_text()
-    assert status == 0, last
+            told += process.communicate()[0]
+    process = launch(path, out)
+    last = process.communicate()[0]
+    assert process.returncode == 0, last
     assert "done before" in last
-    assert log.read_text().count("resumed after iteration") == len(saved)
+    assert told.count("resumed after iteration") == len(saved)
     results = json.loads((out / "summary.json").read_text())
     expected = dict(numbers(wanted))
     assert len(expected) > 80

@@ -1,11 +1,9 @@
 """A task with a checker, from its rows to a policy that has learnt it, as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from command import run
 
 from jaxrlhf.data.rows import read_rows
 
@@ -14,15 +12,8 @@ pytest.importorskip("reasoning_gym")
 
 @pytest.mark.slow
 def test_pipeline_learns_what_a_checker_pays_for(tmp_path):
-    code = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
     words = ["pipeline", "configs/pipelines/verifiable_tiny.yaml", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        env={**os.environ, "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(*words, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     grpo, found = summary["grpo"], summary["evaluation"]

@@ -1,0 +1,29 @@
+"""``jaxrlhf`` in a process of its own, as a user runs it."""
+
+import os
+import subprocess
+import sys
+
+MAIN = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
+
+
+def run(*words, code=MAIN, **variables):
+    """Wait for its end; output and errors are apart."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def start(*words, **variables):
+    """Do not wait; output and errors are one stream."""
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *words],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
