@@ -10,7 +10,7 @@ run that is done is not done again.
 """
 
 # ruff: noqa: E402 (what jax reads from the environment comes first)
-from jaxrlhf.cli.environment import prepare_jax
+from jaxrlhf.apps.cli import prepare_jax
 
 prepare_jax()
 
@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import Config, OptimConfig, RewardConfig, load
 from jaxrlhf.data.rows import locate
-from jaxrlhf.loop import train
+from jaxrlhf.run.loop import train
 
 Arm = tuple[RewardConfig, float]
 Result = dict[str, Any]

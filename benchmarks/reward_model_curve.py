@@ -11,7 +11,7 @@ run that is done is not done again.
 """
 
 # ruff: noqa: E402 (what jax reads from the environment comes first)
-from jaxrlhf.cli.environment import prepare_jax
+from jaxrlhf.apps.cli import prepare_jax
 
 prepare_jax()
 
@@ -24,9 +24,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrlhf.config import Config, load
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.rows import locate
-from jaxrlhf.errors import InputError
-from jaxrlhf.loop import train
+from jaxrlhf.run.loop import train
 
 COLUMNS = ("loss", "accuracy", "accuracy_large_gap", "ece", "length_correlation")
 """Held-out metrics after training, as summary.json calls them."""

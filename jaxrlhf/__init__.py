@@ -10,52 +10,52 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrlhf import algorithms as algorithms
     from jaxrlhf import config as config
-    from jaxrlhf import masked as masked
-    from jaxrlhf.errors import InputError as InputError
-    from jaxrlhf.loop import train as train
-    from jaxrlhf.models.loading import build as build
+    from jaxrlhf.core import masked as masked
+    from jaxrlhf.core.errors import InputError as InputError
+    from jaxrlhf.core.types import Batch as Batch
+    from jaxrlhf.core.types import Outputs as Outputs
+    from jaxrlhf.core.types import Rollout as Rollout
+    from jaxrlhf.core.types import TrainState as TrainState
+    from jaxrlhf.mesh.sharding import make_mesh as make_mesh
+    from jaxrlhf.models.load import build as build
+    from jaxrlhf.models.load import load_model as load_model
     from jaxrlhf.models.transformer import Model as Model
-    from jaxrlhf.networks import load_model as load_model
-    from jaxrlhf.sharding import make_mesh as make_mesh
+    from jaxrlhf.run.loop import train as train
     from jaxrlhf.steps.iteration import make_iteration as make_iteration
     from jaxrlhf.steps.losses import policy_loss as policy_loss
-    from jaxrlhf.steps.sampling import sample as sample
-    from jaxrlhf.steps.scoring import forward as forward
-    from jaxrlhf.steps.scoring import reward as reward
-    from jaxrlhf.steps.scoring import score as score
-    from jaxrlhf.steps.scoring import value as value
-    from jaxrlhf.steps.updating import make_optimizer as make_optimizer
-    from jaxrlhf.steps.updating import make_update as make_update
-    from jaxrlhf.types import Batch as Batch
-    from jaxrlhf.types import Outputs as Outputs
-    from jaxrlhf.types import Rollout as Rollout
-    from jaxrlhf.types import TrainState as TrainState
+    from jaxrlhf.steps.sample import sample as sample
+    from jaxrlhf.steps.score import forward as forward
+    from jaxrlhf.steps.score import reward as reward
+    from jaxrlhf.steps.score import score as score
+    from jaxrlhf.steps.score import value as value
+    from jaxrlhf.steps.update import make_optimizer as make_optimizer
+    from jaxrlhf.steps.update import make_update as make_update
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "algorithms": "jaxrlhf.algorithms",
     "config": "jaxrlhf.config",
-    "masked": "jaxrlhf.masked",
-    "InputError": "jaxrlhf.errors",
-    "train": "jaxrlhf.loop",
-    "build": "jaxrlhf.models.loading",
+    "masked": "jaxrlhf.core.masked",
+    "InputError": "jaxrlhf.core.errors",
+    "train": "jaxrlhf.run.loop",
+    "build": "jaxrlhf.models.load",
     "Model": "jaxrlhf.models.transformer",
-    "load_model": "jaxrlhf.networks",
-    "make_mesh": "jaxrlhf.sharding",
-    "sample": "jaxrlhf.steps.sampling",
-    "forward": "jaxrlhf.steps.scoring",
-    "reward": "jaxrlhf.steps.scoring",
-    "score": "jaxrlhf.steps.scoring",
-    "value": "jaxrlhf.steps.scoring",
-    "make_optimizer": "jaxrlhf.steps.updating",
-    "make_update": "jaxrlhf.steps.updating",
+    "load_model": "jaxrlhf.models.load",
+    "make_mesh": "jaxrlhf.mesh.sharding",
+    "sample": "jaxrlhf.steps.sample",
+    "forward": "jaxrlhf.steps.score",
+    "reward": "jaxrlhf.steps.score",
+    "score": "jaxrlhf.steps.score",
+    "value": "jaxrlhf.steps.score",
+    "make_optimizer": "jaxrlhf.steps.update",
+    "make_update": "jaxrlhf.steps.update",
     "make_iteration": "jaxrlhf.steps.iteration",
     "policy_loss": "jaxrlhf.steps.losses",
-    "Batch": "jaxrlhf.types",
-    "Outputs": "jaxrlhf.types",
-    "Rollout": "jaxrlhf.types",
-    "TrainState": "jaxrlhf.types",
+    "Batch": "jaxrlhf.core.types",
+    "Outputs": "jaxrlhf.core.types",
+    "Rollout": "jaxrlhf.core.types",
+    "TrainState": "jaxrlhf.core.types",
 }
 """Public name → the module it lives in."""
 

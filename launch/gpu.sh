@@ -19,4 +19,4 @@ esac
 . "$here/env.sh" gpu
 (($(jaxrlhf_gpus))) || die "no GPU: nvidia-smi lists none, or CUDA_VISIBLE_DEVICES is empty"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
-exec "${PYTHON:-python3}" -m jaxrlhf.cli train "$@"
+exec "${PYTHON:-python3}" -m jaxrlhf train "$@"

@@ -39,7 +39,7 @@ if [[ $1 == -- ]]; then
 elif [[ $1 == -* ]]; then
     die "$1: unknown option (-h lists them)"
 else
-    command=("$python" -m jaxrlhf.cli "$@")
+    command=("$python" -m jaxrlhf "$@")
 fi
 if [[ -z $port ]]; then
     port=$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')

@@ -22,7 +22,7 @@ stop() {
     [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
 }
 trap stop TERM
-"${PYTHON:-python3}" -m jaxrlhf.cli "$@" &
+"${PYTHON:-python3}" -m jaxrlhf "$@" &
 child=$!
 status=0
 wait "$child" || status=$?

@@ -31,7 +31,7 @@ start() {
     [[ -x $PYTHON ]] || die "$(hostname): not installed: launch/remote.sh install"
     # shellcheck source=launch/env.sh
     . "$here/env.sh" tpu
-    nohup setsid "$PYTHON" -m jaxrlhf.cli train "$@" >>run.log 2>&1 </dev/null &
+    nohup setsid "$PYTHON" -m jaxrlhf train "$@" >>run.log 2>&1 </dev/null &
     echo $! >run.pid
     echo "$(hostname): started, pid $(<run.pid)"
 }

@@ -36,4 +36,4 @@ need IMAGE --image
 need_program xpk
 run xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$TYPE" \
     "--num-slices=$slices" "--docker-image=$IMAGE" "${place[@]}" \
-    "--command=. launch/env.sh tpu && python -m jaxrlhf.cli train $(quoted "$@")"
+    "--command=. launch/env.sh tpu && python -m jaxrlhf train $(quoted "$@")"

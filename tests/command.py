@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-MAIN = "import sys; from jaxrlhf.cli import main; sys.exit(main())"
+MAIN = "import sys; from jaxrlhf.apps.cli import main; sys.exit(main())"
 
 
 def run(*words, code=MAIN, **variables):

@@ -30,8 +30,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
+from jaxrlhf.core.types import Batch
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.types import Batch
 
 
 def pytest_collection_modifyitems(items):

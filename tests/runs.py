@@ -26,17 +26,17 @@ from jaxrlhf.config import (
     SampleConfig,
     SFTConfig,
 )
-from jaxrlhf.loop import train
-from jaxrlhf.restoring import load
-from jaxrlhf.session import Session
-from jaxrlhf.setup import setup
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.mesh.checkpoint import load
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.run.loop import train
+from jaxrlhf.run.session import Session
+from jaxrlhf.run.setup import setup
 
 WORDS = "good great nice warm bright kind bad poor dull sad cold dark the and"
 DECODER = DecoderConfig(
     vocab=16, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64
 )
-GOODNESS = RewardConfig(function="jaxrlhf.demo.words:goodness")
+GOODNESS = RewardConfig(function="jaxrlhf.data.words:goodness")
 
 
 def write(path, rows):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxrlhf import loop
+from jaxrlhf.apps.pipeline import run_pipeline
 from jaxrlhf.config import (
     AlgorithmConfig,
     Config,
@@ -22,13 +22,13 @@ from jaxrlhf.config import (
     load_pipeline,
 )
 from jaxrlhf.config.load import build
+from jaxrlhf.data.batches import preference_batch
 from jaxrlhf.data.formats import read_pairs
-from jaxrlhf.data.packing import preference_batch
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows
-from jaxrlhf.networks import load_model
-from jaxrlhf.pipeline import run_pipeline
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.load import load_model
+from jaxrlhf.run import loop
 from jaxrlhf.steps.losses import candidate_logp
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))

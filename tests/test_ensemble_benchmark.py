@@ -9,7 +9,7 @@ import jax
 import runs
 
 from jaxrlhf.config import EvalConfig, load
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.mesh.sharding import make_mesh
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "ensemble.py"
 SPEC = importlib.util.spec_from_file_location("ensemble", PATH)

@@ -7,8 +7,8 @@ import jax
 import pytest
 import runs
 
-from jaxrlhf.errors import InputError
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.sharding import make_mesh
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "reward_model_curve.py"
 SPEC = importlib.util.spec_from_file_location("reward_model_curve", PATH)

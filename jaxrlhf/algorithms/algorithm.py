@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxrlhf import masked
-from jaxrlhf.config.algorithm import Aggregation
-from jaxrlhf.types import AnyBatch, Array, Batch, PreferenceBatch
+from jaxrlhf.config.algorithms import Aggregation
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import AnyBatch, Array, Batch, PreferenceBatch
 
 Metrics = dict[str, Array]
 """Scalars by name. A loss's are sums under the batch's weights, so microbatches add up, except

@@ -4,8 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import masked
-from jaxrlhf.types import Array
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Array
 
 
 def gae(

@@ -1,4 +1,12 @@
-"""Group-relative policy optimisation."""
+"""Group-relative policy optimisation.
+
+GRPO done right: without its biases of difficulty and of length.
+
+Decoupled clip and dynamic sampling policy optimisation.
+
+Group sequence policy optimisation.
+
+Clipped importance weights on the policy gradient."""
 
 from functools import partial
 from typing import Literal
@@ -16,8 +24,15 @@ from jaxrlhf.algorithms.on_policy import (
     spread,
     targets_of,
 )
-from jaxrlhf.algorithms.policy_losses import ppo_policy_loss
-from jaxrlhf.config.on_policy import GRPOConfig, OnPolicyConfig
+from jaxrlhf.algorithms.policy_losses import cispo_loss, ppo_policy_loss
+from jaxrlhf.config.algorithms import (
+    CISPOConfig,
+    DAPOConfig,
+    DrGRPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    OnPolicyConfig,
+)
 
 
 def grpo(config: GRPOConfig) -> Algorithm:
@@ -43,3 +58,46 @@ def group_targets(config: OnPolicyConfig, scale: Literal["std", "none"] = "std")
         return Credit(advantage_BT, metrics={"groups_without_signal": silent})
 
     return targets_of(config, credit)
+
+
+def dr_grpo(config: DrGRPOConfig) -> Algorithm:
+    """PPO's loss on R − mean of the prompt's samples, summed over tokens (arXiv:2503.20783).
+
+    Not divided by the group's standard deviation, which favours questions that are nearly always or
+    nearly never answered, and with ``aggregation: fixed`` not by the response's own length, which
+    favours long wrong answers.
+    """
+    clipped = partial(ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
+    return Algorithm(
+        group_targets(config, scale="none"), ratio_loss(config, clipped), needs=needs(config)
+    )
+
+
+def dapo(config: DAPOConfig) -> Algorithm:
+    """GRPO with ``clip_high`` > ``clip_low`` and token means (arXiv:2503.14476).
+
+    The loop samples on until data.batch_size groups have a signal (``rounds``); ``overlong_buffer``
+    and ``mask_truncated`` are the paper's soft penalty and filter for long responses.
+    """
+    clipped = partial(ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
+    return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))
+
+
+def gspo(config: GSPOConfig) -> Algorithm:
+    """GRPO with one ratio a response, the geometric mean over its tokens (arXiv:2507.18071).
+
+    Clipping then takes or leaves whole responses.
+    """
+    clipped = partial(
+        ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high, ratio="sequence"
+    )
+    return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))
+
+
+def cispo(config: CISPOConfig) -> Algorithm:
+    """−Σ weight·sg(clip(ρ))·A·log π, A as in GRPO (MiniMax-M1; arXiv:2506.13585).
+
+    Where PPO's clip stops a token's gradient, here only its weight is bounded.
+    """
+    clipped = partial(cispo_loss, clip_low=config.clip_low, clip_high=config.clip_high)
+    return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))

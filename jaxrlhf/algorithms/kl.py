@@ -8,10 +8,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import masked
-from jaxrlhf.config.on_policy import OnPolicyConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.types import Array
+from jaxrlhf.config.algorithms import OnPolicyConfig
+from jaxrlhf.core import masked
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Array
 
 KLKind = Literal["k1", "k2", "k3"]
 """Estimators of the KL; ``kl_estimate`` gives the formulas."""

@@ -1,4 +1,8 @@
-"""What all algorithms that sample have in common.
+"""Weights for learning from tokens that another distribution drew.
+
+What is taken off a score for a response that was cut off, or is long.
+
+What all algorithms that sample have in common.
 
 Their ``targets`` is ``price``, then a credit of their own, then ``learnable`` (``targets_of``);
 their ``loss`` is a policy loss of their own, then ``penalised`` (``gradient_loss``,
@@ -6,20 +10,107 @@ their ``loss`` is a policy loss of their own, then ``penalised`` (``gradient_los
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Metrics, Targets
 from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate, kl_kind, kl_loss, token_rewards
-from jaxrlhf.algorithms.off_policy import importance_weights
-from jaxrlhf.algorithms.penalties import score_penalty
 from jaxrlhf.algorithms.policy_losses import entropy_bonus, policy_gradient_loss
 from jaxrlhf.algorithms.value_loss import value_loss
-from jaxrlhf.config.on_policy import OnPolicyConfig
-from jaxrlhf.types import Array, Batch, Outputs, Rollout
+from jaxrlhf.config.algorithms import OnPolicyConfig
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Array, Batch, Outputs, Rollout
+
+
+def importance_weights(
+    logp_BT: Array,
+    behaviour_logp_BT: Array,
+    mask_BT: Array,
+    level: Literal["token", "sequence"] = "token",
+    mode: Literal["truncate", "mask"] = "truncate",
+    cap: float = 2.0,
+) -> Array:
+    """w = π/μ, bounded: π the policy that the loss is written for, μ the one that sampled.
+
+    Levels: ``token`` takes each token's own ratio: low variance, biased, because what the policies
+    think of the other tokens is left out. ``sequence`` gives all tokens of a row exp of the *sum*
+    of its log-ratios, the row's exact ratio: unbiased before it is bounded, and soon at its bounds
+    in long rows. The geometric mean (``ratio="sequence"`` of ``ppo_policy_loss``) is that ratio's
+    root, to the number of tokens: it stays near 1 and is no importance weight.
+
+    Modes: ``truncate`` is min(w, cap) (V-trace's ρ, Espeholt et al. 2018, arXiv:1802.01561; TIS,
+    Yao et al. 2025, fengyao.notion.site/off-policy-rl). ``mask`` is w where 1/cap ≤ w ≤ cap, else
+    0: a token on which the two disagree teaches nothing (IcePop, arXiv:2510.18855), though a mean
+    over tokens still counts it.
+
+    Args:
+      logp_BT: [B, T], nats, log π of each token.
+      behaviour_logp_BT: [B, T], nats, log μ of the same tokens; ``Rollout.sample_logp_BT``.
+      mask_BT: [B, T], non-zero on the tokens that learn; the other columns are never read.
+      level, mode: see above.
+      cap: the largest weight, a Python number; > 0, and ≥ 1 with ``mask``.
+
+    Returns:
+      float32 [B, T], without gradient; 0 where the mask is 0. A factor of a policy loss's
+      advantage or ``weight_BT``.
+
+    Raises:
+      ValueError: if ``level`` or ``mode`` is not one of its names, or ``cap`` is out of range.
+    """
+    chex.assert_rank([logp_BT, behaviour_logp_BT, mask_BT], 2)
+    chex.assert_equal_shape([logp_BT, behaviour_logp_BT, mask_BT])
+    if mode not in ("truncate", "mask"):
+        raise ValueError(f"mode={mode!r}: choose truncate or mask")
+    if not cap > 0 or (mode == "mask" and cap < 1):
+        raise ValueError(f"cap={cap}: must be > 0, and at least 1 with mode='mask'")
+    logp_BT, behaviour_logp_BT = (
+        jax.lax.stop_gradient(masked.fill(x, mask_BT)) for x in (logp_BT, behaviour_logp_BT)
+    )
+    log_ratio_BT = logp_BT - behaviour_logp_BT
+    if level == "sequence":
+        sum_B1 = log_ratio_BT.sum(1, keepdims=True)
+        log_ratio_BT = jnp.broadcast_to(sum_B1, log_ratio_BT.shape)
+    elif level != "token":
+        raise ValueError(f"level={level!r}: choose token or sequence")
+    weight_BT = bounded_exp(log_ratio_BT)
+    if mode == "truncate":
+        weight_BT = jnp.minimum(weight_BT, cap)
+    else:
+        weight_BT = jnp.where((weight_BT >= 1 / cap) & (weight_BT <= cap), weight_BT, 0)
+    return masked.fill(weight_BT, mask_BT)
+
+
+def score_penalty(config: OnPolicyConfig, rollout: Rollout) -> Array:
+    """``missing_eos_penalty`` and ``overlong_penalty`` of each response, float32 [B], reward units.
+
+    Samples pay it, and so does whatever else they are compared with.
+    """
+    penalty_B = jnp.where(rollout.ended_B, 0, jnp.float32(config.missing_eos_penalty))
+    if config.overlong_buffer:
+        penalty_B += overlong_penalty(rollout.mask_BT, config.overlong_buffer)
+    return penalty_B
+
+
+def overlong_penalty(mask_BT: Array, buffer: int) -> Array:
+    """Soft penalty on length, in tokens: 0 up to N − buffer, then linear up to 1 at N.
+
+    max(0, length − (N − buffer)) / buffer (DAPO; arXiv:2503.14476, equation 13), where N is the
+    most tokens that a response can have.
+
+    Args:
+      mask_BT: [B, T], 1 on the response's tokens; the first column of any response is that of all.
+      buffer: tokens, at least 1.
+
+    Returns:
+      float32 [B], from 0 to 1, reward units.
+    """
+    mask_BT = mask_BT != 0
+    most = mask_BT.shape[1] - jnp.argmax(mask_BT.any(0))
+    return jnp.clip((mask_BT.sum(1) - (most - buffer)) / buffer, 0, 1)
+
 
 Loss = Callable[[Outputs, Batch], tuple[Array, Metrics]]
 

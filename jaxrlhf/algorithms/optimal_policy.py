@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.types import Array
+from jaxrlhf.core.types import Array
 
 
 def optimal_policy(ref_logp_Y: Array, reward_Y: Array, beta: Array | float) -> tuple[Array, Array]:

@@ -6,11 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Metrics
 from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate
-from jaxrlhf.config.algorithm import Aggregation
-from jaxrlhf.types import Array
+from jaxrlhf.config.algorithms import Aggregation
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Array
 
 
 def ppo_policy_loss(

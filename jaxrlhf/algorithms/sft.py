@@ -3,10 +3,10 @@
 import chex
 import jax.numpy as jnp
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Algorithm, Metrics
-from jaxrlhf.config.algorithm import SFTConfig
-from jaxrlhf.types import Array, Outputs, TokenBatch
+from jaxrlhf.config.algorithms import SFTConfig
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Array, Outputs, TokenBatch
 
 
 def sft(config: SFTConfig) -> Algorithm:

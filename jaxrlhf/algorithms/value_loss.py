@@ -4,9 +4,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms.algorithm import Metrics
-from jaxrlhf.types import Array
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Array
 
 
 def value_loss(

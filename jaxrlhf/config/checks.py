@@ -1,18 +1,240 @@
-"""Rules between fields, checked before any array is made. Never imports jax."""
+"""Does the mesh divide what is laid out on it? Asked before any array is made.
+
+What each number of a config must be.
+
+Rules between the settings of reward models.
+
+Rules between the fields that save memory.
+
+Rules between fields, checked before any array is made. Never imports jax."""
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-from jaxrlhf.config.algorithm import DPOConfig, OfflineConfig, OnPolicyConfig, ReinforceConfig
-from jaxrlhf.config.kinds import has_critic, has_reference, is_on_policy
-from jaxrlhf.config.layout import axes_problems
-from jaxrlhf.config.memory_checks import memory_problems
-from jaxrlhf.config.model import CriticConfig, ReferenceConfig
-from jaxrlhf.config.ranges import out_of_range
-from jaxrlhf.config.reward_checks import reward_model_problems
+from jaxrlhf.config.algorithms import (
+    DPOConfig,
+    OfflineConfig,
+    OnPolicyConfig,
+    PointwiseRewardModelConfig,
+    ProcessRewardModelConfig,
+    ReinforceConfig,
+)
+from jaxrlhf.config.model import CriticConfig, DecoderConfig, ReferenceConfig
 from jaxrlhf.config.rewards import name_of, reward_problems
-from jaxrlhf.config.run import Config, EvalConfig, SampleConfig
-from jaxrlhf.errors import InputError
+from jaxrlhf.config.run import (
+    Config,
+    EvalConfig,
+    MeshConfig,
+    SampleConfig,
+    has_critic,
+    has_reference,
+    is_on_policy,
+)
+from jaxrlhf.core.errors import InputError
+
+AXES = ("data", "fsdp", "context", "tensor")
+"""The axes of every mesh, outermost first: devices that lie close exchange along the last."""
+
+
+def sizes_of(mesh: MeshConfig) -> dict[str, int]:
+    """Axis → devices along it, outermost first."""
+    return {name: getattr(mesh, name) for name in AXES}
+
+
+def resolve_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
+    """``mesh`` with its -1, if any, replaced by what is left of ``devices``.
+
+    Raises:
+      InputError: if the axes do not multiply to the number of devices, or none can lie across
+        slices.
+    """
+    sizes = sizes_of(mesh)
+    named = " · ".join(f"{name}={size}" for name, size in sizes.items())
+    for problem in axes_problems(mesh):
+        raise InputError(problem)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise InputError(f"mesh: {named} does not make {devices} devices: change one axis")
+    mesh = replace(mesh, **sizes)
+    across_slices(mesh)
+    return mesh
+
+
+def across_slices(mesh: MeshConfig) -> str:
+    """The axis that lies across slices; of a mesh without -1.
+
+    Raises:
+      InputError: neither of those that may divides by their number.
+    """
+    for axis in ("data", "fsdp"):
+        if getattr(mesh, axis) % mesh.slices == 0:
+            return axis
+    raise InputError(
+        f"mesh.slices={mesh.slices}: neither data={mesh.data} nor fsdp={mesh.fsdp} divides by it, "
+        "and one of them has to lie across the slices: change it"
+    )
+
+
+def check_mesh(mesh: MeshConfig, decoder: DecoderConfig, devices: int, rows: int) -> MeshConfig:
+    """Refuse a mesh that does not divide what is laid out on it.
+
+    Args:
+      devices: how many there are, over all hosts.
+      rows: of one microbatch (``rows_at_once``).
+
+    Returns:
+      The mesh, its -1 resolved.
+
+    Raises:
+      InputError: the first size that an axis does not divide, as ``heads=9 % tensor=2``.
+    """
+    mesh = resolve_mesh(mesh, devices)
+    split = {name: getattr(decoder, name) for name in ("heads", "kv_heads", "mlp", "vocab")}
+    both = mesh.context > 1
+    for axis, pieces, sizes in (
+        ("tensor", mesh.tensor, split),
+        ("fsdp·context" if both else "fsdp", mesh.fsdp * mesh.context, {"embed": decoder.embed}),
+    ):
+        whole = math.gcd(*sizes.values(), devices)
+        fits = ", ".join(str(size) for size in range(1, whole + 1) if whole % size == 0)
+        named = " · ".join(f"mesh.{part}" for part in axis.split("·"))
+        for name, size in sizes.items():
+            if size % pieces:
+                raise InputError(
+                    f"{name}={size} % {axis}={pieces} is not 0: "
+                    f"{named} can be {fits} with this model on {devices} devices"
+                )
+    shards = mesh.data * mesh.fsdp
+    if rows % shards:
+        raise InputError(
+            f"rows={rows} % (data·fsdp)={shards} is not 0: change mesh, data.batch_size, sample.n, "
+            "minibatches or microbatches, so that the rows of a microbatch divide"
+        )
+    return mesh
+
+
+def axes_problems(mesh: MeshConfig) -> Iterator[str]:
+    """What is wrong with the numbers themselves, a line each."""
+    sizes = sizes_of(mesh)
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            yield f"mesh.{name}={size}: must be at least 1, or -1 for the rest of the devices"
+    if mesh.slices < 1:
+        yield f"mesh.slices={mesh.slices}: must be at least 1"
+    if list(sizes.values()).count(-1) > 1:
+        named = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        yield f"mesh: {named}: only one axis may be -1, the rest of the devices"
+
+
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
+        "critic.warmup checkpoint.every eval.every eval.patience distributed.processes "
+        "distributed.watchdog "
+        "sample.temperature sample.top_k sample.pad sample.stop algorithm.clip_high "
+        "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
+        "algorithm.score_l2 "
+        "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
+        "algorithm.margin algorithm.sft_coef algorithm.desirable_weight "
+        "algorithm.undesirable_weight",
+    ),
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        "steps data.batch_size data.max_prompt_tokens sample.max_new_tokens sample.n "
+        "optim.microbatches optim.max_skipped checkpoint.keep eval.n eval.batch_size "
+        "distributed.initialization_timeout distributed.heartbeat "
+        "algorithm.epochs algorithm.minibatches algorithm.length algorithm.rounds model.lora.rank "
+        "model.decoder.vocab model.decoder.embed model.decoder.layers model.decoder.heads "
+        "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context",
+    ),
+    ("at least 2", lambda x: x >= 2, "data.max_tokens"),
+    (
+        "above 0",
+        lambda x: x > 0,
+        "optim.eps optim.max_grad_norm algorithm.value_clip algorithm.target_kl "
+        "algorithm.kl_target algorithm.kl_horizon algorithm.off_policy_cap algorithm.beta "
+        "algorithm.delta "
+        "model.lora.alpha model.decoder.rope_theta "
+        "model.decoder.norm_eps",
+    ),
+    ("above 1", lambda x: x > 1, "algorithm.dual_clip"),
+    ("below 4294967296", lambda x: x < 2**32, "seed"),
+    (
+        "below 2147483648",
+        lambda x: x < 2**31,
+        "steps optim.warmup critic.warmup sample.top_k sample.pad sample.stop",
+    ),
+    (
+        "in [0, 1]",
+        lambda x: 0 <= x <= 1,
+        "max_excluded algorithm.gamma algorithm.lam algorithm.clip_low",
+    ),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "optim.b1 optim.b2 sample.min_p"),
+    ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "algorithm.label_smoothing"),
+    ("in (0, 1]", lambda x: 0 < x <= 1, "sample.top_p"),
+)
+"""What a number must be, and the dotted keys it is asked of, of lists each number; absent and None
+fields are passed."""
+
+
+def out_of_range(config: Config) -> Iterator[str]:
+    """The numbers that are not what they must be, a line each."""
+    for what, holds, keys in RANGES:
+        for key in keys.split():
+            value = _get(config, key)
+            several = isinstance(value, tuple)
+            if value is not None and not all(map(holds, value if several else (value,))):
+                yield f"{key}={list(value) if several else value}: must be {what}"
+
+
+def below_least(given: Mapping[str, Any], least: Mapping[str, float]) -> Iterator[str]:
+    """The numbers of ``given`` that are below their least value, a line each; None is passed."""
+    for name, bound in least.items():
+        value = given[name]
+        if value is not None and value < bound:
+            yield f"{name}={value}: must be at least {bound}"
+
+
+def _get(config: Config, key: str) -> Any:
+    """The value at a dotted key; None where a part is missing."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def reward_model_problems(algorithm: OfflineConfig) -> Iterator[str]:
+    """What a reward model's settings have that would not be read, or miss; a line each."""
+    if isinstance(algorithm, PointwiseRewardModelConfig):
+        delta, kind = algorithm.delta, algorithm.kind
+        if kind != "huber" and delta != PointwiseRewardModelConfig().delta:
+            yield f"algorithm.delta={delta}: kind={kind} does not read it: leave it out"
+    if isinstance(algorithm, ProcessRewardModelConfig) and not algorithm.separator:
+        yield "algorithm.separator: empty: give the text that stands between two steps"
+
+
+def memory_problems(config: Config) -> Iterator[str]:
+    """What cannot be saved, or would cost more than memory; a line each."""
+    if config.reference.offload and config.model.lora and not config.reference.path:
+        yield (
+            "reference.offload: with model.lora the reference is the weights under the adapters, "
+            "which the policy needs all the time: leave it out"
+        )
+    for name in ("b1", "b2"):
+        decay = getattr(config.optim, name)
+        if config.optim.state_dtype == "bfloat16" and decay > 0.99:
+            yield (
+                f"optim.{name}={decay}: what a step adds to a bfloat16 moment would be lost in its "
+                "rounding: give at most 0.99, or optim.state_dtype: float32"
+            )
+
 
 UNREAD_BY_PAIRS = (
     "aggregation", "length", "kl_in", "off_policy", "entropy_coef", "mask_truncated",

@@ -19,7 +19,7 @@ import tyro
 import yaml
 
 from jaxrlhf.config.run import Config
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,11 +1,13 @@
-"""A whole run, and its parts that are neither networks nor algorithms."""
+"""A whole run, and its parts that are neither networks nor algorithms.
+
+What a config asks for: which way of learning, and which networks."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from jaxrlhf.config.algorithm import AlgorithmConfig, PPOConfig
+from jaxrlhf.config.algorithms import AlgorithmConfig, OfflineConfig, OnPolicyConfig, PPOConfig
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
 from jaxrlhf.config.rewards import RewardConfig
 
@@ -171,3 +173,34 @@ class Config:
     """Every draw follows from seed and step."""
     output: str = "runs/run"
     """Folder of the run: config.yaml, metrics.jsonl, samples.jsonl, summary.json, report.html, …"""
+
+
+def is_on_policy(config: Config) -> bool:
+    """Whether the run learns from responses it samples."""
+    return isinstance(config.algorithm, OnPolicyConfig)
+
+
+def has_critic(config: Config) -> bool:
+    """Whether the run learns a value function."""
+    return isinstance(config.algorithm, OnPolicyConfig) and config.algorithm.has_critic
+
+
+def has_reference(config: Config) -> bool:
+    """Whether the run compares the policy with a reference."""
+    return isinstance(config.algorithm, OnPolicyConfig) or config.algorithm.has_reference
+
+
+def is_reward_model(config: Config) -> bool:
+    """Whether the run trains a scalar head to judge."""
+    return isinstance(config.algorithm, OfflineConfig) and config.algorithm.is_reward_model
+
+
+def on_policy(config: Config) -> OnPolicyConfig:
+    """The settings of an algorithm that samples; only for runs that do."""
+    assert isinstance(config.algorithm, OnPolicyConfig)
+    return config.algorithm
+
+
+def normalise_path(config: Config) -> str:
+    """The file of the answers that a reward model's scores are normalised on; empty if none."""
+    return getattr(config.algorithm, "normalise_on", "")

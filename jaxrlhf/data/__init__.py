@@ -1,1 +1,3 @@
-"""Rows on disk → checked text → token ids → padded arrays: host side, numpy only."""
+"""Rows of a file → chats → tokens → arrays, and tokens back to text; data that is made here.
+
+Nothing here calls a network. Imports core, config, mesh and models."""

@@ -16,9 +16,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from jaxrlhf.data.fields import Message, Text
-from jaxrlhf.data.rows import one_line, shown
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.rows import Message, Text, one_line, shown
 
 
 def render(

@@ -1,4 +1,6 @@
-"""Read rows from .jsonl and .parquet files, and remember where each one came from."""
+"""Read rows from .jsonl and .parquet files, and remember where each one came from.
+
+The values of a row's columns, checked: text, chats, numbers, lists."""
 
 import codecs
 import json
@@ -14,7 +16,7 @@ from typing import IO, Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -93,7 +95,9 @@ def locate(path: str) -> Traversable:
     if match and not file.exists():
         package, relative = match.groups()
         try:
-            found = resources.files(package).joinpath(relative)
+            root = resources.files(package)
+            # The files that this package ships lie in data/.
+            found = root.joinpath("data" if package == "jaxrlhf" else "", relative)
         except ImportError as error:
             message = f"{path}: no package {package!r} is installed; install it or give a file"
             raise InputError(message) from error
@@ -211,3 +215,87 @@ def _collect(
     if not kept:
         raise InputError(f"{path}: no rows; give a file with at least one")
     return Rows(tuple(kept), path, tuple(bad))
+
+
+Message = dict[str, Any]
+Text = str | list[Message]
+"""Plain text or a chat."""
+
+
+def text_of(row: Row, key: str) -> Text:
+    """The plain text or chat in a column.
+
+    Raises:
+      InputError: no such column, or something else in it.
+    """
+    return as_text(value_of(row, key), key, row.where)
+
+
+def list_of(row: Row, key: str) -> list[Any]:
+    """The list in a column, as it stands there.
+
+    Raises:
+      InputError: no such column, or something else in it.
+    """
+    value = value_of(row, key)
+    if not isinstance(value, list):
+        raise InputError(f"{row.where}: {key}={shown(value)} is {type(value).__name__}, not a list")
+    return value
+
+
+def value_of(row: Row, key: str) -> Any:
+    """Whatever stands in a column, or an InputError that names those there are."""
+    if key not in row.values:
+        keys = ", ".join(map(str, row.values)) or "none"
+        raise InputError(f"{row.where}: no {key!r} among its columns ({keys}); add or rename one")
+    return row.values[key]
+
+
+def as_text(value: Any, name: str, where: str) -> Text:
+    """``value`` if it is plain text that is not blank, or a chat; ``name`` is for the error."""
+    if isinstance(value, list):
+        return _chat(value, name, where)
+    return as_string(value, name, where)
+
+
+def as_number(value: Any, name: str, where: str) -> float:
+    """``value`` if it is a finite number, and no bool."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) < 1e38:  # the comparison is False for NaN too
+        raise InputError(f"{where}: {name}={shown(value)}: give a finite number, or drop the row")
+    return float(value)
+
+
+def columns_of(row: Row, *used: str) -> dict[str, Any]:
+    """The columns besides ``used``, which reward functions get by name."""
+    arguments = {"prompts", "completions"} - set(used)
+    for name in arguments:
+        if row.values.get(name) is not None:
+            raise InputError(f"{row.where}: column {name!r} is the name of an argument; rename it")
+    return {name: x for name, x in row.values.items() if name not in arguments.union(used)}
+
+
+def _chat(value: list[Any], key: str, where: str) -> list[Message]:
+    if not value:
+        raise InputError(f"{where}: {key} is an empty list; give messages or drop the row")
+    chat = []
+    for index, message in enumerate(value):
+        name = f"{key}[{index}]"
+        if not isinstance(message, dict):
+            raise InputError(f"{where}: {name}={shown(message)}: a message is {{role, content}}")
+        for part in ("role", "content"):
+            as_string(message.get(part), f"{name}.{part}", where)
+        # Parquet writes a null for every field that some other message has.
+        chat.append({name: part for name, part in message.items() if part is not None})
+    return chat
+
+
+def as_string(value: Any, name: str, where: str) -> str:
+    """``value`` if it is text that is not blank."""
+    if not isinstance(value, str):
+        kind = "null or missing" if value is None else type(value).__name__
+        message = f"{where}: {name}={shown(value)} is {kind}, not text; mend or drop the row"
+        raise InputError(message)
+    if not value.strip():
+        raise InputError(f"{where}: {name}={shown(value)} is empty; fill it or drop the row")
+    return value

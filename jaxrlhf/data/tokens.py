@@ -1,4 +1,6 @@
-"""Text → token ids → padded arrays, on the host: numpy in, numpy out.
+"""Token ids → padded arrays; numpy out. Masks follow lengths, never ``token != pad``.
+
+Text → token ids → padded arrays, on the host: numpy in, numpy out.
 
 Prompt and answer are tokenised apart, in training as in sampling, where the prompt stands alone:
 a training row's first ids are exactly what the sampler would have been given. Of an answer with
@@ -13,22 +15,101 @@ none: one that the template has written, and what follows it, is cut. Reward mod
 in training what they see in scoring.
 
 Masks follow lengths, never ``token != pad``: padding and end-of-sequence may share an id.
-"""
 
+
+Whether rows are the rows that they were: a digest of what is learnt from them.
+
+The rows of a file as a run's algorithm reads them, tokenised and checked."""
+
+import hashlib
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxrlhf.data.formats import Completion, Pair, Prompt
-from jaxrlhf.data.judged import Ranked, Stepwise
-from jaxrlhf.data.padding import Ids, check_length, left_pad
-from jaxrlhf.data.rows import Rows, shown, transform
-from jaxrlhf.data.steps import ends_by_label
-from jaxrlhf.errors import InputError
+from jaxrlhf.config import (
+    Config,
+    OfflineConfig,
+    PointwiseRewardModelConfig,
+    ProcessRewardModelConfig,
+    SFTConfig,
+    is_on_policy,
+    normalise_path,
+)
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.formats import (
+    Completion,
+    Pair,
+    Prompt,
+    Ranked,
+    Stepwise,
+    ends_by_label,
+    read_completions,
+    read_labelled,
+    read_pairs,
+    read_prompts,
+    read_ranked,
+    read_scored,
+    read_steps,
+)
+from jaxrlhf.data.rows import Rows, read_rows, shown, transform
+
+Ids = list[int]
+
+
+def left_pad(
+    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts, padded on the left.
+
+    Args:
+      rows: Q lists of ids.
+      width: P, data.max_prompt_tokens.
+      pad: id to fill with.
+      where: the place of each row.
+
+    Returns:
+      token_QP int32 and mask_QP int32, 1 on real tokens.
+
+    Raises:
+      InputError: a row longer than ``width``.
+    """
+    for ids, place in zip(rows, where, strict=True):
+        check_length(len(ids), width, "data.max_prompt_tokens", place)
+    return _pad(rows, width, pad, left=True)
+
+
+def right_pad(
+    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whole rows, padded on the right: token_BT and mask_BT, int32. As ``left_pad``, but T =
+    ``width`` is data.max_tokens."""
+    for ids, place in zip(rows, where, strict=True):
+        check_length(len(ids), width, "data.max_tokens", place)
+    return _pad(rows, width, pad, left=False)
+
+
+def check_length(length: int, limit: int, field: str, where: str) -> None:
+    """Raise InputError if a row of ``length`` tokens exceeds the field that limits it."""
+    if length > limit:
+        raise InputError(
+            f"{where}: {length} tokens, and {field} is {limit}; "
+            "raise it, shorten the row, or set data.skip_bad_rows"
+        )
+
+
+def _pad(rows: Sequence[Ids], width: int, pad: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    token_BT = np.full((len(rows), width), pad, np.int32)
+    mask_BT = np.zeros((len(rows), width), np.int32)
+    for index, ids in enumerate(rows):
+        real = slice(width - len(ids), width) if left else slice(len(ids))
+        token_BT[index, real] = ids
+        mask_BT[index, real] = 1
+    return token_BT, mask_BT
 
 
 @dataclass(frozen=True)
@@ -270,3 +351,86 @@ def _ended(row: Completion | Pair, name: str) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{row.where}: {name}={shown(value)}: true, false, or leave it out")
     return value
+
+
+def contents(rows: Sequence[Encoded]) -> str:
+    """A digest of rows, in hex: of token ids, of what is said of the answers, and of their order.
+
+    Of prompts all columns count, which rewards may read. Neither the file's name nor its format
+    do, nor where in it a row stands.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        ids = [len(row.prompt), *row.prompt]
+        for answer in row.answers:
+            ids += [len(answer), *answer]
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+        digest.update(f"{row.ends} {row.spans} {_said(row.source)}\n".encode())
+    return digest.hexdigest()
+
+
+def _said(source: Any) -> Any:
+    """What a row says besides its texts that is learnt from."""
+    match source:
+        case Pair():
+            return source.margin
+        case Ranked():
+            return source.ranks
+        case Stepwise():
+            return source.labels
+    columns = source.columns
+    names = sorted(columns) if isinstance(source, Prompt) else ("label", "score")
+    return [(name, columns[name]) for name in names if columns.get(name) is not None]
+
+
+READERS = {
+    "pairs": read_pairs,
+    "completions": read_completions,
+    "labelled": read_labelled,
+    "judged": read_labelled,
+    "ranked": read_ranked,
+    "scored": read_scored,
+    "steps": read_steps,
+}
+"""How the rows of a file are read, by what they are to hold."""
+
+
+def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Encoded]:
+    """The rows of a file as the run's algorithm reads them, tokenised and checked.
+
+    Args:
+      vocab: rows of the model's embedding table.
+    """
+    skip, kind = config.data.skip_bad_rows, config.algorithm
+    read: Any = READERS[kind.rows] if isinstance(kind, OfflineConfig) else read_prompts
+    options: dict[str, Any] = {}
+    if isinstance(kind, PointwiseRewardModelConfig):
+        options = {"binary": kind.kind == "binary"}
+    if isinstance(kind, ProcessRewardModelConfig):
+        options = {"separator": kind.separator}
+    if isinstance(kind, SFTConfig):
+        options = {"train_on": kind.train_on}
+    rows = read(read_rows(path, skip), tokenizer, skip, **options)
+    limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
+    return encode_rows(rows, tokenizer, vocab, limit, config.sample.stop, skip)
+
+
+NORMALISED = 128
+"""Answers that a normalisation is measured on, at most: its mean is then right to a tenth of the
+standard deviation."""
+
+
+def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Encoded] | None:
+    """The answers that a reward model's scores are normalised on; None if they are not.
+
+    Raises:
+      InputError: fewer than two rows, or bad ones.
+    """
+    path, skip = normalise_path(config), config.data.skip_bad_rows
+    if not path:
+        return None
+    rows = read_completions(read_rows(path, skip), tokenizer, skip)
+    rows = encode_rows(rows, tokenizer, vocab, config.data.max_tokens, config.sample.stop, skip)
+    if len(rows) < 2:
+        raise InputError(f"algorithm.normalise_on={path}: one row has no spread; give more")
+    return replace(rows, items=rows.items[:NORMALISED])

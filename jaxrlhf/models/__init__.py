@@ -1,1 +1,3 @@
-"""One decoder for every family, and its import and export. Flax NNX lives here and nowhere else."""
+"""Networks: the decoder and its weights in and out of every format, tokenizers, adapters.
+
+Flax NNX lives only here; no loss and no sampling does. Imports core, config and mesh."""

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import DECODE, constrain, devices_in_mesh, length_shards
-from jaxrlhf.types import Array
+from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.sharding import DECODE, constrain, devices_in_mesh, length_shards
 
 SCORES_A_DEVICE = 2**26
 """Attention scores that may exist at once on a device (256 MiB in float32)."""

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxrlhf.config.model import DecoderConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.files import check_folder, writing
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import check_folder, writing
 from jaxrlhf.models import names
 from jaxrlhf.models.hf_config import read_bias, read_config, write_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config.model import DecoderConfig, RopeScaling
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 _FAMILIES = {
     "llama": {"max_position_embeddings": 2048},

@@ -1,12 +1,19 @@
-"""The decoder block: weights with their axes, and what they compute. Flax NNX, nothing else.
+"""Low-rank adapters W + (alpha/rank)·A·B on the weights of a layer (arXiv:2106.09685).
+
+The decoder block: weights with their axes, and what they compute. Flax NNX, nothing else.
 
 Every module holds float32 weights with their logical axes as metadata and computes in the dtype of
 its input. Einsum letters are the axis key of types.py.
-"""
+
+
+What lies before and after the layers: weights with their axes, and what they compute.
+
+What the backward pass keeps of each layer's forward pass, and what it computes again."""
 
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +21,49 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig, RopeScaling
+from jaxrlhf.config.model import Remat
+from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.sharding import DECODE, RULES, Rules, constrain
 from jaxrlhf.models.attention import attend_before, attend_cached
-from jaxrlhf.models.lora import low_rank
-from jaxrlhf.sharding import DECODE, RULES, Rules, constrain
-from jaxrlhf.types import Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def low_rank(contract: int, x: Array, a: Array, b: Array) -> Array:
+    """(x·A)·B, contracting the last ``contract`` axes of x.
+
+    Its gradient is the usual one, but each product has its small factor on the left: XLA would
+    otherwise transpose the large one, and fuse into that what made it, at a third of a step on CPU.
+    """
+    return jnp.tensordot(jnp.tensordot(x, a, contract), b, 1)
+
+
+def _low_rank_forward(contract: int, x: Array, a: Array, b: Array) -> tuple[Array, Any]:
+    low = jnp.tensordot(x, a, contract)
+    return jnp.tensordot(low, b, 1), (x, a, b, low)
+
+
+def _low_rank_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    x, a, b, low = saved
+    rows = tuple(range(low.ndim - 1))
+    outs = tuple(range(1, b.ndim))
+    dlow = jnp.tensordot(dy, b, (tuple(axis + low.ndim - 2 for axis in outs), outs))
+    da = jnp.moveaxis(jnp.tensordot(dlow, x, (rows, rows)), 0, -1)
+    dx = jnp.tensordot(dlow, a, ((low.ndim - 1,), (contract,)))
+    return dx, da, jnp.tensordot(low, dy, (rows, rows))
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def adapters_of(tree: Any) -> Any:
+    """The part of a layer's tree that is LoRA."""
+    picked = {}
+    for name, child in tree.items():
+        if name.startswith("lora_"):
+            picked[name] = child
+        elif isinstance(child, dict) and (inner := adapters_of(child)):
+            picked[name] = inner
+    return picked
 
 
 class Linear(nnx.Module):
@@ -206,3 +252,101 @@ class Block(nnx.Module):
         """The second half of the block: x + mlp(norm(x))."""
         x += self.mlp(self.mlp_norm(x), rules)
         return constrain(x, ("batch", "length", "activation"), rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def look_up(vocab: int, dtype: str, table: Array, token: Array) -> Array:
+    """The rows of a float32 table [V, D] for tokens [B, T], rounded to ``dtype``: [B, T, D].
+
+    Its gradient adds up in float32. In bfloat16 the thousands of a frequent token would not: a sum
+    stops growing where what is added is less than a 256th of it.
+    """
+    return constrain(table.astype(dtype), ("vocab", None))[token]
+
+
+def _look_up_forward(vocab: int, dtype: str, table: Array, token: Array) -> tuple[Array, Array]:
+    return look_up(vocab, dtype, table, token), token
+
+
+def _look_up_backward(vocab: int, dtype: str, token: Array, dx: Array) -> tuple[Array, None]:
+    zeros = constrain(jnp.zeros((vocab, dx.shape[-1]), jnp.float32), ("vocab", None))
+    return zeros.at[token].add(dx.astype(jnp.float32)), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+class Embed(nnx.Module):
+    """Token embedding, float32 [V, D]; with ``embed_scale`` times √D, on its way in alone."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        self.factor = c.embed**0.5 if c.embed_scale else 1.0
+        table = c.embed**-0.5 * jax.random.normal(rngs.params(), (c.vocab, c.embed), jnp.float32)
+        self.table = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, token: Array, dtype: str) -> Array:
+        table = self.table[...]
+        x: Any = look_up(table.shape[0], dtype, table, token)
+        return x if self.factor == 1 else x * jnp.asarray(self.factor, dtype)
+
+    def logits(self, x: Array) -> Array:
+        """x [..., D] · tableᵀ → [..., V], float32."""
+        dims = (((x.ndim - 1,), (1,)), ((), ()))
+        table = self.table[...].astype(x.dtype)
+        return jax.lax.dot_general(x, table, dims, preferred_element_type=jnp.float32)
+
+
+class Unembed(nnx.Module):
+    """Output projection of models whose embedding is not tied to it, float32 [D, V]."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        kernel = c.embed**-0.5 * jax.random.normal(rngs.params(), (c.embed, c.vocab), jnp.float32)
+        self.kernel = nnx.Param(kernel, axes=("embed", "vocab"))
+
+    def logits(self, x: Array) -> Array:
+        """x [..., D] · W → [..., V], float32."""
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        kernel = self.kernel[...].astype(x.dtype)
+        return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+
+
+class Head(nnx.Module):
+    """hidden·w + b: a scalar for values and rewards, in float32; starts at zero."""
+
+    def __init__(self, c: DecoderConfig):
+        self.kernel = nnx.Param(jnp.zeros(c.embed, jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
+
+    def __call__(self, x: Array) -> Array:
+        return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
+
+
+class Ends(nnx.Module):
+    """What lies before and after the layers: embedding, last norm, output projection, head."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, head: bool):
+        self.embed = Embed(c, rngs)
+        self.norm = RMSNorm("embed", c.embed, c)
+        if not c.tied:
+            self.unembed = Unembed(c, rngs)
+        if head:
+            self.head = Head(c)
+
+    def logits(self, x: Array) -> Array:
+        """Hidden states [..., D] → logits [..., V], float32."""
+        return (self.unembed if hasattr(self, "unembed") else self.embed).logits(x)
+
+
+_again = partial(jax.checkpoint, prevent_cse=False)  # a scan's two loops share nothing as it is
+
+POLICIES: dict[Remat, Callable[[Any], Any]] = {
+    "none": lambda layer: layer,
+    "full": _again,
+    "dots": partial(_again, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+"""``model.remat`` → a layer, the body of a scan over layers, that keeps no more than it says.
+
+``none`` keeps every array that a gradient needs. ``full`` keeps the layer's input alone
+(arXiv:1604.06174). ``dots`` keeps the products with weights too, so that the second forward pass is
+norms, activations and attention weights, which are products of two arrays with rows.
+"""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.config.model import DecoderConfig
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 READERS = max(1, min(4, (os.cpu_count() or 1) - 1))
 """Tensors that are read at once, each a copy in memory beside the model; a core is left to imports

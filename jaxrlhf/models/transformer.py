@@ -18,12 +18,9 @@ from flax import nnx, struct
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import Remat
-from jaxrlhf.models.ends import Ends
-from jaxrlhf.models.layers import Block, positions, rotary_angles
-from jaxrlhf.models.lora import adapters_of
-from jaxrlhf.models.remat import POLICIES
-from jaxrlhf.sharding import DECODE, RULES, constrain
-from jaxrlhf.types import Array, Params
+from jaxrlhf.core.types import Array, Params
+from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
+from jaxrlhf.models.layers import POLICIES, Block, Ends, adapters_of, positions, rotary_angles
 
 
 @struct.dataclass
@@ -287,3 +284,17 @@ def merge_lora(model: Model, params: Params, lora: Params) -> Params:
         return {**weights, **{name: add(weights[name], child) for name, child in adapters.items()}}
 
     return {**params, "layers": add(params["layers"], lora)}
+
+
+def combine_params(params: Params, frozen: Params | None) -> tuple[Params, Params | None]:
+    """What a network is called with: (weights, adapters).
+
+    Full fine-tuning trains the weights themselves; with LoRA, ``params`` is
+    ``{"lora": adapters, "head"?: …}`` and ``frozen`` the weights.
+    """
+    if "lora" not in params:
+        return params, None
+    if frozen is None:
+        raise ValueError("adapters need the frozen weights: update(state, batch, frozen)")
+    rest = {name: child for name, child in params.items() if name != "lora"}
+    return {**frozen, **rest}, params["lora"]

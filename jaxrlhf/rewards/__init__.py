@@ -1,1 +1,3 @@
-"""Rewards that are Python functions: find them, call them, check and combine what they say."""
+"""What a response is worth: functions, verifiers, services, reward models, and their gated sum.
+
+A row without a reward is NaN here, never 0. Imports core to data."""

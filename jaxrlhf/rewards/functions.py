@@ -1,4 +1,10 @@
-"""Reward functions: ``(prompts, completions, **columns) → list of floats``, one a completion.
+"""What a source of reward is asked on the host, and what it answers.
+
+One event loop for all that is asynchronous, in a thread of its own.
+
+How kind a text is, by a lexicon: a reward that needs no model, no network and no labels.
+
+Reward functions: ``(prompts, completions, **columns) → list of floats``, one a completion.
 
 They may be asynchronous (``async def``); all of those run in one event loop (``background``).
 
@@ -8,24 +14,122 @@ rest as ``**columns``. A score that is not a finite number (None, a string, NaN,
 reward for this row": the row is then left out of learning. It is never read as 0.
 """
 
+import asyncio
 import difflib
+import functools
 import importlib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from traceback import walk_tb
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from jaxrlhf.errors import InputError
-from jaxrlhf.rewards import background, sentiment
+from jaxrlhf.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """B rows to be scored, as text."""
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+    """Special tokens removed."""
+    columns: Mapping[str, Sequence[Any]]
+    """The other columns of the data, by name; None where a row lacks one."""
+    ended: Sequence[bool]
+    """Whether a completion ended with a stop token; False where it was cut off."""
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def split(self, size: int) -> list["Asked"]:
+        """The rows in pieces of at most ``size``, in order."""
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def rows(self, which: slice) -> "Asked":
+        """Some of the rows."""
+        columns = {name: values[which] for name, values in self.columns.items()}
+        return Asked(self.prompts[which], self.completions[which], columns, self.ended[which])
+
+
+class Scored(NamedTuple):
+    """What a source says of B rows."""
+
+    score_B: np.ndarray
+    """float64, reward units; NaN where it has none, never a number in its place."""
+    problem: str = ""
+    """Why it has none, of the last row or request without; empty if all went well."""
+
+
+Source = Callable[[Asked], Scored]
+
+
+T = TypeVar("T")
+
+
+def finish(awaitable: Awaitable[T]) -> T:
+    """The result of an awaitable, waited for; also where the caller is in an event loop itself.
+
+    All of them run in one loop, which lives as long as the process: what an async function keeps
+    open from one call to the next (a client, its connections) stays usable.
+
+    Raises:
+      RuntimeError: the awaitable tried to end the process; its SystemExit is the cause.
+    """
+
+    async def wait() -> T:
+        try:
+            return await awaitable
+        except SystemExit as error:  # would end the loop, and leave all who wait on it waiting
+            ended = RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__)
+            raise ended from error
+
+    return asyncio.run_coroutine_threadsafe(wait(), _loop()).result()
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+def make_sentiment() -> Callable[..., list[float]]:
+    """A reward function: VADER's compound score of each completion.
+
+    s/√(s² + 15) of the summed valences s, in [−1, 1]: −1 most negative, 0 neutral or empty
+    (Hutto & Gilbert, ICWSM 2014). The prompt is not scored: the policy did not write it.
+
+    Raises:
+      InputError: the package is not installed.
+    """
+    try:
+        from vader import SentimentIntensityAnalyzer  # noqa: PLC0415 (optional extra)
+    except ImportError as error:
+        raise InputError(
+            "reward function 'sentiment' needs nltk-vader-sentiment; pip install jaxrlhf[demo]"
+        ) from error
+    analyzer = SentimentIntensityAnalyzer()
+
+    def sentiment(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [analyzer.polarity_scores(text)["compound"] for text in completions]
+
+    return sentiment
+
 
 RewardFunction = Callable[..., Sequence[float]]
 
-BUILTIN: dict[str, Callable[[], RewardFunction]] = {"sentiment": sentiment.make}
+BUILTIN: dict[str, Callable[[], RewardFunction]] = {"sentiment": make_sentiment}
 """Name → maker of the function."""
+
+
+MOVED = {"jaxrlhf.demo.words": "jaxrlhf.data.words", "jaxrlhf.demo.sums": "jaxrlhf.data.tasks"}
+"""Modules that the configs of older runs name, and where their functions are now."""
 
 
 def resolve(dotted: str) -> RewardFunction:
@@ -43,7 +147,7 @@ def resolve(dotted: str) -> RewardFunction:
             f"choose {', '.join(BUILTIN)} or give package.module:function"
         )
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(MOVED.get(module_name, module_name))
     except Exception as error:
         raise InputError(
             f"reward function {dotted!r}: importing {module_name!r} raised {describe(error)}; "
@@ -85,7 +189,7 @@ def call(
         lists = {key: list(values) for key, values in columns.items()}
         result: Any = function(list(prompts), list(completions), **lists)
         if inspect.isawaitable(result):
-            result = background.finish(result)
+            result = finish(result)
     except (Exception, SystemExit) as error:
         raise InputError(
             f"reward function {name!r} raised {describe(error)}{_place(error)}; mend it, or, in a "
@@ -117,7 +221,7 @@ def number(score: Any) -> float:
 def _place(error: BaseException) -> str:
     """Where in its own file the function that ``call`` called was; empty if it was not entered."""
     frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
-    while any(file in (__file__, background.__file__) for file, _ in frames):
+    while any(file == __file__ for file, _ in frames):
         frames = frames[1:]
     inside = [line for file, line in frames if file == frames[0][0]]
     return f" at {frames[0][0]}:{inside[-1]}" if inside else ""

@@ -1,27 +1,63 @@
-"""Reward functions in processes of their own, with limits on time and memory.
+"""Sources of reward that are Python on the host: functions and verifiers.
+
+Reward functions in processes of their own, with limits on time and memory.
 
 A call that raises, exits, never returns or takes too much memory costs the rows of that call. The
 processes are started afresh, never forked: a fork of a process with JAX's threads can hang.
+
+
+A process that calls one reward function under limits; ``isolation`` starts and asks it.
+
+Over its connection it gets (source, bytes of address space, id of the process that started it),
+and says ("ready", "") or ("unusable", why). Then for each batch (prompts, completions, columns) it
+says ("scores", list of B floats) or ("problem", why); if it says nothing, the function has ended
+the process, or never returns.
 """
 
 import contextlib
 import os
 import queue
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from jaxrlhf.config import IsolateConfig, RewardConfig, name_of
-from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.asked import Asked, Scored
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.rewards import verifiers
+from jaxrlhf.rewards.functions import Asked, RewardFunction, Scored, Source, call, describe, resolve
+
+
+def host_function(config: RewardConfig) -> RewardFunction:
+    """The function that a source with ``function`` or ``verifier`` names.
+
+    Raises:
+      InputError: it cannot be had.
+    """
+    if config.function:
+        return resolve(config.function)
+    return verifiers.function_of(verifiers.make(config.verifier, config.answer, config.pattern))
+
+
+def make(config: RewardConfig) -> Source:
+    """A source that calls the function in this process: what it raises ends the run."""
+    function, name = host_function(config), name_of(config)
+
+    def ask(asked: Asked) -> Scored:
+        return Scored(call(name, function, asked.prompts, asked.completions, asked.columns))
+
+    return ask
+
 
 START_SECONDS = 120.0
 """Seconds that a process may take to import the function."""
@@ -79,7 +115,7 @@ class _Worker:
         self.connection = ours
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "jaxrlhf.rewards.worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "jaxrlhf.rewards.isolation", str(theirs.fileno())],
             # The accelerators are this process's.
             env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
             pass_fds=(theirs.fileno(),),
@@ -147,3 +183,40 @@ def _stop(workers: list[_Worker | None]) -> None:
     for worker in workers:
         if worker is not None:
             worker.stop()
+
+
+def main(handle: int) -> None:
+    """Serve the connection until it is closed."""
+    connection = Connection(handle)
+    source, size, parent = connection.recv()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    try:
+        function = host_function(source)
+    except InputError as error:
+        connection.send(("unusable", str(error)))
+        return
+    connection.send(("ready", ""))
+    while True:
+        try:
+            prompts, completions, columns = connection.recv()
+        except EOFError:
+            return
+        try:
+            score_B = call(name_of(source), function, prompts, completions, columns)
+            said = ("scores", score_B.tolist())
+        except InputError as error:
+            cause = error.__cause__
+            said = ("problem", f"raised {describe(cause)}" if cause else str(error))
+        connection.send(said)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has, even in the midst of a call."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -18,10 +18,8 @@ import httpx2
 import numpy as np
 
 from jaxrlhf.config import ServiceConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.asked import Asked, Scored, Source
-from jaxrlhf.rewards.background import finish
-from jaxrlhf.rewards.functions import describe, number
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.rewards.functions import Asked, Scored, Source, describe, finish, number
 
 LONGEST_PAUSE = 30.0
 """Seconds."""

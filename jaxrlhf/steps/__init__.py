@@ -1,2 +1,3 @@
-"""The jitted steps: draw responses (sampling), score rows (scoring), learn (updating); and all of
-an iteration in one (iteration)."""
+"""The jitted steps: sample, score (log-probs, values, rewards), update; and the losses they join.
+
+Pure functions of arrays: no files, no rows of text, no host loop. Imports core to models."""

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, TrainState
 from jaxrlhf.steps.losses import Metrics
-from jaxrlhf.types import AnyBatch, Array, Params, Rollout, TrainState
 
 Programs = Mapping[str, Callable[..., Any]]
 States = dict[str, TrainState]

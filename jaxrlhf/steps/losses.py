@@ -7,27 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms import Algorithm
-from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.scoring import forward, reward, score, token_scores, value
-from jaxrlhf.types import Array, Batch, Outputs, Params, PreferenceBatch, TokenBatch
+from jaxrlhf.core.types import Array, Batch, Outputs, Params, PreferenceBatch, TokenBatch
+from jaxrlhf.models.transformer import Model, combine_params
+from jaxrlhf.steps.score import forward, reward, score, token_scores, value
 
 Metrics = dict[str, Array]
 Loss = Callable[[Params, Any, Any], tuple[Array, Metrics]]
 """loss(params, frozen, batch) → (scalar, metrics), both additive over rows."""
-
-
-def combine_params(params: Params, frozen: Params | None) -> tuple[Params, Params | None]:
-    """What a network is called with: (weights, adapters).
-
-    Full fine-tuning trains the weights themselves; with LoRA, ``params`` is
-    ``{"lora": adapters, "head"?: …}`` and ``frozen`` the weights.
-    """
-    if "lora" not in params:
-        return params, None
-    if frozen is None:
-        raise ValueError("adapters need the frozen weights: update(state, batch, frozen)")
-    rest = {name: child for name, child in params.items() if name != "lora"}
-    return {**frozen, **rest}, params["lora"]
 
 
 def policy_loss(

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config.algorithm import (
+from jaxrlhf.config.algorithms import (
     A2CConfig,
     CISPOConfig,
     DAPOConfig,
@@ -19,7 +18,8 @@ from jaxrlhf.config.algorithm import (
     ReMaxConfig,
     RLOOConfig,
 )
-from jaxrlhf.types import Batch, Outputs, PreferenceBatch, Rollout
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Batch, Outputs, PreferenceBatch, Rollout
 
 POLICIES = {
     config.name: config

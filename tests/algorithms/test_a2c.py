@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from responses import LOGP, MASK, RETURNS, VALUE, batch_of, loss_of, rollout, targets
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.config.algorithm import A2CConfig, ReinforceConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.types import Outputs
+from jaxrlhf.config.algorithms import A2CConfig, ReinforceConfig
+from jaxrlhf.core import masked
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Outputs
 
 KNOWN = MASK.at[4].set(0)
 

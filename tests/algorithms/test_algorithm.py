@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.algorithms import reweight
+from jaxrlhf.core.types import Batch, PreferenceBatch
 from jaxrlhf.steps.iteration import cut
-from jaxrlhf.types import Batch, PreferenceBatch
 
 MASK = jnp.array([[1.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])
 

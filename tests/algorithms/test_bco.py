@@ -6,7 +6,7 @@ import numpy as np
 from responses import answers, pair_batch
 
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config.offline import BCOConfig
+from jaxrlhf.config.algorithms import BCOConfig
 
 bco = ALGORITHMS["bco"]
 

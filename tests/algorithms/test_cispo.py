@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from responses import LOGP, batch_of, loss_of, targets
 
-from jaxrlhf.config.algorithm import CISPOConfig, DAPOConfig
+from jaxrlhf.config.algorithms import CISPOConfig, DAPOConfig
 
 
 def test_cispo_targets_are_those_of_dapo():

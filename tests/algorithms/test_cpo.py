@@ -5,7 +5,7 @@ from responses import answers, one_pair, pair_batch
 
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import DPOConfig
-from jaxrlhf.config.offline import CPOConfig
+from jaxrlhf.config.algorithms import CPOConfig
 
 cpo = ALGORITHMS["cpo"]
 

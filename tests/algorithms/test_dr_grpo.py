@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from responses import LOGP, MASK, REWARD, batch_of, loss_of, targets
 
-from jaxrlhf.config.algorithm import DrGRPOConfig, RLOOConfig
+from jaxrlhf.config.algorithms import DrGRPOConfig, RLOOConfig
 
 KNOWN = MASK.at[4].set(0)
 

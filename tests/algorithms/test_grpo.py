@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from responses import MASK, REWARD, batch_of, loss_of, rollout, targets
 
-from jaxrlhf.config.algorithm import GRPOConfig
+from jaxrlhf.config.algorithms import GRPOConfig
 
 KNOWN = MASK.at[4].set(0)
 

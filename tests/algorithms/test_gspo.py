@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from responses import MASK, batch_of, loss_of, targets
 
-from jaxrlhf.config.algorithm import GRPOConfig, GSPOConfig
+from jaxrlhf.config.algorithms import GRPOConfig, GSPOConfig
 
 KNOWN = MASK.at[4].set(0)
 

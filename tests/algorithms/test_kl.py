@@ -15,7 +15,7 @@ from jaxrlhf.algorithms import (
     token_rewards,
 )
 from jaxrlhf.config import DAPOConfig, GRPOConfig, PPOConfig
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 
 @pytest.mark.parametrize(

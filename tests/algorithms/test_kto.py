@@ -7,7 +7,7 @@ import pytest
 from responses import answers, pair_batch
 
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config.offline import KTOConfig
+from jaxrlhf.config.algorithms import KTOConfig
 
 kto = ALGORITHMS["kto"]
 LENGTHS = [[2, 1], [3, 2], [1, 1]]

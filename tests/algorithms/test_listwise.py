@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.listwise import (
+from jaxrlhf.algorithms.reward_models import (
     listwise_reward_loss,
     listwise_reward_model,
+    pairwise_reward_loss,
     ranked_accuracy,
     ranked_pairs_loss,
 )
-from jaxrlhf.algorithms.reward_model import pairwise_reward_loss
 from jaxrlhf.config import ListwiseRewardModelConfig
-from jaxrlhf.types import PreferenceBatch
+from jaxrlhf.core.types import PreferenceBatch
 
 
 def loss_of(score, rank, mask=None):

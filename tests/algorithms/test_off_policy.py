@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.off_policy import importance_weights
+from jaxrlhf.algorithms.on_policy import importance_weights
 
 
 def weights(rows, *args, **options):

@@ -49,9 +49,9 @@ from jaxrlhf.config import (
     SampleConfig,
     check,
 )
-from jaxrlhf.config.on_policy import OnPolicyConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.types import Batch, Outputs
+from jaxrlhf.config.algorithms import OnPolicyConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Batch, Outputs
 
 PLAIN = OnPolicyConfig()
 KNOWN = MASK.at[4].set(0)

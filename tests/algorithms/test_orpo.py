@@ -4,7 +4,7 @@ import pytest
 from responses import answers, one_pair, pair_batch
 
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config.offline import ORPOConfig
+from jaxrlhf.config.algorithms import ORPOConfig
 
 orpo = ALGORITHMS["orpo"]
 

@@ -9,9 +9,9 @@ import pytest
 from responses import answers, one_pair, pair_batch
 
 from jaxrlhf.algorithms import ALGORITHMS, reweight
-from jaxrlhf.algorithms.pairs import answer_logp, reference_logp, summed
+from jaxrlhf.algorithms.dpo import answer_logp, reference_logp, summed
 from jaxrlhf.config import OnlineDPOConfig
-from jaxrlhf.config.offline import (
+from jaxrlhf.config.algorithms import (
     BCOConfig,
     CPOConfig,
     DPOConfig,

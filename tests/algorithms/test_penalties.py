@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from responses import rollout
 
-from jaxrlhf.algorithms.penalties import overlong_penalty, score_penalty
-from jaxrlhf.config.on_policy import OnPolicyConfig
+from jaxrlhf.algorithms.on_policy import overlong_penalty, score_penalty
+from jaxrlhf.config.algorithms import OnPolicyConfig
 
 
 def test_overlong_penalty_hand_computed():

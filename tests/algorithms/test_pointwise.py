@@ -5,7 +5,7 @@ import pytest
 
 from jaxrlhf.algorithms import pointwise_reward_loss, pointwise_reward_model
 from jaxrlhf.config import PointwiseRewardModelConfig
-from jaxrlhf.types import PreferenceBatch
+from jaxrlhf.core.types import PreferenceBatch
 
 SCORE, TARGET = jnp.array([0.0, 2, -1]), jnp.array([0.5, 0, 1])
 

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms import (
     cispo_loss,
     entropy_bonus,
@@ -13,6 +12,7 @@ from jaxrlhf.algorithms import (
     policy_gradient_loss,
     ppo_policy_loss,
 )
+from jaxrlhf.core import masked
 
 AGGREGATIONS = ["token", "sequence", "sequence_sum", "fixed"]
 BAD = jnp.array([jnp.nan, -jnp.inf, jnp.inf])

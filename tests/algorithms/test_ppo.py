@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms import ALGORITHMS, gae, ppo, reweight
 from jaxrlhf.config import PPOConfig, RewardModelConfig, SFTConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.types import Outputs, Rollout
+from jaxrlhf.core import masked
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Outputs, Rollout
 
 PLAIN = PPOConfig(lam=1.0, whiten_advantages=False)
 BETA = {"kl_coef": jnp.float32(0.05)}

@@ -5,7 +5,7 @@ import pytest
 
 from jaxrlhf.algorithms import aggregate_steps, process_reward_loss, process_reward_model
 from jaxrlhf.config import ProcessRewardModelConfig
-from jaxrlhf.types import PreferenceBatch
+from jaxrlhf.core.types import PreferenceBatch
 
 NAN = jnp.nan
 SCORE = jnp.array([[NAN, 0.0, NAN, 2.0], [1.0, NAN, -1.0, NAN], [NAN, NAN, NAN, NAN]])

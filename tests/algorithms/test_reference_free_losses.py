@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.preference_losses import preference_loss
-from jaxrlhf.algorithms.reference_free_losses import cpo_loss, orpo_loss, simpo_loss
+from jaxrlhf.algorithms.preference_losses import cpo_loss, orpo_loss, preference_loss, simpo_loss
 
 CHOSEN, REJECTED = jnp.array([-0.5]), jnp.array([-1.0])
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from responses import LOGP, MASK, RETURNS, batch_of, loss_of, rollout, targets
 
-from jaxrlhf.config.algorithm import ReinforceConfig
+from jaxrlhf.config.algorithms import ReinforceConfig
 
 KNOWN = MASK.at[4].set(0)
 NONE = ReinforceConfig(baseline="none")

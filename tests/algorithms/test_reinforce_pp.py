@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from responses import MASK, RETURNS, REWARD, batch_of, loss_of, targets
 
-from jaxrlhf.config.algorithm import ReinforcePPConfig
+from jaxrlhf.config.algorithms import ReinforcePPConfig
 
 KNOWN = np.asarray(MASK.at[4].set(0))
 

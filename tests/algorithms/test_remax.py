@@ -16,8 +16,8 @@ from responses import (
 )
 
 from jaxrlhf.algorithms import greedy_baseline
-from jaxrlhf.config.algorithm import ReinforceConfig, ReMaxConfig
-from jaxrlhf.errors import InputError
+from jaxrlhf.config.algorithms import ReinforceConfig, ReMaxConfig
+from jaxrlhf.core.errors import InputError
 
 KNOWN = MASK.at[4].set(0)
 

@@ -5,7 +5,7 @@ import pytest
 
 from jaxrlhf.algorithms import pairwise_reward_loss, reward_model
 from jaxrlhf.config import RewardModelConfig
-from jaxrlhf.types import PreferenceBatch
+from jaxrlhf.core.types import PreferenceBatch
 
 
 def pairs(margin, weight):

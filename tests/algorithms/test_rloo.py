@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from responses import LOGP, MASK, REF, batch_of, group_of, loss_of, rollout, targets
 
-from jaxrlhf.config.algorithm import ReinforceConfig, RLOOConfig
+from jaxrlhf.config.algorithms import ReinforceConfig, RLOOConfig
 
 KNOWN = MASK.at[4].set(0)
 

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms import sft
 from jaxrlhf.config import SFTConfig
-from jaxrlhf.types import Outputs, TokenBatch
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Outputs, TokenBatch
 
 
 def test_sft_loss_hand_computed():

@@ -4,7 +4,7 @@ import pytest
 from responses import answers, one_pair, pair_batch
 
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config.offline import SimPOConfig
+from jaxrlhf.config.algorithms import SimPOConfig
 
 simpo = ALGORITHMS["simpo"]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.unpaired_losses import bco_loss, bco_shift, kto_loss
+from jaxrlhf.algorithms.preference_losses import bco_loss, bco_shift, kto_loss
 
 LOGP, REF = jnp.array([-1.0, -2]), jnp.array([-1.5, -1.5])
 """log-ratios ½ and −½."""

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms import explained_variance, value_loss
+from jaxrlhf.core import masked
 
 VALUE = jnp.array([[1.0, 2]])
 OLD = jnp.array([[0.5, 2.5]])

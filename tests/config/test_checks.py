@@ -36,8 +36,8 @@ from jaxrlhf.config import (
     check_sample,
     rows_at_once,
 )
-from jaxrlhf.config.ranges import RANGES
-from jaxrlhf.errors import InputError
+from jaxrlhf.config.checks import RANGES
+from jaxrlhf.core.errors import InputError
 
 DECODER = DecoderConfig(
     vocab=64, embed=48, layers=2, heads=9, kv_heads=3, head_dim=16, mlp=96, context=88

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxrlhf.config import EvaluateConfig, check_evaluate, parse_evaluate
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 
 def test_parse_evaluate():

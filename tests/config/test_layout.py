@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jaxrlhf.config import DecoderConfig, MeshConfig, check_mesh, resolve_mesh
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 DECODER = DecoderConfig(
     vocab=64, embed=48, layers=2, heads=9, kv_heads=3, head_dim=16, mlp=96, context=88

@@ -25,7 +25,7 @@ from jaxrlhf.config import (
     override,
     save,
 )
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 DECODER = DecoderConfig(8, 4, 1, 2, 1, 2, 8, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64))
 

@@ -11,7 +11,7 @@ from jaxrlhf.config import (
     RewardConfig,
     check,
 )
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 PPO = Config(
     model=ModelConfig(path="smollm2"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxrlhf.config import check, load_pipeline, stage_evaluation, stage_run
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 
 SFT = """
 algorithm: {name: sft}
@@ -26,7 +26,7 @@ def written(folder, stages, more=""):
 
 
 TWO = """
-  - {name: words, make: "jaxrlhf.demo.words:write_corpus"}
+  - {name: words, make: "jaxrlhf.data.words:write_corpus"}
   - name: sft
     train: sft.yaml
     set: {data.train: "{words}/sft.jsonl", optim.warmup: 2}

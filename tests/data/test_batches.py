@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import held_out_batches, order
-from jaxrlhf.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 import pytest
 
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.batches import token_batch
 from jaxrlhf.data.chat import cut_turns, render
 from jaxrlhf.data.formats import read_completions
-from jaxrlhf.data.packing import token_batch
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows, imitated
-from jaxrlhf.errors import InputError
-from jaxrlhf.models.tokenizers import load_tokenizer
+from jaxrlhf.models.tokenizer import load_tokenizer
 
 TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

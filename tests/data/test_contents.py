@@ -4,11 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxrlhf.data.contents import contents
-from jaxrlhf.data.formats import Completion, Pair, Prompt, read_pairs
-from jaxrlhf.data.judged import Ranked, Stepwise
+from jaxrlhf.data.formats import Completion, Pair, Prompt, Ranked, Stepwise, read_pairs
 from jaxrlhf.data.rows import read_rows
-from jaxrlhf.data.tokens import Encoded, encode_rows
+from jaxrlhf.data.tokens import Encoded, contents, encode_rows
 
 PROMPT = Encoded([8, 9], (), Prompt("", {"answer": 3, "id": None}, "x:1"))
 COMPLETION = Encoded([8], ([9, 0],), Completion("", "", {"score": 1.0, "label": True}, "x:1"))

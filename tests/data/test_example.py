@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxrlhf.data.example import show_batch, show_example
-from jaxrlhf.models.tokenizers import load_tokenizer
-from jaxrlhf.types import PreferenceBatch, TokenBatch
+from jaxrlhf.core.types import PreferenceBatch, TokenBatch
+from jaxrlhf.data.text import show_batch, show_example
+from jaxrlhf.models.tokenizer import load_tokenizer
 
 WORDS = load_tokenizer("words:a b c d")
 PAD, EOS, A, B, C, D = range(6)

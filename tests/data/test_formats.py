@@ -2,6 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.formats import (
     Completion,
     Pair,
@@ -13,7 +14,6 @@ from jaxrlhf.data.formats import (
     stack_columns,
 )
 from jaxrlhf.data.rows import read_rows
-from jaxrlhf.errors import InputError
 
 
 def user(text):

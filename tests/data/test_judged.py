@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from jaxrlhf.data.judged import Ranked, Stepwise, read_ranked, read_scored, read_steps
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.formats import Ranked, Stepwise, read_ranked, read_scored, read_steps
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows
-from jaxrlhf.errors import InputError
 
 
 def user(text):

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxrlhf.data.formats import read_completions, read_labelled, read_pairs
-from jaxrlhf.data.judged import read_ranked, read_scored, read_steps
-from jaxrlhf.data.packing import (
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.batches import (
     answers_batch,
     judged_batch,
     labelled_batch,
@@ -16,10 +15,17 @@ from jaxrlhf.data.packing import (
     scored_batch,
     steps_batch,
 )
+from jaxrlhf.data.formats import (
+    read_completions,
+    read_labelled,
+    read_pairs,
+    read_ranked,
+    read_scored,
+    read_steps,
+)
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows
-from jaxrlhf.errors import InputError
-from jaxrlhf.models.tokenizers import load_tokenizer
+from jaxrlhf.models.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("words:a b c d e f g")
 

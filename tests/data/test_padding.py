@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxrlhf.data.padding import left_pad, right_pad
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.tokens import left_pad, right_pad
 
 A, B, C, EOS = 5, 6, 7, 0
 

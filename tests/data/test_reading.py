@@ -11,10 +11,11 @@ from jaxrlhf.config import (
     OfflineConfig,
     PointwiseRewardModelConfig,
     RewardModelConfig,
+    normalise_path,
 )
-from jaxrlhf.data.reading import READERS, load_data, load_normalise_rows, normalise_path
-from jaxrlhf.errors import InputError
-from jaxrlhf.models.tokenizers import load_tokenizer
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.tokens import READERS, load_data, load_normalise_rows
+from jaxrlhf.models.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(f"words:{runs.WORDS}")
 

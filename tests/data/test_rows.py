@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.rows import Row, Rows, locate, read_rows, shown, transform
-from jaxrlhf.errors import InputError
 
 GOOD = {"prompt": "a"}
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from jaxrlhf.data import sequences
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data import packing as sequences
 from jaxrlhf.data.formats import Completion
-from jaxrlhf.data.sequences import first_fit_decreasing, packed_batch, packing
+from jaxrlhf.data.packing import first_fit_decreasing, packed_batch, packing
 from jaxrlhf.data.tokens import Encoded
-from jaxrlhf.errors import InputError
 
 LENGTHS = np.random.default_rng(0).integers(2, 17, 60)
 

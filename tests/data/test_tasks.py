@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from jaxrlhf import cli
+from jaxrlhf.apps import cli
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tasks import task_rows, write_task_files, write_tasks
-from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.verifiers import make, verify
 
 pytest.importorskip("reasoning_gym")

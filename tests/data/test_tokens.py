@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxrlhf import masked
+from jaxrlhf.core import masked
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.batches import preference_batch, token_batch
 from jaxrlhf.data.formats import (
     Completion,
     Pair,
@@ -19,7 +21,6 @@ from jaxrlhf.data.formats import (
     read_prompts,
     render,
 )
-from jaxrlhf.data.packing import preference_batch, token_batch
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.tokens import (
     Encoded,
@@ -31,8 +32,7 @@ from jaxrlhf.data.tokens import (
     imitated,
     prompt_arrays,
 )
-from jaxrlhf.errors import InputError
-from jaxrlhf.models.tokenizers import load_tokenizer
+from jaxrlhf.models.tokenizer import load_tokenizer
 
 EOS, BOS, STOP, A, B, C = 0, 1, 3, 8, 9, 10
 VOCAB = 16

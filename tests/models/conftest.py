@@ -5,7 +5,7 @@ import pytest
 
 from jaxrlhf.config import DecoderConfig
 from jaxrlhf.models import names
-from jaxrlhf.models.tokenizers import load_tokenizer
+from jaxrlhf.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")

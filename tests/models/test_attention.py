@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import MeshConfig
+from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import attention
 from jaxrlhf.models.attention import attend_before, attend_cached
-from jaxrlhf.sharding import make_mesh
 
 B, T, N, K, H = 2, 13, 4, 2, 8  # an odd length: no number of pieces or devices divides it
 RNG = np.random.default_rng(0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import MeshConfig
-from jaxrlhf.models.ends import look_up
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.layers import look_up
 
 V, D = 32, 8
 TABLE = np.random.default_rng(0).standard_normal((V, D)).astype(np.float32)

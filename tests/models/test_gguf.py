@@ -13,12 +13,12 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import gguf as ours
 from jaxrlhf.models import names
 from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
-from jaxrlhf.models.gguf_tokenizer import gguf_tokenizer
 from jaxrlhf.models.hf import write_hf
+from jaxrlhf.models.tokenizer import gguf_tokenizer
 from jaxrlhf.models.transformer import Model
 
 PARAGRAPH = (

@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from jaxrlhf.errors import InputError
-from jaxrlhf.models.gguf_file import dequantise, field, open_gguf
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.models.gguf import dequantise, field, open_gguf
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from jaxrlhf.config import RopeScaling
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.hf import read_hf, write_hf
 from jaxrlhf.models.transformer import Model
 

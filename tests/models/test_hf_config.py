@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from jaxrlhf.config import DecoderConfig, RopeScaling
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.hf_config import read_config, write_config
 
 PLAIN = {

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import names
 from jaxrlhf.models.transformer import Model
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import DecoderConfig, ModelConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.models import reading
-from jaxrlhf.models.reading import read_ahead, read_weights
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.models import read as reading
+from jaxrlhf.models.read import read_ahead, read_weights
 
 TINY = DecoderConfig(vocab=8, embed=8, layers=2, heads=1, kv_heads=1, head_dim=8, mlp=8)
 
@@ -61,9 +61,7 @@ def test_read_ahead_of_what_is_not_read_does_nothing(reads, tmp_path):
 
 
 def test_reading_needs_neither_jax_nor_transformers():
-    code = (
-        "import sys, jaxrlhf.models.reading as r; print({'jax', 'transformers'} & {*sys.modules})"
-    )
+    code = "import sys, jaxrlhf.models.read as r; print({'jax', 'transformers'} & {*sys.modules})"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import Remat
-from jaxrlhf.models.remat import POLICIES
+from jaxrlhf.models.layers import POLICIES
 from jaxrlhf.models.transformer import Model
 
 DECODER = DecoderConfig(

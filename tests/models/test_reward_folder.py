@@ -11,10 +11,10 @@ import torch
 from test_hf import FAMILIES, FEATURES
 from transformers import AutoModelForSequenceClassification
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.hf import read_hf, write_hf
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.scoring import reward
+from jaxrlhf.steps.score import reward
 
 BIAS = 0.75
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from jaxrlhf.errors import InputError
-from jaxrlhf.models.tokenizers import check_vocab, load_tokenizer
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 
 
 def test_load_tokenizer_words():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import LoraConfig, RopeScaling
+from jaxrlhf.mesh.sharding import RULES
 from jaxrlhf.models.layers import positions
 from jaxrlhf.models.transformer import Model, check_tree, merge_lora
-from jaxrlhf.sharding import RULES
 
 T = 10
 TOKEN = jnp.array(np.random.default_rng(0).integers(0, 300, (3, T)), jnp.int32)

@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 
-from jaxrlhf.rewards.answers import (
+from jaxrlhf.rewards.verifiers import (
     choice_letter,
     final_answer,
     last_number,

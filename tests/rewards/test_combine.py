@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import GateConfig
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.rewards.combine import combine, fold
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.rewards.functions import call, resolve
 
 MODULE = """

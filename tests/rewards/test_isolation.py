@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import IsolateConfig, RewardConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.asked import Asked
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.rewards.functions import Asked
 from jaxrlhf.rewards.isolation import Isolated
 
 MODULE = """
@@ -161,7 +161,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     code = (
         "import os, threading, time\n"
         "from jaxrlhf.config import IsolateConfig, RewardConfig\n"
-        "from jaxrlhf.rewards.asked import Asked\n"
+        "from jaxrlhf.rewards.functions import Asked\n"
         "from jaxrlhf.rewards.isolation import Isolated\n"
         "source = Isolated(RewardConfig(function='acting:f', isolate=IsolateConfig()))\n"
         "threading.Thread(target=source, args=(Asked(['p'], ['a'], {}, [True]),)).start()\n"

@@ -1,6 +1,6 @@
 import numpy as np
 
-from jaxrlhf.rewards.length import length_penalty
+from jaxrlhf.rewards.judge import length_penalty
 
 
 def test_length_penalty_by_hand():

@@ -3,8 +3,8 @@ import sys
 import pytest
 import vader
 
-from jaxrlhf.errors import InputError
-from jaxrlhf.rewards import sentiment
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.rewards import functions as sentiment
 
 
 def test_make_scores_are_compound_and_bounded():

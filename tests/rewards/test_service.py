@@ -11,8 +11,8 @@ import pytest
 from servers import fails, honest, length, say, service
 
 from jaxrlhf.config import ServiceConfig
-from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.asked import Asked
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.rewards.functions import Asked
 from jaxrlhf.rewards.service import NoAnswerError, make, question, read_answer
 
 TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]

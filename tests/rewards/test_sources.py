@@ -1,17 +1,11 @@
 import pytest
 
-from jaxrlhf.config import (
-    GateConfig,
-    IsolateConfig,
-    LengthConfig,
-    RewardConfig,
-    ServiceConfig,
-)
+from jaxrlhf.config import GateConfig, IsolateConfig, LengthConfig, RewardConfig, ServiceConfig
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.formats import Prompt
-from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.asked import Asked
+from jaxrlhf.rewards.combine import check_truths, load_rewards
+from jaxrlhf.rewards.functions import Asked
 from jaxrlhf.rewards.isolation import Isolated
-from jaxrlhf.rewards.sources import check_truths, load_rewards
 
 
 def test_load_rewards_of_every_kind():

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from jaxrlhf.rewards.text import decode_rollout, repeat
+from jaxrlhf.data.text import decode_rollout, repeat
 
 EOS, A, B, C, STOP = range(5)
 

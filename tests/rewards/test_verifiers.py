@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.rewards import verifiers
 from jaxrlhf.rewards.functions import call
 from jaxrlhf.rewards.verifiers import function_of, make, verify

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 
 from jaxrlhf.config import MeshConfig, SampleConfig
-from jaxrlhf.sharding import make_mesh
-from jaxrlhf.steps.draws import BLOCK, draw, truncate
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.steps.sample import BLOCK, draw, truncate
 
 VOCAB = 300
 DRAWS = 20_000

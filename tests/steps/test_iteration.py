@@ -8,7 +8,6 @@ import pytest
 import runs
 from runs import one_device, trained
 
-from jaxrlhf import loop
 from jaxrlhf.config import (
     CriticConfig,
     GRPOConfig,
@@ -19,11 +18,12 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.data.batches import order
 from jaxrlhf.data.tokens import prompt_arrays
-from jaxrlhf.programs import minibatch_rows
-from jaxrlhf.setup import setup
-from jaxrlhf.sharding import make_mesh, put_rows
+from jaxrlhf.mesh.sharding import make_mesh, put_rows
+from jaxrlhf.run import loop
+from jaxrlhf.run.programs import minibatch_rows
+from jaxrlhf.run.setup import setup
 from jaxrlhf.steps.iteration import make_iteration
-from jaxrlhf.steps.scoring import reward
+from jaxrlhf.steps.score import reward
 
 STEPS = 3
 KINDS = {

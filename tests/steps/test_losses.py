@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf import masked
 from jaxrlhf.algorithms import Algorithm, ppo, process_reward_model, reward_model, sft
 from jaxrlhf.config import (
     OptimConfig,
@@ -15,9 +14,11 @@ from jaxrlhf.config import (
     RewardModelConfig,
     SFTConfig,
 )
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import PreferenceBatch, TokenBatch, TrainState
+from jaxrlhf.data.batches import token_batch
 from jaxrlhf.data.formats import Completion
-from jaxrlhf.data.packing import token_batch
-from jaxrlhf.data.sequences import packed_batch
+from jaxrlhf.data.packing import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.steps.losses import (
     candidate_logp,
@@ -30,9 +31,8 @@ from jaxrlhf.steps.losses import (
     reward_model_loss,
     sft_loss,
 )
-from jaxrlhf.steps.scoring import reward, score
-from jaxrlhf.steps.updating import make_optimizer, make_update
-from jaxrlhf.types import PreferenceBatch, TokenBatch, TrainState
+from jaxrlhf.steps.score import reward, score
+from jaxrlhf.steps.update import make_optimizer, make_update
 
 P = 4
 PPO = ppo(PPOConfig(entropy_coef=0.01))

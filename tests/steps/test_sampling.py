@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import MeshConfig, SampleConfig
+from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.sharding import make_mesh, put_rows, shardings
-from jaxrlhf.steps.draws import truncate
-from jaxrlhf.steps.sampling import decode_layout, log_prob, sample
-from jaxrlhf.steps.scoring import score, value
+from jaxrlhf.steps.sample import decode_layout, log_prob, sample, truncate
+from jaxrlhf.steps.score import score, value
 
 NEW = 8
 KEY = jax.random.key(3)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps import scoring
-from jaxrlhf.steps.scoring import forward, last_token, reward, score, value
+from jaxrlhf.steps import score as scoring
+from jaxrlhf.steps.score import forward, last_token, reward, score, value
 
 T = 12
 TOKEN = jnp.array(np.random.default_rng(0).integers(0, 300, (3, T)), jnp.int32)

@@ -1,0 +1,432 @@
+"""The ``jaxrlhf`` command: every subcommand, from words to a call of the room that does the work.
+
+``--help`` must answer at once: what takes long to import is imported by the command that needs it.
+"""
+
+import difflib
+import gc
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from jaxrlhf.core.errors import InputError
+
+TURN = 5e-4
+"""Seconds that a thread may keep the interpreter while another waits for it; Python's: 5e-3."""
+
+YOUNG = 100_000
+"""New objects before the garbage collector looks through them; Python's: 700."""
+
+
+def settle() -> None:
+    """Interpreter settings for a process that is this command's alone: its start is shorter.
+
+    Weights are read while modules are imported and programs traced; reading gives the interpreter
+    away at each call into numpy, and would have it back 5 ms later. What is imported and traced
+    stays, and the collector would go through all of it again and again.
+    """
+    sys.setswitchinterval(TURN)
+    gc.set_threshold(YOUNG, 10, 10)
+
+
+def prepare_jax() -> None:
+    """Environment variables that JAX reads when it is imported; what the user has set stays."""
+    defaults = {
+        "JAX_COMPILATION_CACHE_DIR": str(compile_cache()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that torch is missing is no news
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def compile_cache() -> Path:
+    """Where compiled programs are kept: a folder a jaxlib version and processor.
+
+    Code compiled for one processor may use instructions that another lacks.
+    """
+    import hashlib
+    import platform
+    from importlib.metadata import version
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    kind = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    text = "\n".join([platform.machine(), platform.processor(), *sorted(kind)])
+    cpu = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path.home() / ".cache" / "jaxrlhf" / "xla" / f"{version('jaxlib')}-{cpu}"
+
+
+def env() -> None:
+    """Print the versions that matter in a bug report, and the devices."""
+    prepare_jax()
+    import platform
+    from importlib.metadata import version
+
+    import jax
+
+    print(f"{'python':<18}{platform.python_version()}")
+    for name in (
+        "jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
+    ):  # fmt: skip
+        print(f"{name:<18}{version(name)}")
+    kinds = [device.device_kind for device in jax.devices()]
+    count = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
+    print(f"{'devices':<18}{count} ({jax.default_backend()}, {jax.process_count()} process)")
+
+
+def typed(command: Callable[..., None]) -> Callable[[list[str]], None]:
+    """A function of words that parses them by the signature and docstring of ``command``."""
+
+    def run(words: list[str]) -> None:
+        tyro.cli(command, prog=f"jaxrlhf {command.__name__}", args=words)
+
+    return run
+
+
+def plan(words: list[str]) -> None:
+    """Load CONFIG, change it by the words after it, and say what it would take on a topology."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="jaxrlhf plan",
+        usage="jaxrlhf plan CONFIG --topology NAME [options] [--dotted.key value …]",
+        description="Compile what CONFIG would run, for devices that need not be here, and print "
+        "bytes, exchanges, FLOPs and a lower bound of the time of every step. Reads neither data "
+        "nor tokenizer nor weights. Ends with status 2 if a step does not fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 (chips along each dimension); cpu:8, "
+        "h100:8, h200:8 (fake CPU devices); here",
+    )
+    parser.add_argument("--mean-length", type=float, metavar="TOKENS", help="of a response; "
+        "without it every response is as long as it may be")  # fmt: skip
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a device, if not its own")
+    parser.add_argument("--search", action="store_true", help="rank other meshes, microbatches")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given, changes = parser.parse_known_args(words)
+    from jaxrlhf.study.plan.topology import environment, parse
+
+    topology = parse(given.topology)
+    if given.mean_length is not None and not 1 <= given.mean_length < math.inf:
+        raise InputError(
+            f"--mean-length {given.mean_length:g}: must be at least 1 token, and finite"
+        )
+    if given.memory is not None and not 0 < given.memory < math.inf:
+        raise InputError(f"--memory {given.memory:g}: must be above 0 GiB, and finite")
+    from jaxrlhf.config import check, is_on_policy, load
+
+    config = load(given.config, changes)
+    check(config)
+    mean, most = given.mean_length, config.sample.max_new_tokens
+    if mean is not None and is_on_policy(config) and mean > most:
+        raise InputError(f"--mean-length {mean:g}: above sample.max_new_tokens={most}: lower it")
+    os.environ.update(environment(topology, os.environ.get("XLA_FLAGS", "")))
+    prepare_jax()
+    from jaxrlhf.study.plan.command import run
+
+    run(config, topology, given.mean_length, given.memory, given.search, not given.json)
+
+
+def report(
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN…")],
+    output: str = "",
+) -> None:
+    """Write one page about a run, or about several side by side, that needs no network to be read.
+
+    Args:
+      runs: output folders of runs.
+      output: the .html file; report.html in the folder of a single run, if empty.
+    """
+    from jaxrlhf.run.report import write_report
+
+    print(write_report(runs, output))
+
+
+def diagnose(
+    run: Annotated[Positional[str], arg(metavar="RUN")], json: bool = False, strict: bool = False
+) -> None:
+    """Say what is wrong with a run, finished or not, by what it has written down.
+
+    Prints each finding with its evidence and remedy, and writes them to RUN/diagnosis.json.
+
+    Args:
+      run: the output folder of a run.
+      json: print the contents of diagnosis.json instead.
+      strict: exit with status 1 if there is a problem; warnings are none.
+    """
+    from jaxrlhf.study.diagnose import examine, read_history
+    from jaxrlhf.study.diagnose.show import save, show, to_json
+
+    history = read_history(run)
+    findings = examine(history)
+    if json:
+        print(to_json(history, findings))
+    else:
+        show(run, history, findings)
+    save(run, history, findings)
+    if strict and any(finding.severity == "problem" for finding in findings):
+        raise SystemExit(1)
+
+
+def train(words: list[str]) -> None:
+    """Load CONFIG, change it by the words after it, check it, train."""
+    from jaxrlhf.config import Config, check, load, override
+
+    if words[:1] in (["-h"], ["--help"]):
+        override(Config(), ["--help"])
+    if not words or words[0].startswith("-"):
+        raise InputError("train: CONFIG, the path of a YAML file, comes first")
+    config = load(words[0], words[1:])
+    check(config)
+    prepare_jax()
+    from jaxrlhf.models.read import read_ahead
+
+    read_ahead(config.model)
+    from jaxrlhf.mesh import processes as distributed
+    from jaxrlhf.run import loop
+
+    with distributed.together(config.distributed) as watchdog:
+        loop.train(distributed.placeless(config), feed=watchdog.feed)
+
+
+def demo(output: str = "", tiny: bool = False, seed: int = 0) -> None:
+    """Train a small model from sampling to evaluation, and show what it has learnt.
+
+    Args:
+      output: folder that the runs are written to; runs/demo, or runs/tiny, if empty.
+      tiny: a model of a few thousand parameters, in seconds; shows that everything works.
+      seed: every draw follows from it.
+    """
+    prepare_jax()
+    from jaxrlhf.apps.demo import run
+
+    run(output, tiny, seed)
+
+
+def pipeline(
+    config: Annotated[Positional[str], arg(metavar="CONFIG")],
+    output: str = "",
+    seed: int | None = None,
+) -> None:
+    """Carry out the stages that a YAML file lists: data, runs, evaluations.
+
+    A stage that is done is not done again, one that was interrupted goes on.
+
+    Args:
+      config: the YAML file.
+      output: folder of the stages, in place of the file's.
+      seed: every draw follows from it; in place of the file's.
+    """
+    from jaxrlhf.config import load_pipeline
+
+    stages = load_pipeline(config, output, seed)
+    prepare_jax()
+    from jaxrlhf.apps.pipeline import run_pipeline
+
+    run_pipeline(stages)
+
+
+def generate(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    prompt: tuple[str, ...] = (),
+    n: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    reward: str = "",
+    reward_model: str = "",
+    keep: Literal["all", "best", "resample"] = "all",
+    beta: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Complete prompts, as plain text, and print the completions, one after the other.
+
+    Args:
+      model: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
+      prompt: one or more texts to complete.
+      n: completions a prompt.
+      temperature: logits are divided by this; 0 takes the likeliest token.
+      max_new_tokens: most tokens of a completion.
+      reward: a function that judges completions: sentiment, or package.module:function.
+      reward_model: instead, a reward model: the folder of its run, or of a sequence classifier.
+      keep: of a prompt's completions all, the best by the reward, or one drawn in proportion to
+        exp(reward / beta).
+      beta: of that draw, reward units a nat.
+      seed: every draw follows from it.
+    """
+    from jaxrlhf.config import RewardConfig, SampleConfig, check_sample
+
+    if not prompt:
+        raise InputError("--prompt: missing: give at least one text to complete")
+    if reward and reward_model:
+        raise InputError("--reward and --reward-model: give one of them")
+    wish = SampleConfig(n=n, temperature=temperature, max_new_tokens=max_new_tokens)
+    check_sample(wish)
+    prepare_jax()
+    from jaxrlhf.apps.generate import complete
+
+    judge = RewardConfig(reward, reward_model) if reward or reward_model else None
+    for row in complete(model, prompt, wish, judge, keep, beta, seed):
+        for text, score in row:
+            print(text if score is None else f"{score:.3f}\t{text}")
+
+
+def evaluate(words: list[str]) -> None:
+    """Measure MODEL on held-out prompts, beside what it must beat, and print the figures."""
+    from jaxrlhf.config import parse_evaluate
+
+    wish = parse_evaluate(words)
+    prepare_jax()
+    from jaxrlhf.study.evaluate import evaluate_model, table
+
+    print(table(evaluate_model(wish)))
+
+
+def export(
+    run: Annotated[Positional[str], arg(metavar="RUN")],
+    out: Annotated[Positional[str], arg(metavar="OUT")],
+) -> None:
+    """Write the policy of a run as a folder that transformers, vLLM and llama.cpp can load.
+
+    A reward model becomes a …ForSequenceClassification with one label.
+
+    Args:
+      run: the output folder of a run, or whatever else is a model.
+      out: a new folder.
+    """
+    prepare_jax()
+    from jaxrlhf.config import ProcessRewardModelConfig
+    from jaxrlhf.core.files import writing
+    from jaxrlhf.models.hf import check_new, write_hf
+    from jaxrlhf.models.load import is_run, load_model, run_config, scores_texts
+
+    scores = scores_texts(run)
+    if is_run(run) and isinstance(run_config(run).algorithm, ProcessRewardModelConfig):
+        raise InputError(f"{run}: a process reward model; transformers has no such class")
+    check_new(out)
+    model, params, tokenizer = load_model(run)
+    if not scores:  # a head would be a critic's
+        params = {name: part for name, part in params.items() if name != "head"}
+    with writing(out):
+        write_hf(out, model.decoder, params, tokenizer, head=scores)
+    if scores and (bias := float(params["head"]["bias"])):
+        print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
+
+
+def serve(
+    what: Annotated[Positional[str], arg(metavar="RUN|FUNCTION")],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch_size: int = 32,
+    concurrency: int = 1,
+    header_env: str = "",
+    max_tokens: int | None = None,
+) -> None:
+    """Serve rewards by HTTP, as docs/reward_service.md describes, until interrupted.
+
+    Args:
+      what: the output folder of a reward-model run, the Hugging Face folder of a sequence
+        classifier with one label, or package.module:function.
+      host: where to listen; 0.0.0.0 is everywhere.
+      port: where to listen; 0 takes a free one.
+      batch_size: rows that a reward model scores at once.
+      concurrency: requests that a function is asked at once.
+      header_env: environment variable with the value that requests must have in their header
+        Authorization; empty lets everybody in.
+      max_tokens: most tokens of a row that a reward model scores; None: as its run was trained, or
+        up to 1,024 for a folder.
+    """
+    prepare_jax()
+    from jaxrlhf.apps import serve as serving
+
+    with serving.serve(what, host, port, batch_size, concurrency, header_env, max_tokens) as server:
+        print(f"{what} → {server.url}", flush=True)
+        server.serve_forever()
+
+
+def tasks(words: list[str]) -> None:
+    """Write tasks of reasoning-gym as rows of data."""
+    from jaxrlhf.data import tasks
+
+    typed(tasks.tasks)(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+      words: the command line without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+      The exit status: 0, 2 after bad input (one line ``error: …`` on stderr), 130 after Ctrl-C.
+    """
+    if words is None:  # the process is ours
+        settle()
+        words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    try:
+        find(words[0])(list(words[1:]))
+    except (InputError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """The help of the command as a whole."""
+    width = max(map(len, COMMANDS)) + 4
+    lines = (f"  {name:<{width}}{text}" for name, (text, _) in COMMANDS.items())
+    return "\n".join(
+        [
+            "usage: jaxrlhf COMMAND …",
+            "",
+            "Reinforcement learning from human feedback in JAX.",
+            "",
+            *lines,
+            "",
+            "jaxrlhf COMMAND --help lists what a command takes.",
+        ]
+    )
+
+
+def find(name: str) -> Callable[[list[str]], None]:
+    """The subcommand called ``name``, a function of the words after it."""
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        known = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
+        raise InputError(f"{name}: unknown command ({known})")
+    return COMMANDS[name][1]
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "train": ("train as a YAML file says: train CONFIG [--dotted.key value …]", train),
+    "plan": ("what a run takes, on devices not at hand: plan CONFIG --topology NAME", plan),
+    "demo": ("a whole training run in minutes, on a CPU too: demo [--tiny]", typed(demo)),
+    "pipeline": ("several runs, one after the other, as a YAML file says", typed(pipeline)),
+    "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
+    "eval": ("held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", evaluate),
+    "report": ("a page about a run, or several compared: report RUN…", typed(report)),
+    "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
+    "diagnose": ("what is wrong with a run, why, and what to do: diagnose RUN", typed(diagnose)),
+    "serve": ("rewards by HTTP: serve RUN|package.module:function", typed(serve)),
+    "tasks": ("tasks of reasoning-gym as rows of data: tasks TASK OUT", tasks),
+    "env": ("versions and devices", typed(env)),
+}

@@ -1,0 +1,185 @@
+"""Preference data out of nothing but a policy and a judge: sample, score, compare."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.config import ModelConfig, PreferencesConfig, SampleConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import write_atomic
+from jaxrlhf.data.batches import held_out_batches
+from jaxrlhf.data.formats import read_prompts
+from jaxrlhf.data.rows import read_rows
+from jaxrlhf.data.text import decode_rollout, repeat
+from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
+from jaxrlhf.mesh.sharding import put_rows, row_shards
+from jaxrlhf.models.load import Loader, tokenizer_path
+from jaxrlhf.models.tokenizer import ends_of, load_tokenizer
+from jaxrlhf.rewards.functions import call, resolve
+from jaxrlhf.steps.sample import sample
+
+STREAM = 2**24
+"""Numbers of completions that one file has to itself."""
+
+
+def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -> dict[str, int]:
+    """Write train.jsonl and eval.jsonl, and return how many pairs each holds.
+
+    Beside them stand the same completions as rankings (train_ranked.jsonl, eval_ranked.jsonl) and
+    as scored answers (train_scored.jsonl, eval_scored.jsonl); ``ROWS`` says what a row of each is.
+
+    Args:
+      seed: every draw follows from it and from the completion's number in its file, whatever
+        batch it is in.
+
+    Raises:
+      InputError: no pair is found for one of the two; nothing is written then.
+    """
+    loader = Loader(mesh)
+    model = ModelConfig(path=config.model)
+    network = loader.base(model, seed)
+    tokenizer = load_tokenizer(tokenizer_path(model))
+    stop, pad = ends_of(tokenizer)
+    settings = SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, stop=stop, pad=pad)
+    draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
+    judge = resolve(config.judge)
+    groups: dict[str, list[Group]] = {"train": [], "eval": []}
+    drawn: list[tuple[str, Encoded, int]] = []  # file, prompt, number of its first completion
+    jobs = {"train": (config.train, config.train_rounds), "eval": (config.eval, config.eval_rounds)}
+    for job, (name, (source, rounds)) in enumerate(jobs.items()):
+        rows = read_prompts(read_rows(source), tokenizer)
+        vocab = network.model.decoder.vocab
+        prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items * rounds
+        drawn += [(name, x, job * STREAM + i * config.n) for i, x in enumerate(prompts)]
+    for row_Q, real_Q in held_out_batches(len(drawn), config.batch_size, row_shards()):
+        names, prompts, first_Q = zip(*(drawn[i] for i in row_Q), strict=True)
+        arrays = put_rows(prompt_arrays(prompts, config.max_prompt_tokens, settings.pad), mesh)
+        row_B = (np.array(first_Q)[:, None] + np.arange(config.n)).ravel().astype(np.int32)
+        host = jax.device_get(draw(*arrays, jax.random.key(seed), settings, row_B=row_B))
+        made = judged(config, judge, tokenizer, prompts, host, int(real_Q.sum()))
+        for name, group in zip(names, made, strict=False):
+            groups[name].append(group)
+    counts = {name: _count(name, some, config) for name, some in groups.items()}
+    for name, some in groups.items():
+        for end, rows_of in ROWS.items():
+            lines = [line for group in some for line in rows_of(group, config)]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_atomic(folder / f"{name}{end}.jsonl", text)
+    return {f"{name}_pairs": count for name, count in counts.items()}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of a prompt."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    scores: tuple[float, ...]
+    """The judge's; NaN where it has none."""
+    ended: tuple[bool, ...]
+    """False for a completion that was cut at its last token."""
+
+
+def judged(
+    config: PreferencesConfig,
+    judge: Any,
+    tokenizer: Any,
+    prompts: Sequence[Encoded],
+    rollout: Any,
+    real: int,
+) -> Iterator[Group]:
+    """The completions of one rollout with their scores, of its first ``real`` prompts."""
+    texts = repeat([prompt.source.text for prompt in prompts], config.n)  # type: ignore[union-attr]
+    completions = decode_rollout(tokenizer, rollout.token_BT, rollout.mask_BT, texts)
+    score_B = call(config.judge, judge, texts, completions, {})
+    for q in range(real):
+        rows = slice(q * config.n, (q + 1) * config.n)
+        yield Group(
+            texts[rows][0],
+            tuple(completions[rows]),
+            tuple(score_B[rows].tolist()),
+            tuple(map(bool, rollout.ended_B[rows])),
+        )
+
+
+def pairs_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+    """``{prompt, chosen, rejected, gap, chosen_ended, rejected_ended}``: the best with the worst,
+    the second with the second worst; ``gap`` is the judge's difference."""
+    known = [i for i in range(config.n) if math.isfinite(group.scores[i])]
+    order = sorted(known, key=lambda i: -group.scores[i])
+    for best, worst in zip(order[: len(order) // 2], order[::-1], strict=False):
+        gap = group.scores[best] - group.scores[worst]
+        if not gap >= config.min_gap:
+            continue
+        if not (group.completions[best].strip() and group.completions[worst].strip()):
+            continue
+        yield {
+            "prompt": group.prompt,
+            "chosen": group.completions[best],
+            "rejected": group.completions[worst],
+            "gap": round(gap, 4),
+            "chosen_ended": group.ended[best],
+            "rejected_ended": group.ended[worst],
+        }
+
+
+def _count(name: str, groups: Sequence[Group], config: PreferencesConfig) -> int:
+    """How many pairs there are; an InputError if there is none."""
+    count = sum(1 for group in groups for _ in pairs_of(group, config))
+    if count:
+        return count
+    score_B = np.array([score for group in groups for score in group.scores])
+    raise InputError(
+        f"preferences.{name}: no pairs: of {score_B.size} completions, n={config.n} a prompt, "
+        f"{config.judge} scored {np.isfinite(score_B).sum()}, and no two with words lie "
+        f"min_gap={config.min_gap:g} apart: lower min_gap, or raise n"
+    )
+
+
+def ranking_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+    """``{prompt, responses, ranks, scores, ended}``; equal scores tie."""
+    del config
+    kept = usable(group)
+    if len(kept) < 2:
+        return
+    scores = [group.scores[i] for i in kept]
+    yield {
+        "prompt": group.prompt,
+        "responses": [group.completions[i] for i in kept],
+        "ranks": [1 + sum(other > score for other in scores) for score in scores],
+        "scores": [round(score, 4) for score in scores],
+        "ended": [group.ended[i] for i in kept],
+    }
+
+
+def answers_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+    """``{prompt, completion, score, ended}``."""
+    del config
+    for i in usable(group):
+        yield {
+            "prompt": group.prompt,
+            "completion": group.completions[i],
+            "score": round(group.scores[i], 4),
+            "ended": group.ended[i],
+        }
+
+
+def usable(group: Group) -> list[int]:
+    """The completions with words and a score, each text once."""
+    kept: list[int] = []
+    for i, text in enumerate(group.completions):
+        new = text not in [group.completions[other] for other in kept]
+        if new and text.strip() and math.isfinite(group.scores[i]):
+            kept.append(i)
+    return kept
+
+
+ROWS = {"": pairs_of, "_ranked": ranking_of, "_scored": answers_of}
+"""What the rows of a file are, by the end of its name."""

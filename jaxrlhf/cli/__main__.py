@@ -1,7 +1,0 @@
-"""``python -m jaxrlhf.cli``."""
-
-import sys
-
-from jaxrlhf.cli import main
-
-sys.exit(main())

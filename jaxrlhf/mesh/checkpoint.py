@@ -1,0 +1,428 @@
+"""How a saved state is known again: name, kind and digest of every array, in a sealed note.
+
+Checkpoints read back: the newest whole one, which all processes agree on.
+
+Checkpoints that outlive kills, full disks and flipped bits.
+
+A checkpoint is ``<folder>/<step>/``: the arrays of the training state and, beside them, a JSON
+with the host's numbers and a digest of every array. A directory gets its number by a rename once
+it is whole; what was damaged later, the digests tell. Beside the steps, ``trash/`` holds old ones
+on their way out and ``damaged/`` those that ``restore`` had to pass over.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from jaxrlhf.config import CheckpointConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.processes import all_or_none
+
+
+@jax.jit
+def digest(x: Array) -> Array:
+    """A checksum of one array: Σ_i bits_i · (2i + 1) mod 2³², uint32 scalar.
+
+    ``bits_i`` is element i (row-major) read as an unsigned integer. Every weight is odd, so one
+    flipped bit, wherever it is, changes the sum; integer sums do not depend on their order, so
+    the digest does not depend on how the array is sharded.
+
+    Args:
+      x: any shape; a boolean, integer or floating-point dtype of 1, 2, 4 or 8 bytes.
+    """
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    index, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index, stride = index + along * jnp.uint32(stride % 2**32), stride * bits.shape[axis]
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their dotted path, such as ``policy.params.embed``.
+
+    Raises:
+      ValueError: two leaves share a path.
+    """
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
+    if len(named) < len(pairs):
+        raise ValueError("two leaves of the state share a dotted path")
+    return named
+
+
+def kind(x: Any) -> str:
+    """Dtype and shape of an array or ShapeDtypeStruct, such as ``float32[8, 4]``."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def describe(leaves: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
+    """Kind and digest of each named array, JSON-able."""
+    sums = jax.device_get(_digests(list(leaves.values())))
+    return {
+        name: {"kind": kind(x), "digest": int(total)}
+        for (name, x), total in zip(leaves.items(), sums, strict=True)
+    }
+
+
+def check_leaves(
+    path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], part: bool
+) -> None:
+    """Raise InputError for the first leaf that is not saved as it is wanted.
+
+    Args:
+      path: where it is saved.
+      saved: what ``describe`` said of each leaf.
+      wanted: arrays or ShapeDtypeStructs, by the same names.
+      part: leave what is saved beyond them unread.
+    """
+    extra = () if part else [name for name in saved if name not in wanted]
+    for name in (*wanted, *extra):
+        there = saved[name]["kind"] if name in saved else "absent"
+        here = kind(wanted[name]) if name in wanted else "absent"
+        if there != here:
+            raise InputError(
+                f"{path}: {name} is {there} there, {here} in this run; go back to the model and "
+                "optimizer of the run's config.yaml, or choose another output"
+            )
+
+
+def seal(note: Mapping[str, Any]) -> dict[str, Any]:
+    """``note`` as JSON holds it, with its SHA-256.
+
+    Raises:
+      TypeError: it is not JSON-able.
+    """
+    plain = json.loads(json.dumps(note))
+    return {"note": plain, "sha256": _sha256(plain)}
+
+
+def unseal(sealed: Mapping[str, Any]) -> dict[str, Any]:
+    """The note of a ``seal``.
+
+    Raises:
+      ValueError: it has changed since.
+    """
+    if sealed["sha256"] != _sha256(sealed["note"]):
+        raise ValueError("the note is not as it was saved")
+    return sealed["note"]
+
+
+def _sha256(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
+
+
+_digests = jax.jit(lambda leaves: [digest(x) for x in leaves])
+"""All leaves in one program: with some tens in flight, processes on CPUs would wait for ever."""
+
+
+log = logging.getLogger(__name__)
+
+Found = tuple[int, Any, dict[str, Any]]
+"""A restored checkpoint: step, state, host."""
+
+
+def load(folder: str | Path, abstract: Any) -> Found:
+    """(step, state, host) of the newest whole checkpoint, or of a part of its state; read only.
+
+    For evaluation and export; a trainer that writes to the same folder is not disturbed.
+
+    Args:
+      folder: ``checkpoints/`` of a run.
+      abstract: as for ``Checkpoints.restore``, but leaves it has not are not read.
+
+    Raises:
+      InputError: no checkpoint, none that is whole, or another tree, shape or dtype.
+    """
+    found, _ = newest(Path(folder).absolute(), abstract, part=True)
+    if found is None:
+        raise InputError(f"{folder}: holds no checkpoint; name the checkpoints/ of a run")
+    return found
+
+
+def newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list[int]]:
+    """The newest whole checkpoint (None if there is none at all), and the damaged ones before.
+
+    One that a single process finds damaged is damaged for all.
+    """
+    damaged: dict[int, str] = {}
+    for step in sorted(steps_in(folder), reverse=True):
+        try:
+            return (step, *_read(folder / str(step), abstract, part)), list(damaged)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a damaged file makes of its reader
+            damaged[step] = brief(error)
+            log.warning("%s/%d is DAMAGED, passing over it: %s", folder, step, damaged[step])
+    if damaged:
+        listed = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        raise InputError(
+            f"{folder}: every checkpoint is damaged ({listed}); bring one back from a backup, "
+            "or choose another output to start anew"
+        )
+    return None, []
+
+
+def _read(path: Path, abstract: Any, part: bool) -> tuple[Any, dict[str, Any]]:
+    """State and host of one checkpoint; any exception but InputError means that it is damaged."""
+    wanted = named_leaves(abstract)
+    leaves, note = all_or_none(lambda: _files(path, wanted, part))
+    found = describe(leaves)
+
+    def compare() -> None:
+        for name, is_now in found.items():
+            if is_now != note["leaves"][name]:
+                raise ValueError(f"{name} is not as it was saved")
+
+    all_or_none(compare)
+    restored = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
+    return restored, note["host"]
+
+
+def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays by name, and the note beside them. Each process reads for itself, waiting for none."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+
+    def restore(item: Any) -> Any:
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
+        ) as reader:
+            return reader.restore(path, args=item)
+
+    note = unseal(restore(ocp.args.Composite(host=ocp.args.JsonRestore()))["host"])
+    check_leaves(path, note["leaves"], wanted, part)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    how = {
+        name: ocp.ArrayRestoreArgs(
+            sharding=x.sharding or here, global_shape=tuple(x.shape), dtype=x.dtype
+        )
+        for name, x in wanted.items()
+    }
+    state = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=part)
+    return restore(ocp.args.Composite(state=state))["state"], note
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps on disk, whole or damaged; what is still being written has no number for a name."""
+    if not folder.is_dir():
+        return []
+    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
+
+
+def brief(error: Exception) -> str:
+    """An error in one line of bounded length; long ones have their cause at the end."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 240 else f"{text[:80]} … {text[-150:]}"
+
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, for the one trainer that writes them.
+
+    ``with Checkpoints(folder, config) as checkpoints:`` ends once the last save is on disk. Every
+    process of a multi-host run makes the same calls.
+
+    Attributes:
+      failed: saves that failed (a full disk, say); training goes on after each.
+
+    Raises:
+      InputError: the folder cannot be written, or ``config.keep`` is below 1.
+    """
+
+    def __init__(self, folder: str | Path, config: CheckpointConfig):
+        if config.keep < 1:
+            raise InputError(f"checkpoint.keep={config.keep}: choose 1 or more")
+        if "://" in str(folder):
+            raise InputError(f"output: {folder} is no folder; mount the bucket and name the mount")
+        self.folder = Path(folder).absolute()
+        self.failed = 0
+        self._keep = config.keep
+        self._manager: ocp.CheckpointManager | None = None
+        self._in_flight: int | None = None
+        self._saved: int | None = None
+        self._failure = ""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise InputError(
+                f"output: {folder} cannot be written ({error.strerror}); choose another folder"
+            ) from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if error is None:
+            self.wait()
+
+    def latest(self) -> int | None:
+        """The newest step on disk; a save in flight does not count."""
+        return max(steps_in(self.folder), default=None)
+
+    def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
+        """Copy ``state`` to the host and write it in the background; a step on disk is kept.
+
+        The arrays may be donated once this returns. A save that fails is a warning and a count,
+        and the next one tries again; only ``wait`` raises.
+
+        Args:
+          step: iterations done, later than the newest checkpoint.
+          state: pytree of jax arrays.
+          host: JSON-able numbers and texts that belong to ``state``.
+
+        Raises:
+          InputError: the folder holds a later step, as when a run starts without ``restore``.
+          TypeError: ``host`` is not JSON-able.
+        """
+        self._settle()
+        last = self.latest() if self._saved is None else self._saved
+        if step == last:
+            return
+        if last is not None and step < last:
+            where = f"{self.folder}: holds step {last}, and this run is at step {step}"
+            raise InputError(f"{where}; resume from there, or choose another output")
+        leaves = named_leaves(state)
+        note = seal({"step": step, "host": dict(host), "leaves": describe(leaves)})
+        self._in_flight = step
+        try:
+            if self._manager is None:
+                _sweep(self.folder)
+                self._manager = _writer(self.folder, self._keep)
+            items = {"state": ocp.args.PyTreeSave(leaves), "host": ocp.args.JsonSave(note)}
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # full or lost disk: the training is worth more than one save
+            self._fail(error)
+
+    def amend(self, host: Mapping[str, Any]) -> None:
+        """Replace the host's numbers of the last save; a kill leaves the old ones or the new.
+
+        Raises:
+          InputError: the last save, or this, could not be written.
+        """
+        self.wait()
+        path = self.folder / str(self.latest()) / "host" / "metadata"
+        if jax.process_index() == 0:
+            try:
+                note = unseal(json.loads(path.read_text()))
+                write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; make room and start again") from None
+
+    def restore(self, abstract: Any) -> Found | None:
+        """The newest checkpoint that is whole: (step, state, host); None if there is none at all.
+
+        A damaged step (a file cut, missing or changed) is passed over with a warning and moved to
+        ``damaged/``, so that the run can write that step again.
+
+        Args:
+          abstract: the state as it should come back: pytree of ShapeDtypeStruct with shardings
+            (none: the first device), on as many devices as there are now.
+
+        Raises:
+          InputError: every checkpoint is damaged, or the saved state has another tree, shape or
+            dtype than ``abstract`` (the message names the first difference).
+        """
+        found, damaged = newest(self.folder, abstract, part=False)
+        if found is None:
+            return None
+        self._saved = found[0]
+        multihost_utils.assert_equal(found[0], "the processes restored different steps")
+        for step in damaged if jax.process_index() == 0 else ():
+            (self.folder / "damaged").mkdir(exist_ok=True)
+            target = tempfile.mkdtemp(prefix=f"{step}-", dir=self.folder / "damaged")
+            os.replace(self.folder / str(step), target)
+            log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
+        multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+        return found
+
+    def wait(self) -> None:
+        """Block until the last save is on disk.
+
+        Raises:
+          InputError: it could not be written.
+        """
+        self._settle()
+        if self._failure:
+            raise InputError(
+                f"{self.folder}: {self._failure}; make room and start again: the run resumes from "
+                f"step {self.latest() or 0}"
+            )
+
+    def close(self) -> None:
+        """Finish the save in flight and end threads; ``wait`` tells of failures."""
+        self._settle()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _settle(self) -> None:
+        """Wait for the save in flight, see whether it came through, and empty the trash."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+            return
+        if self._in_flight is not None:
+            self._saved, self._in_flight, self._failure = self._in_flight, None, ""
+        _sweep(self.folder)
+
+    def _fail(self, error: Exception) -> None:
+        """Count and report a failed save, and give back its space; the next starts afresh."""
+        self.failed += 1
+        self._failure = f"step {self._in_flight} could not be saved ({brief(error)})"
+        log.warning("%s: %s; the next save tries again", self.folder, self._failure)
+        log.debug("the failed save", exc_info=error)
+        manager, self._manager, self._in_flight = self._manager, None, None
+        try:
+            if manager is not None:
+                manager.close()
+        except Exception as again:
+            log.debug("closing after a failed save: %s", again)
+        _sweep(self.folder)
+
+
+def _writer(folder: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.LatestN(keep),
+        todelete_subdir="trash",  # by a rename: no kill leaves half a step behind
+        # where a directory cannot be made: an error now, not threads that wait for 20 minutes
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        lightweight_initialize=True,  # reads nothing of older steps, which may be damaged
+    )
+    logging.getLogger("absl").addFilter(_not_orbax_traceback)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove deleted steps and what killed or failed saves have left."""
+    if jax.process_index() == 0:
+        for path in (folder / "trash", *folder.glob("*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _not_orbax_traceback(record: logging.LogRecord) -> bool:
+    """False for what each thread of a failing save logs: 250 lines around our one warning."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname

@@ -1,0 +1,300 @@
+"""What the processes of one run tell each other; a process alone has it all, and exchanges nothing.
+
+``fetch``, ``assemble``, ``any_process`` and ``all_or_none`` are collectives: every process calls
+them, in the same order.
+
+
+Several processes, one run: how they find each other.
+
+Who a process is comes from the first of these that says anything: the config's ``distributed``
+section, that is flags; the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+the cluster that started it, as JAX detects it (Open MPI, Slurm, TPU slices on GKE and on Cloud TPU
+VMs). Else it is alone, and nothing here does anything.
+"""
+
+import importlib.util
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrlhf.config import Config, DistributedConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.watchdog import GRACE, Deadline, Watchdog, end, guarded
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def own_share(count: int) -> slice:
+    """Which of ``count`` things this process does: a stretch of them, about as long on each."""
+    index, processes = jax.process_index(), jax.process_count()
+    return slice(count * index // processes, count * (index + 1) // processes)
+
+
+def assemble(part_R: np.ndarray, rows: slice, count: int) -> np.ndarray:
+    """``count`` float64 numbers out of the parts of them that the processes have.
+
+    Args:
+      part_R: this process's.
+      rows: where they belong; no number belongs to two processes.
+    """
+    whole_N = np.zeros(count)
+    whole_N[rows] = part_R
+    if jax.process_count() == 1:
+        return whole_N
+    bits = multihost_utils.process_allgather(whole_N.view(np.uint32))  # jax has no float64
+    return np.ascontiguousarray(bits).view(np.float64).reshape(-1, count).sum(0)
+
+
+def any_process(here: bool) -> bool:
+    """Whether it is so on at least one process."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.array(here)).any())
+
+
+def all_or_none(work: Callable[[], Any]) -> Any:
+    """What ``work``, which exchanges nothing, returns; if it fails on a process, it fails on all.
+
+    Raises:
+      Exception: whatever it raised here.
+      ValueError: it failed on another process.
+    """
+    failed, result = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failed = error
+    anywhere = any_process(failed is not None)
+    if failed is not None:
+        raise failed
+    if anywhere:
+        raise ValueError("another process has failed")
+    return result
+
+
+def pace(tree: Any) -> Any:
+    """The same arrays, waited for where it must be: processes on CPUs exchange nothing any more,
+    and wait for ever, once some tens of programs are in flight."""
+    several = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    return jax.block_until_ready(tree) if several else tree
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and the terminal."""
+    return jax.process_index() == 0
+
+
+PARTS = (
+    ("coordinator", "JAX_COORDINATOR_ADDRESS"),
+    ("processes", "JAX_NUM_PROCESSES"),
+    ("process", "JAX_PROCESS_ID"),
+)
+"""What a process has to be told: fields of the config, and the variables that say the same."""
+
+LATE = (
+    "not all processes are there: is process 0 up and its port open, did you start every worker, "
+    "all with the same --processes?"
+)
+"""What may be wrong where some never come."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among all.
+
+    Args:
+      coordinator: HOST:PORT at which process 0 listens.
+      processes: how many there are.
+      process: the number of this one, from 0.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+
+
+def place(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
+    """Where this process stands, by flags and variables; None if neither says anything.
+
+    Raises:
+      InputError: one of the three is missing, is no number or is out of range.
+    """
+    unset = DistributedConfig()
+    given: dict[str, tuple[str, Any]] = {}
+    for name, variable in PARTS:
+        if (value := getattr(config, name)) != getattr(unset, name):
+            given[name] = (f"distributed.{name}", value)
+        elif environ.get(variable):
+            given[name] = (variable, environ[variable])
+    if not given:
+        return None
+    for name, variable in PARTS:
+        if name not in given:
+            others = " and ".join(source for source, _ in given.values())
+            raise InputError(
+                f"distributed.{name}: missing, though {others} is given: give all three "
+                f"(--{name}, or {variable}), or none, to have the cluster detected"
+            )
+    source, coordinator = given["coordinator"]
+    if not re.fullmatch(r"\S+:\d+", coordinator) or int(coordinator.rpartition(":")[2]) > 65535:
+        raise InputError(f"{source}={coordinator}: must be HOST:PORT of process 0")
+    processes, process = (_whole(*given[name]) for name in ("processes", "process"))
+    if processes < 1:
+        raise InputError(f"{given['processes'][0]}={processes}: must be at least 1")
+    if not 0 <= process < processes:
+        raise InputError(
+            f"{given['process'][0]}={process}: with {processes} processes they are 0 to "
+            f"{processes - 1}"
+        )
+    return Place(coordinator, processes, process)
+
+
+def _whole(source: str, value: Any) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f"{source}={value}: must be a whole number") from None
+
+
+def placeless(config: Config) -> Config:
+    """``config`` without what tells one process from another: the same on all of them."""
+    unset = DistributedConfig()
+    same = {name: getattr(unset, name) for name, _ in PARTS}
+    return replace(config, distributed=replace(config.distributed, **same))
+
+
+def cluster(environ: Mapping[str, str]) -> str:
+    """What started this process as one of several, as its variables say; "" if none does."""
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
+    slices = environ.get("MEGASCALE_NUM_SLICES") or "1"
+    in_step = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
+    sizes = {
+        "Open MPI": environ.get("OMPI_COMM_WORLD_SIZE")
+        if "OMPI_MCA_orte_hnp_uri" in environ
+        else 0,
+        "Slurm": environ.get("SLURM_NTASKS") if in_step <= environ.keys() else 0,
+        "a TPU slice": len(hosts.split(",")) * int(slices),
+    }
+    return next((name for name, size in sizes.items() if int(size or 0) > 1), "")
+
+
+def initialise(config: DistributedConfig) -> int:
+    """Bring up the processes of a run; must come before any other use of devices.
+
+    Returns:
+      How many there are.
+
+    Raises:
+      InputError: they cannot be told who they are, or did not all come up in time.
+    """
+    where = place(config, os.environ)
+    found = cluster(os.environ) if where is None else ""
+    if where is None and not found and not _may_have_tpu():
+        return 1
+    if where is not None and where.processes == 1:
+        return 1
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if where is not None:
+        _refuse_busy_port(where)
+        named = f"process {where.process} of {where.processes} at {where.coordinator}"
+        given = {
+            "coordinator_address": where.coordinator,
+            "num_processes": where.processes,
+            "process_id": where.process,
+            "cluster_detection_method": "deactivate",
+        }
+    else:
+        named, given = f"a process of {found or 'a TPU slice'}", {}
+    with Deadline(config.initialization_timeout, named, LATE):
+        try:
+            jax.distributed.initialize(
+                **given,
+                # JAX's own aborts without a word to the user: Deadline comes before it.
+                initialization_timeout=config.initialization_timeout + GRACE,
+                heartbeat_timeout_seconds=config.heartbeat,
+                shutdown_timeout_seconds=max(1, int(min(300, config.watchdog or 300))),
+            )
+        except ValueError as error:  # what JAX says where it detects no cluster
+            if where is None and not found:
+                return 1
+            raise InputError(
+                f"{named}: {_line(error)}: give --coordinator HOST:PORT --processes N --process I"
+            ) from None
+        except RuntimeError as error:
+            raise InputError(f"{named}: could not join the others: {_line(error)}") from None
+        if where is not None and jax.process_count() != where.processes:
+            raise InputError(
+                f"{named}: the backend has {jax.process_count()} processes: start all "
+                "with the same --processes"
+            )
+        count = jax.process_count()
+        here, there = jax.local_devices(), jax.device_count()
+    print(
+        f"process {jax.process_index()} of {count}: {len(here)} of {there} devices "
+        f"({here[0].device_kind})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return count
+
+
+def _may_have_tpu() -> bool:
+    """Whether JAX should look for a TPU slice, which no variable need tell."""
+    wanted = (getattr(jax.config, "jax_platforms", None) or "tpu").split(",")
+    return "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def _refuse_busy_port(where: Place) -> None:
+    """Process 0 listens at the port; JAX would share it with another run's process 0."""
+    port = int(where.coordinator.rpartition(":")[2])
+    if where.process == 0:
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            raise InputError(
+                f"distributed.coordinator={where.coordinator}: process 0 cannot listen there "
+                f"({error.strerror}): choose another port"
+            ) from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def together(config: DistributedConfig) -> Iterator[Watchdog]:
+    """Bring up the processes, watch over what is inside, and end all if one fails.
+
+    Yields:
+      A watchdog to be fed while the run goes on; an idle one for a process alone.
+    """
+    try:
+        count = initialise(config)
+    except InputError as error:
+        if jax.distributed.is_initialized():  # a half-made connection would hold up a tidy exit
+            end(f"error: {error}", 2)
+        raise
+    with Watchdog(config.watchdog if count > 1 else 0) as watchdog, guarded():
+        yield watchdog
+        if count > 1:
+            jax.distributed.shutdown()  # waits for the others; one that has failed never comes

@@ -1,0 +1,268 @@
+"""One mesh, and one table that says which logical axis lies along which of its axes.
+
+A weight, a batch and a KV cache name their logical axes where their shape is stated; ``RULES`` maps
+the names to mesh axes, and everything else follows from it.
+
+
+Frozen weights that lie in the hosts' memory, and on the devices only while a step reads them.
+
+A host keeps the pieces of its own devices, each split as it was, so nothing is sent between hosts.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrlhf.config import AXES, MeshConfig, across_slices, resolve_mesh, sizes_of
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Array, Params, TrainState
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp", "context"),
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "rank": None,
+    "length": "context",
+    "slots": None,
+    "activation": None,
+}
+"""Logical axis → mesh axes. ``activation`` is the embed axis of hidden states, whose rows are
+already split over fsdp; ``length`` that of tokens, ``slots`` that of the keys and values which they
+look at: each device has those of all tokens of its rows."""
+
+DECODE: Rules = {
+    **RULES,
+    "batch": ("data", "fsdp", "context"),
+    "embed": None,
+    "length": None,
+}
+"""For sampling. Weights are gathered over fsdp and context once a rollout instead of once a token;
+a token at a time there is no length to split, so context splits the rows, and with them the cache,
+further."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh data × fsdp × context × tensor over ``devices`` (default: all).
+
+    Raises:
+      InputError: if the axes do not multiply to the number of devices, or the devices do not lie in
+        ``config.slices`` groups of one size.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    laid = lay_out(resolve_mesh(config, len(devices)), devices)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def lay_out(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the mesh's order: each slice a block of it, neighbours along the last axes.
+
+    Args:
+      config: resolved.
+    """
+    by_process = _check_slices(config.slices, devices)
+    sizes = sizes_of(config)
+    outer = dict.fromkeys(AXES, 1) | {across_slices(config): config.slices}
+    inner = {name: size // outer[name] for name, size in sizes.items()}
+    split = {"allow_split_physical_axes": True}  # a torus may have fewer axes than the mesh
+    if config.slices == 1:
+        return mesh_utils.create_device_mesh(tuple(inner.values()), devices, **split)
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner.values()),
+        tuple(outer.values()),
+        devices,
+        process_is_granule=by_process,
+        **split,
+    )
+
+
+def _check_slices(slices: int, devices: Sequence[Any]) -> bool:
+    """Whether ``slices`` groups of devices are processes rather than what they call slices."""
+    if slices == 1 and tpu_slices(devices) > 1:
+        count = tpu_slices(devices)
+        raise InputError(f"mesh.slices=1: the devices lie in {count} TPU slices: set it to {count}")
+    named = Counter(getattr(device, "slice_index", 0) for device in devices)
+    hosts = Counter(device.process_index for device in devices)
+    if slices > 1 and slices not in (len(named), len(hosts)):
+        raise InputError(
+            f"mesh.slices={slices}: the devices lie in {len(named)} slices and {len(hosts)} "
+            "processes: give the number of one of them, or 1"
+        )
+    by_process = slices != len(named)
+    counts = sorted(set((hosts if by_process else named).values()))
+    if slices > 1 and len(counts) > 1:
+        raise InputError(
+            f"mesh.slices={slices}: the slices have {counts[0]} to {counts[-1]} devices: "
+            "they must have equally many"
+        )
+    return by_process
+
+
+def tpu_slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices devices lie in; 1 if they are not TPUs."""
+    tpus = (device for device in devices if device.platform == "tpu")
+    return len({getattr(device, "slice_index", 0) for device in tpus}) or 1
+
+
+def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+    """The partition of an array with these logical axes; an unknown name raises KeyError."""
+    return PartitionSpec(*(None if name is None else rules[name] for name in axes))
+
+
+def shardings(axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A tree of axis-name tuples → the same tree of NamedShardings."""
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, spec(names, rules)),
+        axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Array:
+    """Lay ``x`` out by its logical axes; the identity where no mesh is set (``jax.set_mesh``)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, rules))
+
+
+def constrain_tree(tree: Any, axes: Any, rules: Rules = RULES) -> Any:
+    """``constrain`` over a tree of arrays and the matching tree of axis-name tuples."""
+    return jax.tree.map(lambda x, names: constrain(x, names, rules), tree, axes)
+
+
+def config_of(mesh: Mesh) -> MeshConfig:
+    """The config that a mesh is of."""
+    return MeshConfig(**{name: mesh.shape[name] for name in AXES})
+
+
+def row_shards(rules: Rules = RULES) -> int:
+    """Pieces that the batch axis is split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in rules["batch"] or ())
+
+
+def length_shards() -> int:
+    """Pieces that whole rows' tokens are split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]
+
+
+def vocab_shards() -> int:
+    """Pieces that the vocabulary is split into under the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["tensor"]
+
+
+def devices_in_mesh() -> int:
+    """Devices of the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def row_layout(mesh: Mesh) -> NamedSharding:
+    """Where arrays with a leading row axis lie between the steps: rows over data·fsdp."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def few_rows_layout(mesh: Mesh, rows: int) -> NamedSharding:
+    """``row_layout`` if the rows divide by data·fsdp; else, as few prompts may, all everywhere."""
+    split = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return row_layout(mesh) if split else NamedSharding(mesh, PartitionSpec())
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, the same on every process, → global arrays laid out by ``few_rows_layout``."""
+
+    def place(x: Any) -> Array:
+        layout = few_rows_layout(mesh, x.shape[0])
+        return jax.make_array_from_callback(x.shape, layout, lambda i: np.asarray(x)[i])
+
+    return jax.tree.map(place, tree)
+
+
+def put(tree: Any, layout: Any) -> Any:
+    """Host arrays → global arrays, each with its sharding of the tree ``layout``."""
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: np.asarray(x)[i]),
+        tree,
+        layout,
+    )
+
+
+def train_state_shardings(tx: Any, params: Any, layout: Any, mesh: Mesh) -> TrainState:
+    """Shardings of a TrainState: optimizer moments lie where their parameters do.
+
+    Args:
+      params: the parameters' shapes (ShapeDtypeStruct or arrays).
+      layout: their shardings, the same tree.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        layout,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(params=layout, opt_state=moments, step=replicated, skipped=replicated)  # type: ignore[arg-type]
+
+
+def with_layout(tree: Any, layout: Any) -> Any:
+    """Shapes, with the shardings of a matching tree."""
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, layout
+    )
+
+
+HOST, DEVICE = "pinned_host", "device"
+"""What jax calls the two memories of a device that take part."""
+
+
+def to_host(params: Params, mesh: Mesh, field: str) -> Params:
+    """Arrays on the mesh → the same arrays in host memory; shapes with layouts likewise.
+
+    Args:
+      field: who asks for it, for the error.
+
+    Raises:
+      InputError: the mesh's devices have no such memory.
+    """
+    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise InputError(
+            f"{field}: {device.device_kind} devices have no {HOST} memory, only "
+            f"{', '.join(kinds)}: leave it out"
+        )
+    return jax.tree.map(lambda x: _move(x, HOST), params)
+
+
+def at_hand(params: Params) -> Params:
+    """The arrays on their devices: those in host memory are copied for as long as the result is
+    held, all others are as they are."""
+    return jax.tree.map(lambda x: _move(x, DEVICE) if on_host(x) else x, params)
+
+
+def on_host(x: Any) -> bool:
+    """Whether an array, or its shape with a layout, is in host memory."""
+    return x.sharding.memory_kind == HOST
+
+
+def _move(x: Any, kind: str) -> Any:
+    layout = x.sharding.with_memory_kind(kind)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+    return jax.device_put(x, layout)

@@ -1,0 +1,123 @@
+"""A process of several ends, and ends the others, when it fails or makes no progress.
+
+A process that fails leaves the others waiting in a collective. So it ends at once, without the
+tidying up that would wait for them; they hear no heartbeat from it any more, and end too.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import jax
+
+from jaxrlhf.core.errors import InputError
+
+FAILED = 13
+"""Exit status of a process that ends because the run cannot go on."""
+
+PATIENCE = 60
+"""Seconds until a process says that it still waits for the others."""
+
+GRACE = 5
+"""Seconds after which what is meant to end a process ends it in a rougher way."""
+
+
+class Deadline:
+    """``with Deadline(seconds, named, late):`` ends this process if what is inside takes longer.
+
+    Args:
+      seconds: most time that it may take.
+      named: who waits.
+      late: what may be wrong, told at the end.
+    """
+
+    def __init__(self, seconds: float, named: str, late: str):
+        wait = min(PATIENCE, seconds / 2)
+        text = f"{named}: still waiting for the others: did you start every worker?"
+        self._timers = [
+            threading.Timer(wait, print, (text,), {"file": sys.stderr, "flush": True}),
+            threading.Timer(seconds, end, (f"error: {named}: after {seconds:g} s {late}", 2)),
+        ]
+
+    def __enter__(self) -> None:
+        for timer in self._timers:
+            timer.daemon = True
+            timer.start()
+
+    def __exit__(self, *error: Any) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+
+class Watchdog:
+    """``with Watchdog(seconds) as watchdog:`` ends this process when nothing calls ``feed``.
+
+    Args:
+      seconds: most time between two calls of ``feed``; 0: there is no watchdog.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._fed = time.monotonic()
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        self.feed()
+        if self.seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.set()
+        if self.seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+    def feed(self) -> None:
+        """The run goes on."""
+        self._fed = time.monotonic()
+        if self.seconds:  # for C code that keeps the interpreter to itself, a regex say
+            faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self._fed > self.seconds:
+                faulthandler.dump_traceback(all_threads=True)
+                end(
+                    f"{_me()}: no progress for {self.seconds:g} s (distributed.watchdog): "
+                    "its stacks are above; all processes end"
+                )
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """End this process at once when what is inside raises, where others would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        done = isinstance(error, SystemExit) and not error.code
+        if done or not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, InputError):
+            end(f"error: {_me()}: {error}", 2)
+        if isinstance(error, KeyboardInterrupt):
+            end(f"{_me()}: interrupted; all processes end", 130)
+        traceback.print_exc()
+        end(f"{_me()}: failed; all processes end")
+
+
+def end(message: str, status: int = FAILED) -> NoReturn:
+    """Say why, and end this process without waiting for any other."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _me() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"

@@ -1,0 +1,303 @@
+"""Networks on the mesh: from a path to (model, weights, adapters).
+
+A path is whatever a user has: ``smollm2``, a Hugging Face folder, a .gguf file, or the output
+folder of a run. Weights of one path are read once and shared by all who use them; they are never
+donated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RewardModelConfig,
+    check_mesh,
+    has_critic,
+    is_on_policy,
+    is_reward_model,
+    load,
+    normalise_path,
+)
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Params, TrainState
+from jaxrlhf.mesh.checkpoint import load as load_checkpoint
+from jaxrlhf.mesh.sharding import (
+    config_of,
+    make_mesh,
+    put,
+    shardings,
+    to_host,
+    with_layout,
+)
+from jaxrlhf.models.read import is_reward_folder, read_decoder, read_weights
+from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
+from jaxrlhf.models.transformer import Model, combine_params, merge_lora
+
+
+def build(config: ModelConfig, head: bool = False) -> Model:
+    """The model that ``config`` describes: static, no weights are read; ``head`` as in ``read_hf``.
+
+    Raises:
+      InputError: if ``path`` and ``decoder`` are both missing, or the path holds no model.
+    """
+    decoder = config.decoder or read_decoder(config.path, head)
+    return Model(decoder=decoder, dtype=config.dtype, lora=config.lora, remat=config.remat)
+
+
+INIT = 0x7FFFFFFE
+"""Stream of initial weights, beside those of the steps."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with its arrays. ``params`` may hold a head; ``lora`` is None without adapters."""
+
+    model: Model
+    params: Params
+    lora: Params | None = None
+    step: int | None = None
+    """Iterations of the run that has trained it."""
+
+
+@dataclass
+class Loader:
+    """Reads networks onto one mesh, each path's weights once."""
+
+    mesh: Mesh
+    abstract: bool = False
+    """Give shapes with layouts in place of arrays, and read no weights."""
+    stand_in: ModelConfig | None = None
+    """Shape of a reward model whose run is not there yet; only on shapes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What a reward model computes in that is no run, whose config would say it."""
+    weights: dict[Any, Params] = field(default_factory=dict)
+
+    def base(self, config: ModelConfig, seed: int = 0, head: bool = False) -> Network:
+        """The weights a model starts from, without head and adapters.
+
+        Adapters of a run folder are merged into its weights. With ``head``, the path is the Hugging
+        Face folder of a reward model, which has one.
+        """
+        model = build(config, head)
+        check_layout(model, self.mesh)
+        key = (config.path, config.decoder, seed if config.decoder else None, head)
+        if key not in self.weights:
+            self.weights[key] = self._read(model, config, seed, head)
+        return Network(model, self.weights[key])
+
+    def _read(self, model: Model, config: ModelConfig, seed: int, head: bool) -> Params:
+        layout = shardings(model.axes(head), self.mesh)
+        if self.abstract:
+            return with_layout(model.shapes(head), layout)
+        if config.decoder is not None:
+            stream = jax.random.fold_in(jax.random.key(seed), INIT)
+            return jax.jit(model.init, out_shardings=layout)(stream)
+        if is_run(config.path):
+            network = self.trained(config.path)
+            body = {name: x for name, x in network.params.items() if name != "head"}
+            if network.lora is None:
+                return body
+            merged = jax.jit(merge_lora, static_argnums=0, out_shardings=layout)
+            return merged(network.model, body, network.lora)
+        return put(read_weights(config.path, head)[1], layout)
+
+    def config_of(self, folder: str) -> Config:
+        """The config of a run; a reward model's of the ``stand_in``'s shape if it is not there.
+
+        A reward model that is a Hugging Face folder has one with the defaults, but rows of up to
+        1,024 tokens.
+        """
+        if is_reward_folder(folder):
+            rows = DataConfig(max_tokens=min(1024, read_decoder(folder, head=True).context))
+            return Config(RewardModelConfig(), ModelConfig(folder, dtype=self.dtype), data=rows)
+        if self.abstract and self.stand_in and not is_run(folder):
+            return Config(algorithm=RewardModelConfig(), model=self.stand_in)
+        return run_config(folder)
+
+    def trained(self, folder: str) -> Network:
+        """The network that a run trained, from its newest checkpoint; or a reward model that is a
+        Hugging Face folder.
+
+        A reward model's scores are normalised as its checkpoint says (``normalise_on``).
+
+        Raises:
+          InputError: no checkpoint, or one of a reward model that is to be normalised and is not
+            yet.
+        """
+        config = self.config_of(folder)
+        if is_reward_folder(folder):
+            return self.base(config.model, head=True)
+        model, head = build(config.model), needs_head(config)
+        check_layout(model, self.mesh)
+        frozen = self.base(config.model, config.seed).params if model.lora else None
+        params = abstract_params(model, head, self.mesh)
+        if self.abstract:
+            return Network(model, *combine_params(params, frozen))
+        nothing: Any = ()  # the optimizer and its counts stay on disk
+        wanted = {"policy": TrainState(params, nothing, nothing, nothing)}
+        step, found, host = load_checkpoint(Path(folder) / "checkpoints", wanted)
+        params, lora = combine_params(found["policy"].params, frozen)
+        if normalise_path(config):
+            if "normalisation" not in host:
+                raise InputError(
+                    f"{folder}: its scores are not normalised yet: train it to its end"
+                )
+            head = normalised(params["head"], **host["normalisation"])
+            params = {**params, "head": head}
+        return Network(model, params, lora, step)
+
+
+def is_run(path: str) -> bool:
+    """Whether ``path`` is the output folder of a run."""
+    return not path.startswith("words:") and (Path(path) / "config.yaml").is_file()
+
+
+def scores_texts(path: str) -> bool:
+    """Whether ``path`` is a reward model: the folder of its run, or a Hugging Face folder."""
+    if is_run(path):
+        return is_reward_model(run_config(path))
+    return is_reward_folder(path)
+
+
+def run_config(folder: str) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+      InputError: if ``folder`` is not the output folder of a run.
+    """
+    if not is_run(folder):
+        raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
+    return load(Path(folder) / "config.yaml")
+
+
+def needs_head(config: Config) -> bool:
+    """Whether the network that a run trains carries the scalar head."""
+    if is_on_policy(config):
+        return has_critic(config) and config.critic.kind == "shared"
+    return is_reward_model(config)
+
+
+def normalised(head: Params, mean: float, std: float) -> Params:
+    """A scalar head whose score is (r − mean)/std, r being the given one's; std > 0."""
+    return {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}
+
+
+def trainable_axes(model: Model, head: bool) -> Any:
+    """Logical axes of what a TrainState of this model trains: all weights, or the adapters."""
+    if model.lora is None:
+        return model.axes(head)
+    scalar = {"head": model.axes(True)["head"]} if head else {}
+    return {"lora": model.lora_axes(), **scalar}
+
+
+def abstract_params(model: Model, head: bool, mesh: Mesh) -> Params:
+    """Shapes and layouts of what a TrainState of this model trains."""
+    params = model.shapes(head)
+    if model.lora is not None:
+        params = {"lora": model.lora_shapes(), **({"head": params["head"]} if head else {})}
+    return with_layout(params, shardings(trainable_axes(model, head), mesh))
+
+
+def starting(
+    network: Network, head: bool, seed: int, random_head: bool = False
+) -> tuple[Callable[..., Params], tuple[Any, ...]]:
+    """A function to be jitted, and its arguments: fresh trainable parameters for a network.
+
+    They are a copy of its weights, or adapters beside them. Head and adapters that the network
+    already has are taken over; else the head is zero, or drawn as a reward model's with
+    ``random_head``, and the adapters change nothing at first.
+    """
+    model = network.model
+
+    def start(key: Any, params: Params, lora: Params | None) -> Params:
+        stream = jax.random.fold_in(key, INIT)
+        fresh = model.init_head(jax.random.fold_in(stream, 2) if random_head else None)
+        scalar = {"head": params.get("head", fresh)} if head else {}
+        if model.lora is None:
+            body = {name: x for name, x in params.items() if name != "head"}
+            return jax.tree.map(jnp.copy, {**body, **scalar})
+        adapters = model.init_lora(jax.random.fold_in(stream, 1)) if lora is None else lora
+        return {"lora": jax.tree.map(jnp.copy, adapters), **jax.tree.map(jnp.copy, scalar)}
+
+    return start, (jax.random.key(seed), network.params, network.lora)
+
+
+def start_params(
+    network: Network, head: bool, seed: int, mesh: Mesh, random_head: bool = False
+) -> Params:
+    """Fresh trainable parameters for a network, laid out on the mesh; see ``starting``."""
+    start, given = starting(network, head, seed, random_head)
+    layout = shardings(trainable_axes(network.model, head), mesh)
+    return jax.jit(start, out_shardings=layout)(*given)
+
+
+def offloaded(network: Network, mesh: Mesh, field: str) -> Network:
+    """The network with its weights, not its adapters, in host memory; see ``offload.to_host``."""
+    return replace(network, params=to_host(network.params, mesh, field))
+
+
+def check_layout(model: Model, mesh: Mesh) -> None:
+    """The model's axes divide by the mesh's, or an InputError that names those that do not."""
+    check_mesh(config_of(mesh), model.decoder, mesh.size, rows=0)
+
+
+def check_context(config: Config, model: Model) -> None:
+    """The rows of a run fit into a model's context, or an InputError says how long they are."""
+    sampled = is_on_policy(config)
+    new = config.data.max_prompt_tokens + config.sample.max_new_tokens
+    tokens = new if sampled else config.data.max_tokens
+    if tokens > model.decoder.context:
+        fields = "max_prompt_tokens + sample.max_new_tokens" if sampled else "max_tokens"
+        raise InputError(
+            f"data.{fields} = {tokens} tokens exceed the model's context of "
+            f"{model.decoder.context}: lower them"
+        )
+
+
+def check_speaks_alike(field: str, network: Network, config: Config, policy: Model) -> None:
+    """Another network reads the policy's rows: same vocabulary, and a context that holds them."""
+    theirs, ours = network.model.decoder, policy.decoder
+    if theirs.vocab != ours.vocab:
+        raise InputError(
+            f"{field}: a vocabulary of {theirs.vocab}, and the policy's has {ours.vocab}: give one "
+            "with the policy's tokenizer"
+        )
+    check_context(config, network.model)
+
+
+def tokenizer_path(config: ModelConfig) -> str:
+    """Where a model's tokenizer comes from; a run folder names its own model's."""
+    path = config.tokenizer or config.path
+    return tokenizer_path(run_config(path).model) if is_run(path) else path
+
+
+def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]:
+    """(model, params, tokenizer) from a path, ready for the step functions.
+
+    Args:
+      path: smollm2, a Hugging Face folder (of a reward model too), a .gguf file, or the output
+        folder of a run, whose adapters are merged into the weights and whose head, if any, is kept.
+      mesh: where the parameters go (default: all devices along ``data``).
+
+    Raises:
+      InputError: if the path holds none of these, or holds it damaged.
+    """
+    loader = Loader(mesh or make_mesh(MeshConfig()))
+    config = ModelConfig(path=path)
+    trained = is_run(path) or is_reward_folder(path)
+    network = loader.trained(path) if trained else loader.base(config)
+    if network.lora is not None:
+        params = jax.jit(merge_lora, static_argnums=0)(network.model, network.params, network.lora)
+        network = Network(network.model, params)
+    tokenizer = load_tokenizer(tokenizer_path(config))
+    check_vocab(tokenizer, network.model.decoder)
+    return network.model, network.params, tokenizer

@@ -1,0 +1,92 @@
+"""From a path to weights, whatever format lies there; without JAX, whose import takes as long."""
+
+import functools
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import DecoderConfig, ModelConfig, load
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
+from jaxrlhf.models.hf import read_hf
+from jaxrlhf.models.hf_config import is_reward_model, read_config
+
+Weights = tuple[DecoderConfig, Any]
+"""A model's shape, and its parameters as float32 numpy arrays."""
+
+_begun: dict[str, Future[Weights]] = {}
+"""What is being read ahead, by path."""
+
+
+def is_reward_folder(path: str) -> bool:
+    """Whether ``path`` is a Hugging Face folder of a reward model: a …ForSequenceClassification."""
+    return is_reward_model(Path(path) / "config.json")
+
+
+def read_decoder(path: str, head: bool = False) -> DecoderConfig:
+    """The shape of the model at ``path``, from its header alone; ``head`` as in ``read_hf``."""
+    source = Path(path)
+    if (source / "config.yaml").is_file():
+        model = load(source / "config.yaml").model
+        return model.decoder or read_decoder(model.path)
+    if gguf := gguf_file(path):
+        return read_gguf_decoder(gguf)
+    return read_config(folder(path) / "config.json", head)
+
+
+def read_weights(path: str, head: bool = False) -> Weights:
+    """The model at ``path``; waits for the end of ``read_ahead`` where that has begun it.
+
+    ``head``: as in ``read_hf``.
+    """
+    if head:
+        return read_hf(folder(path), head)
+    return _begun.pop(path).result() if path in _begun else _read(path)
+
+
+def read_ahead(config: ModelConfig) -> None:
+    """Begins to read the weights that a run starts from, in a thread, for ``read_weights``.
+
+    What cannot be read is said there, not here. A process that ends does not wait for the thread.
+    """
+    if config.decoder is not None or (Path(config.path) / "config.yaml").is_file():
+        return  # made, or a run's own
+    begun: Future[Weights] = Future()
+
+    def work() -> None:
+        try:
+            begun.set_result(_read(config.path))
+        except BaseException as error:
+            begun.set_exception(error)
+
+    _begun[config.path] = begun
+    threading.Thread(target=work, name="read ahead", daemon=True).start()
+
+
+def _read(path: str) -> Weights:
+    if gguf := gguf_file(path):
+        return read_gguf(gguf)
+    return read_hf(folder(path))
+
+
+@functools.lru_cache(maxsize=8)
+def gguf_file(path: str) -> Path | None:
+    """The .gguf file that ``path`` means, if it means one."""
+    if path == "smollm2":
+        return smollm2_path()
+    return Path(path) if path.endswith(".gguf") else None
+
+
+def folder(path: str) -> Path:
+    """``path`` as an existing folder.
+
+    Raises:
+      InputError: if it is none.
+    """
+    if not path or not Path(path).is_dir():
+        raise InputError(
+            f"model.path={path!r}: no such folder; give smollm2, a Hugging Face folder, a .gguf "
+            "file or the output folder of a run"
+        )
+    return Path(path)

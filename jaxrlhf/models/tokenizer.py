@@ -1,0 +1,233 @@
+"""The tokenizer of a GGUF file of llama.cpp.
+
+Tokenizers: from a Hugging Face folder, a GGUF file, or a few words or characters."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from jaxrlhf.config.model import DecoderConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.models.gguf import File, field, open_gguf, smollm2_path
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+    "gpt-2": _GPT2,
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
+
+    Control tokens are special (``skip_special_tokens`` drops them); user-defined ones are single
+    tokens of plain text. BOS and EOS are added only if the file says so.
+
+    Raises:
+      InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
+    """
+    file = open_gguf(path)
+    model = file.fields.get("tokenizer.ggml.model")
+    pre = file.fields.get("tokenizer.ggml.pre")
+    if model != "gpt2":
+        raise InputError(f"{path}: tokenizer.ggml.model={model!r}; only gpt2 (byte-level BPE)")
+    if pre not in _PRE_TOKENIZERS:
+        raise InputError(
+            f"{path}: tokenizer.ggml.pre={pre!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
+        )
+    tokens, merges, types = (
+        field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
+    )
+    if len(types) != len(tokens):
+        raise InputError(
+            f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
+            "download it again"
+        )
+    ids = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    try:
+        bpe = models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe")
+    except Exception as error:
+        raise InputError(f"{path}: tokenizer.ggml.merges: {error}; download it again") from None
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in plain])
+    named = _named_tokens(file, tokens)
+    _add_ends(tokenizer, file, ids, named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=file.fields.get("tokenizer.chat_template"),
+        model_max_length=file.fields.get("llama.context_length"),
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        **named,
+    )
+
+
+def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
+    """bos_token, eos_token, pad_token and unk_token, those that the file names."""
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    named = {}
+    for name, key in keys.items():
+        i = file.fields.get(f"tokenizer.ggml.{key}_token_id")
+        if i is None:
+            continue
+        if not isinstance(i, int) or not 0 <= i < len(tokens):
+            raise InputError(
+                f"{file.path}: tokenizer.ggml.{key}_token_id={i!r} is not one of the "
+                f"{len(tokens)} tokens; download it again"
+            )
+        named[f"{name}_token"] = tokens[i]
+    return named
+
+
+def _add_ends(tokenizer: Tokenizer, file: File, ids: dict[str, int], named: dict[str, str]) -> None:
+    """Has BOS and EOS put around each text where the file asks for it."""
+    ends = [
+        named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None
+        for end in ("bos", "eos")
+    ]
+    if any(ends):
+        first, last = ends
+        template = [token for token in (first, "$A", last) if token]
+        used = [(token, ids[token]) for token in ends if token]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=used
+        )
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer; nothing is downloaded and no code from the folder is run.
+
+    Args:
+      path: ``smollm2``; a .gguf file; a Hugging Face folder with tokenizer.json; or
+        ``words:TEXT`` or ``chars:TEXT``, whose vocabulary is <pad>, <eos> and the distinct words or
+        characters of TEXT (for tiny models; one that is not in TEXT cannot be encoded).
+
+    Returns:
+      A tokenizer that pads on the left and has a pad token. Where the source names none it is the
+      end-of-sequence token: masks say what is padding, ids never do.
+
+    Raises:
+      InputError: no tokenizer is there, it cannot be read, or it has neither pad nor eos.
+    """
+    path = os.fspath(path)
+    if path.startswith("words:"):
+        return _words(path.removeprefix("words:"))
+    if path.startswith("chars:"):
+        return _chars(path.removeprefix("chars:"))
+    if path == "smollm2":
+        tokenizer = gguf_tokenizer(smollm2_path())
+    elif path.endswith(".gguf"):
+        tokenizer = gguf_tokenizer(path)
+    else:
+        tokenizer = _from_folder(Path(path))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"{path}: the tokenizer has neither pad_token nor eos_token; "
+                "name one in tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder}: no tokenizer.json; give smollm2, a .gguf file, a Hugging Face folder with "
+            "a fast tokenizer, words:TEXT or chars:TEXT"
+        )
+    try:
+        # Not AutoTokenizer: some of its classes rebuild what tokenizer.json says.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust parser raises bare Exception
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: tokenizer cannot be read ({reason})") from None
+
+
+def _words(text: str) -> PreTrainedTokenizerFast:
+    if not text.split():
+        raise InputError("words:: no words; write words: and the words, separated by spaces")
+    return _of_units(text.split(), pre_tokenizers.WhitespaceSplit())
+
+
+def _chars(text: str) -> PreTrainedTokenizerFast:
+    if not text:
+        raise InputError("chars:: no characters; write chars: and the characters, with the space")
+    single = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return _of_units(text, single, decoders.Fuse())
+
+
+def _of_units(
+    units: Iterable[str],
+    splitter: pre_tokenizers.PreTokenizer,
+    joiner: decoders.Decoder | None = None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of <pad>, <eos> and ``units``; joined by spaces if there is no ``joiner``."""
+    vocab = {unit: i for i, unit in enumerate(dict.fromkeys(["<pad>", "<eos>", *units]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = splitter
+    if joiner is not None:
+        tokenizer.decoder = joiner
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def ends_of(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], int]:
+    """The ids that end a response (its end-of-sequence, if any), and the id to pad with."""
+    eos: Any = tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id
+    return (() if eos is None else (int(eos),)), int(pad)
+
+
+def check_vocab(
+    tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig, stop: Iterable[int] = ()
+) -> None:
+    """Makes sure that every token has a row in the embedding.
+
+    Args:
+      stop: ids that end a response (``sample.stop``).
+
+    Raises:
+      InputError: the tokenizer has an id that is not below ``decoder.vocab``: jax would silently
+        read another token's row. Or ``stop`` has one, which would never be drawn.
+    """
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > decoder.vocab:
+        raise InputError(
+            f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
+            "use the model's own tokenizer"
+        )
+    for token in stop:
+        if token >= decoder.vocab:
+            raise InputError(
+                f"sample.stop: {token} is none of the model's {decoder.vocab} token ids: mend it, "
+                "or leave it out"
+            )

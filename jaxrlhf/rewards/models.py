@@ -1,0 +1,130 @@
+"""Reward models that judge what a policy has sampled: one, or several together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf.algorithms import aggregate_steps, ensemble_score
+from jaxrlhf.config import ProcessRewardModelConfig, RewardConfig, is_reward_model
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Array, Rollout
+from jaxrlhf.data.formats import mark_step_ends
+from jaxrlhf.mesh.processes import fetch
+from jaxrlhf.mesh.sharding import at_hand, on_host, put_rows
+from jaxrlhf.models.load import Loader, Network, offloaded
+from jaxrlhf.steps.score import reward, token_scores
+
+
+@dataclass(frozen=True)
+class Member:
+    """A reward model, ready to be asked."""
+
+    folder: str
+    network: Network
+    process: ProcessRewardModelConfig | None
+    """How a process reward model's steps are found and become one reward; None for others."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One source of reward that is made of reward models."""
+
+    members: tuple[Member, ...]
+    tokenizer: Any
+    mesh: Mesh
+    combine: Callable[[Array], Array]
+    """Scores [M, B] of the members → [B]."""
+
+    def __call__(self, rollout: Rollout) -> Array:
+        """The score of each row, [B], reward units; NaN where there is none.
+
+        Raises:
+          InputError: rows longer than a member's context.
+        """
+        score_MB = jnp.stack([self._ask(member, rollout) for member in self.members])
+        return self.combine(score_MB) if len(self.members) > 1 else score_MB[0]
+
+    def _ask(self, member: Member, rollout: Rollout) -> Array:
+        network, process = member.network, member.process
+        width, context = rollout.token_BT.shape[1], network.model.decoder.context
+        if width > context:
+            raise InputError(
+                f"reward model {member.folder}: rows of {width} tokens, and its context is "
+                f"{context}: lower the token limits of data and sample"
+            )
+        texts = (rollout.token_BT, rollout.attention_mask_BT)
+        rows = (network.model, at_hand(network.params), *texts)
+        if process is None:
+            score_B = _reward(*rows, network.lora)
+        else:
+            end_BT = step_ends_of(rollout, self.tokenizer, process.separator, self.mesh)
+            score_BT = _token_scores(*rows, network.lora)
+            score_B = _aggregate(score_BT, end_BT, process.aggregate)
+        if any(map(on_host, jax.tree.leaves(network.params))):
+            jax.block_until_ready(score_B)  # one copy goes before the next member's comes
+        return score_B
+
+
+def load_scorer(
+    config: RewardConfig, loader: Loader, tokenizer: Any, vocab: int | None, field: str
+) -> Scorer:
+    """The reward model, or the ensemble of them, that a reward config names.
+
+    Members that are adapters over one set of weights share it: ``loader`` reads it once.
+
+    Args:
+      vocab: tokens of the policy's vocabulary, which a member must share; None if there is none.
+      field: the config's dotted name, for errors.
+
+    Raises:
+      InputError: a folder that holds no reward model, or one with another vocabulary; an ensemble
+        of process reward models and others.
+    """
+    name = "ensemble" if config.ensemble else "model"
+    members = []
+    for folder in config.ensemble or (config.model,):
+        trained = loader.config_of(folder)
+        if not is_reward_model(trained):
+            raise InputError(
+                f"{field}.{name}={folder}: a run of {trained.algorithm.name}: give the folder "
+                "of a reward-model run"
+            )
+        network = loader.trained(folder)
+        if config.offload:
+            network = offloaded(network, loader.mesh, f"{field}.offload")
+        theirs = network.model.decoder.vocab
+        if theirs != (vocab or theirs):
+            raise InputError(
+                f"{field}.{name}={folder}: its vocabulary has {theirs} tokens, the "
+                f"policy's {vocab}: train it on the policy's tokenizer"
+            )
+        kind = trained.algorithm
+        process = kind if isinstance(kind, ProcessRewardModelConfig) else None
+        members.append(Member(folder, network, process))
+        if (members[0].process is None) != (process is None):
+            raise InputError(
+                f"{field}.{name}={folder}: a run of {kind.name}, and its scores cannot be combined "
+                f"with those of {config.ensemble[0]}: process reward models score in "
+                "probabilities, the others have a scale of their own: give members of one kind"
+            )
+    combine = jax.jit(partial(ensemble_score, combine=config.combine, k=config.k))
+    return Scorer(tuple(members), tokenizer, loader.mesh, combine)
+
+
+def step_ends_of(rollout: Rollout, tokenizer: Any, separator: str, mesh: Mesh) -> Array:
+    """1 at the last token of every step of the responses, [B, T]; see ``data.steps``.
+
+    The separator is found in the text of the tokens, on the host.
+    """
+    token_BT, mask_BT = fetch((rollout.token_BT, rollout.mask_BT))
+    return put_rows(mark_step_ends(token_BT, mask_BT, tokenizer, separator), mesh)
+
+
+_reward: Callable[..., Array] = jax.jit(reward, static_argnums=0)
+_token_scores: Callable[..., Array] = jax.jit(token_scores, static_argnums=0)
+_aggregate: Callable[..., Array] = jax.jit(aggregate_steps, static_argnums=2)

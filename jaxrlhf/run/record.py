@@ -1,0 +1,256 @@
+"""What a run writes down: one JSON object a line, statistics of completions, and a summary."""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.core.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Appends to ``metrics.jsonl`` and ``samples.jsonl`` of a run's folder, one object a line.
+
+    Each line is handed to the system at once, so a killed process loses none (a machine that
+    loses power may). On resume, lines of later steps than the restored one are dropped, as is a
+    line that a kill has torn: no step stands twice. With a full disk, lines wait in memory.
+
+    Numbers may be Python's, numpy's or jax's; NaN and infinities, which JSON has not, become null.
+
+    Args:
+      output: the run's folder; made if it is not there.
+      resume_step: the restored step; None starts the files anew.
+      active: False makes every method do nothing, for all but process 0 of a multi-host run.
+    """
+
+    def __init__(self, output: str | Path, resume_step: int | None = None, active: bool = True):
+        self._output = Path(output)
+        self._files: list[_Lines] = []
+        self._active = active
+        if active:
+            self._output.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _drop_later(self._output / name, resume_step)
+                self._files.append(_Lines(self._output / name))
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write ``{"step": step, **values}`` to metrics.jsonl."""
+        if self._active:
+            self._files[0].write([_line(step, values)])
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write each row (prompt, completion, reward, …) with its step to samples.jsonl."""
+        if self._active:
+            self._files[1].write([_line(step, row) for row in rows])
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Replace summary.json, which is whole at any time."""
+        if self._active:
+            text = json.dumps(plain(values), indent=2, allow_nan=False)
+            write_atomic(self._output / "summary.json", text + "\n")
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files, self._active = [], False
+
+
+class _Lines:
+    """A file that takes whole lines, and what the disk refuses of them when it has room again."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- closed by close
+        self._waiting = b""
+
+    def write(self, lines: Sequence[str]) -> None:
+        self._waiting += "".join(line + "\n" for line in lines).encode()
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                self._waiting = self._waiting[written:]
+        except OSError as error:
+            log.warning("%s: %s; its lines wait in memory", self._path, error.strerror)
+
+    def close(self) -> None:
+        self.write([])
+        self._file.close()
+
+
+def _drop_later(path: Path, resume_step: int | None) -> None:
+    """Keep the lines of ``path`` up to ``resume_step`` (None: none of them)."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    kept = [line + b"\n" for line in content.split(b"\n") if line and _is_kept(line, resume_step)]
+    if b"".join(kept) != content:
+        write_atomic(path, b"".join(kept).decode())
+
+
+def _is_kept(line: bytes, resume_step: int | None) -> bool:
+    try:
+        return resume_step is not None and json.loads(line.decode())["step"] <= resume_step
+    except (ValueError, KeyError, TypeError):
+        log.warning("dropped a line that is no record: %r", line[:80])
+        return False
+
+
+def _line(step: int, values: Mapping[str, Any]) -> str:
+    return json.dumps({"step": step, **plain(values)}, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON has it: arrays as numbers or lists, NaN and infinities as None.
+
+    Raises:
+      TypeError: something in it is no number, text, bool, None, mapping or sequence of them.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case np.ndarray() | np.generic() | jax.Array():
+            return plain(np.asarray(value).tolist())
+    raise TypeError(f"{value!r} of {type(value).__name__} cannot be written as JSON")
+
+
+def combine(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of an update from those of its minibatches, which may still be on the device.
+
+    Means, but the maximum of names that end in ``_max`` and the minimum of those in ``_min``;
+    over the minibatches that have the name.
+    """
+    how = {"max": np.max, "min": np.min}
+    columns: dict[str, list[Any]] = {}
+    for metrics in jax.device_get(list(minibatches)):
+        for name, value in metrics.items():
+            columns.setdefault(name, []).append(value)
+    return {
+        name: float(how.get(name.rpartition("_")[2], np.mean)(column))
+        for name, column in columns.items()
+    }
+
+
+OF_PAIRS = ("gap", "accuracy", "margin", "chosen_reward", "rejected_reward", "nll")
+"""What is said of pairs that the policy's own samples make (online_dpo)."""
+
+
+def known(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """``metrics``, with NaN for what is said of pairs where a rollout made none (``pairs`` is 0).
+
+    Their sums over no rows are 0, which would be read as figures.
+    """
+    unknown = OF_PAIRS if metrics.get("pairs") == 0 else ()
+    return {name: math.nan if name in unknown else x for name, x in metrics.items()}
+
+
+def distinct_n(completions: Sequence[str | Sequence[int]], n: int = 2) -> float:
+    """Distinct n-grams over all n-grams of all completions (arXiv:1510.03055), in [0, 1].
+
+    Near 0 where a policy repeats itself, within a completion or from one to the next. 0 if no
+    completion is n long.
+
+    Args:
+      completions: token ids, or texts, which are split at white space.
+      n: tokens (or words) of an n-gram, at least 1.
+    """
+    grams: list[tuple] = []
+    for completion in completions:
+        items = completion.split() if isinstance(completion, str) else list(completion)
+        grams.extend(zip(*(items[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def mean_interval(x: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval): x̄ ± t · s/√n, with s² unbiased (ddof 1).
+
+    t is Student's with n − 1 degrees of freedom: 2.26 for ten values, 1.96 for very many. The
+    values should be independent: where a prompt has several completions, average over those first
+    (arXiv:2411.00640). Too few values give NaN, the half width of one value included.
+
+    Args:
+      x: [n], in any unit; both results have that unit.
+    """
+    values = _one_dimension(x)
+    n = len(values)
+    mean = float(values.mean()) if n else math.nan
+    return mean, student(n) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+
+
+def share_interval(x: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) of shares: win rates, or pass@k, one a prompt.
+
+    Wilson's score interval (1927), with Student's t, for as many yes-or-no values as would scatter
+    like these: p(1 − p)/s² · n (Kish's effective sample size). Unlike p ± t·s/√n it does not shrink
+    to a point where all prompts agree. It is not symmetric: its farther end is what counts.
+
+    Args:
+      x: [n], in [0, 1], independent as for ``mean_interval``.
+    """
+    values = _one_dimension(x)
+    n = len(values)
+    if n < 2:
+        return mean_interval(values)
+    p, variance = float(values.mean()), float(values.var(ddof=1))
+    low, high = wilson(p, p * (1 - p) / variance * n if variance > 0 else n, student(n))
+    return p, max(high - p, p - low)
+
+
+def wilson(p: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a probability, of which a share ``p`` of ``n`` was observed.
+
+    (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
+    """
+    centre, scale = p + z**2 / (2 * n), 1 + z**2 / n
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def student(n: int) -> float:
+    """Quantile 0.975 of Student's t with n − 1 degrees of freedom, n ≥ 2."""
+    from scipy.special import stdtrit  # noqa: PLC0415 (a third of a second of a start)
+
+    return float(stdtrit(n - 1, 0.975))
+
+
+def _one_dimension(x: Sequence[float] | np.ndarray) -> np.ndarray:
+    values = np.asarray(x, np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"x has shape {values.shape}: pass one dimension")
+    return values
+
+
+def paired_interval(
+    after: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray
+) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) of ``after − before``, value by value.
+
+    Narrower than from two separate means, because what a pair shares (its prompt) cancels.
+
+    Args:
+      after, before: [n], the same n prompts in the same order.
+
+    Raises:
+      ValueError: the lengths differ.
+    """
+    if np.shape(after) != np.shape(before):
+        raise ValueError(f"{np.shape(after)} and {np.shape(before)} values are not pairs")
+    return mean_interval(np.asarray(after, np.float64) - np.asarray(before, np.float64))

@@ -1,0 +1,376 @@
+"""Whether a run may go on in a folder: nobody else writes there, and it is still the same run.
+
+The host's chores around a run: one folder, its log, its checkpoints, its clock."""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from jaxrlhf.algorithms import kl_kind
+from jaxrlhf.config import Config, OnPolicyConfig, dump, is_on_policy, load
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.types import TrainState
+from jaxrlhf.data.rows import Rows
+from jaxrlhf.data.tokens import Encoded, contents
+from jaxrlhf.mesh.checkpoint import Checkpoints
+from jaxrlhf.mesh.processes import any_process, is_first
+from jaxrlhf.run.display import display
+from jaxrlhf.run.held_out import Evaluation
+from jaxrlhf.run.record import Recorder, plain
+from jaxrlhf.run.report import write_report
+from jaxrlhf.run.setup import Run
+from jaxrlhf.run.stopping import exchange, has_ended, is_over
+
+
+def lock(output: str | Path) -> TextIO:
+    """Claim a run's folder until the returned file is closed or the process ends, however it ends.
+
+    Keep the result: ``with lock(output): …``. Process 0 of a multi-host run holds it for all.
+
+    Raises:
+      InputError: another run writes to ``output``, or the folder cannot be written.
+    """
+    if jax.process_index() != 0:
+        return open(os.devnull)
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        file = open(Path(output) / ".lock", "a+")  # noqa: SIM115 -- open is what holds the lock
+    except OSError as error:
+        raise InputError(
+            f"output={str(output)!r}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise InputError(
+            f"output={str(output)!r}: another run writes there ({holder}); "
+            "wait for it, stop it, or choose another output"
+        ) from error
+    file.truncate(0)
+    print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file
+
+
+def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
+    """What must stay the same for a run to go on where it stopped, as JSON-able nested dicts.
+
+    The number of steps counts only where the learning rate depends on it. Left out is what may
+    change from launch to launch: mesh, microbatches, checkpoints, evaluation, output, the numbers
+    of the algorithm (its words and switches, defaults filled in, say what is learnt, and from
+    what), and the rewards.
+
+    Args:
+      config: the run's configuration.
+      **facts: more of the kind that only the run knows, such as the number of rows of the data,
+        and a digest of their ``contents``.
+    """
+    full = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in a file
+    if isinstance(config.algorithm, OnPolicyConfig):
+        full["algorithm"]["kl_estimator"] = kl_kind(config.algorithm)
+    optim = _without(full["optim"], "microbatches", "max_skipped")
+    if config.optim.schedule != "constant":
+        optim["steps"] = config.steps
+    unread = "max_tokens" if is_on_policy(config) else "max_prompt_tokens"
+    return {
+        "algorithm": {k: x for k, x in full["algorithm"].items() if isinstance(x, str | bool)},
+        "model": _without(full["model"], "remat"),
+        "critic": _without(full["critic"], "warmup"),
+        "reference": _without(full["reference"], "offload"),
+        "optim": optim,
+        "data": _without(full["data"], "eval", unread),
+        "sample": {"n": config.sample.n},
+        "seed": config.seed,
+        "eval": {"patience": "on" if config.eval.patience else "off"},  # a second set of parameters
+        **facts,
+    }
+
+
+def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run whose configuration has become another.
+
+    A field that one side lacks came or went with a version of the program and is not compared.
+    Rows with the same contents are the same rows, whichever path leads to them.
+
+    Args:
+      saved: the fingerprint in the checkpoint.
+      now: the fingerprint of this launch.
+
+    Raises:
+      InputError: fields differ; the message names each, with both values. Or only the contents of
+        the rows do.
+    """
+    differences = list(_differences(saved, json.loads(json.dumps(now))))
+    if saved.get("contents", "") == now.get("contents"):
+        differences = [found for found in differences if found[0] != "data.train"]
+    fields = [found for found in differences if found[0] not in ("contents", "eval.contents")]
+    if fields:
+        listed = ", ".join(f"{name}={new!r} (was {old!r})" for name, old, new in fields)
+        raise InputError(
+            f"cannot resume with {listed}: set it back to what it was, or choose another output"
+        )
+    if differences:
+        files = {"contents": now["data"]["train"], "eval.contents": "data.eval"}
+        listed = " and ".join(files[name] for name, _, _ in sorted(differences))
+        raise InputError(
+            f"cannot resume: the rows of {listed} have changed: put them back as they were, or "
+            "choose another output"
+        )
+
+
+def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of every field that both sides have and that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in (key for key in new if key in old):
+            yield from _differences(old[key], new[key], f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = 1200
+"""Characters of the example that are shown at most."""
+
+
+class Session:
+    """``with Session(run) as session:`` opens the run's folder and goes on where it stopped.
+
+    Args:
+      run: what to do.
+      began: ``time.perf_counter()`` when its set-up began, which the first lap is counted from.
+      feed: called at every lap.
+
+    Attributes:
+      states: the training states, restored or at their start (``run.states``, which are deleted
+        where there is a checkpoint, and donated by the first step elsewhere).
+      host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``,
+        ``normalisation``.
+      start: iterations already done.
+    """
+
+    def __init__(
+        self, run: Run, began: float | None = None, feed: Callable[[], None] | None = None
+    ):
+        self.run = run
+        self.output = Path(run.config.output)
+        self.states: dict[str, TrainState] = run.states
+        self.host: dict[str, Any] = {"seconds": {}}
+        self.start = 0
+        self._lapped = time.perf_counter() if began is None else began
+        self._feed = feed
+        self._stopped = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Session":
+        config = self.run.config
+        self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint)
+        self._stack.enter_context(self.checkpoints)
+        self._fingerprint = fingerprint(config, **_rows_of(self.run.train_rows))
+        if self.run.eval_rows is not None:
+            sampled = {"n": config.eval.n, "gold": len(config.eval.gold)}
+            measured = _rows_of(self.run.eval_rows) | (sampled if is_on_policy(config) else {})
+            self._fingerprint["eval"] |= measured
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
+        )
+        self._check_same_run()
+        if self.checkpoints.latest() is not None:  # or a resumed run would hold two states
+            for x in jax.tree.leaves(self.states):
+                x.delete()
+        found = self.checkpoints.restore(abstract)
+        if found is not None:
+            self.start, self.states, self.host = found
+            check_fingerprint(self.host.get("fingerprint", {}), self._fingerprint)
+            more = self.start < config.steps and not is_over(self.host, config.eval.patience)
+            self.states = exchange(self.states, self.host, False) if more else self.states
+        if self.is_left():
+            self.host.pop("normalisation", None)  # of parameters that go on learning
+        self.host["fingerprint"] = self._fingerprint
+        if is_first():
+            self._prepare_folder()
+        resumed = self.start if found is not None else None
+        self.recorder = self._stack.enter_context(Recorder(self.output, resumed, active=is_first()))
+        title = f"{config.algorithm.name} → {config.output}"
+        self.show = self._stack.enter_context(
+            display(config.steps, title, self.start, active=is_first())
+        )
+        if self.start:
+            self.show.note(f"resumed after iteration {self.start} of {config.steps}")
+        for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
+            if rows is not None and (note := rows.note()):
+                self.show.note(note)
+        self._handle_sigterm()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _prepare_folder(self) -> None:
+        if self.is_left() or not (self.output / "config.yaml").is_file():
+            write_atomic(self.output / "config.yaml", dump(self.run.config))
+        if self.is_left():
+            (self.output / "summary.json").unlink(missing_ok=True)  # of a shorter run
+
+    def is_left(self) -> bool:
+        """Whether this launch has an iteration to do."""
+        return self.start < self.run.config.steps and not has_ended(self.host)
+
+    def _check_same_run(self) -> None:
+        """Refuse another model or seed before shapes are compared; the data's path comes later."""
+        path = self.output / "config.yaml"
+        if path.is_file() and self.checkpoints.latest() is not None:
+            saved = fingerprint(load(path))
+            del saved["data"]["train"]
+            check_fingerprint(saved, self._fingerprint)
+
+    def _handle_sigterm(self) -> None:
+        def stop(*_: Any) -> None:
+            self._stopped = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not the main thread: its owner handles signals
+            return
+        self._stack.callback(signal.signal, signal.SIGTERM, before)
+
+    def steps(self) -> Iterator[int]:
+        """The iterations that are left; a SIGTERM ends them after the one in progress."""
+        done = self.start
+        while done < self.run.config.steps and not has_ended(self.host):
+            yield done
+            done += 1
+            self._end_of(done)
+            if any_process(self._stopped):
+                self.save(done)
+                self.checkpoints.wait()
+                self.show.note(f"stopped by SIGTERM after iteration {done}, which is saved")
+                raise SystemExit(0)
+        self.save(done)
+
+    def _end_of(self, done: int) -> None:
+        every = self.run.config.checkpoint.every
+        for name, state in self.states.items():
+            skipped = int(state.skipped)
+            if skipped >= self.run.config.optim.max_skipped:
+                raise FloatingPointError(
+                    f"{name}: {skipped} updates in a row had a gradient that is not finite; "
+                    "lower optim.learning_rate, or look at samples.jsonl of the last iterations"
+                )
+        if every and done % every == 0:
+            self.save(done)
+
+    def save(self, done: int) -> None:
+        """Checkpoint after ``done`` iterations, in the background."""
+        self.checkpoints.save(done, self.states, self.host)
+        self.lap("checkpoint")
+
+    def amend(self, **known: Any) -> None:
+        """Add to the host's numbers, and to those of the last checkpoint."""
+        self.host |= known
+        self.checkpoints.amend(self.host)
+
+    def lap(self, phase: str, *arrays: Any) -> float:
+        """Charge the seconds since the last lap to a phase, once ``arrays`` are computed."""
+        jax.block_until_ready(arrays)
+        if self._feed is not None:
+            self._feed()
+        now = time.perf_counter()
+        spent, self._lapped = now - self._lapped, now
+        seconds = self.host["seconds"]
+        seconds[phase] = seconds.get(phase, 0.0) + spent
+        return spent
+
+    def record(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Log one iteration."""
+        self.recorder.metrics(step, metrics)
+        self.recorder.samples(step, samples)
+        self.show.step(step, plain(metrics), samples)
+
+    def example(self, text: str) -> None:
+        """Show a row that is learnt from, cut if it is long, and write it to example.txt whole."""
+        if is_first():
+            write_atomic(self.output / "example.txt", text + "\n")
+        half = EXAMPLE // 2
+        brief = text if len(text) <= EXAMPLE else f"{text[:half]} … {text[-half:]}"
+        self.show.note("an example, what is trained on between ⟦ and ⟧:")
+        for line in brief.splitlines():
+            self.show.note(f"  {line}")
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Log an evaluation, its completions included."""
+        values = {f"eval/{name}": x for name, x in evaluation.metrics.items()}
+        self.recorder.metrics(step, values)
+        self.recorder.samples(step, [{"split": "eval", **row} for row in evaluation.samples])
+        listed = "  ".join(f"{name} {x:.3g}" for name, x in evaluation.metrics.items())
+        self.show.note(f"held out, step {step}: {listed}")
+
+    def report(self) -> None:
+        """Write report.html from the run's files; the run stands even if they make no page."""
+        if is_first():
+            try:
+                write_report([self.output])
+            except (InputError, OSError) as error:
+                log.warning("no report: %s", error)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run with no iteration left; None if there is something to do."""
+        path = self.output / "summary.json"
+        measured = self.run.normalise_rows is None or "normalisation" in self.host
+        if self.is_left() or not path.is_file() or not measured:
+            return None
+        summary = json.loads(path.read_text())
+        if summary.get("steps") != self.start:
+            return None
+        self.show.note(f"nothing to do: all {self.start} iterations are done")
+        return summary
+
+    def skipped(self) -> dict[str, int]:
+        """Rows left out under ``data.skip_bad_rows``, which it counts: ``rows_skipped`` of the
+        training data, ``eval_rows_skipped`` of the held-out; nothing without it."""
+        named = {"rows_skipped": self.run.train_rows, "eval_rows_skipped": self.run.eval_rows}
+        if not self.run.config.data.skip_bad_rows:
+            return {}
+        return {name: len(rows.skipped) for name, rows in named.items() if rows is not None}
+
+    def totals(self) -> dict[str, Any]:
+        """Seconds by phase, generated tokens a second of training, and peak memory."""
+        seconds = {name: round(spent, 2) for name, spent in self.host["seconds"].items()}
+        training = sum(seconds.get(name, 0.0) for name in ("sample", "reward", "score", "update"))
+        tokens = self.host.get("tokens", 0.0)
+        return {
+            "seconds": seconds,
+            "tokens_per_second": tokens / training if tokens else None,
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+        }
+
+
+def _rows_of(rows: Rows[Encoded]) -> dict[str, Any]:
+    """What a fingerprint has of rows."""
+    return {"rows": len(rows), "contents": contents(rows.items)}
+
+
+def peak_memory_gib() -> float:
+    """Most resident memory of this process so far, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

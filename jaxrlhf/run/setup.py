@@ -1,0 +1,307 @@
+"""From a config to everything a run needs: data, networks, states and jitted programs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrlhf.algorithms import ALGORITHMS, Algorithm
+from jaxrlhf.config import (
+    Config,
+    OfflineConfig,
+    RewardConfig,
+    check,
+    check_mesh,
+    has_critic,
+    has_reference,
+    is_on_policy,
+    is_reward_model,
+    rows_at_once,
+)
+from jaxrlhf.core.types import AnyBatch, Params, TrainState
+from jaxrlhf.data.batches import (
+    judged_batch,
+    labelled_batch,
+    preference_batch,
+    ranked_batch,
+    scored_batch,
+    steps_batch,
+    token_batch,
+)
+from jaxrlhf.data.rows import Rows
+from jaxrlhf.data.tokens import Encoded, load_data, load_normalise_rows, longest
+from jaxrlhf.mesh.sharding import (
+    at_hand,
+    config_of,
+    length_shards,
+    make_mesh,
+    put_rows,
+    train_state_shardings,
+    with_layout,
+)
+from jaxrlhf.models.load import (
+    Loader,
+    Network,
+    abstract_params,
+    build,
+    check_context,
+    check_speaks_alike,
+    is_run,
+    needs_head,
+    offloaded,
+    start_params,
+    starting,
+    tokenizer_path,
+)
+from jaxrlhf.models.read import is_reward_folder
+from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
+from jaxrlhf.models.transformer import Model
+from jaxrlhf.rewards.combine import check_truths, load_rewards
+from jaxrlhf.rewards.judge import Judge, make_judge
+from jaxrlhf.run.programs import critic_config, offline_programs, on_policy_programs, optimizer
+from jaxrlhf.run.stopping import keep
+
+PACKERS = {
+    "pairs": preference_batch,
+    "completions": token_batch,
+    "labelled": labelled_batch,
+    "judged": judged_batch,
+    "ranked": ranked_batch,
+    "scored": scored_batch,
+    "steps": steps_batch,
+}
+"""How such rows become a batch."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to start. ``programs`` are pure and jitted; states are its only state."""
+
+    config: Config
+    """Resolved: stop tokens and padding are the tokenizer's."""
+    mesh: Mesh
+    model: Model
+    algorithm: Algorithm
+    train_rows: Rows[Encoded]
+    eval_rows: Rows[Encoded] | None = None
+    tokenizer: Any = None
+    states: dict[str, TrainState] = field(default_factory=dict)
+    """What is trained, at its start: policy, and critic if it is separate."""
+    frozen: dict[str, Params | None] = field(default_factory=dict)
+    """What each of them is trained on top of, by the same names: the weights under adapters."""
+    reference: Network | None = None
+    critic: Model | None = None
+    """A separate critic's; None where the policy's trunk serves."""
+    judge: Judge | None = None
+    gold: Judge | None = None
+    programs: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    normalise_rows: Rows[Encoded] | None = None
+    """Answers whose scores a reward model is normalised on."""
+    candidates: int = 1
+    """C, the most answers that a row of the data has."""
+    width: int = 0
+    """T of a batch of whole rows: as many columns as the longest row has tokens."""
+
+
+def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> Run:
+    """Read the data and the networks of a run, and make its programs.
+
+    Call it, and all that follows, under ``jax.set_mesh(mesh)``.
+
+    Args:
+      abstract: leave out the weights: shapes with layouts stand where arrays would, which is all
+        that compiling takes (``ahead``) and costs nothing. ``fill`` does the rest.
+
+    Raises:
+      InputError: whatever in config, data or weights cannot be used; nothing is written before.
+    """
+    run = _described(config, mesh)
+    tokenizer = load_tokenizer(tokenizer_path(config.model))
+    check_vocab(tokenizer, run.model.decoder, config.sample.stop)
+    stop, pad = ends_of(tokenizer)
+    stop = tuple(sorted({*config.sample.stop, *stop}))
+    config = replace(config, sample=replace(config.sample, stop=stop, pad=pad))
+    vocab = run.model.decoder.vocab
+    train_rows = load_data(config, config.data.train, tokenizer, vocab)
+    eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
+    normalise_rows = load_normalise_rows(config, tokenizer, vocab)
+    every = [row for part in (train_rows, eval_rows, normalise_rows) if part for row in part.items]
+    run = replace(
+        run,
+        config=config,
+        tokenizer=tokenizer,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        normalise_rows=normalise_rows,
+        candidates=max(len(row.answers) for row in every),
+        width=longest(every, length_shards()),
+    )
+    run = _on_shapes(run, Loader(run.mesh, abstract=True, dtype=config.model.dtype))
+    return run if abstract else fill(run)
+
+
+def outline(config: Config, mesh: Mesh | None = None) -> Run:
+    """A run as far as its config alone describes it: shapes, layouts and programs.
+
+    Neither data nor tokenizer nor weights are read, so they need not be there yet. A reward model
+    whose run is not there is taken to have the policy's shape. Call it outside of
+    ``jax.set_mesh(mesh)`` if nothing can be run on the mesh's devices.
+
+    Raises:
+      InputError: whatever in config or in the headers of its models cannot be used.
+    """
+    run = _described(config, mesh)
+    stop = config.sample.stop or (0,)  # the tokenizer's, whichever it is
+    run = replace(run, config=replace(config, sample=replace(config.sample, stop=stop)))
+    return _on_shapes(run, Loader(run.mesh, True, config.model, config.model.dtype))
+
+
+def _described(config: Config, mesh: Mesh | None) -> Run:
+    """The run's config, mesh, model and algorithm; all else is empty."""
+    check(config)
+    mesh = mesh or make_mesh(config.mesh)
+    model = build(config.model)
+    check_mesh(config_of(mesh), model.decoder, mesh.size, rows_at_once(config))
+    check_context(config, model)
+    return Run(
+        config=config,
+        mesh=mesh,
+        model=model,
+        algorithm=ALGORITHMS[config.algorithm.name](config.algorithm),
+        train_rows=Rows((), config.data.train),
+        width=config.data.max_tokens,
+    )
+
+
+def _on_shapes(run: Run, loader: Loader) -> Run:
+    """The run with shapes and layouts of its networks, and its programs."""
+    run = _networks(run, loader)
+    return replace(run, programs=_programs(run))
+
+
+def fill(run: Run) -> Run:
+    """A run that was set up without its weights, with them; its programs stay the same objects."""
+    return _networks(run, Loader(run.mesh, dtype=run.config.model.dtype))
+
+
+def _networks(run: Run, loader: Loader) -> Run:
+    """The run with what it trains, and what it trains that with: reference, critic, rewards."""
+    config, model = run.config, run.model
+    # Adapters do not depend on the weights, which are still being read.
+    ready = Network(model, {}) if model.lora else loader.base(config.model, config.seed)
+    states = {"policy": start_state(config, ready, needs_head(config), loader)}
+    start = loader.base(config.model, config.seed)
+    if config.eval.patience:
+        states["best"] = keep(states["policy"])
+    frozen = {"policy": start.params if model.lora else None}
+    reference = start if has_reference(config) else None
+    if config.reference.path:
+        reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
+        check_speaks_alike("reference.path", reference, config, model)
+    if reference is not None and config.reference.offload:
+        reference = offloaded(reference, run.mesh, "reference.offload")
+    run = replace(run, states=states, frozen=frozen, reference=reference)
+    if not is_on_policy(config):
+        return run
+    critic = None
+    if has_critic(config) and config.critic.kind == "separate":
+        critic = start
+        if config.critic.path and is_run(config.critic.path):
+            critic = loader.trained(config.critic.path)
+        elif config.critic.path:
+            named = replace(config.model, path=config.critic.path, decoder=None)
+            critic = loader.base(named, head=is_reward_folder(named.path))
+        check_speaks_alike("critic.path", critic, config, model)
+        states["critic"] = start_state(critic_config(config), critic, True, loader)
+        frozen["critic"] = critic.params if critic.model.lora else None
+
+    def judge(rewards: tuple[RewardConfig, ...], field: str, before: Judge | None) -> Judge:
+        vocab, limit = model.decoder.vocab, config.max_excluded
+        sources = before.sources if before else load_rewards(rewards, field)
+        if not before:
+            asked = (run.train_rows if field == "rewards" else None, run.eval_rows)
+            check_truths(sources, [row.source for part in asked if part for row in part.items])
+        return make_judge(rewards, loader, run.tokenizer, vocab, field, limit, sources)
+
+    return replace(
+        run,
+        states=states,
+        frozen=frozen,
+        critic=critic and critic.model,
+        judge=judge(config.rewards, "rewards", run.judge),
+        gold=judge(config.eval.gold, "eval.gold", run.gold) if config.eval.gold else None,
+    )
+
+
+def _programs(run: Run) -> dict[str, Callable[..., Any]]:
+    if not is_on_policy(run.config):
+        other = run.reference and run.reference.model
+        return offline_programs(run.config, run.algorithm, run.model, other, run.states, run.mesh)
+    assert run.reference is not None
+    return on_policy_programs(
+        run.config,
+        run.algorithm,
+        run.model,
+        run.reference.model,
+        run.critic or run.model,
+        run.states,
+        run.mesh,
+    )
+
+
+def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> AnyBatch:
+    """Rows as the batch that the run's offline algorithm learns from, on the mesh.
+
+    Where it is relative to a reference, that one's log-probs are in it. Rows that only fill the
+    batch (``real_B`` False) have weight 0.
+    """
+    return place(run, host_batch(run, rows, real_B))
+
+
+def host_batch(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> Any:
+    """As ``pack``, but of numpy arrays, and without a reference's log-probs."""
+    config = run.config
+    assert isinstance(config.algorithm, OfflineConfig)
+    make = PACKERS[config.algorithm.rows]
+    more = {"candidates": run.candidates} if make is ranked_batch else {}
+    return make(rows, run.width, config.sample.pad, real_B, **more)
+
+
+def place(run: Run, batch: Any) -> AnyBatch:
+    """A batch of numpy arrays on the mesh, with what it needs of a reference."""
+    batch = put_rows(batch, run.mesh)
+    if run.reference is None:
+        return batch
+    return run.programs["reference"](at_hand(run.reference.params), batch)
+
+
+def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> TrainState:
+    """Shapes and layouts of the TrainState that a run of ``config`` carries."""
+    params, tx = abstract_params(model, head, mesh), optimizer(config)
+    state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
+    layout = jax.tree.map(lambda x: x.sharding, params)
+    return with_layout(state, train_state_shardings(tx, params, layout, mesh))
+
+
+def start_state(config: Config, network: Network, head: bool, loader: Loader) -> TrainState:
+    """A TrainState at its start, laid out on the mesh; shapes, if that is all the loader gives."""
+    state = abstract_state(config, network.model, head, loader.mesh)
+    if loader.abstract:
+        return state
+    start, given = starting(network, head, config.seed, random_head=is_reward_model(config))
+    tx, layout = optimizer(config), jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(lambda *x: TrainState.create(start(*x), tx), out_shardings=layout)(*given)
+
+
+def start_of(run: Run) -> Params:
+    """A fresh copy of the policy's trainable parameters as they were before the first update."""
+    config = run.config
+    weights, head, scores = run.frozen["policy"], needs_head(config), is_reward_model(config)
+    if weights is None and run.reference is not None and not config.reference.path:
+        weights = at_hand(run.reference.params)
+    if weights is None:
+        weights = Loader(run.mesh).base(config.model, config.seed).params
+    return start_params(Network(run.model, weights), head, config.seed, run.mesh, scores)

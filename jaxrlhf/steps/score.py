@@ -1,0 +1,183 @@
+"""What a network says of rows that exist: log-probs, entropies, values, rewards.
+
+``score`` and ``value`` are projections of ``forward``; the update differentiates ``forward``
+itself, so that what is scored and what is trained are the same code.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.core.types import Array, Outputs, Params
+from jaxrlhf.mesh.sharding import constrain, devices_in_mesh
+from jaxrlhf.models.transformer import Model
+
+LOGITS_A_DEVICE = 2**25
+"""Logits that may exist at once on a device (128 MiB in float32)."""
+
+
+def forward(
+    model: Model,
+    params: Params,
+    token_BT: Array,
+    attention_mask_BT: Array,
+    temperature: float | Array = 1.0,
+    entropy: bool = False,
+    value: bool = False,
+    lora: Params | None = None,
+    first: int = 1,
+    segment_BT: Array | None = None,
+) -> Outputs:
+    """One pass over whole rows; the [B, T, V] logits never exist at once.
+
+    ``logp_BT[:, t] = log softmax(logits_{t−1} / temperature)[token_t]``, and likewise the entropy
+    of that distribution and ``value_BT[:, t] = head(hidden_{t−1})``: everything known before
+    token t. All three are 0 in column 0 and wherever the attention mask is 0 at t or t−1.
+
+    Args:
+      token_BT: int32 [B, T], padded on either side.
+      attention_mask_BT: [B, T], 1 on real tokens.
+      temperature: > 0; that of the sampler, if the result is to be its log-prob.
+      entropy, value: also return these (value: from the head in ``params``).
+      lora: adapters, or None.
+      first: static, ≥ 1; columns before it are left at 0, which saves their logits (the prompt's,
+        say, when only responses count).
+      segment_BT: int32 [B, T]; rows are several rows one after the other, and this says which (from
+        1; 0 on padding). Each is then as if it stood alone.
+
+    Returns:
+      Outputs, float32 [B, T] each; log-probs and entropies in nats.
+    """
+    chex.assert_rank([token_BT, attention_mask_BT], 2)
+    chex.assert_equal_shape([token_BT, attention_mask_BT])
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
+    real = attention_mask_BT != 0
+    known = real[:, first:] & real[:, first - 1 : -1]
+    if segment_BT is not None:
+        known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
+    before = hidden[:, first - 1 : -1]
+    logp, spread = _token_logp(model, params, before, token_BT[:, first:], temperature, entropy)
+
+    def full(x: Array) -> Array:
+        return jnp.pad(jnp.where(known, x, 0.0), ((0, 0), (first, 0)))
+
+    return Outputs(
+        logp_BT=full(logp),
+        entropy_BT=full(spread) if entropy else None,
+        value_BT=full(model.scalar(params, before)) if value else None,
+    )
+
+
+def score(
+    model: Model,
+    params: Params,
+    token_BT: Array,
+    attention_mask_BT: Array,
+    temperature: float | Array = 1.0,
+    lora: Params | None = None,
+    first: int = 1,
+) -> Array:
+    """log π(token t | tokens < t), nats, float32 [B, T]; see ``forward``."""
+    return forward(
+        model, params, token_BT, attention_mask_BT, temperature, lora=lora, first=first
+    ).logp_BT
+
+
+def value(
+    model: Model,
+    params: Params,
+    token_BT: Array,
+    attention_mask_BT: Array,
+    lora: Params | None = None,
+) -> Array:
+    """V(tokens < t), reward units, float32 [B, T]; column 0 is 0; see ``forward``."""
+    chex.assert_rank([token_BT, attention_mask_BT], 2)
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora)
+    real = attention_mask_BT != 0
+    known = real[:, 1:] & real[:, :-1]
+    return jnp.pad(jnp.where(known, model.scalar(params, hidden[:, :-1]), 0.0), ((0, 0), (1, 0)))
+
+
+def reward(
+    model: Model,
+    params: Params,
+    token_BT: Array,
+    attention_mask_BT: Array,
+    lora: Params | None = None,
+) -> Array:
+    """r(x, y): the scalar head at each row's last real token, float32 [B], reward units.
+
+    The last real token is found by the attention mask, never by a padding id, so that a model
+    whose padding is its end-of-sequence token is read in the right place, padded on either side.
+    A row without a real token reads column 0 and means nothing.
+    """
+    chex.assert_rank([token_BT, attention_mask_BT], 2)
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora)
+    last_BD = hidden[jnp.arange(hidden.shape[0]), last_token(attention_mask_BT)]
+    return model.scalar(params, constrain(last_BD, ("batch", "activation")))
+
+
+def token_scores(
+    model: Model,
+    params: Params,
+    token_BT: Array,
+    attention_mask_BT: Array,
+    lora: Params | None = None,
+) -> Array:
+    """The scalar head at every token, unshifted: float32 [B, T]; ``reward`` is its last column's.
+
+    Process reward models read it at the last token of each step. Columns without a real token mean
+    nothing.
+    """
+    chex.assert_rank([token_BT, attention_mask_BT], 2)
+    return model.scalar(params, model.apply(params, token_BT, attention_mask_BT, lora)[0])
+
+
+def last_token(attention_mask_BT: Array) -> Array:
+    """Column of each row's last 1, int32 [B]."""
+    columns = jnp.arange(attention_mask_BT.shape[1])
+    return jnp.max(jnp.where(attention_mask_BT != 0, columns, 0), axis=1)
+
+
+def _token_logp(
+    model: Model,
+    params: Params,
+    hidden_BTD: Array,
+    token_BT: Array,
+    temperature: float | Array,
+    entropy: bool,
+) -> tuple[Array, Array]:
+    """log softmax(logits/temperature)[token] and its entropy, a few columns at a time."""
+    rows, columns = token_BT.shape
+    budget = LOGITS_A_DEVICE * devices_in_mesh() // (rows * model.decoder.vocab)
+    width = max(1, min(columns, budget))
+    pieces = -(-columns // width)
+    width = -(-columns // pieces)
+    extra = pieces * width - columns
+
+    def split(x: Array, *axes: str) -> Array:
+        """Piece i has the columns i, i + pieces, …: some of those on each device."""
+        x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+        x = constrain(x, ("batch", "length", *axes))
+        x = jnp.moveaxis(x.reshape(rows, width, pieces, *x.shape[2:]), 2, 0)
+        return constrain(x, (None, "batch", "length", *axes))
+
+    @jax.checkpoint
+    def piece(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, token = item
+        logits = model.logits(params, hidden) / temperature
+        logits = constrain(logits, ("batch", "length", "vocab"))
+        total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        if not entropy:
+            return chosen - total, jnp.zeros_like(total)
+        spread = total - (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
+        return chosen - total, spread
+
+    logp, spread = jax.lax.map(piece, (split(hidden_BTD, "activation"), split(token_BT)))
+
+    def joined(x: Array) -> Array:
+        x = jnp.moveaxis(constrain(x, (None, "batch", "length")), 0, 2).reshape(rows, -1)
+        return constrain(x, ("batch", "length"))[:, :columns]
+
+    return joined(logp), joined(spread)

@@ -1,0 +1,67 @@
+"""Findings for a person, or for a program."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import write_atomic
+from jaxrlhf.study.diagnose.finding import Finding
+from jaxrlhf.study.diagnose.history import History
+
+STYLES = {"problem": "bold red", "warning": "bold yellow"}
+
+
+def to_json(history: History, findings: list[Finding]) -> str:
+    """``step``, iterations that the run had done, and ``findings``, a list of objects with name,
+    severity, evidence and remedy."""
+    listed = [asdict(finding) for finding in findings]
+    return json.dumps({"step": _done(history), "findings": listed}, indent=2)
+
+
+def save(folder: str | Path, history: History, findings: list[Finding]) -> None:
+    """Write diagnosis.json into a run's folder.
+
+    Raises:
+      InputError: nothing can be written there.
+    """
+    path = Path(folder) / "diagnosis.json"
+    try:
+        write_atomic(path, to_json(history, findings) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}: copy the run to a folder that can be written"
+        ) from None
+
+
+def lines(folder: str | Path, history: History, findings: list[Finding]) -> list[tuple[str, str]]:
+    """What to print: (text, style) a line."""
+    done, steps = _done(history), history.config.steps
+    count = len(history.evaluation.step_I)
+    name = history.config.algorithm.name
+    out = [(f"{folder}: {name}, {done} of {steps} iterations, {count} evaluations", "bold")]
+    for finding in findings:
+        out.append(("", ""))
+        out.append((f"{finding.severity.upper()}  {finding.name}", STYLES[finding.severity]))
+        out.append((f"  evidence: {finding.evidence}", ""))
+        out.append((f"  remedy:   {finding.remedy}", ""))
+    if not findings:
+        out.append(("nothing found", "bold green"))
+    if "score" in history.training.values and "gold" not in history.evaluation.values:
+        out.append(("not looked at: gold against proxy (there is no eval.gold)", "dim"))
+    return out
+
+
+def _done(history: History) -> int:
+    return int(history.training.step_I[-1])
+
+
+def show(folder: str | Path, history: History, findings: list[Finding]) -> None:
+    """Print them, in colour on a terminal, as plain lines elsewhere."""
+    console = Console()
+    for text, style in lines(folder, history, findings):
+        readable = text.encode(console.encoding, "replace").decode(console.encoding)
+        console.print(Text(readable, style), soft_wrap=True)

@@ -1,0 +1,196 @@
+"""The command: dispatch, exit statuses, what it sets for JAX, and how fast it answers."""
+
+import json
+import os
+import re
+import resource
+from pathlib import Path
+
+import pytest
+from command import run
+
+from jaxrlhf.apps import cli
+from jaxrlhf.apps import cli as environment
+from jaxrlhf.core.errors import InputError
+
+
+def test_main_help_lists_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in cli.COMMANDS)
+
+
+def test_main_without_words_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: jaxrlhf COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "error: trian: unknown command (did you mean train?)\n"),
+        (["train"], "error: train: CONFIG, the path of a YAML file, comes first\n"),
+        (["train", "--steps", "3"], "error: train: CONFIG, the path of a YAML file, comes first\n"),
+        (["train", "/no.yaml"], "error: /no.yaml: No such file or directory: give the path of"),
+        (
+            ["diagnose", "/no"],
+            "error: /no: not the output folder of a run (it holds no config.yaml",
+        ),
+        (["generate", "smollm2"], "error: --prompt: missing: give at least one text"),
+        (["generate", "smollm2", "--prompt", "a", "--n", "0"], "error: sample.n=0: must be at"),
+    ],
+)
+def test_main_bad_input(words, message, capsys):
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_main_train_checks_before_training(tmp_path, capsys):
+    path = tmp_path / "x.yaml"
+    path.write_text("steps: 0")
+    assert cli.main(["train", str(path)]) == 2
+    assert capsys.readouterr().err == "error: steps=0: must be at least 1\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(InputError("bad"), 2), (KeyboardInterrupt(), 130), (None, 0)]
+)
+def test_main_status(raised, status, monkeypatch):
+    def command(words):
+        assert words == ["a", "--b"]
+        if raised:
+            raise raised
+
+    monkeypatch.setitem(cli.COMMANDS, "command", ("", command))
+    assert cli.main(["command", "a", "--b"]) == status
+
+
+def test_main_other_errors_pass_through(monkeypatch):
+    def command(words):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.COMMANDS, "command", ("", command))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["command"])
+
+
+@pytest.mark.parametrize("words", [["demo", "--bad"], ["export", "run"], ["env", "x"]])
+def test_typed_refuses_bad_words(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert f"jaxrlhf {words[0]} --help" in capsys.readouterr().err
+
+
+def test_typed_parses_by_the_signature():
+    seen = []
+
+    def command(run: str, tiny: bool = False, seed: int = 0) -> None:
+        seen.append((run, tiny, seed))
+
+    cli.typed(command)(["--run", "a", "--tiny", "--seed", "3"])
+    assert seen == [("a", True, 3)]
+
+
+@pytest.fixture
+def sick_run(tmp_path):
+    """The folder of a run that got no reward for most rows."""
+    (tmp_path / "config.yaml").write_text("algorithm: {name: grpo}\nsteps: 5")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "score": 0.5, "valid": 0.25}\n{"st')
+    return str(tmp_path)
+
+
+def test_diagnose_prints_and_writes_findings(sick_run, capsys):
+    assert cli.main(["diagnose", sick_run]) == 0
+    out = capsys.readouterr().out
+    assert f"{sick_run}: grpo, 1 of 5 iterations, 0 evaluations\n" in out
+    assert "PROBLEM  excluded_rows\n  evidence: 75.0% of completions have no reward" in out
+    written = json.loads((Path(sick_run) / "diagnosis.json").read_text())
+    assert written["step"] == 1
+    assert [row["name"] for row in written["findings"]] == ["excluded_rows"]
+
+
+def test_diagnose_json_is_what_it_writes(sick_run, capsys):
+    assert cli.main(["diagnose", sick_run, "--json"]) == 0
+    assert capsys.readouterr().out == (Path(sick_run) / "diagnosis.json").read_text()
+
+
+@pytest.mark.parametrize(("valid", "status"), [(0.25, 1), (0.9, 0), (1.0, 0)])
+def test_diagnose_strict_fails_on_a_problem_only(valid, status, sick_run):
+    (Path(sick_run) / "metrics.jsonl").write_text(json.dumps({"step": 1, "valid": valid}) + "\n")
+    if not status:
+        assert cli.main(["diagnose", sick_run, "--strict"]) == 0
+        return
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["diagnose", sick_run, "--strict"])
+    assert stop.value.code == status
+
+
+def test_prepare_jax_sets_what_is_unset(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TF_CPP_MIN_LOG_LEVEL": "0"})
+    environment.prepare_jax()
+    assert os.environ == {
+        "JAX_COMPILATION_CACHE_DIR": str(environment.compile_cache()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+
+
+def test_only_a_process_of_its_own_is_settled():
+    code = (
+        "import gc, sys; from jaxrlhf import cli;"
+        "state = lambda: (round(sys.getswitchinterval(), 6), gc.get_threshold()[0]);"
+        "before = state(); cli.main(['--help']); assert state() == before;"
+        "sys.argv[1:] = ['--help']; cli.main(); print(*state())"
+    )
+    last = run(code=code).stdout.splitlines()[-1]
+    assert last == f"{environment.TURN} {environment.YOUNG}"
+
+
+def test_prepare_jax_is_read_by_jax(tmp_path):
+    code = (
+        "from jaxrlhf.apps.cli import prepare_jax; prepare_jax();"
+        "import jax; c = jax.config;"
+        "print(c.jax_compilation_cache_dir, c.jax_persistent_cache_min_compile_time_secs,"
+        " c.jax_persistent_cache_min_entry_size_bytes)"
+    )
+    assert run(code=code, JAX_COMPILATION_CACHE_DIR="/x").stdout == "/x 0.0 -1\n"
+
+
+def test_compile_cache_names_the_version():
+    assert re.fullmatch(
+        rf"{Path.home()}/\.cache/jaxrlhf/xla/[\d.]+-[0-9a-f]{{8}}", str(environment.compile_cache())
+    )
+
+
+def test_env_prints_versions_and_devices():
+    result = run("env", TF_CPP_MIN_LOG_LEVEL="3")
+    assert result.returncode == 0, result.stderr
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names[:4] == ["python", "jaxrlhf", "jax", "jaxlib"]
+    assert re.search(r"^devices +8 x cpu \(cpu, 1 process\)$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [(["--help"], 0.5), (["train", "--help"], 1.5), (["demo", "--help"], 1.0)],
+)
+def test_help_is_fast_and_does_not_import_jax(words, seconds):
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('jax' in sys.modules));"
+        "from jaxrlhf.apps.cli import main; sys.exit(main())"
+    )
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = run(*words, code=code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith("False\n")
+    assert min(spent) < seconds

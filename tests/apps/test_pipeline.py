@@ -1,0 +1,257 @@
+"""A pipeline from data to evaluation: what is skipped, refused, and gone on with after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import runs
+import yaml
+from command import start
+
+from jaxrlhf.apps.pipeline import run_pipeline
+from jaxrlhf.config import PipelineConfig, StageConfig, dump, load_pipeline
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.run.record import plain
+from jaxrlhf.run.session import lock
+
+SHORT = {
+    "sft": {"steps": 8, "checkpoint.every": 2},
+    "reward_model": {"steps": 6, "checkpoint.every": 2},
+    "ppo": {"steps": 4, "checkpoint.every": 1, "eval.n": 1, "algorithm.epochs": 1},
+}
+"""What makes the stages of the tiny demo short, and save often."""
+
+
+def short(folder, **changes):
+    """The tiny demo's pipeline with short runs, as a file."""
+    source = Path("configs/pipelines/demo_tiny.yaml").resolve()
+    content = yaml.safe_load(source.read_text())
+    for stage in content["stages"]:
+        if "train" in stage:
+            stage["train"] = str((source.parent / stage["train"]).resolve())
+            stage["set"] |= SHORT[stage["name"]] | changes.get(stage["name"], {})
+        if "preferences" in stage:
+            stage["preferences"] |= {"train_rounds": 1, "eval_rounds": 1}
+    path = folder / "short.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+TIMED = ("seconds", "stage_seconds", "tokens_per_second", "peak_memory_gib")
+
+
+def numbers(result, path=""):
+    """(dotted name, number) of all that a clock does not say."""
+    for name, value in result.items() if isinstance(result, dict) else enumerate(result):
+        if isinstance(value, dict | list):
+            yield from numbers(value, f"{path}{name}." if name not in TIMED else "seconds.")
+        elif isinstance(value, int | float) and name not in TIMED and path != "seconds.":
+            yield f"{path}{name}", value
+
+
+def launch(path, out):
+    """``jaxrlhf pipeline`` in a process of its own that has one device."""
+    flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
+    return start("pipeline", str(path), "--output", str(out), XLA_FLAGS=" ".join(flags))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(pipeline's file, results of an uninterrupted run of it, its folder)."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    path = short(folder)
+    process = launch(path, folder / "out")
+    told = process.communicate()[0]
+    assert process.returncode == 0, told
+    return path, json.loads((folder / "out/summary.json").read_text()), folder / "out"
+
+
+def test_run_pipeline_hands_on_and_sums_up(done):
+    _, results, folder = done
+    assert list(results) == ["corpus", "sft", "pairs", "reward_model", "ppo", "evaluation"]
+    assert results["pairs"]["train_pairs"] > 100
+    assert results["ppo"]["steps"] == 4
+    assert 0 <= results["evaluation"]["win_rate"]["gold"] <= 1
+    assert (folder / "ppo" / "report.html").exists()
+    assert (folder / "ppo" / "diagnosis.json").exists()
+
+
+def test_run_pipeline_skips_what_is_done(done, capsys, monkeypatch):
+    path, results, folder = done
+    monkeypatch.setattr("jaxrlhf.apps.pipeline.train", None)
+    assert run_pipeline(load_pipeline(path, str(folder))) == results
+    assert capsys.readouterr().out.count("done before") == 6
+
+
+def test_run_pipeline_refuses_a_stage_that_was_made_otherwise(done):
+    path, _, folder = done
+    with pytest.raises(InputError, match=r"corpus: was made with other settings \(seed\)"):
+        run_pipeline(load_pipeline(path, str(folder), seed=1))
+    config = load_pipeline(path, str(folder))
+    changed = replace(config.stages[1], set={**config.stages[1].set, "steps": 9})
+    stages = (config.stages[0], changed, *config.stages[2:])
+    with pytest.raises(InputError, match=r"sft: was made with other settings \(run\)"):
+        run_pipeline(replace(config, stages=stages))
+
+
+def test_run_pipeline_refuses_a_stage_whose_file_says_something_else_now(done, tmp_path):
+    path, _, folder = done
+    config = load_pipeline(path, str(folder))
+    edited = tmp_path / "sft.yaml"
+    text = Path(config.stages[1].train).read_text()
+    edited.write_text(text)
+    stages = (config.stages[0], replace(config.stages[1], train=str(edited)), *config.stages[2:])
+    run_pipeline(replace(config, stages=stages[:2]))  # where the file lies is no matter
+    edited.write_text(text.replace("warmup: 10", "warmup: 9"))
+    with pytest.raises(InputError, match=r"sft: was made with other settings \(run\)"):
+        run_pipeline(replace(config, stages=stages))
+
+
+def test_run_pipeline_refuses_a_stage_whose_input_was_made_again(done, tmp_path):
+    path, _, folder = done
+    copied = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(folder), str(copied)], check=True)
+    for record in [*copied.glob("*/stage.json"), *copied.glob("*/config.yaml")]:
+        record.write_text(record.read_text().replace(str(folder), str(copied)))
+    (copied / "corpus" / "stage.json").unlink()
+    with pytest.raises(InputError, match=r"sft: was made with other inputs \(corpus\)"):
+        run_pipeline(load_pipeline(path, str(copied)))
+
+
+def test_run_pipeline_finds_a_slip_in_the_last_stage_before_the_first(tmp_path):
+    slips = {
+        "minibatches=7 is not 0": {"algorithm.minibatches": 7},
+        "stage ppo: .*no.jsonl: no such file": {"data.eval": "no.jsonl"},
+    }
+    for message, slip in slips.items():
+        with pytest.raises(InputError, match=message):
+            run_pipeline(load_pipeline(short(tmp_path, ppo=slip), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_pipeline_takes_one_at_a_time(done):
+    path, _, folder = done
+    with (
+        lock(folder),
+        pytest.raises(InputError, match="another run writes there"),
+    ):
+        run_pipeline(load_pipeline(path, str(folder)))
+
+
+def test_run_pipeline_ends_with_a_status_when_a_run_is_stopped(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr("jaxrlhf.apps.pipeline.train", stopped)
+    config = load_pipeline(short(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as end:
+        run_pipeline(config)
+    assert end.value.code == 143
+    assert "result" not in json.loads((tmp_path / "out/sft/stage.json").read_text())
+
+
+def one_run(folder, **changes):
+    """A pipeline of one run, with the fields of its ``data`` that change."""
+    run = runs.sft(folder, steps=1)
+    (folder / "sft.yaml").write_text(dump(replace(run, data=replace(run.data, **changes))))
+    stage = StageConfig("a", train=str(folder / "sft.yaml"))
+    return PipelineConfig((stage,), output=str(folder / "out"))
+
+
+def test_run_pipeline_takes_other_settings_where_nothing_was_made(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl:1"):
+        run_pipeline(one_run(tmp_path, train=str(bad)))
+    (tmp_path / "out/a/config.yaml").write_text("of a run that did not get far")
+    config = one_run(tmp_path)
+    results = run_pipeline(config, runs.one_device())
+    assert list(results) == ["a"]
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == plain(results)
+    with pytest.raises(InputError, match=r"a: was made with other settings \(run\)"):
+        run_pipeline(replace(config, seed=1))
+
+
+@pytest.mark.parametrize("made", ["checkpoints/2/state", "text"])
+def test_run_pipeline_keeps_what_an_interrupted_stage_has_made(made, tmp_path):
+    config = make_only(tmp_path, text="a") if made == "text" else one_run(tmp_path)
+    file = tmp_path / "out/a" / made
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    before = {"settings": {"name": "a", "run": {}} if made != "text" else {"name": "a"}}
+    (tmp_path / "out/a/stage.json").write_text(json.dumps(before))
+    with pytest.raises(InputError, match="a: was made with other settings"):
+        run_pipeline(config)
+
+
+@pytest.mark.parametrize("text", ['{"settings"', "[]", "{}", "3", '"a"'])
+def test_run_pipeline_refuses_a_torn_record(text, tmp_path):
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/stage.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"a/stage\.json: no record of a stage: remove this folder"
+    ):
+        run_pipeline(make_only(tmp_path, text="a"))
+
+
+def letters(folder, seed, text, times=1):
+    """What a stage of the next test makes."""
+    (folder / "text").write_text(f"{text * times} {seed}")
+
+
+def make_only(folder, **options):
+    content = {"stages": [{"name": "a", "make": "test_pipeline:letters", "set": options}]}
+    path = folder / "make.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_pipeline(path, str(folder / "out"), seed=3)
+
+
+def test_run_pipeline_calls_a_function_with_its_arguments(tmp_path):
+    run_pipeline(make_only(tmp_path, text="ab", times=2))
+    assert (tmp_path / "out/a/text").read_text() == "abab 3"
+    with pytest.raises(InputError, match=r"a: was made with other settings \(set\)"):
+        run_pipeline(make_only(tmp_path, text="ab", times=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "a.set: test_pipeline:letters: missing a required argument: 'text': mend the names"),
+        ({"text": "a", "time": 2}, "got an unexpected keyword argument 'time'"),
+    ],
+)
+def test_run_pipeline_refuses_arguments_before_the_first_stage(options, message, tmp_path):
+    with pytest.raises(InputError) as error:
+        run_pipeline(make_only(tmp_path, **options))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_run_pipeline_killed_in_every_stage_comes_to_the_same(done, tmp_path):
+    path, wanted, _ = done
+    out, told = tmp_path / "out", ""
+    saved = {"sft": "2", "reward_model": "2", "ppo": "1"}
+    for stage in wanted:
+        sign = out / stage / "checkpoints" / saved[stage] if stage in saved else out / stage
+        with launch(path, out) as process:
+            deadline = time.monotonic() + 200
+            while process.poll() is None and not sign.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert sign.exists(), stage
+            process.send_signal(signal.SIGKILL)
+            told += process.communicate()[0]
+    process = launch(path, out)
+    last = process.communicate()[0]
+    assert process.returncode == 0, last
+    assert "done before" in last
+    assert told.count("resumed after iteration") == len(saved)
+    results = json.loads((out / "summary.json").read_text())
+    expected = dict(numbers(wanted))
+    assert len(expected) > 80
+    assert dict(numbers(results)) == expected

@@ -1,0 +1,33 @@
+import errno
+import os
+
+import pytest
+
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import check_file, write_atomic, writing
+
+
+def test_write_atomic_replaces(tmp_path):
+    write_atomic(tmp_path / "x", "old")
+    write_atomic(tmp_path / "x", "é")
+    assert (tmp_path / "x").read_text("utf-8") == "é"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_check_file_makes_its_folder(tmp_path):
+    check_file(tmp_path / "a/b/x")
+    assert (tmp_path / "a/b").is_dir()
+    assert not list((tmp_path / "a/b").iterdir())
+
+
+def test_check_file_names_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/a: cannot be written \(Not a directory\): give"):
+        check_file(tmp_path / "file/a/x")
+    with pytest.raises(InputError, match=r"cannot be written \(it is a folder\)"):
+        check_file(tmp_path)
+
+
+def test_writing_names_the_reason(tmp_path):
+    with pytest.raises(InputError, match=r"x: cannot be written \(No space left"), writing("x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

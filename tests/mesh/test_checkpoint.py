@@ -1,0 +1,413 @@
+import logging
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxrlhf.config import CheckpointConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import TrainState
+from jaxrlhf.mesh.checkpoint import Checkpoints, load
+
+# A read that fails on a damaged file leaves callbacks behind, which complain as they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+KEEP3 = CheckpointConfig(keep=3)
+
+
+def state_at(step):
+    params = {
+        "embed": jnp.arange(48.0).reshape(8, 6) + step,
+        "bias": jnp.full(3, step, jnp.bfloat16),
+    }
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    )
+    return {"policy": TrainState.create(params, tx), "critic": None}
+
+
+ABSTRACT = jax.eval_shape(lambda: state_at(0))
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def fill(folder, steps=(1, 2), config=KEEP3):
+    with Checkpoints(folder, config) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state_at(step), {"kl_coef": step / 10})
+
+
+def flip(path, bit):
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(raw)
+
+
+def test_restore_nothing(tmp_path):
+    with Checkpoints(tmp_path / "new", KEEP3) as checkpoints:
+        assert checkpoints.latest() is None
+        assert checkpoints.restore(ABSTRACT) is None
+
+
+def test_save_restore_roundtrip(tmp_path):
+    fill(tmp_path)
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        assert checkpoints.latest() == 2
+        step, state, host = checkpoints.restore(ABSTRACT)
+    assert (step, host) == (2, {"kl_coef": 0.2})
+    assert_equal(state, state_at(2))
+
+
+def test_save_keeps_and_purges(tmp_path):
+    fill(tmp_path, range(1, 6), CheckpointConfig(keep=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_save_again_is_nothing(tmp_path):
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        for _ in range(2):
+            checkpoints.save(1, state_at(1), {})
+        checkpoints.wait()
+        checkpoints.save(1, state_at(1), {})
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        checkpoints.restore(ABSTRACT)
+        checkpoints.save(1, state_at(1), {})
+    assert checkpoints.failed == 0
+
+
+def test_amend_replaces_the_numbers_alone(tmp_path):
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        checkpoints.save(1, state_at(1), {"kl_coef": 0.1})
+        checkpoints.save(2, state_at(2), {"kl_coef": 0.2})
+        checkpoints.amend({"kl_coef": 0.2, "mean": 3.0})  # waits for the save in flight
+    for folder in (tmp_path / "2", tmp_path / "2" / "host"):
+        assert not list(folder.glob("*.part"))
+    step, state, host = load(tmp_path, ABSTRACT)
+    assert (step, host) == (2, {"kl_coef": 0.2, "mean": 3.0})
+    assert_equal(state, state_at(2))
+    shutil.rmtree(tmp_path / "2")
+    assert load(tmp_path, ABSTRACT)[2] == {"kl_coef": 0.1}
+
+
+def test_amend_that_cannot_write(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        checkpoints.save(1, state_at(1), {"kl_coef": 0.1})
+        checkpoints.wait()
+        monkeypatch.setattr("jaxrlhf.mesh.checkpoint.write_atomic", full)
+        with pytest.raises(InputError, match="No space left on device; make room"):
+            checkpoints.amend({"kl_coef": 0.2})
+    assert load(tmp_path, ABSTRACT)[2] == {"kl_coef": 0.1}
+
+
+def test_save_before_newest(tmp_path):
+    fill(tmp_path)
+    with Checkpoints(tmp_path, KEEP3) as checkpoints, pytest.raises(InputError, match="holds st"):
+        checkpoints.save(1, state_at(1), {})
+
+
+def test_save_donated_afterwards(tmp_path):
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"x": jnp.zeros((512, 512))}
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        for step in range(3):
+            checkpoints.save(step, state, {})
+            for _ in range(5):
+                state = bump(state)
+    for step in range(3):
+        found = load(tmp_path, {"x": jax.ShapeDtypeStruct((512, 512), jnp.float32)})
+        assert float(found[1]["x"].max()) == float(found[1]["x"].min()) == 5 * found[0]
+        shutil.rmtree(tmp_path / str(2 - step))
+
+
+def test_save_host_not_json(tmp_path):
+    with Checkpoints(tmp_path, KEEP3) as checkpoints, pytest.raises(TypeError):
+        checkpoints.save(1, state_at(1), {"x": object()})
+
+
+@pytest.mark.parametrize("damage", ["delete", "empty", "cut", "zero", "flip"])
+@pytest.mark.parametrize("where", ["state/d/*", "host/metadata"])
+def test_restore_damaged_falls_back(tmp_path, caplog, damage, where):
+    fill(tmp_path)
+    (path,) = (tmp_path / "2").glob(where)
+    raw = path.read_bytes()
+    match damage:
+        case "delete":
+            path.unlink()
+        case "flip":
+            flip(path, 8 * (len(raw) // 2))
+        case _:
+            path.write_bytes({"empty": b"", "cut": raw[:-9], "zero": bytes(len(raw))}[damage])
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        step, state, host = checkpoints.restore(ABSTRACT)
+        assert (step, host) == (1, {"kl_coef": 0.1})
+        assert_equal(state, state_at(1))
+        assert "2 is DAMAGED" in caplog.text
+        assert len(list((tmp_path / "damaged").glob("2-*/state"))) == 1
+        checkpoints.save(2, state_at(2), {"kl_coef": 0.2})  # the run writes that step again
+    assert load(tmp_path, ABSTRACT)[0] == 2
+
+
+def test_restore_any_flipped_bit(tmp_path, caplog):
+    """Whatever bit of whatever file flips: the right arrays of one of the two steps."""
+    fill(tmp_path / "good")
+    files = [p for p in (tmp_path / "good" / "2").rglob("*") if p.is_file()]
+    chance = random.Random(0)
+    caplog.set_level(logging.CRITICAL, "jaxrlhf.mesh.checkpoint")
+    fallen = 0
+    for _ in range(40):
+        path = chance.choice(files)
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        bit = chance.randrange(8 * path.stat().st_size)
+        flip(tmp_path / "bad" / path.relative_to(tmp_path / "good"), bit)
+        step, state, host = load(tmp_path / "bad", ABSTRACT)
+        assert host == {"kl_coef": step / 10}
+        assert_equal(state, state_at(step))
+        fallen += step == 1
+    assert fallen > 0
+
+
+def test_restore_content_changed_with_valid_files(tmp_path, caplog):
+    """Arrays that load without any error, but are others: only the digest can tell."""
+    fill(tmp_path / "a", [1, 2])
+    with Checkpoints(tmp_path / "b", KEEP3) as checkpoints:
+        checkpoints.save(2, state_at(99), {"kl_coef": 0.2})
+    shutil.rmtree(tmp_path / "a" / "2" / "state")
+    shutil.copytree(tmp_path / "b" / "2" / "state", tmp_path / "a" / "2" / "state")
+    assert load(tmp_path / "a", ABSTRACT)[0] == 1
+    assert "policy.params.bias is not as it was saved" in caplog.text
+
+
+def test_restore_all_damaged(tmp_path):
+    fill(tmp_path)
+    for step in ("1", "2"):
+        shutil.rmtree(tmp_path / step / "state")
+    for _ in range(2):  # never a silent restart at step 0, not even at the second try
+        checkpoints = Checkpoints(tmp_path, KEEP3)
+        with pytest.raises(InputError, match=r"every checkpoint is damaged \(step 2: .*step 1"):
+            checkpoints.restore(ABSTRACT)
+
+
+def test_restore_ignores_unfinished(tmp_path):
+    fill(tmp_path)
+    shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
+    shutil.copytree(tmp_path / "1", tmp_path / "trash" / "0")
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        assert checkpoints.restore(ABSTRACT)[0] == 2
+        checkpoints.save(3, state_at(3), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p | {"embed": jnp.zeros((8, 7))}, r"embed is float32\[8, 6\] there, fl.*\[8, 7"),
+        (lambda p: p | {"embed": p["embed"].astype(jnp.bfloat16)}, r"embed is float32.*bfloat16"),
+        (lambda p: p | {"head": jnp.zeros(2)}, r"head is absent there, float32\[2\] in this run"),
+        (lambda p: {"embed": p["embed"]}, r"bias is bfloat16\[3\] there, absent in this run"),
+    ],
+)
+def test_restore_other_state(tmp_path, change, message):
+    fill(tmp_path)
+
+    def other():
+        state = state_at(0)
+        policy = state["policy"].replace(params=change(state["policy"].params))
+        return state | {"policy": policy}
+
+    checkpoints = Checkpoints(tmp_path, KEEP3)
+    with pytest.raises(InputError, match=rf"policy\.params\.{message}") as error:
+        checkpoints.restore(jax.eval_shape(other))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_restore_other_device_counts(tmp_path):
+    values = np.asarray(jax.random.normal(jax.random.key(0), (16, 8)))
+    total = values.sum()
+    for step, devices in enumerate((1, 8, 2)):
+        mesh = jax.make_mesh(
+            (devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+        )
+        sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+        with Checkpoints(tmp_path, KEEP3) as checkpoints:
+            if step == 0:
+                state = {"x": jax.device_put(values, sharding)}
+            else:
+                abstract = {"x": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding)}
+                found = checkpoints.restore(abstract)
+                assert found is not None
+                assert found[0] == step - 1
+                state = found[1]
+            assert state["x"].sharding == sharding
+            assert len(state["x"].addressable_shards) == devices
+            np.testing.assert_array_equal(np.asarray(state["x"]), values)
+            np.testing.assert_allclose(jax.jit(jnp.sum)(state["x"]), total, rtol=1e-6)
+            checkpoints.save(step, state, {})
+
+
+def test_load_part(tmp_path):
+    fill(tmp_path)
+    part = {"policy": {"params": ABSTRACT["policy"].params}}
+    step, state, host = load(tmp_path, part)
+    assert (step, host) == (2, {"kl_coef": 0.2})
+    assert_equal(state, {"policy": {"params": state_at(2)["policy"].params}})
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        load(tmp_path / "nowhere", part)
+
+
+def test_checkpoints_unwritable(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        Checkpoints(tmp_path / "file" / "checkpoints", KEEP3)
+    with pytest.raises(InputError, match="cannot be written"):
+        Checkpoints("/proc/checkpoints", KEEP3)
+    with pytest.raises(InputError, match="mount the bucket"):
+        Checkpoints("gs://bucket/run", KEEP3)
+    with pytest.raises(InputError, match=r"checkpoint\.keep=0"):
+        Checkpoints(tmp_path, CheckpointConfig(keep=0))
+
+
+@pytest.fixture
+def full_disk():
+    """While on, no file can grow beyond 64 kB: writes fail as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def switch(on):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536 if on else soft, hard))
+
+    yield switch
+    switch(False)
+
+
+def test_save_full_disk(tmp_path, caplog, full_disk):
+    def big(step):
+        return {"x": jax.random.normal(jax.random.key(step), (512, 512))}
+
+    abstract = jax.eval_shape(lambda: big(0))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    checkpoints.save(1, big(1), {})
+    checkpoints.wait()
+    full_disk(True)
+    for step in (2, 3):
+        checkpoints.save(step, big(step), {})  # training goes on
+    with pytest.raises(InputError, match=r"step 3 could not be saved .* resumes from step 1"):
+        checkpoints.wait()
+    full_disk(False)
+    assert checkpoints.failed == 2
+    assert "step 2 could not be saved" in caplog.text
+    assert os.listdir(tmp_path) == ["1"]  # a failed save gives its space back
+    assert_equal(load(tmp_path, abstract)[1], big(1))
+    checkpoints.save(4, big(4), {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert_equal(load(tmp_path, abstract)[1], big(4))
+
+
+def test_save_lost_disk(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, KEEP3)
+    checkpoints.save(1, state_at(1), {})
+    checkpoints.wait()
+    shutil.rmtree(folder)
+    folder.write_text("no folder any more")
+    checkpoints.save(2, state_at(2), {})  # training goes on
+    assert checkpoints.failed == 1
+    with pytest.raises(InputError, match="step 2 could not be saved"):
+        checkpoints.wait()
+    folder.unlink()
+    checkpoints.save(3, state_at(3), {})
+    checkpoints.close()
+    assert load(folder, ABSTRACT)[0] == 3
+
+
+def one_save(folder, error=None):
+    with Checkpoints(folder, KEEP3) as checkpoints:
+        checkpoints.save(1, {"x": jax.random.normal(jax.random.key(0), (512, 512))}, {})
+        if error:
+            raise error
+
+
+def test_checkpoints_last_save_fails(tmp_path, full_disk):
+    full_disk(True)
+    with pytest.raises(InputError, match="step 1 could not be saved"):
+        one_save(tmp_path)
+
+
+def test_checkpoints_error_inside(tmp_path, full_disk):
+    """The save in flight is finished, and the run's own error is the one that is seen."""
+    with pytest.raises(KeyboardInterrupt):
+        one_save(tmp_path, KeyboardInterrupt())
+    assert os.listdir(tmp_path) == ["1"]
+    full_disk(True)
+    with pytest.raises(ZeroDivisionError):
+        one_save(tmp_path / "full", ZeroDivisionError())
+
+
+TRAINER = """
+import sys, jax, jax.numpy as jnp
+from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.config import CheckpointConfig
+from jaxrlhf.resume import lock
+update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+start = lambda: {"w": jnp.arange(4096.), "opt": [jnp.zeros((64, 64)), jnp.int32(0)]}
+with lock(sys.argv[1]), Checkpoints(sys.argv[1], CheckpointConfig(keep=2)) as checkpoints:
+    found = checkpoints.restore(jax.eval_shape(start))
+    step, state, host = found or (0, start(), {"consumed": 0})
+    assert int(state["opt"][1]) == step and host["consumed"] == 3 * step
+    assert bool((state["w"] == jnp.arange(4096.) + step).all())
+    print("ready", step, flush=True)
+    while True:
+        state, step = update(state), step + 1
+        checkpoints.save(step, state, {"consumed": 3 * step})
+        print("durable", checkpoints.latest() or 0, flush=True)
+"""
+
+
+def test_restore_after_kills(tmp_path):
+    """SIGKILL at random instants of asynchronous saves: nothing durable is lost or damaged."""
+    chance, durable = random.Random(time.time_ns()), 0
+    for attempt in range(6):
+        command = [sys.executable, "-c", TRAINER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            try:
+                word, at = child.stdout.readline().split()
+                assert word == "ready"
+                assert int(at) >= durable
+                durable = int(at)
+                while attempt % 2 and durable == int(at):  # every second time, it gets somewhere
+                    durable = int(child.stdout.readline().split()[1])
+                time.sleep(chance.uniform(0.0, 0.4))
+            finally:
+                child.kill()
+            lines = child.stdout.read().split("\n")[:-1]  # what follows the last newline is torn
+        durable = max([durable, *(int(line.split()[1]) for line in lines)])
+    abstract = {
+        "w": jax.ShapeDtypeStruct((4096,), jnp.float32),
+        "opt": [jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)],
+    }
+    step, state, host = load(tmp_path, abstract)
+    assert step >= durable > 0
+    assert host == {"consumed": 3 * step}
+    np.testing.assert_array_equal(state["w"], np.arange(4096.0) + step)
+    assert not (tmp_path / "damaged").exists()

@@ -1,0 +1,202 @@
+"""Sources summed behind their gates, the rows that have no reward, and a run that goes on so."""
+
+import json
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from servers import fails, say, service
+from test_loop import one_device
+
+from jaxrlhf.config import (
+    GateConfig,
+    IsolateConfig,
+    LengthConfig,
+    MeshConfig,
+    RewardConfig,
+    SampleConfig,
+    ServiceConfig,
+)
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Rollout
+from jaxrlhf.data.formats import Prompt
+from jaxrlhf.data.words import goodness
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.load import Loader
+from jaxrlhf.models.tokenizer import load_tokenizer
+from jaxrlhf.rewards.combine import Reward
+from jaxrlhf.rewards.functions import Scored
+from jaxrlhf.rewards.judge import Judge, make_judge, measures
+from jaxrlhf.run import loop
+
+TOKENIZER = f"words:{runs.WORDS}"
+PROMPTS = [Prompt("the", {"answer": "good"}, "f:1"), Prompt("and", {}, "f:2")]
+TEXTS = ["good", "bad", "good and good", ""]
+
+
+@pytest.fixture
+def rollout():
+    """Two samples of each prompt, the third cut off."""
+    tokenizer = load_tokenizer(TOKENIZER)
+    token_BT = np.zeros((4, 6), np.int32)
+    mask_BT = np.zeros((4, 6), np.float32)
+    for row, text in enumerate(TEXTS):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids += [tokenizer.eos_token_id] * (row != 2)
+        token_BT[row, 2 : 2 + len(ids)] = ids
+        mask_BT[row, 2 : 2 + len(ids)] = 1
+    zero_BT = jnp.zeros((4, 6))
+    ended_B = jnp.array([True, True, False, True])
+    mask = jnp.array(mask_BT)
+    return Rollout(jnp.array(token_BT), mask, mask, zero_BT, zero_BT, ended_B, n=2)
+
+
+def judge(*configs, **options):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return make_judge(configs, Loader(mesh), load_tokenizer(TOKENIZER), 16, "rewards", **options)
+
+
+def told(score_B, problem="", **changes):
+    """A judge whose one source says so."""
+    source = Reward("told", 1.0, None, lambda _: Scored(np.array(score_B, float), problem))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Judge((source,), (None,), load_tokenizer(TOKENIZER), mesh, **changes)
+
+
+def test_judge_asks_for_text_columns_and_ends(rollout):
+    seen = []
+
+    def ask(asked):
+        seen.append(asked)
+        return Scored(np.ones(4))
+
+    made = told([])
+    made = replace(made, sources=(replace(made.sources[0], ask=ask),))
+    made(rollout, PROMPTS)
+    (asked,) = seen
+    assert asked.prompts == ["the", "the", "and", "and"]
+    assert asked.completions == TEXTS
+    assert asked.columns == {"answer": ["good", "good", None, None]}
+    assert asked.ended == [True, True, False, True]
+
+
+def test_judge_sums_behind_a_gate_by_hand(rollout):
+    """goodness 1, −1, 2/3, 0; tokens 2, 2, 3, 1, so −0.5, −0.5, −1, 0; the gate wants "good"."""
+    judgement = judge(
+        replace(runs.GOODNESS, weight=3.0),
+        RewardConfig(length=LengthConfig(1, 3), weight=0.5),
+        RewardConfig(verifier="regex", pattern="good", gate=GateConfig(1.0, otherwise=-7.0)),
+    )(rollout, PROMPTS)
+    np.testing.assert_allclose(judgement.reward_B, [2.75, -7, 1.5, -7], rtol=1e-6)
+    np.testing.assert_allclose(judgement.parts["length"], [-0.5, -0.5, -1, 0])
+
+
+def test_judge_row_without_a_truth_is_left_out(rollout):
+    judgement = judge(RewardConfig(verifier="exact"))(rollout, PROMPTS)
+    np.testing.assert_array_equal(judgement.reward_B, [1, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(judgement.valid_B, [True, True, False, False])
+    assert measures(judgement) == {
+        "reward/excluded": 0.5,
+        "reward/exact": 0.5,
+        "excluded/exact": 0.5,
+    }
+
+
+def test_judge_of_arrays_alone_stays_on_the_device(rollout):
+    made = judge(RewardConfig(length=LengthConfig(1, 3)))
+    with jax.transfer_guard_device_to_host("disallow_explicit"):
+        judgement = made(rollout, PROMPTS)
+    np.testing.assert_allclose(judgement.reward_B, [-0.5, -0.5, -1, 0])
+    assert bool(judgement.valid_B.all())
+
+
+def test_judge_refuses_more_excluded_rows_than_allowed(rollout):
+    nan = math.nan
+    told([nan, nan, 1, 1], max_excluded=0.5)(rollout, PROMPTS)
+    told([nan] * 4)(rollout, PROMPTS)
+    message = (
+        r"rewards: 3 of 4 completions got none, and max_excluded=0\.5 of them may: told has none "
+        r"for 3, the last because: HTTP 500: mend the source, or raise max_excluded"
+    )
+    with pytest.raises(InputError, match=message):
+        told([nan, nan, nan, 1], "HTTP 500", max_excluded=0.5)(rollout, PROMPTS)
+
+
+def test_measures_of_a_source_that_never_answers(rollout):
+    measured = measures(told([math.nan] * 4)(rollout, PROMPTS))
+    assert math.isnan(measured.pop("reward/told"))
+    assert measured == {"reward/excluded": 1.0, "excluded/told": 1.0}
+
+
+def choosy(prompts, completions, **_):
+    """Goodness; no reward for completions that begin with one of three words."""
+    scores = goodness(prompts, completions)
+    pairs = zip(completions, scores, strict=True)
+    return [None if text.split()[:1] in (["sad"], ["the"], ["good"]) else s for text, s in pairs]
+
+
+def misbehaves(handler, request):
+    """As ``choosy`` pays, but in a bad order and every first attempt in vain; and three ways not to
+    give a reward."""
+    first = sum(body["id"] == request["id"] for _, body in handler.server.seen) == 1
+    if first:
+        fails(handler, request)
+        return
+    rewards = []
+    for row in request["rows"]:
+        word = row["completion"].split()[:1]
+        (score,) = goodness([""], [row["completion"]])
+        if word == ["sad"]:
+            score = "much"
+        elif word == ["the"]:
+            rewards.append({"id": row["id"], "reward": 0.0})
+        if word != ["good"]:
+            rewards.append({"id": row["id"], "reward": score})
+    say(handler, {"rewards": [*rewards[::-1], {"id": "99", "reward": 1e9}]})
+
+
+def test_run_goes_on_with_the_right_rows(tmp_path):
+    """A service that misbehaves, and a function that gives the same rewards to the same rows: the
+    runs are equal."""
+    logged, sample = {}, SampleConfig(max_new_tokens=8, n=4)
+    with service(misbehaves) as server:
+        asked = ServiceConfig(server.url, batch_size=5, retries=1, backoff=0.001)
+        for name, reward in [
+            ("service", RewardConfig(service=asked)),
+            ("function", RewardConfig(function="test_judging:choosy", isolate=IsolateConfig())),
+        ]:
+            (tmp_path / name).mkdir()
+            config = runs.of("rloo", tmp_path / name, rewards=(reward,), sample=sample, steps=2)
+            loop.train(replace(config, max_excluded=0.9), one_device())
+            lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+            logged[name] = [json.loads(line) for line in lines]
+    keys = ("loss", "score", "valid", "reward/excluded", "length")
+    both = [[[row[key] for key in keys] for row in rows] for rows in logged.values()]
+    assert both[0] == both[1]
+    for row in logged["service"]:
+        assert 0 < row["reward/excluded"] < 0.9
+        assert row["reward/excluded"] == pytest.approx(1 - row["valid"], abs=1e-6)
+        assert row[f"excluded/{server.url}"] == row["reward/excluded"]
+
+
+def test_run_stops_where_too_many_rows_have_no_reward(tmp_path):
+    with service(fails) as server:
+        asked = ServiceConfig(server.url, retries=0)
+        config = runs.ppo(tmp_path, rewards=(RewardConfig(service=asked), runs.GOODNESS))
+        with pytest.raises(InputError) as error:
+            loop.train(config, one_device())
+    assert f"16 of 16 completions got none, and max_excluded=0.5 of them may: {server.url}" in str(
+        error.value
+    )
+    assert "HTTP 500" in str(error.value)
+
+
+def test_run_checks_the_truth_of_every_row_before_it_starts(tmp_path):
+    config = runs.ppo(tmp_path, rewards=(RewardConfig(verifier="exact"),))
+    with pytest.raises(InputError, match=r"prompts\.jsonl:1: verifier exact: the row has no"):
+        loop.train(config, one_device())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,211 @@
+import json
+import math
+import resource
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxrlhf.run.record import (
+    Recorder,
+    combine,
+    distinct_n,
+    mean_interval,
+    paired_interval,
+    plain,
+    share_interval,
+    wilson,
+)
+
+
+def lines(path):
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def run(output, resume_step, steps):
+    with Recorder(output, resume_step) as record:
+        for step in steps:
+            record.metrics(step, {"reward": step / 2})
+            record.samples(step, [{"completion": "a"}, {"completion": "b"}])
+
+
+def test_recorder_lines(tmp_path):
+    with Recorder(tmp_path / "run") as record:
+        values = {"a": jnp.float32(0.5), "b": np.int64(3), "c": math.nan, "d": -np.inf, "e": True}
+        record.metrics(1, values)
+        record.samples(1, [{"prompt": 'é "\n\ud800', "ids": np.arange(2), "reward": None}])
+        # read while the recorder is open: every line is there at once
+        assert lines(tmp_path / "run" / "metrics.jsonl") == [
+            {"step": 1, "a": 0.5, "b": 3, "c": None, "d": None, "e": True}
+        ]
+        assert lines(tmp_path / "run" / "samples.jsonl") == [
+            {"step": 1, "prompt": 'é "\n\ud800', "ids": [0, 1], "reward": None}
+        ]
+
+
+def test_recorder_resume_drops_later_steps(tmp_path):
+    run(tmp_path, None, range(1, 6))
+    run(tmp_path, 3, range(4, 7))
+    assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    steps = [x["step"] for x in lines(tmp_path / "samples.jsonl")]
+    assert steps == sorted(2 * [1, 2, 3, 4, 5, 6])
+
+
+def test_recorder_starts_anew(tmp_path):
+    run(tmp_path, None, range(3))
+    run(tmp_path, None, range(2))
+    assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "rew', "\x00\x00\x00", '{"reward": 1}', "[]"])
+def test_recorder_resume_drops_torn_line(tmp_path, torn):
+    run(tmp_path, None, [1, 2])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    run(tmp_path, 2, [3])
+    assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+WRITER = """
+import sys
+from jaxrlhf.metrics import Recorder
+record = Recorder(sys.argv[1])
+print("ready", flush=True)
+for step in range(10**9):
+    record.metrics(step, {"x": 1.0})
+    print(step, flush=True)
+"""
+
+
+def test_recorder_killed(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == "ready\n"
+            told = [int(child.stdout.readline()) for _ in range(100)]
+        finally:
+            child.kill()
+    Recorder(tmp_path, 10**9).close()
+    steps = [x["step"] for x in lines(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
+    assert steps[-1] >= told[-1]
+
+
+def test_recorder_full_disk(tmp_path, caplog):
+    """Lines that the disk refuses are written once it has room; no line is torn or lost."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Recorder(tmp_path) as record:
+        record.metrics(1, {"x": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))  # in the middle of the second line
+        try:
+            for step in (2, 3):
+                record.metrics(step, {"x": 1})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "wait in memory" in caplog.text
+        record.metrics(4, {"x": 1})
+    assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_recorder_inactive(tmp_path):
+    with Recorder(tmp_path / "run", active=False) as record:
+        record.metrics(1, {"x": 1})
+        record.samples(1, [{}])
+        record.summary({})
+    assert not (tmp_path / "run").exists()
+
+
+def test_recorder_summary(tmp_path):
+    with Recorder(tmp_path) as record:
+        record.summary({"a": 1})
+        record.summary({"reward": {"before": math.nan, "after": np.float32(0.25)}})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"reward": {"before": None, "after": 0.25}}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.jsonl", "samples.jsonl", "summary.json",
+    }  # fmt: skip
+
+
+def test_plain_refuses():
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        plain({"x": object()})
+
+
+def test_combine_rule():
+    got = combine(
+        [
+            {"loss": jnp.float32(1), "ratio_max": 1.5, "ratio_min": 0.5, "max_kl": 1.0},
+            {"loss": 2, "ratio_max": np.float32(1.25), "ratio_min": 0.25, "max_kl": 2.0},
+            {"loss": 6, "extra": 4.0},
+        ]
+    )
+    want = {"loss": 3, "ratio_max": 1.5, "ratio_min": 0.25, "max_kl": 1.5, "extra": 4}
+    assert got == want
+    assert all(type(x) is float for x in got.values())
+    assert combine([]) == {}
+
+
+def test_combine_nan_is_seen():
+    got = combine([{"x": 1.0, "x_max": 1.0}, {"x": math.nan, "x_max": math.nan}])
+    assert math.isnan(got["x"])
+    assert math.isnan(got["x_max"])
+
+
+def test_distinct_n_by_hand():
+    assert distinct_n(["a b a b", "a b"]) == 2 / 4  # ab ba ab ab
+    assert distinct_n([[1, 2, 3], [4, 1, 2]]) == 3 / 4
+    assert distinct_n([[1, 2, 3], (3, 2, 1)], n=1) == 3 / 6
+    assert distinct_n([[1, 1, 1, 1]], n=3) == 1 / 2
+    assert distinct_n(["one", ""]) == 0.0
+
+
+def test_mean_interval_against_scipy():
+    x = np.array([0.0, 1, 1, 4, 2.5])
+    mean, half = mean_interval(x)
+    low, high = stats.t.interval(0.95, 4, x.mean(), stats.sem(x))
+    np.testing.assert_allclose((mean - half, mean + half), (low, high), rtol=1e-6)
+
+
+def test_mean_interval_few():
+    assert mean_interval([2.0])[0] == 2.0
+    assert math.isnan(mean_interval([2.0])[1])
+    assert all(map(math.isnan, mean_interval([])))
+    assert mean_interval([1.0, 1.0]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("wins", "n"), [(0, 10), (3, 10), (10, 10), (50, 100)])
+def test_wilson_against_scipy(wins, n):
+    found = stats.binomtest(wins, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(wilson(wins / n, n), (found.low, found.high), atol=1e-6)
+
+
+def test_share_interval_where_all_agree():
+    """t = 2.262157: 1 − 1/(1 + t²/10) = 0.338509, where the normal interval is a point."""
+    assert share_interval([1.0] * 10) == (1.0, pytest.approx(0.338509, abs=1e-6))
+    assert share_interval([0.0] * 10) == (0.0, pytest.approx(0.338509, abs=1e-6))
+    assert share_interval([1.0])[0] == 1.0
+    assert math.isnan(share_interval([1.0])[1])
+
+
+def test_share_interval_of_many_is_the_mean_interval():
+    """Away from 0 and 1, and as narrow as the shares are alike."""
+    x = np.random.default_rng(0).uniform(0.4, 0.8, 500)
+    mean, half = share_interval(x)
+    assert mean == pytest.approx(x.mean())
+    assert half == pytest.approx(mean_interval(x)[1], rel=0.02)
+
+
+def test_paired_interval_removes_what_is_shared():
+    before = np.array([0.0, 5.0, -3.0, 8.0])
+    mean, half = paired_interval(before + np.array([0.9, 1.0, 1.1, 1.0]), before)
+    assert mean == pytest.approx(1.0)
+    assert half == pytest.approx(3.182446 * math.sqrt(0.02 / 3) / 2)
+    with pytest.raises(ValueError, match="not pairs"):
+        paired_interval([1.0], [1.0, 2.0])

@@ -1,0 +1,178 @@
+"""What must not be in any compiled program of a run on eight devices."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+import jax
+import pytest
+import runs
+
+from jaxrlhf.config import DecoderConfig, MeshConfig, PPOConfig, RewardConfig, SampleConfig
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models import attention
+from jaxrlhf.models.transformer import CACHE_AXES
+from jaxrlhf.run.setup import outline
+from jaxrlhf.steps import sample as sampling
+from jaxrlhf.steps import score as scoring
+from jaxrlhf.study.plan.collectives import arrays_with, collectives, gathered
+from jaxrlhf.study.plan.hlo import open_loops, parse
+from jaxrlhf.study.plan.steps import calls_of
+
+PROMPT, NEW = 4, 33
+VOCAB, EMBED, SLOTS = 640, 96, PROMPT + NEW  # 2.5 blocks of a draw
+ROWS = 32
+HEAD_KERNEL = EMBED * 16
+"""The smallest weight that a loop could gather."""
+MESHES = [(2, 2, 2, 1), (1, 2, 2, 2)]
+"""data, fsdp, tensor, context."""
+NAMES = (
+    "sample",
+    "reward 0",
+    "reference",
+    "value",
+    "rescore",
+    "targets",
+    "critic_update",
+    "update",
+)
+
+
+@contextmanager
+def programs(folder, sizes):
+    """Name → compiled program of a run, and its mesh's sizes."""
+    decoder = DecoderConfig(
+        vocab=VOCAB, embed=EMBED, layers=3, heads=4, kv_heads=2, head_dim=16, mlp=224, context=64
+    )
+    config = runs.ppo(folder, critic=runs.SEPARATE, sample=SampleConfig(max_new_tokens=NEW, n=4))
+    config = replace(
+        config,
+        algorithm=PPOConfig(old_logp="rescore", minibatches=1),
+        model=replace(config.model, decoder=decoder),
+        rewards=(RewardConfig(model="no/such/run"),),
+        mesh=MeshConfig(*sizes),
+    )
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        calls = calls_of(outline(config, mesh))
+        assert calls.keys() == set(NAMES)
+
+        @cache
+        def module(name):
+            compiled = calls[name].program.lower(*calls[name].args).compile()
+            return parse(compiled.as_text())
+
+        yield module, mesh.shape
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def modules(request, tmp_path_factory):
+    """The programs of a run whose logits and attention scores do not fit at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SCORES_A_DEVICE", ROWS * 4 * SLOTS**2 // 8 // 3)
+        patch.setattr(scoring, "LOGITS_A_DEVICE", 4 * VOCAB * ROWS // 8)
+        with programs(tmp_path_factory.mktemp("layouts"), request.param) as found:
+            yield found
+
+
+@contextmanager
+def broken(folder, sizes, where, name, value):
+    """The same with a part of the code replaced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, value)
+        with programs(folder, sizes) as found:
+            yield found
+
+
+def all_logits(module, sizes):
+    """Arrays that hold a device's share of [B, T, V] or more: logits of all responses' tokens.
+
+    Its share is the least that a device can have of them if they are there at once: rows over
+    data·fsdp, tokens over context and vocabulary over tensor; or more, if that fails.
+    """
+    rows = ROWS // (sizes["data"] * sizes["fsdp"])
+    columns = -(-NEW // sizes["context"])
+    return [
+        op
+        for vocab in {VOCAB, VOCAB // sizes["tensor"]}
+        for op in arrays_with(module, (vocab,), rows * columns * vocab)
+    ]
+
+
+def loop_gathers(module):
+    """Gathers in the decode loop, of a weight or of a row's logits."""
+    (loop,) = open_loops(module)
+    return [x for x in gathered(module, HEAD_KERNEL, trips=NEW - 1) if loop in x.loops]
+
+
+def cache_exchanges(module):
+    """What is sent of the cache: of all slots, more than a number for each."""
+    found = collectives(module, trips=NEW - 1)
+    return [x for x in found if SLOTS in x.result.dims and x.result.elements > ROWS * SLOTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_program_holds_all_logits(name, modules):
+    module, sizes = modules
+    assert all_logits(module(name), sizes) == []
+
+
+@pytest.mark.parametrize("name", ["reference", "update"])
+def test_all_logits_would_be_found(name, tmp_path):
+    with broken(tmp_path, MESHES[-1], scoring, "LOGITS_A_DEVICE", 2**30) as (module, mesh):
+        assert all_logits(module(name), mesh)
+
+
+def test_decode_loop_gathers_neither_weights_nor_logits(modules):
+    module, _ = modules
+    assert loop_gathers(module("sample")) == []
+
+
+def test_weights_gathered_in_the_decode_loop_would_be_found(tmp_path):
+    def as_they_lie(model, params, lora):
+        return params, lora
+
+    with broken(tmp_path, MESHES[-1], sampling, "decode_layout", as_they_lie) as (module, _):
+        assert loop_gathers(module("sample"))
+
+
+def test_sampler_exchanges_no_cache(modules):
+    module, _ = modules
+    assert cache_exchanges(module("sample")) == []
+
+
+def test_an_exchange_of_the_cache_would_be_found(tmp_path):
+    whole = replace(
+        CACHE_AXES,
+        key_LBSKH=("layers", None, "slots", "kv_heads", "head_dim"),
+        value_LBSKH=("layers", None, "slots", "kv_heads", "head_dim"),
+    )
+    with broken(tmp_path, MESHES[-1], sampling, "CACHE_AXES", whole) as (module, _):
+        assert cache_exchanges(module("sample"))
+
+
+def test_sampler_splits_the_cache_over_all_devices(modules):
+    module, _ = modules
+    share = 3 * ROWS * SLOTS * 2 * 16 // 8  # layers, rows, slots, heads, numbers
+    (loop,) = open_loops(module("sample"))
+    held = [
+        shape
+        for ops in module("sample").computations.values()
+        for op in ops.values()
+        if op.name == loop
+        for shape in op.shapes
+        if SLOTS in shape.dims and len(shape.dims) > 3
+    ]
+    assert len(held) == 2
+    assert {shape.elements for shape in held} == {share}
+
+
+@pytest.mark.parametrize("name", ["reference", "value", "reward 0", "update"])
+def test_keys_and_values_are_gathered_over_context_alone(name, modules):
+    """Once a layer, not for each piece of its queries; neither hidden states nor scores are."""
+    module, sizes = modules
+    rows, heads = ROWS // (sizes["data"] * sizes["fsdp"]), 2 // sizes["tensor"]
+    tokens = -(-SLOTS // sizes["context"]) * sizes["context"]  # XLA pads what it cannot divide
+    found = [x for x in gathered(module(name), 1) if {SLOTS, tokens} & {*x.result.dims}]
+    shapes = {(len(x.loops), x.result.elements) for x in found if x.loops}
+    assert shapes == ({(1, rows * tokens * heads * 16)} if sizes["context"] > 1 else set())

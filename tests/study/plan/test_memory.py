@@ -1,0 +1,99 @@
+"""Bytes on a device by kind: by hand, and against what the compiler and the devices say."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrlhf.config import LoraConfig, MeshConfig
+from jaxrlhf.core.types import TrainState
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.run.setup import outline, setup
+from jaxrlhf.study.plan.memory import (
+    arguments_by_kind,
+    cache_bytes,
+    decode_copy,
+    kinds_of,
+    on_device,
+    refused,
+    resident,
+)
+from jaxrlhf.study.plan.steps import calls_of
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(MeshConfig(2, 2, 2))
+
+
+def test_on_device(mesh):
+    x = jax.ShapeDtypeStruct(
+        (8, 6), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", "tensor"))
+    )
+    assert on_device(x) == 4 * 3 * 2
+    assert on_device(np.zeros((3, 5), np.float32)) == 60
+    assert on_device(jax.eval_shape(lambda: jax.random.key(0))) == 8
+
+
+def test_kinds_of():
+    state = TrainState(params={"a": 1.0}, opt_state=(2.0, 3.0), step=4, skipped=5)  # type: ignore[arg-type]
+    network = {"layers": {"w": 1.0}, "norm": 2.0}
+    kinds = kinds_of((state, network, {"kl_coef": 1.0}, None, np.zeros(3)))
+    assert kinds == ["parameters", *["optimizer"] * 4, *["parameters"] * 2, "rows", "rows"]
+
+
+def test_arguments_by_kind_leaves_out_what_is_not_read():
+    network = {"layers": jnp.zeros(10), "head": jnp.zeros(1000)}
+    traced = jax.jit(lambda p, x: p["layers"] + x).trace(network, 1.0)
+    found = arguments_by_kind((network, jnp.float32(1)), traced.jaxpr)
+    assert found == {"parameters": 40, "optimizer": 0, "rows": 4}
+
+
+def test_refused_reads_the_compiler():
+    said = "XLA:TPU compile permanent error. Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5G"
+    assert refused(said) == 21.5 * 2**30
+    assert refused("Used 512.00M of 256M hbm") == 2**29
+    assert refused("something else") is None
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4)])
+def test_resident_is_what_a_run_holds(lora, mesh, tmp_path):
+    config = runs.ppo(tmp_path, critic=runs.SEPARATE, mesh=MeshConfig(2, 2, 2))
+    config = replace(config, model=replace(config.model, lora=lora))
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh)
+        held = [run.states, run.frozen, run.reference.params]
+        arrays = {id(x): x for x in jax.tree.leaves(held)}.values()
+        first = jax.devices()[0]
+        local = sum(
+            piece.data.nbytes for x in arrays for piece in x.addressable_shards
+            if piece.device == first
+        )  # fmt: skip
+        assert resident(run) == local
+        assert resident(outline(config, mesh)) == local
+
+
+def test_cache_and_copy_by_hand(mesh, tmp_path):
+    with jax.set_mesh(mesh):
+        run = outline(runs.ppo(tmp_path, mesh=MeshConfig(2, 2, 2)), mesh)
+        # keys and values: 2 layers, 16 rows over 4, 4 + 8 slots, 2 heads over 2, head_dim 8
+        assert cache_bytes(run, 16) == 2 * 2 * 4 * 12 * 1 * 8 * 4
+        # a layer: q and o 32x32, k and v 32x16, mlp 3 times 32x64, over 2; 5 norms; embedding
+        layer = (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) // 2
+        assert decode_copy(run, run.model) == 4 * (16 * 32 // 2 + 5 * 32 + 2 * layer)
+
+
+def test_arguments_agree_with_the_compiler(mesh, tmp_path):
+    config = runs.ppo(tmp_path, critic=runs.SEPARATE, mesh=MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        run = outline(config, mesh)
+        for name, call in calls_of(run).items():
+            traced = call.program.trace(*call.args)
+            said = traced.lower().compile().memory_analysis().argument_size_in_bytes
+            found = sum(arguments_by_kind(call.args, traced.jaxpr).values())
+            assert found == pytest.approx(said, rel=0.01, abs=32), name

@@ -1,0 +1,104 @@
+"""Names of topologies, what is set for them, and the devices they give."""
+
+import jax
+import pytest
+
+from jaxrlhf.config import MeshConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.study.plan.devices import chip_name, devices_of, mesh_of
+from jaxrlhf.study.plan.topology import CHIPS, Topology, chip_of, environment, parse
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "devices", "compiler"),
+    [
+        ("v5e:16x16", "v5e", 256, "tpu"),
+        ("v6e:2x4", "v6e", 8, "tpu"),
+        ("v4:4x4x4", "v4", 64, "tpu"),
+        ("v5p:8x8x4", "v5p", 256, "tpu"),
+        ("cpu:8", "cpu", 8, "cpu"),
+        ("h100:8", "h100", 8, "cpu"),
+        ("here", "", 0, "here"),
+    ],
+)
+def test_parse(name, chip, devices, compiler):
+    assert parse(name) == Topology(name, chip, devices, compiler)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5x:16x16", "--topology v5x:16x16: unknown device; give v4, v5e, v5p"),
+        ("v5e", "--topology v5e: v5e takes 2 sizes, as in v5e:16x16"),
+        ("v5p:16x16", "v5p takes 3 sizes, as in v5p:8x8x4"),
+        ("v5e:0x16", "v5e takes 2 sizes"),
+        ("cpu:2x4", "cpu takes 1 size, as in cpu:8"),
+        ("", "unknown device"),
+    ],
+)
+def test_parse_refuses(name, message):
+    with pytest.raises(InputError, match=message):
+        parse(name)
+
+
+def test_environment():
+    tpu = environment(parse("v5e:2x4"))
+    assert tpu["JAX_PLATFORMS"] == "cpu"
+    assert tpu["TPU_SKIP_MDS_QUERY"] == "1"
+    assert tpu["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+    assert tpu["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
+    flags = environment(parse("cpu:4"), "--xla_a=1")["XLA_FLAGS"]
+    assert flags == "--xla_a=1 --xla_force_host_platform_device_count=4"
+    assert environment(parse("here")) == {}
+
+
+def test_chip_of_names_what_jax_finds():
+    assert chip_of("TPU v5 lite") == "v5e"
+    assert chip_of("TPU v5p") == "v5p"
+    assert chip_of("NVIDIA H200") == "h200"
+    assert chip_of("NVIDIA H100 80GB HBM3") == "h100"
+    with pytest.raises(InputError, match="nothing is known of 'Abacus'"):
+        chip_of("Abacus")
+
+
+def test_every_chip_states_its_source():
+    assert all(chip.source and chip.memory > 2**30 for chip in CHIPS.values())
+
+
+def test_devices_of_cpu():
+    found = devices_of(parse("cpu:4"))
+    assert len(found) == 4
+    assert devices_of(parse("here")) == jax.devices()
+    assert chip_name(parse("here"), found) == "cpu"
+    with pytest.raises(InputError, match=r"cpu:64: jax has 8 CPU devices: set XLA_FLAGS=--xla"):
+        devices_of(parse("cpu:64"))
+
+
+def test_mesh_of_fake_devices_has_no_slices():
+    found = mesh_of(MeshConfig(data=2, tensor=2, slices=2), parse("cpu:4"))
+    assert dict(found.shape) == {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
+
+
+def test_mesh_of_tpu_slices():
+    pytest.importorskip("libtpu", reason="the TPU compiler is an extra: jaxrlhf[plan]")
+    found = mesh_of(MeshConfig(data=4, fsdp=2, tensor=2, slices=2), parse("v5e:2x4"))
+    assert [{x.slice_index for x in found.devices[i].flat} for i in range(4)] == [
+        {0},
+        {0},
+        {1},
+        {1},
+    ]
+
+
+def test_devices_of_tpu_without_libtpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"v5e:2x4: libtpu.* pip install 'jaxrlhf\[plan\]'"):
+        devices_of(parse("v5e:2x4"))
+
+
+def test_devices_of_tpu():
+    pytest.importorskip("libtpu", reason="the TPU compiler is an extra: jaxrlhf[plan]")
+    for name, count in (("v5e:2x4", 8), ("v4:2x2x4", 16), ("v5p:2x2x2", 8), ("v6e:2x2", 4)):
+        assert len(devices_of(parse(name))) == count
+    with pytest.raises(InputError, match="libtpu refuses it"):
+        devices_of(parse("v5e:3x5"))

@@ -1,0 +1,404 @@
+"""Measuring a trained policy on held-out prompts, from its folder to evaluation.json."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from jaxrlhf.apps import cli
+from jaxrlhf.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    LengthConfig,
+    MeshConfig,
+    RewardConfig,
+    SFTConfig,
+    save,
+)
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.stats import best_of_n, maj_at_k, pass_at_k
+from jaxrlhf.data.words import goodness
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.rewards.combine import load_rewards
+from jaxrlhf.rewards.judge import Judge
+from jaxrlhf.run import loop
+from jaxrlhf.run.session import Session
+from jaxrlhf.study import evaluate as evaluating
+from jaxrlhf.study.evaluate import Rule, _mesh_config, drawing, evaluate_model, rule_of
+from jaxrlhf.study.evaluate.drawing import shape_of
+from jaxrlhf.study.evaluate.entrants import _new_tokens
+from jaxrlhf.study.evaluate.figures import best_of_n_curve, describe, solved
+
+GOLD = "jaxrlhf.data.words:goodness"
+
+
+def one_device(config):
+    return make_mesh(config.mesh, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = runs.ppo(folder, steps=3, eval=EvalConfig(gold=(runs.GOODNESS,)))
+    held_out = [{"prompt": f"{w} the"} for w in ("good", "bad", "cold", "good", "warm", "sad")]
+    config = replace(
+        config, data=replace(config.data, eval=runs.write(folder / "held_out.jsonl", held_out))
+    )
+    loop.train(config, one_device(config))
+    return config
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    wish = EvaluateConfig(run.output, n=4, best_of=8, rows=16)
+    return evaluate_model(wish, one_device(run))
+
+
+def test_evaluate_model_measures_what_it_writes(found, run):
+    with open(f"{run.output}/evaluation.json") as file:
+        written = json.load(file)
+    assert written == json.loads(json.dumps(found))
+    assert found["step"] == 3
+    assert found["prompts"] == 5  # one of the six stands there twice
+    rows = found["completions"]
+    assert len(rows) == 5 * 4
+    scores = goodness([], [row["completion"] for row in rows])
+    np.testing.assert_allclose([row["gold"] for row in rows], scores, rtol=1e-6)
+    assert found["policy"]["gold"] == pytest.approx(np.mean(scores))
+    assert found["policy"]["gold"] == found["policy"]["proxy"]
+    kl = np.array([row["kl_nats"] for row in rows]).reshape(5, 4).mean(1)
+    assert found["policy"]["kl_nats"] == pytest.approx(kl.mean())
+    half = 2.776445 * kl.std(ddof=1) / 5**0.5  # Student's, with four degrees of freedom
+    assert found["policy"]["kl_nats_ci"] == pytest.approx(half)
+    assert found["policy"]["kl_nats"] > 1e-4  # three updates have moved it
+    assert found["policy"]["unknown"] == 0
+
+
+def test_evaluate_model_draws_the_baseline_from_the_reference(found):
+    curve = found["best_of_n"]
+    assert curve["n"] == [1, 2, 4, 8]
+    assert curve["kl_nats"][0] == pytest.approx(0, abs=1e-12)
+    assert 0 < curve["kl_nats"][1] <= np.log(2) - 0.5  # some completions score the same
+    assert curve["proxy"] == sorted(curve["proxy"])  # chosen by it, so more are better
+    assert curve["proxy"][-1] > found["policy"]["proxy"]
+    assert found["equal_kl"]["kl_nats"] == found["policy"]["kl_nats"]
+    assert 0 < found["win_rate"]["gold"] < 1
+    # its n = 1 is the mean of 8 samples, and the opponent's figure that of the first 4 of them
+    assert curve["gold"][0] == pytest.approx(found["against"]["gold"], abs=0.35)
+
+
+def test_evaluate_model_against_itself(run, tmp_path):
+    wish = EvaluateConfig(run.output, against=run.output, n=4, best_of=0, output=str(tmp_path))
+    found = evaluate_model(wish, one_device(run))
+    assert found["win_rate"]["gold"] == pytest.approx(0.5, abs=found["win_rate"]["gold_ci"] + 0.1)
+    assert found["policy"]["gold"] != found["against"]["gold"]  # each has draws of its own
+    assert "best_of_n" not in found
+    assert (tmp_path / "evaluation.json").exists()
+
+
+def test_evaluate_model_is_the_same_on_any_mesh(found, run, tmp_path):
+    wish = EvaluateConfig(run.output, n=4, best_of=0, rows=4, output=str(tmp_path))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    split = evaluate_model(wish, mesh)
+    assert split["policy"] == pytest.approx(found["policy"], rel=1e-4)
+    texts = [[row["completion"] for row in each["completions"]] for each in (found, split)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("rows", [2, 4, 12])
+def test_evaluate_model_draws_the_same_in_any_batches(rows, found, run, tmp_path):
+    """Less than one prompt at once, one prompt, three, and (``found``) four."""
+    wish = EvaluateConfig(run.output, n=4, best_of=8, rows=rows, output=str(tmp_path))
+    other = evaluate_model(wish, one_device(run))
+    texts = [[row["completion"] for row in each["completions"]] for each in (found, other)]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 15  # draws that differ from each other
+    assert other["best_of_n"]["gold"] == pytest.approx(found["best_of_n"]["gold"], rel=1e-4)
+
+
+def test_evaluate_model_compiles_once(run, tmp_path, monkeypatch):
+    traced = runs.count_traces(monkeypatch, drawing, _sample=(0, 5), _score=(0, 6))
+    wish = EvaluateConfig(run.output, n=3, best_of=0, rows=6, output=str(tmp_path))
+    evaluate_model(wish, one_device(run))  # 3 batches of each network
+    assert sorted(traced) == ["_sample", "_score"]
+
+
+def test_evaluate_model_of_a_run_from_rows(tmp_path):
+    config = runs.of("dpo", tmp_path, steps=1)
+    config = replace(config, data=replace(config.data, max_tokens=17))
+    loop.train(config, one_device(config))
+    wish = EvaluateConfig(config.output, n=2, best_of=2, reward=GOLD)
+    found = evaluate_model(wish, one_device(config))
+    assert found["prompts"] == 10
+    assert found["step"] == 1
+    assert found["max_new_tokens"] == config.data.max_tokens - 1 == 16  # prompts are one word
+    assert found["rewards"] == {"gold": [GOLD]}
+    assert found["best_of_n"]["n"] == [1, 2]
+
+
+def test_evaluate_model_of_a_plain_model(run, tmp_path):
+    out = str(tmp_path / "hf")
+    assert cli.main(["export", run.output, out]) == 0
+    wish = EvaluateConfig(
+        out, data=run.data.eval, reward=GOLD, n=2, best_of=4, max_new_tokens=8, rows=8
+    )
+    with pytest.raises(InputError, match="output: missing"):
+        evaluate_model(wish)
+    found = evaluate_model(replace(wish, output=out), one_device(run))
+    assert found["best_of_n"]["n"] == [1, 2, 4]  # its own
+    assert "kl_nats" not in found["policy"]
+    assert found["step"] is None
+    assert "win_rate" not in found
+    wish = replace(wish, output=out, reference=run.output, best_of=0)
+    assert evaluate_model(wish, one_device(run))["policy"]["kl_nats"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 0}, "n=0: must be at least 1"),
+        ({"best_of": -1}, "best_of=-1: must be at least 0"),
+        ({"reward": "a", "reward_model": "b"}, "both given"),
+        ({"max_new_tokens": 63}, "exceed the context of model, 64"),
+        ({"data": "no.jsonl"}, "no.jsonl"),
+    ],
+)
+def test_evaluate_model_refuses(change, message, run):
+    with pytest.raises(InputError, match=message):
+        evaluate_model(replace(EvaluateConfig(run.output), **change), one_device(run))
+
+
+def test_nothing_is_read_for_what_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    for module in ("evaluating.read_entrants", "networks.load_model"):
+        monkeypatch.setattr(f"jaxrlhf.{module}", None)
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file/x")
+    for words in (["eval", run.output, "--output", out], ["export", run.output, out]):
+        assert cli.main(words) == 2
+        err = capsys.readouterr().err
+        assert re.match(r"error: \S*/file\S*: cannot be written \(.*\): give another path\n", err)
+
+
+def test_evaluate_model_says_what_it_skips(run, found, tmp_path, capsys):
+    rows = [{"prompt": f"{word} the"} for word in ("good", "bad", "cold")]
+    data = runs.write(tmp_path / "rows.jsonl", [*rows[:1], {"prompt": 7}, *rows[1:], {"x": "y"}])
+    wish = EvaluateConfig(run.output, data=data, output=str(tmp_path), n=1, best_of=0)
+    with pytest.raises(InputError, match=r"rows.jsonl:2"):
+        evaluate_model(wish, one_device(run))
+    config = replace(run, data=replace(run.data, skip_bad_rows=True), output=str(tmp_path / "run"))
+    shutil.copytree(run.output, config.output)
+    save(config, f"{config.output}/config.yaml")
+    skipping = evaluate_model(replace(wish, model=config.output), one_device(run))
+    assert (skipping["prompts"], skipping["rows_skipped"]) == (3, 2)
+    assert re.search(r"rows.jsonl: 2 skipped; first: .*rows.jsonl:2", capsys.readouterr().out)
+    assert "rows_skipped" not in found
+
+
+def test_evaluate_model_refuses_reward_models(tmp_path):
+    config = runs.reward_model(tmp_path)
+    Path(config.output).mkdir()
+    save(config, f"{config.output}/config.yaml")
+    with pytest.raises(InputError, match="a reward model, which completes nothing"):
+        evaluate_model(EvaluateConfig(config.output))
+
+
+def test_new_tokens_refuses_a_handful():
+    config = Config(algorithm=SFTConfig(), data=DataConfig(max_tokens=40))
+    assert _new_tokens(config, True, 24) == 16
+    for width, left in ((25, 15), (40, 0), (50, 0)):
+        with pytest.raises(InputError, match=rf"leaves {left} after the .*: give --max-new-tokens"):
+            _new_tokens(config, True, width)
+
+
+def test_main_eval(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluating, "make_mesh", lambda config: one_device(run))
+    words = ["eval", run.output, "--n", "4", "--best-of", "8", "--rows", "16", "--output"]
+    assert cli.main([*words, str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())  # lines break where the path is long
+    assert "on 5 held-out prompts, 4 each" in out
+    assert "KL to the reference, nats" in out
+    assert "Best of n, without training" in out
+    assert cli.main(["eval", run.output, "--n", "0"]) == 2
+    assert capsys.readouterr().err == "error: n=0: must be at least 1\n"
+    assert cli.main(["eval", "smollm2", "--output", str(tmp_path)]) == 2
+    assert "data: missing" in capsys.readouterr().err
+
+
+def test_train_writes_a_report(run):
+    assert "Gold against proxy" in Path(run.output, "report.html").read_text()
+
+
+def test_session_stands_without_a_report(tmp_path, caplog):
+    Session.report(SimpleNamespace(output=tmp_path))
+    assert "no report: " in caplog.text
+    assert "not the output folder of a run" in caplog.text
+
+
+def test_shape_of_batches():
+    assert shape_of(count=45, n=64, rows=64) == (1, 64, 1)
+    assert shape_of(count=45, n=8, rows=64) == (8, 8, 1)
+    assert shape_of(count=3, n=8, rows=64) == (3, 8, 1)
+    assert shape_of(count=45, n=100, rows=64) == (1, 50, 2)
+
+
+def columns(gold_QN, **others):
+    gold_QN = np.asarray(gold_QN, float)
+    blank = np.full(gold_QN.shape, None, object)
+    blank[:] = [["a b a"] * gold_QN.shape[1]] * len(gold_QN)
+    tokens = np.empty(gold_QN.shape, object)
+    for place in np.ndindex(gold_QN.shape):
+        tokens[place] = [1, 2, 1]
+    return {
+        "gold": gold_QN,
+        "text": blank,
+        "token": tokens,
+        "length": np.full(gold_QN.shape, 3.0),
+        "ended": np.ones(gold_QN.shape),
+        "logp": np.full(gold_QN.shape, -6.0),
+        **others,
+    }
+
+
+def test_describe_by_hand():
+    drawn = columns([[1.0, np.nan, 9.0], [3.0, 5.0, 9.0]])
+    figures = describe(drawn, 2, ("gold",))
+    assert figures["gold"] == pytest.approx((1 + 4) / 2)
+    assert figures["gold_ci"] == pytest.approx(12.706205 * np.std([1, 4], ddof=1) / 2**0.5)
+    assert figures["unknown"] == 0.25
+    assert figures["entropy"] == 2
+    assert figures["distinct_1"] == 2 / 12
+    assert figures["repetition_3"] == 0
+    assert "kl_nats" not in figures
+
+
+def test_solved_by_hand():
+    drawn = columns([[1, 0, 0, 0], [1, 1, 1, 1]])
+    drawn["text"][0] = ["yes", "no ", " no", "no"]
+    found = solved(drawn, 4, ("gold",), None, str.strip)
+    assert found["pass_at_k"]["k"] == [1, 2, 4]
+    np.testing.assert_allclose(found["pass_at_k"]["rate"], [0.625, 0.75, 1])
+    np.testing.assert_allclose(found["maj_at_k"]["rate"], [0.625, 0.625, 0.5])
+    assert solved(columns([[0.5, 1.0]]), 2, ("gold",), None, str.strip) == {}
+    assert solved(columns([[0.5, 1.0]]), 2, ("gold",), 0.5, str.strip)["pass_at_k"]["rate"] == [
+        1,
+        1,
+    ]
+
+
+def test_solved_is_over_the_same_prompts_for_every_k():
+    """Prompt 1 has one known completion too few for the largest k: it would drop out there."""
+    drawn = columns([[0.0] * 4, [1.0, 1.0, 1.0, np.nan]])
+    found = solved(drawn, 4, ("gold",), None, str.strip)
+    assert found["pass_at_k"]["rate"] == found["maj_at_k"]["rate"] == [0.0, 0.0, 0.0]
+    assert found["solved_prompts"] == 1
+
+
+def test_figures_of_no_known_prompt_are_left_out():
+    drawn = columns([[np.nan, 1.0], [np.nan, np.nan]])
+    for correct_at in (None, 0.5):
+        assert solved(drawn, 2, ("gold",), correct_at, str.strip) == {}
+    assert best_of_n_curve(drawn, 2, ("gold",), {"kl_nats": 0.1}) == {}
+
+
+def test_best_of_n_curve_is_over_the_same_prompts_for_every_n():
+    """Prompt 1 has one sample too few for the largest n: it would drop out there alone."""
+    score_QN = np.array([[0.0] * 4, [1.0, 1.0, 1.0, np.nan]])
+    found = best_of_n_curve({"proxy": score_QN}, 4, ("proxy",), {})
+    assert found["best_of_n"]["proxy"] == [0.0, 0.0, 0.0]
+    assert found["best_of_n_prompts"] == 1
+
+
+def judge_of(*configs):
+    return Judge(load_rewards(configs), (None,) * len(configs), None, None)
+
+
+def test_rule_of_a_verifier():
+    rule = rule_of(judge_of(RewardConfig(verifier="number", weight=0.7)))
+    assert np.float32(0.7) >= rule.correct_at > 0.69
+    assert rule.extract("so 1/2") == rule.extract("0.5") != rule.extract("2")
+    penalty = RewardConfig(length=LengthConfig(start=1, end=4))
+    for others in (runs.GOODNESS,), (RewardConfig(verifier="number"), penalty):
+        assert rule_of(judge_of(*others)) == Rule()
+
+
+def test_solved_by_the_rule_of_a_verifier():
+    """What is nearly right is wrong, and two ways to say the same are one vote."""
+    drawn = columns([[1.0, 1.0, 0.6, 0.6], [0.6, 0.6, 0.6, 1.0]])
+    drawn["text"][0] = ["7", "3 + 4 = 7", "9", "8"]
+    drawn["text"][1] = ["5", "it is 5", "none", "6"]
+    found = solved(drawn, 4, ("gold",), *rule_of(judge_of(RewardConfig(verifier="number"))))
+    assert found["correct_at"] == 1
+    np.testing.assert_allclose(found["pass_at_k"]["rate"], [3 / 8, (5 / 6 + 1 / 2) / 2, 1])
+    # Four votes: 7 wins the first, 5 the second. Two: (1 + ½·0)/2 and (0 + 1)/2 of the stretches.
+    np.testing.assert_allclose(found["maj_at_k"]["rate"], [3 / 8, (1 / 2 + 1 / 2) / 2, 1 / 2])
+    assert solved(drawn, 4, ("gold",), None, str.strip) == {}
+
+
+def test_evaluate_model_asks_the_verifier_what_an_answer_is(run, tmp_path):
+    rows = [{"prompt": f"{word} the", "answer": word} for word in ("good", "bad", "cold")]
+    data = runs.write(tmp_path / "rows.jsonl", rows)
+    verifier = RewardConfig(verifier="exact")
+    config = replace(run, eval=replace(run.eval, gold=(verifier,)), output=str(tmp_path / "run"))
+    shutil.copytree(run.output, config.output)
+    save(config, f"{config.output}/config.yaml")
+    wish = EvaluateConfig(config.output, data=data, n=4, best_of=0, max_new_tokens=1)
+    found = evaluate_model(wish, one_device(run))
+    truth_QN = [[row["answer"]] * 4 for row in rows]
+    said_QN = np.array([row["completion"] for row in found["completions"]]).reshape(3, 4)
+    right_QN = (said_QN == truth_QN).astype(float)
+    assert found["correct_at"] == 1
+    for k, rate in zip((1, 2, 4), found["pass_at_k"]["rate"], strict=True):
+        assert rate == pytest.approx(pass_at_k(right_QN, k).mean())
+    answers = [[text or None for text in row] for row in said_QN.tolist()]
+    assert found["maj_at_k"]["rate"][-1] == pytest.approx(maj_at_k(answers, right_QN, 4).mean())
+
+
+def test_best_of_n_curve_judges_gold_by_the_proxy():
+    rng = np.random.default_rng(0)
+    gold, proxy = rng.standard_normal((2, 3, 8))
+    drawn = columns(gold, proxy=proxy)
+    found = best_of_n_curve(drawn, 8, ("proxy", "gold"), {"kl_nats": 100.0})
+    curve = found["best_of_n"]
+    picked = gold[np.arange(3), proxy.argmax(1)]
+    assert curve["gold"][-1] == pytest.approx(picked.mean())
+    assert curve["proxy"][1] == pytest.approx(best_of_n(proxy, 2).mean())
+    assert found["equal_kl"] == {"kl_nats": 100.0, "proxy": None, "gold": None}
+
+
+def test_best_of_n_curve_of_a_verifier():
+    """Half are right: the best of 16 is log 2 away, and that of 2 right three times out of four."""
+    right = np.tile([0.0, 1.0], (2, 32))
+    found = best_of_n_curve(columns(right), 64, ("gold",), {"kl_nats": 0.1308120})
+    curve = found["best_of_n"]
+    assert curve["kl_nats"][4] == pytest.approx(0.693, abs=5e-4)
+    assert curve["gold"][1] == pytest.approx(0.75, abs=0.01)
+    assert found["equal_kl"]["gold"] == pytest.approx(curve["gold"][1], abs=1e-5)
+    far = best_of_n_curve(columns(right), 64, ("gold",), {"kl_nats": 0.7})
+    assert far["equal_kl"] == {"kl_nats": 0.7, "gold": None}
+
+
+def test_best_of_n_curve_lies_above_its_chords():
+    """Between n = 2 and n = 4 stands n = 3, above the line from one to the other."""
+    proxy = np.random.default_rng(0).standard_normal((4, 32))
+    drawn = columns(proxy, proxy=proxy)
+    kl = float(np.log(3) - 2 / 3)
+    found = best_of_n_curve(drawn, 32, ("proxy",), {"kl_nats": kl})
+    curve, reached = found["best_of_n"], found["equal_kl"]["proxy"]
+    np.testing.assert_allclose(curve["kl_nats"], [np.log(n) - (n - 1) / n for n in curve["n"]])
+    assert reached == pytest.approx(best_of_n(proxy, 3).mean(), abs=1e-5)
+    assert reached > np.interp(kl, curve["kl_nats"], curve["proxy"]) + 0.005
+
+
+def test_mesh_of_an_evaluation_is_the_runs_on_the_devices_that_are_here():
+    config = Config(mesh=MeshConfig(data=64, fsdp=2, tensor=2, context=2, slices=4))
+    wish = EvaluateConfig(model="", tensor=4)
+    assert _mesh_config(wish, config) == MeshConfig(data=-1, fsdp=2, tensor=4, context=2)
