@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from jaxrlhf.models.load import load_model as load_model
     from jaxrlhf.models.transformer import Model as Model
     from jaxrlhf.run.loop import train as train
-    from jaxrlhf.steps.iteration import make_iteration as make_iteration
     from jaxrlhf.steps.losses import policy_loss as policy_loss
     from jaxrlhf.steps.sample import sample as sample
     from jaxrlhf.steps.score import forward as forward
@@ -50,7 +49,6 @@ _HOMES = {
     "value": "jaxrlhf.steps.score",
     "make_optimizer": "jaxrlhf.steps.update",
     "make_update": "jaxrlhf.steps.update",
-    "make_iteration": "jaxrlhf.steps.iteration",
     "policy_loss": "jaxrlhf.steps.losses",
     "Batch": "jaxrlhf.core.types",
     "Outputs": "jaxrlhf.core.types",

@@ -144,3 +144,7 @@ class TrainState:
         """A fresh state for ``params`` under the optax transformation ``tx``."""
         step, skipped = (jax.numpy.zeros((), jax.numpy.int32) for _ in range(2))  # donated each
         return cls(params=params, opt_state=tx.init(params), step=step, skipped=skipped)
+
+
+States = dict[str, TrainState]
+"""What is trained: ``policy``, and ``critic`` if it is a network of its own."""

@@ -35,7 +35,7 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
 
     def rows(name: str, given: Arguments) -> Any:
         """What the program returns: rows, laid out as all rows are."""
-        return on_rows(run, jax.eval_shape(programs[name], *given))
+        return on_rows(run, jax.eval_shape(getattr(programs, name), *given))
 
     prompts = (policy, base, *_prompts(run, key))
     yield "sample", prompts
@@ -46,13 +46,13 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
         yield "greedy", prompts
         few = few_rows_layout(run.mesh, config.data.batch_size)
         judged_Q = jax.ShapeDtypeStruct((config.data.batch_size,), jnp.float32)
-        compared = on(few, (jax.eval_shape(programs["greedy"], *prompts), judged_Q))
+        compared = on(few, (jax.eval_shape(programs.greedy, *prompts), judged_Q))
         yield "baseline", compared
         extra = (rows("baseline", compared),)
     if on_policy(config).old_logp == "rescore":
         yield "rescore", (policy, base, *texts)
     scored = (shapes(at_hand(run.reference.params)), *texts)
-    yield "reference", scored
+    yield "score_reference", scored
     if "value" in run.algorithm.needs:
         extra = (rollout.value_BT,)
     if "critic" in run.states:
@@ -62,16 +62,16 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     count = rollout.token_BT.shape[0]
     judged = [jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.float32, jnp.bool_)]
     coefficients = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)}
-    given = (rollout, rows("reference", scored), *on_rows(run, judged), coefficients, *extra)
+    given = (rollout, rows("score_reference", scored), *on_rows(run, judged), coefficients, *extra)
     yield "targets", given
-    batch = on_rows(run, jax.eval_shape(programs["targets"], *given)[0])
+    batch = on_rows(run, jax.eval_shape(programs.targets, *given)[0])
     count = jax.tree.leaves(batch)[0].shape[0]
     row_M = minibatch_rows(config, count, 0, 0)[0]
     if len(row_M) < count:
         yield "take", (batch, row_M)
         batch = rows("take", (batch, row_M))
     for name, who in {"critic_update": "critic", "warmup": "policy", "update": "policy"}.items():
-        if name in programs:
+        if getattr(programs, name) is not None:
             yield name, (shapes(run.states[who]), batch, shapes(run.frozen[who]))
 
 
@@ -121,7 +121,7 @@ def compiled_ahead(run: Run) -> Iterator[threading.Thread | None]:
                 for name, given in arguments(run):
                     if over.is_set():
                         return
-                    run.programs[name].lower(*given).compile()
+                    getattr(run.programs, name).lower(*given).compile()
         except Exception as error:  # the call that needs it will say so
             log.info("%s does not compile: %s", name, error)
 

@@ -1,15 +1,64 @@
 """What a run is fed with: the batch of each step, and one example of it for people to read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import is_on_policy
-from jaxrlhf.data.batches import order
+from jaxrlhf.config import OfflineConfig, is_on_policy
+from jaxrlhf.core.types import AnyBatch
+from jaxrlhf.data.batches import (
+    judged_batch,
+    labelled_batch,
+    order,
+    preference_batch,
+    ranked_batch,
+    scored_batch,
+    steps_batch,
+    token_batch,
+)
 from jaxrlhf.data.packing import packed_batch, packing
 from jaxrlhf.data.text import MARKS, show_batch, show_example
-from jaxrlhf.run.setup import Run, host_batch
+from jaxrlhf.data.tokens import Encoded
+from jaxrlhf.mesh.sharding import at_hand, put_rows
+from jaxrlhf.run.setup import Run
+
+PACKERS = {
+    "pairs": preference_batch,
+    "completions": token_batch,
+    "labelled": labelled_batch,
+    "judged": judged_batch,
+    "ranked": ranked_batch,
+    "scored": scored_batch,
+    "steps": steps_batch,
+}
+"""How such rows become a batch."""
+
+
+def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> AnyBatch:
+    """Rows as the batch that the run's offline algorithm learns from, on the mesh.
+
+    Where it is relative to a reference, that one's log-probs are in it. Rows that only fill the
+    batch (``real_B`` False) have weight 0.
+    """
+    return place(run, host_batch(run, rows, real_B))
+
+
+def host_batch(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> Any:
+    """As ``pack``, but of numpy arrays, and without a reference's log-probs."""
+    config = run.config
+    assert isinstance(config.algorithm, OfflineConfig)
+    make = PACKERS[config.algorithm.rows]
+    more = {"candidates": run.candidates} if make is ranked_batch else {}
+    return make(rows, run.width, config.sample.pad, real_B, **more)
+
+
+def place(run: Run, batch: Any) -> AnyBatch:
+    """A batch of numpy arrays on the mesh, with what it needs of a reference."""
+    batch = put_rows(batch, run.mesh)
+    if run.reference is None:
+        return batch
+    return run.programs.reference(at_hand(run.reference.params), batch)
 
 
 def batches(run: Run) -> Callable[[int], Any]:

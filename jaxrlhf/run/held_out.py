@@ -31,8 +31,9 @@ from jaxrlhf.data.tokens import Encoded, imitated, prompt_arrays
 from jaxrlhf.mesh.processes import fetch
 from jaxrlhf.mesh.sharding import at_hand, put_rows, row_shards
 from jaxrlhf.rewards.judge import Judge
+from jaxrlhf.run.feed import pack
 from jaxrlhf.run.record import distinct_n, mean_interval
-from jaxrlhf.run.setup import Run, pack
+from jaxrlhf.run.setup import Run
 
 LARGE_GAP = 0.5
 """Pairs whose ``gap`` is at least this are also counted apart."""
@@ -61,12 +62,12 @@ def measure(
     for row_B, real_B in batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
         batch = pack(run, picked, real_B)
-        if "scores" in run.programs:
-            score = run.programs["scores"](params, frozen, batch)
-            loss, metrics = run.programs["loss_of_scores"](score, batch)
+        if run.programs.scores is not None:
+            score = run.programs.scores(params, frozen, batch)
+            loss, metrics = run.programs.loss_of_scores(score, batch)
             scored += list(zip(picked, fetch(score), strict=True))[: int(real_B.sum())]
         else:
-            loss, metrics = run.programs["loss"](params, frozen, batch)
+            loss, metrics = run.programs.loss(params, frozen, batch)
         share = real_B.sum() / len(rows)
         if isinstance(batch, TokenBatch):  # its mean is over tokens
             share = np.dot(tokens_R[row_B], real_B) / tokens_R.sum()
@@ -136,7 +137,7 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
     for row_B, real_B in batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
         batch = answers_batch(picked, run.width, run.config.sample.pad, real_B)
-        score_BC = run.programs["scores"](params, run.frozen["policy"], put_rows(batch, run.mesh))
+        score_BC = run.programs.scores(params, run.frozen["policy"], put_rows(batch, run.mesh))
         seen.append(np.asarray(fetch(score_BC), np.float64)[real_B, 0])
     score_N = np.concatenate(seen)
     mean, std = float(score_N.mean()), float(score_N.std())
@@ -324,11 +325,11 @@ def _draw(
     stream = jax.random.fold_in(stream, 0)  # as it has been for the first batch
     frozen = run.frozen["policy"]
     row_B = (row_Q[:, None] * n + np.arange(n)).ravel().astype(np.int32)
-    rollout: Rollout = run.programs["eval_sample"](
+    rollout: Rollout = run.programs.eval_sample(
         params, frozen, *put_rows(arrays, run.mesh), stream, row_B
     )
     assert run.reference is not None
-    ref_logp_BT = run.programs["eval_reference"](
+    ref_logp_BT = run.programs.eval_reference(
         at_hand(run.reference.params), rollout.token_BT, rollout.attention_mask_BT
     )
     host, ref_logp_BT = fetch((rollout, ref_logp_BT))

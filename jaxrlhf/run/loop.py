@@ -1,9 +1,7 @@
-"""From prompts to a judged rollout: one round of sampling, or as many as a signal takes.
+"""The two loops: learning from what the policy samples, and learning from rows.
 
-The two loops: learning from what the policy samples, and learning from rows.
-
-Each iteration is a handful of pure jitted functions over TrainStates (``run.programs``); what is
-left here is their order, and the host's chores.
+``iterate`` is the algorithm as the papers have it. Each step of it is a call of a pure jitted
+function (``run.programs``) on the training states; the rest is the host's chores.
 """
 
 import time
@@ -19,7 +17,7 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout
+from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, States
 from jaxrlhf.data.batches import order
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
@@ -29,114 +27,13 @@ from jaxrlhf.mesh.sharding import at_hand, make_mesh, put_rows
 from jaxrlhf.mesh.watchdog import guarded
 from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
-from jaxrlhf.run.feed import batches, example, packing_metrics
+from jaxrlhf.run.feed import batches, example, packing_metrics, place
 from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation, over_prompts
-from jaxrlhf.run.programs import minibatch_rows
+from jaxrlhf.run.programs import OnPolicyPrograms, minibatch_rows
 from jaxrlhf.run.record import combine, known
 from jaxrlhf.run.session import Session, lock
-from jaxrlhf.run.setup import Run, fill, place, setup, start_of
+from jaxrlhf.run.setup import Run, fill, setup, start_of
 from jaxrlhf.run.stopping import compare, exchange, has_ended, is_over
-from jaxrlhf.steps.iteration import States, cut, prepare, update_on
-
-
-class Collected(NamedTuple):
-    """A rollout and what it is worth."""
-
-    rollout: Rollout
-    judgement: Judgement
-    baseline_B: Array | None
-    """What each prompt's greedy response is worth, for algorithms that need it."""
-    metrics: dict[str, float]
-
-
-def collect(run: Run, session: Session, step: int) -> Collected:
-    """The rollout that iteration ``step`` learns from.
-
-    With dynamic sampling (DAPO; arXiv:2503.14476) prompts are drawn in rounds, each with the next
-    slice of the data, until data.batch_size groups have rewards that differ; if ``rounds`` of them
-    are not enough, groups without a signal fill the rollout, and ``groups_kept`` says so.
-    """
-    settings = on_policy(run.config)
-    if not isinstance(settings, DAPOConfig):
-        return one_round(run, session, step)
-    wanted, group = run.config.data.batch_size, run.config.sample.n
-    parts: list[Collected] = []
-    signal: list[bool] = []
-    while sum(signal) < wanted and len(parts) < settings.rounds:
-        draw = session.host.get("draws", 0)
-        parts.append(one_round(run, session, draw))
-        session.host["draws"] = draw + 1
-        signal += has_signal(parts[-1].judgement, group).tolist()
-    picked = np.argsort(~np.array(signal), kind="stable")[:wanted]  # groups with a signal first
-    row_B = (picked[:, None] * group + np.arange(group)).reshape(-1).astype(np.int32)
-    metrics = {"rounds": float(len(parts)), "groups_kept": min(sum(signal), wanted) / wanted}
-    if len(parts) == 1:
-        return parts[0]._replace(metrics=metrics)
-    rollout = run.programs["merge"](tuple(part.rollout for part in parts), row_B)
-    return Collected(rollout, _merge(parts, row_B, run.mesh), None, metrics)
-
-
-def one_round(run: Run, session: Session, draw: int) -> Collected:
-    """Sample the prompts of one slice of the data, and judge the responses.
-
-    Args:
-      draw: which slice, and which stream of draws.
-
-    Raises:
-      InputError: not one completion got a reward.
-    """
-    config, programs = run.config, run.programs
-    policy, base = session.states["policy"].params, run.frozen["policy"]
-    key = jax.random.fold_in(jax.random.key(config.seed), draw)
-    rows = [
-        run.train_rows.items[i]
-        for i in order(len(run.train_rows), config.data.batch_size, config.seed, draw)
-    ]
-    prompts: list[Prompt] = [row.source for row in rows]  # type: ignore[misc]
-    arrays = prompt_arrays(rows, config.data.max_prompt_tokens, config.sample.pad)
-    given = (policy, base, *put_rows(arrays, run.mesh), key)
-    rollout = programs["sample"](*given)
-    session.lap("sample", rollout)
-    assert run.judge is not None
-    judgement = run.judge(rollout, prompts)
-    if not bool(judgement.valid_B.any()):
-        raise InputError(f"rewards: draw {draw + 1} got no usable reward for any completion")
-    baseline_B = None
-    if "greedy" in run.algorithm.needs:
-        greedy = programs["greedy"](*given)
-        reward_Q = fetch(run.judge(greedy, prompts).reward_B)
-        if not np.isfinite(reward_Q).any():
-            raise InputError(f"rewards: draw {draw + 1} got none for any greedy response")
-        baseline_B = programs["baseline"](greedy, put_rows(reward_Q, run.mesh))
-    session.lap("reward", judgement.reward_B)
-    return Collected(rollout, judgement, baseline_B, {})
-
-
-def has_signal(judgement: Judgement, group: int) -> np.ndarray:
-    """bool [Q]: at least two known rewards of the group differ."""
-    reward_QG, known_QG = (
-        x_B.reshape(-1, group) for x_B in fetch((judgement.reward_B, judgement.valid_B))
-    )
-    highest_Q = np.where(known_QG, reward_QG, -np.inf).max(1)
-    lowest_Q = np.where(known_QG, reward_QG, np.inf).min(1)
-    return highest_Q > lowest_Q
-
-
-def _merge(parts: list[Collected], row_B: np.ndarray, mesh: Any) -> Judgement:
-    """Rows out of several judgements, on the mesh."""
-
-    def take(*arrays: Any) -> np.ndarray:
-        return np.concatenate(fetch(arrays))[row_B]
-
-    judgements = [part.judgement for part in parts]
-    reward_B, valid_B = put_rows(
-        (take(*(j.reward_B for j in judgements)), take(*(j.valid_B for j in judgements))), mesh
-    )
-    names = judgements[0].parts
-    return Judgement(
-        reward_B, valid_B, {name: take(*(j.parts[name] for j in judgements)) for name in names}
-    )
-
 
 SHOWN = 4
 """Completions of each iteration that go to samples.jsonl."""
@@ -159,6 +56,7 @@ def train(
     began = time.perf_counter()
     mesh = mesh or make_mesh(config.mesh)
     with jax.set_mesh(mesh):
+        # Shapes first: programs are compiled while the weights are still being read.
         run = setup(config, mesh, abstract=True)
         with compiled_ahead(run):
             run = fill(run)
@@ -173,12 +71,12 @@ def train(
 
 
 def learn_on_policy(run: Run, session: Session) -> None:
-    """Sample, judge, compare with the reference, estimate values, learn; and again."""
-    algorithm = on_policy(run.config)
-    controller = KL_CONTROLLERS[algorithm.kl_controller]
-    if algorithm.kl_controller == "fixed":
-        session.host["kl_coef"] = algorithm.kl_coef
-    session.host.setdefault("kl_coef", algorithm.kl_coef)
+    """Iterate, adapt β, log, evaluate; and again."""
+    settings = on_policy(run.config)
+    controller = KL_CONTROLLERS[settings.kl_controller]
+    if settings.kl_controller == "fixed":
+        session.host["kl_coef"] = settings.kl_coef
+    session.host.setdefault("kl_coef", settings.kl_coef)
     for step in session.steps():
         began = time.perf_counter()
         session.states, metrics, rollout, judgement = iterate(run, session, step)
@@ -187,60 +85,101 @@ def learn_on_policy(run: Run, session: Session) -> None:
         session.host["kl_coef"] = controller(
             session.host["kl_coef"],
             float(metrics["kl"]),
-            algorithm.kl_target,
+            settings.kl_target,
             rows,
-            algorithm.kl_horizon,
+            settings.kl_horizon,
         )
         seconds = time.perf_counter() - began
         tokens = float(metrics["length"]) * rows
         metrics |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
         session.host["tokens"] = session.host.get("tokens", 0.0) + tokens
         session.record(step + 1, metrics, shown(run, rollout, judgement))
-        evaluate_before(run, session, partial(start_of, run))  # not first: a step is seen at once
+        # Not before the first step, so that a user sees one at once.
+        evaluate_before(run, session, partial(start_of, run))
         evaluate_between(run, session, step + 1)
+
+
+class Judged(NamedTuple):
+    """Responses, and what they are worth."""
+
+    rollout: Rollout
+    judgement: Judgement
+    baseline_B: Array | None = None
+    """What each prompt's greedy response is worth, for algorithms that need it."""
 
 
 def iterate(
     run: Run, session: Session, step: int
 ) -> tuple[States, dict[str, Any], Rollout, Judgement]:
     """One iteration of policy learning: from prompts to the next states."""
-    programs, states, settings = run.programs, session.states, on_policy(run.config)
-    rollout, judgement, baseline_B, metrics = collect(run, session, step)
+    programs: OnPolicyPrograms = run.programs
+    states, frozen, settings = session.states, run.frozen, on_policy(run.config)
+    assert run.judge is not None
     assert run.reference is not None
+    policy, base = states["policy"].params, frozen["policy"]
+
+    # y ~ π_θ(·|x) and r(x, y): once, or until enough groups have a signal (DAPO).
+    rounds: list[Judged] = []
+    while not enough(run, rounds):
+        draw, prompts, arrays = draw_prompts(run, session, step)
+        rollout = programs.sample(policy, base, *arrays)
+        session.lap("sample", rollout)
+        judgement = run.judge(rollout, prompts)
+        refuse_worthless(judgement, draw)
+        baseline_B = None
+        if "greedy" in run.algorithm.needs:
+            baseline_B = judge_greedy(run, programs.greedy(policy, base, *arrays), prompts, draw)
+        session.lap("reward", judgement.reward_B)
+        rounds.append(Judged(rollout, judgement, baseline_B))
+    (rollout, judgement, baseline_B), metrics = pick_groups(run, rounds)
+    rows = (rollout.token_BT, rollout.attention_mask_BT)
+
+    # log π_old(y_t|s_t): the sampler's, or scored again as the update will.
     if settings.old_logp == "rescore":
-        rows = (rollout.token_BT, rollout.attention_mask_BT)
-        logp_BT = programs["rescore"](states["policy"].params, run.frozen["policy"], *rows)
+        logp_BT = programs.rescore(policy, base, *rows)
         rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
+    # log π_ref(y_t|s_t)
+    ref_logp_BT = programs.score_reference(at_hand(run.reference.params), *rows)
+    # V(s_t): the sampler gives it where policy and critic share a trunk.
+    expected = () if baseline_B is None else (baseline_B,)
+    if "critic" in states:
+        expected = (programs.value(states["critic"].params, frozen["critic"], *rows),)
+    elif "value" in run.algorithm.needs:
+        expected = (rollout.value_BT,)
+    # KL in the reward, advantages, returns.
     coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}
-    batch, measured = prepare(
-        programs,
-        run.algorithm.needs,
-        states,
-        run.frozen,
-        at_hand(run.reference.params),
-        rollout,
-        (judgement.reward_B, judgement.valid_B),
-        coefficients,
-        baseline_B,
-    )
+    given = (ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients)
+    batch, measured = programs.targets(rollout, *given, *expected)
     session.lap("score", batch)
 
-    states, learnt = learn(run, states, batch, step)
+    # θ ← θ − α·∇loss, epochs × minibatches times.
+    states, learnt = update(run, states, batch, step)
     session.lap("update", learnt)
     judged = measures(judgement)
     return states, {**metrics, **measured, **judged, **learnt, **coefficients}, rollout, judgement
 
 
-def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
+def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
     """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
-    programs, settings = run.programs, on_policy(run.config)
-    seen = []
+    programs: OnPolicyPrograms = run.programs
+    settings, frozen = on_policy(run.config), run.frozen
+    states, seen = dict(states), []
     warming = step < run.config.critic.warmup
     rows = jax.tree.leaves(batch)[0].shape[0]
     for epoch in range(settings.epochs):
         for row_M in minibatch_rows(run.config, rows, step, epoch):
-            part = cut(programs, batch, row_M)
-            states, metrics = update_on(programs, states, run.frozen, part, warming)
+            part = batch if len(row_M) == rows else programs.take(batch, row_M)
+            metrics: dict[str, Any] = {}
+            if programs.critic_update is not None:
+                states["critic"], learnt = programs.critic_update(
+                    states["critic"], part, frozen["critic"]
+                )
+                metrics = {f"critic/{name}": x for name, x in learnt.items()}
+            # While the critic warms up, the policy stays as it is.
+            learn = programs.warmup if warming else programs.update
+            if learn is not None:
+                states["policy"], learnt = learn(states["policy"], part, frozen["policy"])
+                metrics |= learnt
             seen.append(pace(metrics))
             if settings.target_kl and _apart(metrics) > settings.target_kl:
                 return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
@@ -250,6 +189,100 @@ def learn(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States,
 def _apart(metrics: dict[str, Any]) -> float:
     """KL(old‖new), nats a token, of an update's metrics; 0 while only the critic learns."""
     return float(metrics["approx_kl"] / metrics["weight"]) if "approx_kl" in metrics else 0.0
+
+
+def enough(run: Run, rounds: list[Judged]) -> bool:
+    """Whether a rollout can be made of these rounds of sampling.
+
+    One will do, but with dynamic sampling (DAPO; arXiv:2503.14476): there, until data.batch_size
+    groups have rewards that differ, or ``rounds`` of them have not been enough.
+    """
+    settings = on_policy(run.config)
+    if not rounds or not isinstance(settings, DAPOConfig):
+        return bool(rounds)
+    signals = sum(int(has_signal(part.judgement, run.config.sample.n).sum()) for part in rounds)
+    return signals >= run.config.data.batch_size or len(rounds) >= settings.rounds
+
+
+def draw_prompts(run: Run, session: Session, step: int) -> tuple[int, list[Prompt], tuple]:
+    """The prompts of the next round: which slice of the data, its rows, the sampler's arguments.
+
+    With dynamic sampling slices are counted by the rounds so far, else by the steps. The draws of
+    a slice follow from the seed and its number.
+    """
+    config, draw = run.config, step
+    if isinstance(config.algorithm, DAPOConfig):
+        draw = session.host.get("draws", 0)
+        session.host["draws"] = draw + 1
+    key = jax.random.fold_in(jax.random.key(config.seed), draw)
+    chosen = order(len(run.train_rows), config.data.batch_size, config.seed, draw)
+    rows = [run.train_rows.items[i] for i in chosen]
+    arrays = prompt_arrays(rows, config.data.max_prompt_tokens, config.sample.pad)
+    prompts: list[Prompt] = [row.source for row in rows]  # type: ignore[misc]
+    return draw, prompts, (*put_rows(arrays, run.mesh), key)
+
+
+def refuse_worthless(judgement: Judgement, draw: int) -> None:
+    """Stop where nothing can be learnt.
+
+    Raises:
+      InputError: not one completion got a reward.
+    """
+    if not bool(judgement.valid_B.any()):
+        raise InputError(f"rewards: draw {draw + 1} got no usable reward for any completion")
+
+
+def judge_greedy(run: Run, greedy: Rollout, prompts: list[Prompt], draw: int) -> Array:
+    """baseline_B: the reward of each prompt's greedy response, for all of its samples (ReMax).
+
+    Raises:
+      InputError: not one of them got a reward.
+    """
+    assert run.judge is not None
+    reward_Q = fetch(run.judge(greedy, prompts).reward_B)
+    if not np.isfinite(reward_Q).any():
+        raise InputError(f"rewards: draw {draw + 1} got none for any greedy response")
+    return run.programs.baseline(greedy, put_rows(reward_Q, run.mesh))
+
+
+def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float]]:
+    """The rollout to learn from, out of the rounds of dynamic sampling: the groups with a signal.
+
+    If they are too few, groups without one fill it, and the metric ``groups_kept`` says so.
+    """
+    if not isinstance(run.config.algorithm, DAPOConfig):
+        return rounds[0], {}
+    wanted, n = run.config.data.batch_size, run.config.sample.n
+    signal_Q = np.concatenate([has_signal(part.judgement, n) for part in rounds])
+    kept = min(int(signal_Q.sum()), wanted) / wanted
+    metrics = {"rounds": float(len(rounds)), "groups_kept": kept}
+    if len(rounds) == 1:
+        return rounds[0], metrics
+    picked = np.argsort(~signal_Q, kind="stable")[:wanted]
+    row_B = (picked[:, None] * n + np.arange(n)).reshape(-1).astype(np.int32)
+    rollout = run.programs.merge(tuple(part.rollout for part in rounds), row_B)
+
+    def take(*arrays: Any) -> np.ndarray:
+        return np.concatenate(fetch(arrays))[row_B]
+
+    reward_B = take(*(part.judgement.reward_B for part in rounds))
+    valid_B = take(*(part.judgement.valid_B for part in rounds))
+    parts: dict[str, Any] = {
+        name: take(*(part.judgement.parts[name] for part in rounds))
+        for name in rounds[0].judgement.parts
+    }
+    reward_B, valid_B = put_rows((reward_B, valid_B), run.mesh)
+    return Judged(rollout, Judgement(reward_B, valid_B, parts)), metrics
+
+
+def has_signal(judgement: Judgement, group: int) -> np.ndarray:
+    """bool [Q]: at least two known rewards of the group differ."""
+    reward_QG, known_QG = (
+        x_B.reshape(-1, group) for x_B in fetch((judgement.reward_B, judgement.valid_B))
+    )
+    highest_Q = np.where(known_QG, reward_QG, -np.inf).max(1)
+    lowest_Q = np.where(known_QG, reward_QG, np.inf).min(1)
+    return highest_Q > lowest_Q
 
 
 def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, Any]]:
@@ -273,7 +306,7 @@ def learn_from_rows(run: Run, session: Session) -> None:
     for step in session.steps():
         began = time.perf_counter()
         rows = batch_of(step)
-        session.states["policy"], metrics = run.programs["update"](
+        session.states["policy"], metrics = run.programs.update(
             session.states["policy"], place(run, rows), run.frozen["policy"]
         )
         session.lap("update", metrics)

@@ -1,7 +1,13 @@
-"""The jitted programs of a run: the steps, joined to its networks and settings."""
+"""The jitted programs of a run: the steps, joined to its networks and settings, as two records.
+
+A program is a pure function of arrays. Those of policy and critic take ``params, frozen, …``:
+what is trained, and the weights under it where that is adapters (else None). Those of the
+reference take its ``params`` alone. What flows between programs has its rows split over the mesh
+in one way, so that no program waits for rows to move.
+"""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,15 +17,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import Algorithm, greedy_baseline, reweight
-from jaxrlhf.config import Config, SampleConfig, has_critic, is_on_policy, on_policy
+from jaxrlhf.config import (
+    Config,
+    SampleConfig,
+    has_critic,
+    is_on_policy,
+    on_policy,
+)
 from jaxrlhf.core.types import AnyBatch, Array, Params, PreferenceBatch, Rollout, TrainState
 from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
-from jaxrlhf.models.transformer import Model
+from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.losses import (
     candidate_logp,
     candidate_scores,
     candidate_token_scores,
-    combine_params,
     critic_loss,
     pairs_loss,
     policy_loss,
@@ -30,6 +41,59 @@ from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import score, value
 from jaxrlhf.steps.update import make_optimizer, make_update
 
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class OnPolicyPrograms:
+    """What one iteration of policy learning calls, in its order."""
+
+    sample: Program
+    """(params, frozen, prompt_QP, prompt_mask_QP, key) → Rollout of Q·n responses."""
+    greedy: Program
+    """The same, but one greedy response a prompt: what ReMax compares with."""
+    baseline: Program
+    """(greedy Rollout, reward_Q) → baseline_B: what that response is worth, for each sample."""
+    merge: Program
+    """(Rollouts, row_B) → Rollout of these rows of them: DAPO's rounds as one."""
+    rescore: Program
+    """(params, frozen, token_BT, attention_mask_BT) → logp_BT, by a forward like the update's."""
+    score_reference: Program
+    """(params, token_BT, attention_mask_BT) → ref_logp_BT, at the sampler's temperature."""
+    value: Program
+    """(params, frozen, token_BT, attention_mask_BT) → value_BT, by a critic of its own."""
+    targets: Program
+    """(Rollout, ref_logp_BT, reward_B, valid_B, coefficients, …) → (Batch, metrics); see
+    ``Algorithm.targets``."""
+    take: Program
+    """(Batch, row_M) → the minibatch of these rows, with weights of its own."""
+    update: Program
+    """(TrainState, Batch, frozen) → (TrainState, metrics): one optimizer step of the policy."""
+    critic_update: Program | None
+    """The same of a critic of its own; None where the policy's trunk serves, or none is learnt."""
+    warmup: Program | None
+    """As ``update``, but only the head on the policy's trunk learns; None without a warm-up."""
+    eval_sample: Program
+    """As ``sample``, for held-out prompts: T = 1, no truncation, ``eval.n`` responses each."""
+    eval_reference: Program
+    """As ``score_reference``, at T = 1."""
+
+
+@dataclass(frozen=True)
+class OfflinePrograms:
+    """What learning from rows calls."""
+
+    update: Program
+    """(TrainState, batch, frozen) → (TrainState, metrics): one optimizer step."""
+    reference: Program | None
+    """(params, PreferenceBatch) → PreferenceBatch with ref_logp_BCT; None without a reference."""
+    loss: Program | None = None
+    """(params, frozen, batch) → (loss, metrics) of held-out rows; None for reward models."""
+    scores: Program | None = None
+    """(params, frozen, batch) → score_BC, or of steps score_BCT; reward models alone."""
+    loss_of_scores: Program | None = None
+    """(scores, batch) → (loss, metrics); reward models alone."""
+
 
 def on_policy_programs(
     config: Config,
@@ -39,16 +103,10 @@ def on_policy_programs(
     critic_model: Model,
     states: dict[str, TrainState],
     mesh: Mesh,
-) -> dict[str, Callable[..., Any]]:
-    """The jitted functions that one iteration is made of, by name.
-
-    Those of policy and critic take (params, frozen, …), that of the reference (params, …).
-    ``states`` say where updated states are to lie; what flows between the programs has its rows
-    split over ``mesh`` in one way.
-    """
+) -> OnPolicyPrograms:
+    """The programs of an iteration; ``states`` say where updated states are to lie."""
     rows, few = row_layout(mesh), few_rows_layout(mesh, config.data.batch_size)
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
-    shared = has_critic(config) and config.critic.kind == "shared"
     settings = on_policy(config)
     assert algorithm.targets is not None
 
@@ -60,7 +118,7 @@ def on_policy_programs(
         weights, lora = combine_params(params, frozen)
         return value(critic_model, weights, token_BT, mask_BT, lora)
 
-    def scorer(temperature: float) -> Callable[..., Any]:
+    def scorer(temperature: float) -> Program:
         def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
             return score(reference_model, params, token_BT, mask_BT, temperature, first=first)
 
@@ -73,25 +131,26 @@ def on_policy_programs(
     def baseline(greedy: Rollout, reward_Q: Array) -> Array:
         return greedy_baseline(settings, greedy, reward_Q, config.sample.n)
 
-    return {
-        "sample": sampler(model, config.sample, rows, shared),
-        "eval_sample": sampler(model, evaluation_sampling(config), rows),
-        "reference": scorer(temperature),
-        "eval_reference": scorer(1.0),
-        "rescore": jax.jit(rescore, out_shardings=rows),
-        "value": jax.jit(estimate, out_shardings=rows),
-        "targets": jax.jit(algorithm.targets, out_shardings=(rows, None)),
-        "take": jax.jit(take, out_shardings=rows),
-        "merge": jax.jit(merge, out_shardings=rows),
-        "greedy": sampler(model, replace(config.sample, n=1, temperature=0.0), few),
-        "baseline": jax.jit(baseline, out_shardings=rows),
+    shared = has_critic(config) and config.critic.kind == "shared"
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    held_out = replace(config.sample, n=config.eval.n, **plain)
+    return OnPolicyPrograms(
+        sample=sampler(model, config.sample, rows, shared),
+        greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few),
+        baseline=jax.jit(baseline, out_shardings=rows),
+        merge=jax.jit(merge, out_shardings=rows),
+        rescore=jax.jit(rescore, out_shardings=rows),
+        score_reference=scorer(temperature),
+        value=jax.jit(estimate, out_shardings=rows),
+        targets=jax.jit(algorithm.targets, out_shardings=(rows, None)),
+        take=jax.jit(take, out_shardings=rows),
         **updates(config, algorithm, model, critic_model, states),
-    }
+        eval_sample=sampler(model, held_out, rows),
+        eval_reference=scorer(1.0),
+    )
 
 
-def sampler(
-    model: Model, settings: SampleConfig, layout: Any, value: bool = False
-) -> Callable[..., Rollout]:
+def sampler(model: Model, settings: SampleConfig, layout: Any, value: bool = False) -> Program:
     """(params, frozen, prompt_QP, prompt_mask_QP, key, row_B = None) → Rollout; see ``sample``."""
 
     def draw(
@@ -113,46 +172,36 @@ def merge(rollouts: tuple[Rollout, ...], row_B: Array) -> Rollout:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[row_B], *rollouts)
 
 
-def evaluation_sampling(config: Config) -> SampleConfig:
-    """How held-out prompts are completed: at T = 1, untruncated, ``eval.n`` times each."""
-    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    return replace(config.sample, n=config.eval.n, **plain)
-
-
 def updates(
     config: Config,
     algorithm: Algorithm,
     model: Model,
     critic_model: Model,
     states: dict[str, TrainState],
-) -> dict[str, Callable[..., Any]]:
+) -> dict[str, Any]:
     """The optimizer steps: of the policy, of a separate critic, of a shared head's warm-up."""
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
 
-    def update(loss: Any, who: str, settings: Config) -> Callable[..., Any]:
+    def update(loss: Any, who: str, settings: Config) -> Program:
         layout = layout_of(states[who])
         return make_update(optimizer(settings), loss, config.optim.microbatches, layout=layout)
 
-    if algorithm.reads == "pairs":
-        return {
-            "update": update(pairs_loss(model, algorithm, temperature, first), "policy", config)
-        }
-    if "value" not in algorithm.needs:
-        return {
-            "update": update(policy_loss(model, algorithm, temperature, first), "policy", config)
-        }
-    shared = config.critic.kind == "shared"
-    settings: Any = config.algorithm  # one that learns values
-    coefficient = settings.value_coef if shared else None
-    loss = policy_loss(model, algorithm, temperature, first, coefficient)
-    programs = {"update": update(loss, "policy", config)}
-    if shared and config.critic.warmup:
-        warmup = critic_loss(model, algorithm, head_only=True)
-        programs["warmup"] = update(warmup, "policy", config)
-    if not shared:
+    programs: dict[str, Any] = {"critic_update": None, "warmup": None}
+    coefficient = None
+    if "value" in algorithm.needs and config.critic.kind == "shared":
+        settings: Any = config.algorithm  # one that learns values
+        coefficient = settings.value_coef
+        if config.critic.warmup:
+            head_only = critic_loss(model, algorithm, head_only=True)
+            programs["warmup"] = update(head_only, "policy", config)
+    elif "value" in algorithm.needs:
         loss = critic_loss(critic_model, algorithm)
         programs["critic_update"] = update(loss, "critic", critic_config(config))
-    return programs
+    if algorithm.reads == "pairs":
+        loss = pairs_loss(model, algorithm, temperature, first)
+    else:
+        loss = policy_loss(model, algorithm, temperature, first, coefficient)
+    return {**programs, "update": update(loss, "policy", config)}
 
 
 def offline_programs(
@@ -162,7 +211,7 @@ def offline_programs(
     reference_model: Model | None,
     states: dict[str, TrainState],
     mesh: Mesh,
-) -> dict[str, Callable[..., Any]]:
+) -> OfflinePrograms:
     """The programs of learning from rows: the update, and what held-out rows are measured with."""
     join = {
         "scores": reward_model_loss,
@@ -172,21 +221,20 @@ def offline_programs(
     }
     loss = join[algorithm.reads](model, algorithm)
     layout = layout_of(states["policy"])
-    programs: dict[str, Callable[..., Any]] = {
-        "update": make_update(optimizer(config), loss, config.optim.microbatches, layout=layout),
-    }
+    update = make_update(optimizer(config), loss, config.optim.microbatches, layout=layout)
+    reference = None
     if reference_model is not None:
 
         def compare(params: Params, batch: PreferenceBatch) -> PreferenceBatch:
-            logp_BCT = candidate_logp(reference_model, params, batch)
-            return replace(batch, ref_logp_BCT=logp_BCT)
+            return replace(batch, ref_logp_BCT=candidate_logp(reference_model, params, batch))
 
-        programs["reference"] = jax.jit(compare, out_shardings=row_layout(mesh))
+        reference = jax.jit(compare, out_shardings=row_layout(mesh))
     scores = {"scores": candidate_scores, "steps": candidate_token_scores}.get(algorithm.reads)
     if scores is None:
-        return {**programs, "loss": jax.jit(loss)}
-    judged = {"scores": jax.jit(partial(scores, model)), "loss_of_scores": jax.jit(algorithm.loss)}
-    return programs | judged
+        return OfflinePrograms(update, reference, loss=jax.jit(loss))
+    # The loss reads scores, and so do accuracy and calibration: one forward pass serves all.
+    judged = jax.jit(partial(scores, model))
+    return OfflinePrograms(update, reference, scores=judged, loss_of_scores=jax.jit(algorithm.loss))
 
 
 def optimizer(config: Config) -> Any:

@@ -1,17 +1,14 @@
 """From a config to everything a run needs: data, networks, states and jitted programs."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.config import (
     Config,
-    OfflineConfig,
     RewardConfig,
     check,
     check_mesh,
@@ -21,16 +18,7 @@ from jaxrlhf.config import (
     is_reward_model,
     rows_at_once,
 )
-from jaxrlhf.core.types import AnyBatch, Params, TrainState
-from jaxrlhf.data.batches import (
-    judged_batch,
-    labelled_batch,
-    preference_batch,
-    ranked_batch,
-    scored_batch,
-    steps_batch,
-    token_batch,
-)
+from jaxrlhf.core.types import Params, TrainState
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, load_data, load_normalise_rows, longest
 from jaxrlhf.mesh.sharding import (
@@ -38,7 +26,6 @@ from jaxrlhf.mesh.sharding import (
     config_of,
     length_shards,
     make_mesh,
-    put_rows,
     train_state_shardings,
     with_layout,
 )
@@ -61,19 +48,15 @@ from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.combine import check_truths, load_rewards
 from jaxrlhf.rewards.judge import Judge, make_judge
-from jaxrlhf.run.programs import critic_config, offline_programs, on_policy_programs, optimizer
+from jaxrlhf.run.programs import (
+    OfflinePrograms,
+    OnPolicyPrograms,
+    critic_config,
+    offline_programs,
+    on_policy_programs,
+    optimizer,
+)
 from jaxrlhf.run.stopping import keep
-
-PACKERS = {
-    "pairs": preference_batch,
-    "completions": token_batch,
-    "labelled": labelled_batch,
-    "judged": judged_batch,
-    "ranked": ranked_batch,
-    "scored": scored_batch,
-    "steps": steps_batch,
-}
-"""How such rows become a batch."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,8 @@ class Run:
     """A separate critic's; None where the policy's trunk serves."""
     judge: Judge | None = None
     gold: Judge | None = None
-    programs: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    programs: Any = None
+    """OnPolicyPrograms, or OfflinePrograms of a run that learns from rows."""
     normalise_rows: Rows[Encoded] | None = None
     """Answers whose scores a reward model is normalised on."""
     candidates: int = 1
@@ -236,7 +220,7 @@ def _networks(run: Run, loader: Loader) -> Run:
     )
 
 
-def _programs(run: Run) -> dict[str, Callable[..., Any]]:
+def _programs(run: Run) -> OnPolicyPrograms | OfflinePrograms:
     if not is_on_policy(run.config):
         other = run.reference and run.reference.model
         return offline_programs(run.config, run.algorithm, run.model, other, run.states, run.mesh)
@@ -250,32 +234,6 @@ def _programs(run: Run) -> dict[str, Callable[..., Any]]:
         run.states,
         run.mesh,
     )
-
-
-def pack(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> AnyBatch:
-    """Rows as the batch that the run's offline algorithm learns from, on the mesh.
-
-    Where it is relative to a reference, that one's log-probs are in it. Rows that only fill the
-    batch (``real_B`` False) have weight 0.
-    """
-    return place(run, host_batch(run, rows, real_B))
-
-
-def host_batch(run: Run, rows: Sequence[Encoded], real_B: np.ndarray | None = None) -> Any:
-    """As ``pack``, but of numpy arrays, and without a reference's log-probs."""
-    config = run.config
-    assert isinstance(config.algorithm, OfflineConfig)
-    make = PACKERS[config.algorithm.rows]
-    more = {"candidates": run.candidates} if make is ranked_batch else {}
-    return make(rows, run.width, config.sample.pad, real_B, **more)
-
-
-def place(run: Run, batch: Any) -> AnyBatch:
-    """A batch of numpy arrays on the mesh, with what it needs of a reference."""
-    batch = put_rows(batch, run.mesh)
-    if run.reference is None:
-        return batch
-    return run.programs["reference"](at_hand(run.reference.params), batch)
 
 
 def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> TrainState:
