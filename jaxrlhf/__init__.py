@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from jaxrlhf.models.load import load_model as load_model
     from jaxrlhf.models.transformer import Model as Model
     from jaxrlhf.run.loop import train as train
-    from jaxrlhf.steps.losses import policy_loss as policy_loss
     from jaxrlhf.steps.sample import sample as sample
     from jaxrlhf.steps.score import forward as forward
     from jaxrlhf.steps.score import reward as reward
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from jaxrlhf.steps.score import value as value
     from jaxrlhf.steps.update import make_optimizer as make_optimizer
     from jaxrlhf.steps.update import make_update as make_update
+    from jaxrlhf.steps.update import policy_loss as policy_loss
 
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ _HOMES = {
     "value": "jaxrlhf.steps.score",
     "make_optimizer": "jaxrlhf.steps.update",
     "make_update": "jaxrlhf.steps.update",
-    "policy_loss": "jaxrlhf.steps.losses",
+    "policy_loss": "jaxrlhf.steps.update",
     "Batch": "jaxrlhf.core.types",
     "Outputs": "jaxrlhf.core.types",
     "Rollout": "jaxrlhf.core.types",

@@ -29,7 +29,7 @@ from jaxrlhf.data.tokens import encode_rows
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import load_model
 from jaxrlhf.run import loop
-from jaxrlhf.steps.losses import candidate_logp
+from jaxrlhf.steps.update import candidate_logp
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 NAMES = [kind.name for kind in get_args(AlgorithmConfig)]

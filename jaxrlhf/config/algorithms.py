@@ -1,10 +1,8 @@
-"""Algorithms that learn from responses they sample: one dataclass each, told apart by ``name``.
+"""The ``algorithm`` section of a config: one dataclass an algorithm, told apart by ``name``.
 
-Algorithms that learn from the rows of a file: one dataclass each, told apart by ``name``.
-
-Reward models of every kind: one dataclass each, told apart by ``name``.
-
-The ``algorithm`` section of a config: one of these, told apart by ``name``."""
+First those that sample, then those that learn from the rows of a file, then reward models. Each has
+just the settings that it reads.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,43 +15,43 @@ PreferenceKind = Literal[
 ]
 """Losses on pairs relative to a reference; preference_loss gives the formulas."""
 
+KLPlace = Literal["reward", "loss", "exact_loss"]
+OffPolicy = Literal["none", "token", "sequence", "token_mask", "sequence_mask"]
+
 
 @dataclass(frozen=True)
 class OnPolicyConfig:
-    """What all of them have; class variables are no settings, but what a run has to provide."""
+    """What all algorithms have that learn from responses they sample.
 
+    Class variables are no settings. They say what a run has to provide, and stand for settings
+    that only some of them read (``TokenLossConfig``, ``RatioConfig``).
+    """
+
+    name: str = ""
     has_critic: ClassVar[bool] = False
     """Learns a value function."""
-    has_ratio: ClassVar[bool] = True
-    """Corrects for the updates since the rollout; without, a rollout is right for one update."""
     in_groups: ClassVar[bool] = False
     """Compares the samples of a prompt: sample.n is at least 2."""
     on_pairs: ClassVar[bool] = False
     """Learns from whole responses, two a prompt, instead of from tokens."""
-
-    name: str = ""
-    epochs: int = 1
-    """Passes over each rollout."""
-    minibatches: int = 1
-    """Optimizer steps a pass."""
-    aggregation: Aggregation = "token"
-    """How token losses become one number; see masked.weights."""
-    length: int | None = None
-    """Tokens a row is divided by under ``aggregation: fixed`` (default: the row's width)."""
+    # Without a ratio π/π_old a rollout is right for one update.
+    epochs: ClassVar[int] = 1
+    minibatches: ClassVar[int] = 1
+    target_kl: ClassVar[float | None] = None
+    # Without a loss on tokens there is one weight a row, and the KL is in the reward.
+    aggregation: ClassVar[Aggregation] = "token"
+    length: ClassVar[int | None] = None
+    kl_in: ClassVar[KLPlace] = "reward"
+    off_policy: ClassVar[OffPolicy] = "none"
+    off_policy_cap: ClassVar[float] = 2.0
+    entropy_coef: ClassVar[float] = 0.0
+    mask_truncated: ClassVar[bool] = False
     old_logp: Literal["sampler", "rescore"] = "sampler"
     """Source of the ratio's denominator: the cached sampler, or a forward like the update's."""
-    off_policy: Literal["none", "token", "sequence", "token_mask", "sequence_mask"] = "none"
-    """Importance weights of the denominator over the sampler's draw; see importance_weights."""
-    off_policy_cap: float = 2.0
-    """Where these weights are cut off; with _mask, outside of [1/cap, cap] they are 0."""
-    target_kl: float | None = None
-    """Stop the passes over a rollout once KL(old‖new) exceeds this (nats a token)."""
     kl_coef: float = 0.05
     """β, reward units a nat. With the KL in the loss it is in standard deviations of the advantage
     a nat where advantages are divided by those and β·KL is not: PPO and A2C that
     ``whiten_advantages``, REINFORCE++; and, by each group's, GRPO, DAPO, GSPO and CISPO."""
-    kl_in: Literal["reward", "loss", "exact_loss"] = "reward"
-    """Where β·KL goes: into each token's reward, or into the loss (see kl_loss)."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """Estimator of the per-token KL to the reference (default: k1 in the reward, k3 in the loss).
     As rewards, k2 and k3 leave the KL of a token's own choice unpunished, to first order, near the
@@ -64,66 +62,91 @@ class OnPolicyConfig:
     """Wanted KL, nats a sequence (adaptive controller)."""
     kl_horizon: float = 10_000.0
     """Sequences over which the adaptive controller acts."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus (per nat)."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the reward of a response that was cut off (reward units)."""
     overlong_buffer: int = 0
     """Last tokens of sample.max_new_tokens, over which a length penalty grows from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class TokenLossConfig:
+    """Settings of a loss that is a weighted sum over tokens."""
+
+    aggregation: Aggregation = "token"
+    """How token losses become one number; see masked.weights."""
+    length: int | None = None
+    """Tokens a row is divided by under ``aggregation: fixed`` (default: the row's width)."""
+    kl_in: KLPlace = "reward"
+    """Where β·KL goes: into each token's reward, or into the loss (see kl_loss)."""
+    off_policy: OffPolicy = "none"
+    """Importance weights of the denominator over the sampler's draw; see importance_weights."""
+    off_policy_cap: float = 2.0
+    """Where these weights are cut off; with _mask, outside of [1/cap, cap] they are 0."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus (per nat)."""
     mask_truncated: bool = False
     """Leave responses that were cut off out of the loss; their rewards still count in groups."""
 
 
 @dataclass(frozen=True)
-class PPOConfig(OnPolicyConfig):
-    """Proximal policy optimisation with a learned critic (arXiv:1707.06347, arXiv:2203.02155)."""
+class RatioConfig:
+    """Settings of a loss in π/π_old, which allows several updates on a rollout."""
 
-    has_critic: ClassVar[bool] = True
-    name: Literal["ppo"] = "ppo"
-    epochs: int = 2
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """λ of generalised advantage estimation (arXiv:1506.02438)."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    minibatches: int = 1
+    """Optimizer steps a pass."""
+    target_kl: float | None = None
+    """Stop the passes over a rollout once KL(old‖new) exceeds this (nats a token)."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 − clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
-    dual_clip: float | None = None
-    """Upper bound c on the ratio where the advantage is negative (arXiv:1912.09729)."""
-    value_clip: float | None = 0.2
-    """The value may move this far from its old estimate (reward units); null: freely."""
+
+
+@dataclass(frozen=True)
+class CriticTargetsConfig:
+    """Settings of advantages and returns by a learned value function."""
+
+    has_critic: ClassVar[bool] = True
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """λ of generalised advantage estimation (arXiv:1506.02438); 1: return minus value."""
     value_coef: float = 0.1
     """Weight of the value loss where critic and policy share a trunk."""
     whiten_advantages: bool = True
     """Advantages to mean 0, variance 1 over the rollout."""
+
+
+@dataclass(frozen=True)
+class PPOConfig(CriticTargetsConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
+    """Proximal policy optimisation with a learned critic (arXiv:1707.06347, arXiv:2203.02155)."""
+
+    name: Literal["ppo"] = "ppo"
+    epochs: int = 2
+    dual_clip: float | None = None
+    """Upper bound c on the ratio where the advantage is negative (arXiv:1912.09729)."""
+    value_clip: float | None = 0.2
+    """The value may move this far from its old estimate (reward units); null: freely."""
     whiten_rewards: bool = False
     """Token rewards scaled to variance 1 over the rollout, mean kept."""
 
 
 @dataclass(frozen=True)
-class A2CConfig(OnPolicyConfig):
+class A2CConfig(CriticTargetsConfig, TokenLossConfig, OnPolicyConfig):
     """Advantage actor-critic: the policy gradient with a learned critic (arXiv:1602.01783)."""
 
-    has_critic: ClassVar[bool] = True
-    has_ratio: ClassVar[bool] = False
     name: Literal["a2c"] = "a2c"
     aggregation: Aggregation = "sequence_sum"
-    gamma: float = 1.0
-    """Discount per token."""
     lam: float = 1.0
-    """λ of generalised advantage estimation; 1: return minus value."""
-    value_coef: float = 0.1
-    """Weight of the value loss where critic and policy share a trunk."""
     whiten_advantages: bool = False
-    """Advantages to mean 0, variance 1 over the rollout."""
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(OnPolicyConfig):
+class ReinforceConfig(TokenLossConfig, OnPolicyConfig):
     """REINFORCE: each token is credited with the rewards that follow it (Williams 1992)."""
 
-    has_ratio: ClassVar[bool] = False
     name: Literal["reinforce"] = "reinforce"
     aggregation: Aggregation = "sequence_sum"
     gamma: float = 1.0
@@ -133,81 +156,64 @@ class ReinforceConfig(OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class ReMaxConfig(OnPolicyConfig):
+class ReMaxConfig(TokenLossConfig, OnPolicyConfig):
     """ReMax: REINFORCE whose baseline is the reward of the greedy response (arXiv:2310.10505)."""
 
-    has_ratio: ClassVar[bool] = False
     name: Literal["remax"] = "remax"
     aggregation: Aggregation = "sequence_sum"
 
 
 @dataclass(frozen=True)
-class RLOOConfig(OnPolicyConfig):
+class RLOOConfig(TokenLossConfig, OnPolicyConfig):
     """REINFORCE leave-one-out: the baseline is the mean of the other samples (arXiv:2402.14740)."""
 
-    has_ratio: ClassVar[bool] = False
     in_groups: ClassVar[bool] = True
     name: Literal["rloo"] = "rloo"
     aggregation: Aggregation = "sequence_sum"
 
 
 @dataclass(frozen=True)
-class ReinforcePPConfig(OnPolicyConfig):
+class ReinforcePPConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
     """REINFORCE++: returns whitened over the whole rollout, PPO's clip (arXiv:2501.03262)."""
 
     name: Literal["reinforce_pp"] = "reinforce_pp"
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 − clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
 
 
 @dataclass(frozen=True)
-class GRPOConfig(OnPolicyConfig):
+class GRPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
     """Group-relative policy optimisation (arXiv:2402.03300)."""
 
     in_groups: ClassVar[bool] = True
     name: Literal["grpo"] = "grpo"
     aggregation: Aggregation = "sequence"
     kl_coef: float = 0.04
-    kl_in: Literal["reward", "loss", "exact_loss"] = "loss"
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 − clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
+    kl_in: KLPlace = "loss"
 
 
 @dataclass(frozen=True)
-class DrGRPOConfig(OnPolicyConfig):
+class DrGRPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
     """GRPO without its two biases: no standard deviation, a fixed length (arXiv:2503.20783)."""
 
     in_groups: ClassVar[bool] = True
     name: Literal["dr_grpo"] = "dr_grpo"
     aggregation: Aggregation = "fixed"
     kl_coef: float = 0.0
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 − clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
 
 
 @dataclass(frozen=True)
-class DAPOConfig(OnPolicyConfig):
+class DAPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
     """GRPO with a higher upper clip, token means and dynamic sampling (arXiv:2503.14476)."""
 
     in_groups: ClassVar[bool] = True
     name: Literal["dapo"] = "dapo"
     kl_coef: float = 0.0
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 − clip_low."""
     clip_high: float = 0.28
-    """The ratio is clipped above at 1 + clip_high."""
     rounds: int = 4
     """Most batches of prompts that are sampled until data.batch_size groups have a signal."""
 
 
 @dataclass(frozen=True)
-class GSPOConfig(OnPolicyConfig):
+class GSPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
     """Group sequence policy optimisation: one ratio a response (arXiv:2507.18071)."""
 
     in_groups: ClassVar[bool] = True
@@ -217,11 +223,10 @@ class GSPOConfig(OnPolicyConfig):
     clip_low: float = 3e-4
     """The ratio, a geometric mean over tokens, is clipped below at 1 − clip_low."""
     clip_high: float = 4e-4
-    """The ratio is clipped above at 1 + clip_high."""
 
 
 @dataclass(frozen=True)
-class CISPOConfig(OnPolicyConfig):
+class CISPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
     """Clipped importance weights on the policy gradient (MiniMax-M1; arXiv:2506.13585)."""
 
     in_groups: ClassVar[bool] = True
@@ -229,18 +234,19 @@ class CISPOConfig(OnPolicyConfig):
     kl_coef: float = 0.0
     clip_low: float = 1.0
     """The weight is clipped below at 1 − clip_low; 1 leaves it free below."""
-    clip_high: float = 0.2
-    """The weight is clipped above at 1 + clip_high."""
 
 
 @dataclass(frozen=True)
 class OnlineDPOConfig(OnPolicyConfig):
     """DPO on the best and the worst of each prompt's samples (arXiv:2402.04792)."""
 
-    has_ratio: ClassVar[bool] = False
     in_groups: ClassVar[bool] = True
     on_pairs: ClassVar[bool] = True
     name: Literal["online_dpo"] = "online_dpo"
+    epochs: int = 1
+    """Passes over each rollout's pairs."""
+    minibatches: int = 1
+    """Optimizer steps a pass."""
     kl_coef: float = 0.0
     beta: float = 0.1
     """β of the preference loss."""
@@ -366,15 +372,10 @@ class BCOConfig(OfflineConfig):
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(OfflineConfig):
-    """A scalar reward model trained on preference pairs (Bradley-Terry; arXiv:2203.02155)."""
+class ScalarConfig:
+    """Settings of reward models that give an answer one score."""
 
     is_reward_model: ClassVar[bool] = True
-    name: Literal["reward_model"] = "reward_model"
-    centre_coef: float = 0.0
-    """Weight of (r_chosen + r_rejected)², which keeps scores around 0 (arXiv:2312.09244)."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong."""
     score_l2: float = 0.0
     """Weight of the mean of score² over a row's answers."""
     normalise_on: str = ""
@@ -384,36 +385,37 @@ class RewardModelConfig(OfflineConfig):
 
 
 @dataclass(frozen=True)
-class ListwiseRewardModelConfig(OfflineConfig):
-    """A scalar reward model trained on rankings of 2 to K responses (Plackett-Luce)."""
+class RewardModelConfig(ScalarConfig, OfflineConfig):
+    """A scalar reward model trained on preference pairs (Bradley-Terry; arXiv:2203.02155)."""
 
-    rows: ClassVar[Rows] = "ranked"
-    is_reward_model: ClassVar[bool] = True
-    name: Literal["listwise_reward_model"] = "listwise_reward_model"
-    as_pairs: bool = False
-    """Bradley-Terry on all pairs of unequal rank instead, each prompt with weight 1 in total."""
-    score_l2: float = 0.0
-    """Weight of the mean of score² over a row's responses."""
-    normalise_on: str = ""
-    """Rows whose scores are to have mean 0 and standard deviation 1, as for ``reward_model``."""
+    name: Literal["reward_model"] = "reward_model"
+    centre_coef: float = 0.0
+    """Weight of (r_chosen + r_rejected)², which keeps scores around 0 (arXiv:2312.09244)."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong."""
 
 
 @dataclass(frozen=True)
-class PointwiseRewardModelConfig(OfflineConfig):
+class ListwiseRewardModelConfig(ScalarConfig, OfflineConfig):
+    """A scalar reward model trained on rankings of 2 to K responses (Plackett-Luce)."""
+
+    rows: ClassVar[Rows] = "ranked"
+    name: Literal["listwise_reward_model"] = "listwise_reward_model"
+    as_pairs: bool = False
+    """Bradley-Terry on all pairs of unequal rank instead, each prompt with weight 1 in total."""
+
+
+@dataclass(frozen=True)
+class PointwiseRewardModelConfig(ScalarConfig, OfflineConfig):
     """A scalar reward model trained on answers with a score, one by one."""
 
     rows: ClassVar[Rows] = "scored"
-    is_reward_model: ClassVar[bool] = True
     name: Literal["pointwise_reward_model"] = "pointwise_reward_model"
     kind: Literal["mse", "huber", "binary"] = "mse"
     """Regression with (r − score)², the same beyond ``delta`` linear, or cross-entropy of σ(r)
     with a label, or a score in [0, 1]."""
     delta: float = 1.0
     """Error above which the Huber loss is linear (units of the score)."""
-    score_l2: float = 0.0
-    """Weight of score²."""
-    normalise_on: str = ""
-    """Rows whose scores are to have mean 0 and standard deviation 1, as for ``reward_model``."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,8 @@
-"""Does the mesh divide what is laid out on it? Asked before any array is made.
+"""All rules between the fields of a config, and their ranges; asked before any array is made.
 
-What each number of a config must be.
-
-Rules between the settings of reward models.
-
-Rules between the fields that save memory.
-
-Rules between fields, checked before any array is made. Never imports jax."""
+A rule is a line of a generator: it yields what is wrong, where, and the remedy. ``check`` raises
+the first; a setting that nothing would read is refused like one that cannot be.
+"""
 
 import itertools
 import math
@@ -18,8 +14,6 @@ from jaxrlhf.config.algorithms import (
     DPOConfig,
     OfflineConfig,
     OnPolicyConfig,
-    PointwiseRewardModelConfig,
-    ProcessRewardModelConfig,
     ReinforceConfig,
 )
 from jaxrlhf.config.model import CriticConfig, DecoderConfig, ReferenceConfig
@@ -34,6 +28,353 @@ from jaxrlhf.config.run import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
+
+
+def check(config: Config) -> None:
+    """Refuse a config that cannot train, or that sets something which would not be read.
+
+    Raises:
+      InputError: the first rule that does not hold.
+    """
+    learning = _on_policy if is_on_policy(config) else _offline
+    for problem in itertools.chain(
+        out_of_range(config),
+        _model(config),
+        _memory(config),
+        reward_problems("rewards", config.rewards),
+        reward_problems("eval.gold", config.eval.gold),
+        _data(config),
+        _critic(config),
+        _warmup(config),
+        axes_problems(config.mesh),
+        learning(config),
+    ):
+        raise InputError(problem)
+
+
+def check_sample(sample: SampleConfig) -> None:
+    """Refuse numbers out of their range; a temperature of 0 is greedy and passes.
+
+    Raises:
+      InputError: the first field that is out of range.
+    """
+    for problem in out_of_range(Config(sample=sample)):
+        raise InputError(problem)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a run could not have.
+
+    Raises:
+      InputError: it is out of its range.
+    """
+    for problem in out_of_range(Config(seed=seed)):
+        raise InputError(problem)
+
+
+def rows_at_once(config: Config) -> int:
+    """Rows of one microbatch: what one forward and backward pass of the update works on."""
+    rows = config.data.batch_size
+    if isinstance(config.algorithm, OnPolicyConfig):
+        samples = 1 if config.algorithm.on_pairs else config.sample.n  # one pair a prompt
+        rows = rows * samples // config.algorithm.minibatches
+    return rows // config.optim.microbatches
+
+
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
+        "critic.warmup checkpoint.every eval.every eval.patience distributed.processes "
+        "distributed.watchdog "
+        "sample.temperature sample.top_k sample.pad sample.stop algorithm.clip_high "
+        "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
+        "algorithm.score_l2 "
+        "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
+        "algorithm.margin algorithm.sft_coef algorithm.desirable_weight "
+        "algorithm.undesirable_weight",
+    ),
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        "steps data.batch_size data.max_prompt_tokens sample.max_new_tokens sample.n "
+        "optim.microbatches optim.max_skipped checkpoint.keep eval.n eval.batch_size "
+        "distributed.initialization_timeout distributed.heartbeat "
+        "algorithm.epochs algorithm.minibatches algorithm.length algorithm.rounds model.lora.rank "
+        "model.decoder.vocab model.decoder.embed model.decoder.layers model.decoder.heads "
+        "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context",
+    ),
+    ("at least 2", lambda x: x >= 2, "data.max_tokens"),
+    (
+        "above 0",
+        lambda x: x > 0,
+        "optim.eps optim.max_grad_norm algorithm.value_clip algorithm.target_kl "
+        "algorithm.kl_target algorithm.kl_horizon algorithm.off_policy_cap algorithm.beta "
+        "algorithm.delta "
+        "model.lora.alpha model.decoder.rope_theta "
+        "model.decoder.norm_eps",
+    ),
+    ("above 1", lambda x: x > 1, "algorithm.dual_clip"),
+    ("below 4294967296", lambda x: x < 2**32, "seed"),
+    (
+        "below 2147483648",
+        lambda x: x < 2**31,
+        "steps optim.warmup critic.warmup sample.top_k sample.pad sample.stop",
+    ),
+    (
+        "in [0, 1]",
+        lambda x: 0 <= x <= 1,
+        "max_excluded algorithm.gamma algorithm.lam algorithm.clip_low",
+    ),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "optim.b1 optim.b2 sample.min_p"),
+    ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "algorithm.label_smoothing"),
+    ("in (0, 1]", lambda x: 0 < x <= 1, "sample.top_p"),
+)
+"""What a number must be, and the dotted keys it is asked of, of lists each number; absent and None
+fields are passed."""
+
+
+def out_of_range(config: Config) -> Iterator[str]:
+    """The numbers that are not what they must be, a line each."""
+    for what, holds, keys in RANGES:
+        for key in keys.split():
+            value = _get(config, key)
+            several = isinstance(value, tuple)
+            if value is not None and not all(map(holds, value if several else (value,))):
+                yield f"{key}={list(value) if several else value}: must be {what}"
+
+
+def below_least(given: Mapping[str, Any], least: Mapping[str, float]) -> Iterator[str]:
+    """The numbers of ``given`` that are below their least value, a line each; None is passed."""
+    for name, bound in least.items():
+        value = given[name]
+        if value is not None and value < bound:
+            yield f"{name}={value}: must be at least {bound}"
+
+
+def _get(config: Config, key: str) -> Any:
+    """The value at a dotted key; None where a part is missing."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, decoder = config.model, config.model.decoder
+    if not model.path and decoder is None:
+        yield "model.path: missing: give a path (smollm2, a folder, a .gguf file), or model.decoder"
+    if model.path and decoder is not None:
+        yield f"model.path={model.path}: model.decoder is given too: keep one of them"
+    if decoder is not None:
+        if not model.tokenizer:
+            yield "model.tokenizer: missing: a fresh decoder needs one, such as words:TEXT"
+        if decoder.heads % decoder.kv_heads:
+            yield (
+                f"model.decoder: heads={decoder.heads} % kv_heads={decoder.kv_heads} is not 0: "
+                "each key/value head serves the same number of query heads"
+            )
+        if decoder.head_dim % 2:
+            yield f"model.decoder.head_dim={decoder.head_dim}: must be even, for rotary positions"
+    if model.lora is not None and not model.lora.targets:
+        yield "model.lora.targets: empty: name at least one of q, k, v, o, gate, up, down"
+
+
+def _memory(config: Config) -> Iterator[str]:
+    """What cannot be saved, or would cost more than memory."""
+    if config.reference.offload and config.model.lora and not config.reference.path:
+        yield (
+            "reference.offload: with model.lora the reference is the weights under the adapters, "
+            "which the policy needs all the time: leave it out"
+        )
+    for name in ("b1", "b2"):
+        decay = getattr(config.optim, name)
+        if config.optim.state_dtype == "bfloat16" and decay > 0.99:
+            yield (
+                f"optim.{name}={decay}: what a step adds to a bfloat16 moment would be lost in its "
+                "rounding: give at most 0.99, or optim.state_dtype: float32"
+            )
+
+
+def _data(config: Config) -> Iterator[str]:
+    if not config.data.train:
+        yield "data.train: missing: give a .jsonl or .parquet file"
+    given = {"every": config.eval.every, "gold": ", ".join(map(name_of, config.eval.gold))}
+    for name, value in given.items():
+        if value and not config.data.eval:
+            yield f"eval.{name}={value}: there are no rows to evaluate on: give data.eval"
+    if config.eval.patience and not (config.eval.every and config.data.eval):
+        yield (
+            f"eval.patience={config.eval.patience}: counts evaluations, and there are none in "
+            "between: give data.eval and eval.every"
+        )
+    if config.eval.patience and is_on_policy(config):
+        name = config.algorithm.name
+        yield f"eval.patience={config.eval.patience}: {name} has no held-out loss: leave it out"
+    if config.data.packing and config.algorithm.name != "sft":
+        yield f"data.packing: only sft packs rows, not {config.algorithm.name}: leave it out"
+    if not config.output:
+        yield "output: empty: give the folder that the run is written to"
+
+
+def _critic(config: Config) -> Iterator[str]:
+    for name in ("path", "learning_rate"):
+        value = getattr(config.critic, name)
+        if config.critic.kind == "shared" and value not in ("", None):
+            yield f"critic.{name}={value}: a shared critic has none: set critic.kind: separate"
+    value = getattr(config.algorithm, "value_coef", None)
+    if config.critic.kind == "separate" and value != getattr(
+        type(config.algorithm), "value_coef", None
+    ):
+        yield (
+            f"algorithm.value_coef={value:g}: a separate critic has a loss of its own and does not "
+            "read it: leave it out, or set critic.kind: shared"
+        )
+
+
+def _warmup(config: Config) -> Iterator[str]:
+    decay = config.optim.weight_decay
+    if config.critic.kind == "shared" and config.critic.warmup and decay:
+        yield (
+            f"critic.warmup={config.critic.warmup}: optim.weight_decay={decay} would move the "
+            "shared trunk meanwhile: set it to 0, or critic.kind: separate"
+        )
+
+
+def _on_policy(config: Config) -> Iterator[str]:
+    sample, algorithm, data = config.sample, config.algorithm, config.data
+    assert isinstance(algorithm, OnPolicyConfig)
+    if sample.temperature == 0:
+        yield "sample.temperature=0: greedy; refused in training: give a number above 0"
+    if not config.rewards:
+        yield "rewards: missing: give at least one, with a function or a model"
+    rows = data.batch_size * sample.n
+    named = f"data.batch_size={data.batch_size} · sample.n={sample.n} = {rows} rows"
+    if algorithm.on_pairs:
+        rows = data.batch_size
+        named = f"data.batch_size={rows}"
+    if rows % algorithm.minibatches:
+        yield f"{named} % algorithm.minibatches={algorithm.minibatches} is not 0: change one"
+    rows //= algorithm.minibatches
+    if rows % config.optim.microbatches:
+        yield (
+            f"{named} / algorithm.minibatches={algorithm.minibatches} % "
+            f"optim.microbatches={config.optim.microbatches} is not 0: change one"
+        )
+    drawn, horizon = data.batch_size * sample.n, algorithm.kl_horizon
+    if algorithm.kl_controller == "adaptive" and drawn >= 5 * horizon:
+        yield (
+            f"algorithm.kl_horizon={horizon:g}: must exceed a fifth of the rows of a "
+            f"rollout ({named}), or β changes sign: raise it"
+        )
+    for name in ("whiten_advantages", "whiten_rewards"):
+        if getattr(algorithm, name, False) and data.batch_size * sample.n == 1:
+            yield f"algorithm.{name}: one row has no variance: turn it off, or raise sample.n"
+    if algorithm.length is not None and algorithm.aggregation != "fixed":
+        yield (
+            f"algorithm.length={algorithm.length}: aggregation={algorithm.aggregation} does not "
+            "read it: set aggregation: fixed, or leave length out"
+        )
+    yield from _family(config, algorithm)
+    yield from _width(config, data.max_prompt_tokens + sample.max_new_tokens)
+
+
+def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
+    """What one family of algorithms asks for, and what it would not read."""
+    name, n = algorithm.name, config.sample.n
+    if algorithm.in_groups and n < 2:
+        yield f"sample.n={n}: {name} compares the samples of a prompt: give at least 2"
+    rows = config.data.batch_size * n
+    if isinstance(algorithm, ReinforceConfig) and algorithm.baseline == "mean" and rows == 1:
+        yield "algorithm.baseline=mean: one row is its own mean: raise data.batch_size or sample.n"
+    if algorithm.kl_controller == "adaptive" and not algorithm.kl_coef:
+        yield "algorithm.kl_coef=0: the adaptive controller multiplies it: give a start above 0"
+    truncated = config.sample.top_k or config.sample.top_p < 1 or config.sample.min_p
+    if algorithm.off_policy != "none" and algorithm.old_logp == "sampler" and not truncated:
+        yield (
+            f"algorithm.off_policy={algorithm.off_policy}: the old log-probs are the sampler's, "
+            "and all weights 1: set old_logp: rescore, or leave off_policy out"
+        )
+    if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1":
+        yield (
+            "algorithm.kl_estimator=k1: as a loss its gradient is 0 on average: take k2 or k3, or "
+            "kl_in: exact_loss"
+        )
+    if algorithm.overlong_buffer > config.sample.max_new_tokens:
+        yield (
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: more tokens than "
+            f"sample.max_new_tokens={config.sample.max_new_tokens}: lower it"
+        )
+    if algorithm.off_policy != "none" and algorithm.off_policy_cap < 1:
+        yield f"algorithm.off_policy_cap={algorithm.off_policy_cap}: must be at least 1"
+    switched = {
+        "kl_target": "kl_controller",
+        "kl_horizon": "kl_controller",
+        "off_policy_cap": "off_policy",
+    }
+    for key, switch in switched.items():
+        value, setting = getattr(algorithm, key), getattr(algorithm, switch)
+        if setting in ("fixed", "none") and value != getattr(type(algorithm), key):
+            yield f"algorithm.{key}={value:g}: {switch}={setting} does not read it: leave it out"
+    if getattr(algorithm, "kind", "") == "exo_pair":
+        yield f"algorithm.kind=exo_pair: needs label smoothing, which {name} lacks: change it"
+    if not has_critic(config) and config.critic != CriticConfig():
+        yield f"critic: algorithm.name={name} learns no value function: leave it out"
+
+
+def _offline(config: Config) -> Iterator[str]:
+    name, data = config.algorithm.name, config.data
+    if config.rewards:
+        yield f"rewards: algorithm.name={name} learns from its data alone: leave rewards out"
+    if config.max_excluded != Config.max_excluded:
+        yield f"max_excluded={config.max_excluded}: {name} asks for no rewards: leave it out"
+    if isinstance(config.algorithm, DPOConfig):
+        smoothing, kind = config.algorithm.label_smoothing, config.algorithm.kind
+        if smoothing and kind not in ("sigmoid", "robust", "exo_pair"):
+            yield f"algorithm.label_smoothing={smoothing}: kind={kind} does not read it: use 0"
+        if kind == "exo_pair" and not smoothing:
+            yield "algorithm.label_smoothing=0: the loss of exo_pair is infinite: give 0.1, say"
+    pieces = config.optim.microbatches
+    assert isinstance(config.algorithm, OfflineConfig)
+    delta, kind = (getattr(config.algorithm, name, None) for name in ("delta", "kind"))
+    if kind != "huber" and delta != getattr(type(config.algorithm), "delta", None):
+        yield f"algorithm.delta={delta}: kind={kind} does not read it: leave it out"
+    if getattr(config.algorithm, "separator", "some") == "":
+        yield "algorithm.separator: empty: give the text that stands between two steps"
+    if config.algorithm.whole_batch and pieces > 1:
+        yield f"optim.microbatches={pieces}: {name} has a mean over the batch inside: set it to 1"
+    if config.algorithm.whole_batch and data.batch_size < 2:
+        yield f"data.batch_size=1: {name} compares the rows of a batch: give at least 2"
+    if config.eval.gold:
+        yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
+    if config.eval.n != EvalConfig.n:
+        yield f"eval.n={config.eval.n}: algorithm.name={name} samples nothing: leave it out"
+    ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's
+    unread = {
+        "critic": (config.critic, CriticConfig()),
+        **({} if has_reference(config) else {"reference": (config.reference, ReferenceConfig())}),
+        "sample": (config.sample, SampleConfig(**ends)),
+    }
+    for section, (given, default) in unread.items():
+        if given != default:
+            yield f"{section}: algorithm.name={name} does not read it: leave it out"
+    if data.batch_size % config.optim.microbatches:
+        yield (
+            f"data.batch_size={data.batch_size} % optim.microbatches={config.optim.microbatches} "
+            "is not 0: change one"
+        )
+    yield from _width(config, data.max_tokens)
+
+
+def _width(config: Config, tokens: int) -> Iterator[str]:
+    decoder = config.model.decoder
+    if decoder is not None and tokens > decoder.context:
+        yield (
+            f"model.decoder.context={decoder.context}: rows are {tokens} tokens wide: "
+            "raise it, or lower the token limits of data and sample"
+        )
+
 
 AXES = ("data", "fsdp", "context", "tensor")
 """The axes of every mesh, outermost first: devices that lie close exchange along the last."""
@@ -128,376 +469,3 @@ def axes_problems(mesh: MeshConfig) -> Iterator[str]:
     if list(sizes.values()).count(-1) > 1:
         named = ", ".join(f"{name}={size}" for name, size in sizes.items())
         yield f"mesh: {named}: only one axis may be -1, the rest of the devices"
-
-
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "at least 0",
-        lambda x: x >= 0,
-        "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
-        "critic.warmup checkpoint.every eval.every eval.patience distributed.processes "
-        "distributed.watchdog "
-        "sample.temperature sample.top_k sample.pad sample.stop algorithm.clip_high "
-        "algorithm.value_coef algorithm.entropy_coef algorithm.kl_coef algorithm.centre_coef "
-        "algorithm.score_l2 "
-        "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
-        "algorithm.margin algorithm.sft_coef algorithm.desirable_weight "
-        "algorithm.undesirable_weight",
-    ),
-    (
-        "at least 1",
-        lambda x: x >= 1,
-        "steps data.batch_size data.max_prompt_tokens sample.max_new_tokens sample.n "
-        "optim.microbatches optim.max_skipped checkpoint.keep eval.n eval.batch_size "
-        "distributed.initialization_timeout distributed.heartbeat "
-        "algorithm.epochs algorithm.minibatches algorithm.length algorithm.rounds model.lora.rank "
-        "model.decoder.vocab model.decoder.embed model.decoder.layers model.decoder.heads "
-        "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context",
-    ),
-    ("at least 2", lambda x: x >= 2, "data.max_tokens"),
-    (
-        "above 0",
-        lambda x: x > 0,
-        "optim.eps optim.max_grad_norm algorithm.value_clip algorithm.target_kl "
-        "algorithm.kl_target algorithm.kl_horizon algorithm.off_policy_cap algorithm.beta "
-        "algorithm.delta "
-        "model.lora.alpha model.decoder.rope_theta "
-        "model.decoder.norm_eps",
-    ),
-    ("above 1", lambda x: x > 1, "algorithm.dual_clip"),
-    ("below 4294967296", lambda x: x < 2**32, "seed"),
-    (
-        "below 2147483648",
-        lambda x: x < 2**31,
-        "steps optim.warmup critic.warmup sample.top_k sample.pad sample.stop",
-    ),
-    (
-        "in [0, 1]",
-        lambda x: 0 <= x <= 1,
-        "max_excluded algorithm.gamma algorithm.lam algorithm.clip_low",
-    ),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "optim.b1 optim.b2 sample.min_p"),
-    ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "algorithm.label_smoothing"),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "sample.top_p"),
-)
-"""What a number must be, and the dotted keys it is asked of, of lists each number; absent and None
-fields are passed."""
-
-
-def out_of_range(config: Config) -> Iterator[str]:
-    """The numbers that are not what they must be, a line each."""
-    for what, holds, keys in RANGES:
-        for key in keys.split():
-            value = _get(config, key)
-            several = isinstance(value, tuple)
-            if value is not None and not all(map(holds, value if several else (value,))):
-                yield f"{key}={list(value) if several else value}: must be {what}"
-
-
-def below_least(given: Mapping[str, Any], least: Mapping[str, float]) -> Iterator[str]:
-    """The numbers of ``given`` that are below their least value, a line each; None is passed."""
-    for name, bound in least.items():
-        value = given[name]
-        if value is not None and value < bound:
-            yield f"{name}={value}: must be at least {bound}"
-
-
-def _get(config: Config, key: str) -> Any:
-    """The value at a dotted key; None where a part is missing."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def reward_model_problems(algorithm: OfflineConfig) -> Iterator[str]:
-    """What a reward model's settings have that would not be read, or miss; a line each."""
-    if isinstance(algorithm, PointwiseRewardModelConfig):
-        delta, kind = algorithm.delta, algorithm.kind
-        if kind != "huber" and delta != PointwiseRewardModelConfig().delta:
-            yield f"algorithm.delta={delta}: kind={kind} does not read it: leave it out"
-    if isinstance(algorithm, ProcessRewardModelConfig) and not algorithm.separator:
-        yield "algorithm.separator: empty: give the text that stands between two steps"
-
-
-def memory_problems(config: Config) -> Iterator[str]:
-    """What cannot be saved, or would cost more than memory; a line each."""
-    if config.reference.offload and config.model.lora and not config.reference.path:
-        yield (
-            "reference.offload: with model.lora the reference is the weights under the adapters, "
-            "which the policy needs all the time: leave it out"
-        )
-    for name in ("b1", "b2"):
-        decay = getattr(config.optim, name)
-        if config.optim.state_dtype == "bfloat16" and decay > 0.99:
-            yield (
-                f"optim.{name}={decay}: what a step adds to a bfloat16 moment would be lost in its "
-                "rounding: give at most 0.99, or optim.state_dtype: float32"
-            )
-
-
-UNREAD_BY_PAIRS = (
-    "aggregation", "length", "kl_in", "off_policy", "entropy_coef", "mask_truncated",
-)  # fmt: skip
-"""Settings of losses on tokens."""
-
-UNREAD_UNDER = (
-    ("kl_target", "kl_controller", "fixed"),
-    ("kl_horizon", "kl_controller", "fixed"),
-    ("off_policy_cap", "off_policy", "none"),
-)
-"""A setting, and the value of another under which nothing reads it."""
-
-
-def check(config: Config) -> None:
-    """Refuse a config that cannot train, or that sets something which would not be read.
-
-    Raises:
-      InputError: the first rule that does not hold.
-    """
-    learning = _on_policy if is_on_policy(config) else _offline
-    for problem in itertools.chain(
-        out_of_range(config),
-        _model(config),
-        memory_problems(config),
-        reward_problems("rewards", config.rewards),
-        reward_problems("eval.gold", config.eval.gold),
-        _data(config),
-        _critic(config),
-        _warmup(config),
-        axes_problems(config.mesh),
-        learning(config),
-    ):
-        raise InputError(problem)
-
-
-def check_sample(sample: SampleConfig) -> None:
-    """Refuse numbers out of their range; a temperature of 0 is greedy and passes.
-
-    Raises:
-      InputError: the first field that is out of range.
-    """
-    for problem in out_of_range(Config(sample=sample)):
-        raise InputError(problem)
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that a run could not have.
-
-    Raises:
-      InputError: it is out of its range.
-    """
-    for problem in out_of_range(Config(seed=seed)):
-        raise InputError(problem)
-
-
-def rows_at_once(config: Config) -> int:
-    """Rows of one microbatch: what one forward and backward pass of the update works on."""
-    rows = config.data.batch_size
-    if isinstance(config.algorithm, OnPolicyConfig):
-        samples = 1 if config.algorithm.on_pairs else config.sample.n  # one pair a prompt
-        rows = rows * samples // config.algorithm.minibatches
-    return rows // config.optim.microbatches
-
-
-def _model(config: Config) -> Iterator[str]:
-    model, decoder = config.model, config.model.decoder
-    if not model.path and decoder is None:
-        yield "model.path: missing: give a path (smollm2, a folder, a .gguf file), or model.decoder"
-    if model.path and decoder is not None:
-        yield f"model.path={model.path}: model.decoder is given too: keep one of them"
-    if decoder is not None:
-        if not model.tokenizer:
-            yield "model.tokenizer: missing: a fresh decoder needs one, such as words:TEXT"
-        if decoder.heads % decoder.kv_heads:
-            yield (
-                f"model.decoder: heads={decoder.heads} % kv_heads={decoder.kv_heads} is not 0: "
-                "each key/value head serves the same number of query heads"
-            )
-        if decoder.head_dim % 2:
-            yield f"model.decoder.head_dim={decoder.head_dim}: must be even, for rotary positions"
-    if model.lora is not None and not model.lora.targets:
-        yield "model.lora.targets: empty: name at least one of q, k, v, o, gate, up, down"
-
-
-def _data(config: Config) -> Iterator[str]:
-    if not config.data.train:
-        yield "data.train: missing: give a .jsonl or .parquet file"
-    given = {"every": config.eval.every, "gold": ", ".join(map(name_of, config.eval.gold))}
-    for name, value in given.items():
-        if value and not config.data.eval:
-            yield f"eval.{name}={value}: there are no rows to evaluate on: give data.eval"
-    if config.eval.patience and not (config.eval.every and config.data.eval):
-        yield (
-            f"eval.patience={config.eval.patience}: counts evaluations, and there are none in "
-            "between: give data.eval and eval.every"
-        )
-    if config.eval.patience and is_on_policy(config):
-        name = config.algorithm.name
-        yield f"eval.patience={config.eval.patience}: {name} has no held-out loss: leave it out"
-    if config.data.packing and config.algorithm.name != "sft":
-        yield f"data.packing: only sft packs rows, not {config.algorithm.name}: leave it out"
-    if not config.output:
-        yield "output: empty: give the folder that the run is written to"
-
-
-def _critic(config: Config) -> Iterator[str]:
-    for name in ("path", "learning_rate"):
-        value = getattr(config.critic, name)
-        if config.critic.kind == "shared" and value not in ("", None):
-            yield f"critic.{name}={value}: a shared critic has none: set critic.kind: separate"
-    value = getattr(config.algorithm, "value_coef", None)
-    if config.critic.kind == "separate" and value != getattr(
-        type(config.algorithm), "value_coef", None
-    ):
-        yield (
-            f"algorithm.value_coef={value:g}: a separate critic has a loss of its own and does not "
-            "read it: leave it out, or set critic.kind: shared"
-        )
-
-
-def _warmup(config: Config) -> Iterator[str]:
-    decay = config.optim.weight_decay
-    if config.critic.kind == "shared" and config.critic.warmup and decay:
-        yield (
-            f"critic.warmup={config.critic.warmup}: optim.weight_decay={decay} would move the "
-            "shared trunk meanwhile: set it to 0, or critic.kind: separate"
-        )
-
-
-def _on_policy(config: Config) -> Iterator[str]:
-    sample, algorithm, data = config.sample, config.algorithm, config.data
-    assert isinstance(algorithm, OnPolicyConfig)
-    if sample.temperature == 0:
-        yield "sample.temperature=0: greedy; refused in training: give a number above 0"
-    if not config.rewards:
-        yield "rewards: missing: give at least one, with a function or a model"
-    rows = data.batch_size * sample.n
-    named = f"data.batch_size={data.batch_size} · sample.n={sample.n} = {rows} rows"
-    if algorithm.on_pairs:
-        rows = data.batch_size
-        named = f"data.batch_size={rows}"
-    if rows % algorithm.minibatches:
-        yield f"{named} % algorithm.minibatches={algorithm.minibatches} is not 0: change one"
-    rows //= algorithm.minibatches
-    if rows % config.optim.microbatches:
-        yield (
-            f"{named} / algorithm.minibatches={algorithm.minibatches} % "
-            f"optim.microbatches={config.optim.microbatches} is not 0: change one"
-        )
-    drawn, horizon = data.batch_size * sample.n, algorithm.kl_horizon
-    if algorithm.kl_controller == "adaptive" and drawn >= 5 * horizon:
-        yield (
-            f"algorithm.kl_horizon={horizon:g}: must exceed a fifth of the rows of a "
-            f"rollout ({named}), or β changes sign: raise it"
-        )
-    for name in ("whiten_advantages", "whiten_rewards"):
-        if getattr(algorithm, name, False) and data.batch_size * sample.n == 1:
-            yield f"algorithm.{name}: one row has no variance: turn it off, or raise sample.n"
-    if algorithm.length is not None and algorithm.aggregation != "fixed":
-        yield (
-            f"algorithm.length={algorithm.length}: aggregation={algorithm.aggregation} does not "
-            "read it: set aggregation: fixed, or leave length out"
-        )
-    yield from _family(config, algorithm)
-    yield from _width(config, data.max_prompt_tokens + sample.max_new_tokens)
-
-
-def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
-    """What one family of algorithms asks for, and what it would not read."""
-    name, n = algorithm.name, config.sample.n
-    if algorithm.in_groups and n < 2:
-        yield f"sample.n={n}: {name} compares the samples of a prompt: give at least 2"
-    updates = algorithm.epochs * algorithm.minibatches
-    if not algorithm.has_ratio and not algorithm.on_pairs and updates > 1:
-        yield (
-            f"algorithm.epochs={algorithm.epochs} · minibatches={algorithm.minibatches}: {name} "
-            "has no ratio, a rollout is right for one update: set both to 1"
-        )
-    rows = config.data.batch_size * n
-    if isinstance(algorithm, ReinforceConfig) and algorithm.baseline == "mean" and rows == 1:
-        yield "algorithm.baseline=mean: one row is its own mean: raise data.batch_size or sample.n"
-    if algorithm.kl_controller == "adaptive" and not algorithm.kl_coef:
-        yield "algorithm.kl_coef=0: the adaptive controller multiplies it: give a start above 0"
-    truncated = config.sample.top_k or config.sample.top_p < 1 or config.sample.min_p
-    if algorithm.off_policy != "none" and algorithm.old_logp == "sampler" and not truncated:
-        yield (
-            f"algorithm.off_policy={algorithm.off_policy}: the old log-probs are the sampler's, "
-            "and all weights 1: set old_logp: rescore, or leave off_policy out"
-        )
-    if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1":
-        yield (
-            "algorithm.kl_estimator=k1: as a loss its gradient is 0 on average: take k2 or k3, or "
-            "kl_in: exact_loss"
-        )
-    if algorithm.overlong_buffer > config.sample.max_new_tokens:
-        yield (
-            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: more tokens than "
-            f"sample.max_new_tokens={config.sample.max_new_tokens}: lower it"
-        )
-    if algorithm.target_kl and not algorithm.has_ratio:
-        yield f"algorithm.target_kl={algorithm.target_kl}: {name} has no ratio: leave it out"
-    if algorithm.off_policy != "none" and algorithm.off_policy_cap < 1:
-        yield f"algorithm.off_policy_cap={algorithm.off_policy_cap}: must be at least 1"
-    default = type(algorithm)()
-    for key, switch, off in UNREAD_UNDER:
-        value = getattr(algorithm, key)
-        if getattr(algorithm, switch) == off and value != getattr(default, key):
-            yield f"algorithm.{key}={value:g}: {switch}={off} does not read it: leave it out"
-    if algorithm.on_pairs:
-        for key in UNREAD_BY_PAIRS:
-            if getattr(algorithm, key) != getattr(default, key):
-                yield f"algorithm.{key}: {name} learns from whole responses and does not read it"
-    if getattr(algorithm, "kind", "") == "exo_pair":
-        yield f"algorithm.kind=exo_pair: needs label smoothing, which {name} lacks: change it"
-    if not has_critic(config) and config.critic != CriticConfig():
-        yield f"critic: algorithm.name={name} learns no value function: leave it out"
-
-
-def _offline(config: Config) -> Iterator[str]:
-    name, data = config.algorithm.name, config.data
-    if config.rewards:
-        yield f"rewards: algorithm.name={name} learns from its data alone: leave rewards out"
-    if config.max_excluded != Config.max_excluded:
-        yield f"max_excluded={config.max_excluded}: {name} asks for no rewards: leave it out"
-    if isinstance(config.algorithm, DPOConfig):
-        smoothing, kind = config.algorithm.label_smoothing, config.algorithm.kind
-        if smoothing and kind not in ("sigmoid", "robust", "exo_pair"):
-            yield f"algorithm.label_smoothing={smoothing}: kind={kind} does not read it: use 0"
-        if kind == "exo_pair" and not smoothing:
-            yield "algorithm.label_smoothing=0: the loss of exo_pair is infinite: give 0.1, say"
-    pieces = config.optim.microbatches
-    assert isinstance(config.algorithm, OfflineConfig)
-    yield from reward_model_problems(config.algorithm)
-    if config.algorithm.whole_batch and pieces > 1:
-        yield f"optim.microbatches={pieces}: {name} has a mean over the batch inside: set it to 1"
-    if config.algorithm.whole_batch and data.batch_size < 2:
-        yield f"data.batch_size=1: {name} compares the rows of a batch: give at least 2"
-    if config.eval.gold:
-        yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
-    if config.eval.n != EvalConfig.n:
-        yield f"eval.n={config.eval.n}: algorithm.name={name} samples nothing: leave it out"
-    ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's
-    unread = {
-        "critic": (config.critic, CriticConfig()),
-        **({} if has_reference(config) else {"reference": (config.reference, ReferenceConfig())}),
-        "sample": (config.sample, SampleConfig(**ends)),
-    }
-    for section, (given, default) in unread.items():
-        if given != default:
-            yield f"{section}: algorithm.name={name} does not read it: leave it out"
-    if data.batch_size % config.optim.microbatches:
-        yield (
-            f"data.batch_size={data.batch_size} % optim.microbatches={config.optim.microbatches} "
-            "is not 0: change one"
-        )
-    yield from _width(config, data.max_tokens)
-
-
-def _width(config: Config, tokens: int) -> Iterator[str]:
-    decoder = config.model.decoder
-    if decoder is not None and tokens > decoder.context:
-        yield (
-            f"model.decoder.context={decoder.context}: rows are {tokens} tokens wide: "
-            "raise it, or lower the token limits of data and sample"
-        )

@@ -126,8 +126,12 @@ def _section(members: Sequence[type], value: Any, source: str, key: str) -> Any:
     prefix = f"{key}." if key else ""
     kind = _named(members, value, source, prefix) if len(members) > 1 else members[0]
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    value = {n: v for n, v in value.items() if n in fields or not _is_fixed(kind, members, n, v)}
     for name in value:
         if name not in fields:
+            if _is_fixed(kind, members, name):
+                why = f"{kind.name} does not read it: leave it out"  # type: ignore[attr-defined]
+                raise InputError(f"{source}: {prefix}{name}={value[name]!r:.80}: {why}")
             close = difflib.get_close_matches(str(name).replace("-", "_"), fields, 1)
             known = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
             raise InputError(f"{source}: {prefix}{name}: unknown key ({known})")
@@ -137,6 +141,15 @@ def _section(members: Sequence[type], value: Any, source: str, key: str) -> Any:
             raise InputError(f"{source}: {prefix}{name}: missing, and it has no default")
     hints = get_type_hints(kind)
     return kind(**{n: build(hints[n], v, source, f"{prefix}{n}") for n, v in value.items()})
+
+
+def _is_fixed(kind: type, members: Sequence[type], name: Any, *value: Any) -> bool:
+    """Whether a setting that others of ``members`` have is a constant of ``kind``, and this value.
+
+    Runs of older versions have written such constants to their config.yaml.
+    """
+    others = {field.name for member in members for field in dataclasses.fields(member)}  # type: ignore[arg-type]
+    return name in others and hasattr(kind, name) and value in ((), (getattr(kind, name),))
 
 
 def _named(members: Sequence[type], value: Mapping, source: str, prefix: str) -> type:

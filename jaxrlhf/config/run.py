@@ -1,6 +1,4 @@
-"""A whole run, and its parts that are neither networks nor algorithms.
-
-What a config asks for: which way of learning, and which networks."""
+"""A whole run, its parts that are neither networks nor algorithms, and what it asks for."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

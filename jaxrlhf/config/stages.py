@@ -1,6 +1,4 @@
-"""What ``jaxrlhf eval`` is to measure.
-
-Several runs one after the other, each handing its artefacts to the next: a YAML file as well."""
+"""What `jaxrlhf eval` is to measure, and the stages of `jaxrlhf pipeline`."""
 
 import math
 from collections.abc import Mapping, Sequence

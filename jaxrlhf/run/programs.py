@@ -27,19 +27,20 @@ from jaxrlhf.config import (
 from jaxrlhf.core.types import AnyBatch, Array, Params, PreferenceBatch, Rollout, TrainState
 from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
 from jaxrlhf.models.transformer import Model, combine_params
-from jaxrlhf.steps.losses import (
+from jaxrlhf.steps.sample import sample
+from jaxrlhf.steps.score import score, value
+from jaxrlhf.steps.update import (
     candidate_logp,
     candidate_scores,
     candidate_token_scores,
     critic_loss,
+    make_optimizer,
+    make_update,
     pairs_loss,
     policy_loss,
     reward_model_loss,
     sft_loss,
 )
-from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.score import score, value
-from jaxrlhf.steps.update import make_optimizer, make_update
 
 Program = Callable[..., Any]
 

@@ -1,6 +1,8 @@
-"""From logits to a token: truncation, and an exact draw that costs little and shards well.
+"""Rollout sampling: prompts in, responses and their log-probs out, in one jitted loop.
 
-Rollout sampling: prompts in, responses and their log-probs out, in one jitted loop."""
+Below it, how a token is drawn from logits: truncation, and an exact draw that costs little and
+shards well.
+"""
 
 from typing import Any
 
@@ -8,10 +10,209 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.config import SampleConfig
+from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.types import Array, Params, Rollout
 from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, row_shards, vocab_shards
 from jaxrlhf.models.transformer import CACHE_AXES, Cache, Model
+
+
+def sample(
+    model: Model,
+    params: Params,
+    prompt_QP: Array,
+    prompt_mask_QP: Array,
+    key: Array,
+    sample_config: SampleConfig,
+    lora: Params | None = None,
+    value: bool = False,
+    row_B: Array | None = None,
+) -> Rollout:
+    """Draw ``sample_config.n`` responses to each prompt from the policy.
+
+    The draw of row b's t-th response token uses ``fold_in(fold_in(key, b), t)``: it depends on
+    neither the mesh nor the padding nor the other rows. The loop ends as soon as every row has met
+    a stop token. Jit it with ``model`` and ``sample_config`` static.
+
+    Args:
+      prompt_QP: int32 [Q, P], **left-padded** prompts.
+      prompt_mask_QP: [Q, P], 1 on real tokens.
+      key: a key of this call alone, say ``fold_in(key(seed), step)``.
+      sample_config: static; ``temperature`` 0 is greedy, and then ``logp_BT`` is that of T = 1.
+      lora: adapters, or None for the weights as they are.
+      value: also return V of each state, from the head in ``params``.
+      row_B: int32 [B], what stands for b in the keys, so that the draws do not depend on how many
+        rows are in one call; None: 0, 1, … B − 1.
+
+    Returns:
+      Rollout of B = Q·n rows, prompt-major; T = P + max_new_tokens columns. Log-probs in nats.
+
+    Raises:
+      InputError: at trace time, if a setting is out of its range.
+      ValueError: then too, if prompt and response would not fit the context.
+    """
+    chex.assert_rank([prompt_QP, prompt_mask_QP], 2)
+    chex.assert_equal_shape([prompt_QP, prompt_mask_QP])
+    check_sample(sample_config)
+    width, context = prompt_QP.shape[1] + sample_config.max_new_tokens, model.decoder.context
+    if width > context:
+        raise ValueError(
+            f"sample: {prompt_QP.shape[1]} prompt + {sample_config.max_new_tokens} new tokens "
+            f"exceed context={context}"
+        )
+    rows = prompt_QP.shape[0] * sample_config.n
+    # Gathered once here, or every decoded token would gather every layer again.
+    params, lora = decode_layout(model, params, lora)
+    hidden_BD, cache = _prefill(model, params, prompt_QP, prompt_mask_QP, sample_config, lora)
+    row_B = jnp.arange(rows) if row_B is None else row_B
+    chex.assert_shape(row_B, (rows,))
+    # A key a row, then one a token: draws depend on neither mesh nor batch width.
+    key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
+    end = _decode(model, params, lora, hidden_BD, cache, key_B, sample_config, value)
+    return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
+
+
+def _prefill(
+    model: Model,
+    params: Params,
+    prompt_QP: Array,
+    prompt_mask_QP: Array,
+    config: SampleConfig,
+    lora: Params | None,
+) -> tuple[Array, Cache]:
+    """Hidden state of each row's last prompt token, and the cache; prompts are run once each."""
+    slots = prompt_QP.shape[1] + config.max_new_tokens
+    once = prompt_QP.shape[0] % row_shards(DECODE) == 0  # else rows, which do divide, are run
+    copies = 1 if once else config.n
+    prompt = jnp.repeat(prompt_QP, copies, axis=0)
+    mask = jnp.repeat(prompt_mask_QP, copies, axis=0)
+    cache = constrain_tree(model.init_cache(prompt.shape[0], slots), CACHE_AXES, DECODE)
+    hidden, cache = model.apply(params, prompt, mask, lora, cache)
+    assert cache is not None
+    copies = config.n if once else 1
+    last_BD = jnp.repeat(hidden[:, -1], copies, axis=0)
+    cache = Cache(
+        key_LBSKH=jnp.repeat(cache.key_LBSKH, copies, axis=1),
+        value_LBSKH=jnp.repeat(cache.value_LBSKH, copies, axis=1),
+        mask_BS=jnp.repeat(cache.mask_BS, copies, axis=0),
+        index_B=jnp.repeat(cache.index_B, copies, axis=0),
+    )
+    last_BD = constrain(last_BD, ("batch", "activation"), DECODE)
+    return last_BD, constrain_tree(cache, CACHE_AXES, DECODE)
+
+
+def decode_layout(
+    model: Model, params: Params, lora: Params | None
+) -> tuple[Params, Params | None]:
+    """The weights as the decode loop wants them: compute dtype, whole but for ``tensor``.
+
+    They are gathered over fsdp and context once. The last norm and the scalar head, which compute
+    in float32, stay so. Costs one copy of the weights, split over ``tensor`` alone.
+    """
+    axes = model.axes(head="head" in params)
+    wide = ("norm", "head")
+    params = {name: x if name in wide else model.cast(x) for name, x in params.items()}
+    if lora is not None:
+        lora = constrain_tree(model.cast(lora), model.lora_axes(), DECODE)
+    return constrain_tree(params, axes, DECODE), lora
+
+
+def _decode(
+    model: Model,
+    params: Params,
+    lora: Params | None,
+    hidden_BD: Array,
+    cache: Cache,
+    key_B: Array,
+    config: SampleConfig,
+    value: bool,
+) -> dict[str, Any]:
+    """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
+    rows, new = hidden_BD.shape[0], config.max_new_tokens
+    stop = jnp.array(config.stop, jnp.int32)
+
+    def choose(carry: dict[str, Any]) -> dict[str, Any]:
+        """Draw the t-th token of every row that has not ended, from the last hidden state."""
+        t, live_B = carry["t"], ~carry["done_B"]
+        logits_BV = constrain(model.logits(params, carry["hidden_BD"]), ("batch", "vocab"), DECODE)
+        token_B, logp_B, sample_logp_B = _token(logits_BV, key_B, t, config)
+        columns = {
+            "token_BN": jnp.where(live_B, token_B, config.pad),
+            "mask_BN": live_B.astype(jnp.float32),
+            "logp_BN": jnp.where(live_B, logp_B, 0.0),
+            "sample_logp_BN": jnp.where(live_B, sample_logp_B, 0.0),
+        }
+        if value:
+            value_B = model.scalar(params, carry["hidden_BD"])
+            columns["value_BN"] = jnp.where(live_B, value_B, 0.0)
+        written = {name: carry[name].at[:, t].set(column) for name, column in columns.items()}
+        # The stop token itself is live: it is in the mask, and stopping is learnt.
+        ended_B = live_B & (token_B[:, None] == stop).any(1)
+        return {**carry, **written, "t": t + 1, "done_B": carry["done_B"] | ended_B}
+
+    def extend(carry: dict[str, Any]) -> dict[str, Any]:
+        """Run the policy on the token just drawn, then draw the next."""
+        t = carry["t"] - 1
+        token_B1 = jax.lax.dynamic_slice_in_dim(carry["token_BN"], t, 1, 1)
+        live_B1 = jax.lax.dynamic_slice_in_dim(carry["mask_BN"], t, 1, 1).astype(jnp.int32)
+        hidden, cache = model.apply(params, token_B1, live_B1, lora, carry["cache"])
+        return choose({**carry, "hidden_BD": hidden[:, 0], "cache": cache})
+
+    floats = ["mask_BN", "logp_BN", "sample_logp_BN"] + ["value_BN"] * value
+    start = {
+        "t": jnp.zeros((), jnp.int32),
+        "done_B": jnp.zeros(rows, bool),
+        "hidden_BD": hidden_BD,
+        "cache": cache,
+        "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
+        **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
+    }
+    # The first token comes from the prompt's last hidden state, so the loop begins with a token.
+    return jax.lax.while_loop(
+        lambda carry: (carry["t"] < new) & ~carry["done_B"].all(), extend, choose(start)
+    )
+
+
+def _token(
+    logits_BV: Array, key_B: Array, t: Array, config: SampleConfig
+) -> tuple[Array, Array, Array]:
+    """The drawn token, its log-prob at the temperature, and that under the truncated draw."""
+    if config.temperature == 0.0:
+        token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+        return token_B, log_prob(logits_BV, token_B), jnp.zeros(token_B.shape)
+    # logp: full vocabulary at T, what ``score`` returns; sample_logp: what was drawn from.
+    logits_BV = logits_BV / config.temperature
+    allowed_BV = truncate(logits_BV, config)
+    token_B = draw(jax.vmap(lambda k: jax.random.fold_in(k, t))(key_B), allowed_BV)
+    return token_B, log_prob(logits_BV, token_B), log_prob(allowed_BV, token_B)
+
+
+def log_prob(logits_BV: Array, token_B: Array) -> Array:
+    """log softmax(logits)[token], float32 [B], without a second [B, V] array."""
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
+
+
+def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: int) -> Rollout:
+    """Prompt columns in front of what the loop wrote."""
+    prompt = jnp.repeat(prompt_QP, n, axis=0).astype(jnp.int32)
+    prompt_mask = jnp.repeat(prompt_mask_QP, n, axis=0).astype(jnp.int32)
+    nothing = jnp.zeros(prompt.shape, jnp.float32)
+
+    def after_prompt(x: Array) -> Array:
+        return jnp.concatenate([nothing, x], axis=1)
+
+    new_mask = end["mask_BN"].astype(jnp.int32)
+    return Rollout(
+        token_BT=jnp.concatenate([prompt, end["token_BN"]], axis=1),
+        attention_mask_BT=jnp.concatenate([prompt_mask, new_mask], axis=1),
+        mask_BT=after_prompt(end["mask_BN"]),
+        logp_BT=after_prompt(end["logp_BN"]),
+        sample_logp_BT=after_prompt(end["sample_logp_BN"]),
+        ended_B=end["done_B"],
+        value_BT=after_prompt(end["value_BN"]) if "value_BN" in end else None,
+        n=n,
+    )
+
 
 BLOCK = 256
 """Tokens that share one Gumbel variable at the first level of a draw."""
@@ -84,207 +285,3 @@ def truncate(logits_BV: Array, config: SampleConfig) -> Array:
         floor_B1 = logits_BV.max(1, keepdims=True) + jnp.log(config.min_p)
         logits_BV = jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
     return logits_BV
-
-
-def sample(
-    model: Model,
-    params: Params,
-    prompt_QP: Array,
-    prompt_mask_QP: Array,
-    key: Array,
-    sample_config: SampleConfig,
-    lora: Params | None = None,
-    value: bool = False,
-    row_B: Array | None = None,
-) -> Rollout:
-    """Draw ``sample_config.n`` responses to each prompt from the policy.
-
-    The draw of row b's t-th response token uses ``fold_in(fold_in(key, b), t)``: it depends on
-    neither the mesh nor the padding nor the other rows. The loop ends as soon as every row has met
-    a stop token. Jit it with ``model`` and ``sample_config`` static.
-
-    Args:
-      prompt_QP: int32 [Q, P], **left-padded** prompts.
-      prompt_mask_QP: [Q, P], 1 on real tokens.
-      key: a key of this call alone, say ``fold_in(key(seed), step)``.
-      sample_config: static; ``temperature`` 0 is greedy, and then ``logp_BT`` is that of T = 1.
-      lora: adapters, or None for the weights as they are.
-      value: also return V of each state, from the head in ``params``.
-      row_B: int32 [B], what stands for b in the keys, so that the draws do not depend on how many
-        rows are in one call; None: 0, 1, … B − 1.
-
-    Returns:
-      Rollout of B = Q·n rows, prompt-major; T = P + max_new_tokens columns. Log-probs in nats.
-
-    Raises:
-      ValueError: at trace time, if a setting is out of its range or the cache would not fit.
-    """
-    chex.assert_rank([prompt_QP, prompt_mask_QP], 2)
-    chex.assert_equal_shape([prompt_QP, prompt_mask_QP])
-    _check(model, sample_config, prompt_QP.shape[1])
-    rows = prompt_QP.shape[0] * sample_config.n
-    params, lora = decode_layout(model, params, lora)
-    hidden_BD, cache = _prefill(model, params, prompt_QP, prompt_mask_QP, sample_config, lora)
-    row_B = jnp.arange(rows) if row_B is None else row_B
-    chex.assert_shape(row_B, (rows,))
-    key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
-    end = _decode(model, params, lora, hidden_BD, cache, key_B, sample_config, value)
-    return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
-
-
-def _decode(
-    model: Model,
-    params: Params,
-    lora: Params | None,
-    hidden_BD: Array,
-    cache: Cache,
-    key_B: Array,
-    config: SampleConfig,
-    value: bool,
-) -> dict[str, Any]:
-    """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
-    rows, new = hidden_BD.shape[0], config.max_new_tokens
-    stop = jnp.array(config.stop, jnp.int32)
-
-    def choose(carry: dict[str, Any]) -> dict[str, Any]:
-        """Draw the t-th token of every row that has not ended, from the last hidden state."""
-        t, live_B = carry["t"], ~carry["done_B"]
-        logits_BV = constrain(model.logits(params, carry["hidden_BD"]), ("batch", "vocab"), DECODE)
-        token_B, logp_B, sample_logp_B = _token(logits_BV, key_B, t, config)
-        columns = {
-            "token_BN": jnp.where(live_B, token_B, config.pad),
-            "mask_BN": live_B.astype(jnp.float32),
-            "logp_BN": jnp.where(live_B, logp_B, 0.0),
-            "sample_logp_BN": jnp.where(live_B, sample_logp_B, 0.0),
-        }
-        if value:
-            value_B = model.scalar(params, carry["hidden_BD"])
-            columns["value_BN"] = jnp.where(live_B, value_B, 0.0)
-        written = {name: carry[name].at[:, t].set(column) for name, column in columns.items()}
-        ended_B = live_B & (token_B[:, None] == stop).any(1)
-        return {**carry, **written, "t": t + 1, "done_B": carry["done_B"] | ended_B}
-
-    def extend(carry: dict[str, Any]) -> dict[str, Any]:
-        """Run the policy on the token just drawn, then draw the next."""
-        t = carry["t"] - 1
-        token_B1 = jax.lax.dynamic_slice_in_dim(carry["token_BN"], t, 1, 1)
-        live_B1 = jax.lax.dynamic_slice_in_dim(carry["mask_BN"], t, 1, 1).astype(jnp.int32)
-        hidden, cache = model.apply(params, token_B1, live_B1, lora, carry["cache"])
-        return choose({**carry, "hidden_BD": hidden[:, 0], "cache": cache})
-
-    floats = ["mask_BN", "logp_BN", "sample_logp_BN"] + ["value_BN"] * value
-    start = {
-        "t": jnp.zeros((), jnp.int32),
-        "done_B": jnp.zeros(rows, bool),
-        "hidden_BD": hidden_BD,
-        "cache": cache,
-        "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
-        **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
-    }
-    return jax.lax.while_loop(
-        lambda carry: (carry["t"] < new) & ~carry["done_B"].all(), extend, choose(start)
-    )
-
-
-def decode_layout(
-    model: Model, params: Params, lora: Params | None
-) -> tuple[Params, Params | None]:
-    """The weights as the decode loop wants them: compute dtype, whole but for ``tensor``.
-
-    They are gathered over fsdp and context once. The last norm and the scalar head, which compute
-    in float32, stay so. Costs one copy of the weights, split over ``tensor`` alone.
-    """
-    axes = model.axes(head="head" in params)
-    wide = ("norm", "head")
-    params = {name: x if name in wide else model.cast(x) for name, x in params.items()}
-    if lora is not None:
-        lora = constrain_tree(model.cast(lora), model.lora_axes(), DECODE)
-    return constrain_tree(params, axes, DECODE), lora
-
-
-def _check(model: Model, config: SampleConfig, prompt_tokens: int) -> None:
-    context = model.decoder.context
-    checks = {
-        f"n={config.n}: at least 1": config.n >= 1,
-        f"max_new_tokens={config.max_new_tokens}: at least 1": config.max_new_tokens >= 1,
-        f"temperature={config.temperature}: 0 (greedy) or more": config.temperature >= 0,
-        f"top_k={config.top_k}: 0 (off) or more": config.top_k >= 0,
-        f"top_p={config.top_p}: above 0, at most 1": 0 < config.top_p <= 1,
-        f"min_p={config.min_p}: from 0 to below 1": 0 <= config.min_p < 1,
-        f"{prompt_tokens} prompt + {config.max_new_tokens} new tokens exceed context={context}": (
-            prompt_tokens + config.max_new_tokens <= context
-        ),
-    }
-    for message, holds in checks.items():
-        if not holds:
-            raise ValueError(f"sample: {message}")
-
-
-def _prefill(
-    model: Model,
-    params: Params,
-    prompt_QP: Array,
-    prompt_mask_QP: Array,
-    config: SampleConfig,
-    lora: Params | None,
-) -> tuple[Array, Cache]:
-    """Hidden state of each row's last prompt token, and the cache; prompts are run once each."""
-    slots = prompt_QP.shape[1] + config.max_new_tokens
-    once = prompt_QP.shape[0] % row_shards(DECODE) == 0  # else rows, which do divide, are run
-    copies = 1 if once else config.n
-    prompt = jnp.repeat(prompt_QP, copies, axis=0)
-    mask = jnp.repeat(prompt_mask_QP, copies, axis=0)
-    cache = constrain_tree(model.init_cache(prompt.shape[0], slots), CACHE_AXES, DECODE)
-    hidden, cache = model.apply(params, prompt, mask, lora, cache)
-    assert cache is not None
-    copies = config.n if once else 1
-    last_BD = jnp.repeat(hidden[:, -1], copies, axis=0)
-    cache = Cache(
-        key_LBSKH=jnp.repeat(cache.key_LBSKH, copies, axis=1),
-        value_LBSKH=jnp.repeat(cache.value_LBSKH, copies, axis=1),
-        mask_BS=jnp.repeat(cache.mask_BS, copies, axis=0),
-        index_B=jnp.repeat(cache.index_B, copies, axis=0),
-    )
-    last_BD = constrain(last_BD, ("batch", "activation"), DECODE)
-    return last_BD, constrain_tree(cache, CACHE_AXES, DECODE)
-
-
-def _token(
-    logits_BV: Array, key_B: Array, t: Array, config: SampleConfig
-) -> tuple[Array, Array, Array]:
-    """The drawn token, its log-prob at the temperature, and that under the truncated draw."""
-    if config.temperature == 0.0:
-        token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
-        return token_B, log_prob(logits_BV, token_B), jnp.zeros(token_B.shape)
-    logits_BV = logits_BV / config.temperature
-    allowed_BV = truncate(logits_BV, config)
-    token_B = draw(jax.vmap(lambda k: jax.random.fold_in(k, t))(key_B), allowed_BV)
-    return token_B, log_prob(logits_BV, token_B), log_prob(allowed_BV, token_B)
-
-
-def log_prob(logits_BV: Array, token_B: Array) -> Array:
-    """log softmax(logits)[token], float32 [B], without a second [B, V] array."""
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
-
-
-def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: int) -> Rollout:
-    """Prompt columns in front of what the loop wrote."""
-    prompt = jnp.repeat(prompt_QP, n, axis=0).astype(jnp.int32)
-    prompt_mask = jnp.repeat(prompt_mask_QP, n, axis=0).astype(jnp.int32)
-    nothing = jnp.zeros(prompt.shape, jnp.float32)
-
-    def after_prompt(x: Array) -> Array:
-        return jnp.concatenate([nothing, x], axis=1)
-
-    new_mask = end["mask_BN"].astype(jnp.int32)
-    return Rollout(
-        token_BT=jnp.concatenate([prompt, end["token_BN"]], axis=1),
-        attention_mask_BT=jnp.concatenate([prompt_mask, new_mask], axis=1),
-        mask_BT=after_prompt(end["mask_BN"]),
-        logp_BT=after_prompt(end["logp_BN"]),
-        sample_logp_BT=after_prompt(end["sample_logp_BN"]),
-        ended_B=end["done_B"],
-        value_BT=after_prompt(end["value_BN"]) if "value_BN" in end else None,
-        n=n,
-    )

@@ -55,6 +55,7 @@ def forward(
     known = real[:, first:] & real[:, first - 1 : -1]
     if segment_BT is not None:
         known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
+    # Token t is predicted by the hidden state at t − 1.
     before = hidden[:, first - 1 : -1]
     logp, spread = _token_logp(model, params, before, token_BT[:, first:], temperature, entropy)
 
@@ -149,6 +150,7 @@ def _token_logp(
 ) -> tuple[Array, Array]:
     """log softmax(logits/temperature)[token] and its entropy, a few columns at a time."""
     rows, columns = token_BT.shape
+    # [B, T, V] in float32 would be the largest array of the step: 8 rows × 256 × 49k take 400 MB.
     budget = LOGITS_A_DEVICE * devices_in_mesh() // (rows * model.decoder.vocab)
     width = max(1, min(columns, budget))
     pieces = -(-columns // width)
@@ -162,6 +164,7 @@ def _token_logp(
         x = jnp.moveaxis(x.reshape(rows, width, pieces, *x.shape[2:]), 2, 0)
         return constrain(x, (None, "batch", "length", *axes))
 
+    # The gradient computes each piece's logits again, so that none is kept.
     @jax.checkpoint
     def piece(item: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, token = item

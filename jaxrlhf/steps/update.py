@@ -1,4 +1,8 @@
-"""One optimizer step as a pure function of a TrainState."""
+"""One optimizer step as a pure function: an algorithm's loss, joined to a model, and its gradient.
+
+``policy_loss``, ``critic_loss``, ``pairs_loss``, ``reward_model_loss`` and ``sft_loss`` make the
+loss(params, frozen, batch) that ``make_update`` differentiates.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +11,159 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrlhf.algorithms import Algorithm
 from jaxrlhf.config import OptimConfig
-from jaxrlhf.core.types import Array, Params, TrainState
-from jaxrlhf.steps.losses import Loss, Metrics
+from jaxrlhf.core.types import (
+    Array,
+    Batch,
+    Outputs,
+    Params,
+    PreferenceBatch,
+    TokenBatch,
+    TrainState,
+)
+from jaxrlhf.models.transformer import Model, combine_params
+from jaxrlhf.steps.score import forward, reward, score, token_scores, value
+
+Metrics = dict[str, Array]
+Loss = Callable[[Params, Any, Any], tuple[Array, Metrics]]
+"""loss(params, frozen, batch) → (scalar, metrics), both additive over rows."""
+
+
+def policy_loss(
+    model: Model,
+    algorithm: Algorithm,
+    temperature: float = 1.0,
+    first: int = 1,
+    value_coef: float | None = None,
+) -> Loss:
+    """Join an algorithm's losses to a model: loss(params, frozen, batch) for ``make_update``.
+
+    Args:
+      temperature: that of the sampler.
+      first: static; the first response column (P), which saves the prompt's logits.
+      value_coef: if given, the head on the policy's trunk learns the value function too, with this
+        weight.
+    """
+    entropy = "entropy" in algorithm.needs
+
+    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen)
+        outputs = forward(
+            model,
+            weights,
+            batch.token_BT,
+            batch.attention_mask_BT,
+            temperature,
+            entropy=entropy,
+            value=value_coef is not None,
+            lora=lora,
+            first=first,
+        )
+        total, metrics = algorithm.loss(outputs, batch)
+        if value_coef is not None:
+            assert algorithm.value_loss is not None
+            extra, more = algorithm.value_loss(outputs, batch)
+            total, metrics = total + value_coef * extra, {**metrics, **more}
+        return total, metrics
+
+    return loss
+
+
+def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> Loss:
+    """Join an algorithm's value loss to a critic.
+
+    ``head_only`` holds the trunk still: the warm-up of a head that shares the policy's trunk.
+    """
+
+    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen)
+        if head_only:
+            # The head learns from hidden states as they are; nothing flows into what made them.
+            trunk = {name: child for name, child in weights.items() if name != "head"}
+            trunk, lora = jax.lax.stop_gradient((trunk, lora))
+            weights = {**trunk, "head": weights["head"]}
+        value_BT = value(model, weights, batch.token_BT, batch.attention_mask_BT, lora)
+        outputs = Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
+        assert algorithm.value_loss is not None
+        return algorithm.value_loss(outputs, batch)
+
+    return loss
+
+
+def sft_loss(model: Model, algorithm: Algorithm) -> Loss:
+    """Join an imitation loss to a model."""
+
+    def loss(params: Params, frozen: Params | None, batch: TokenBatch) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen)
+        rows = (batch.token_BT, batch.attention_mask_BT)
+        outputs = forward(model, weights, *rows, lora=lora, segment_BT=batch.segment_BT)
+        return algorithm.loss(outputs, batch)
+
+    return loss
+
+
+def reward_model_loss(model: Model, algorithm: Algorithm) -> Loss:
+    """Join a reward-model loss to a model: scores [B, C] of the candidates, or of their tokens."""
+    scores = candidate_token_scores if algorithm.reads == "steps" else candidate_scores
+
+    def loss(
+        params: Params, frozen: Params | None, batch: PreferenceBatch
+    ) -> tuple[Array, Metrics]:
+        return algorithm.loss(scores(model, params, frozen, batch), batch)
+
+    return loss
+
+
+def pairs_loss(
+    model: Model, algorithm: Algorithm, temperature: float = 1.0, first: int = 1
+) -> Loss:
+    """Join a loss on whole answers to a model: log-probs [B, C, T] of the candidates."""
+
+    def loss(
+        params: Params, frozen: Params | None, batch: PreferenceBatch
+    ) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen)
+        logp_BCT = candidate_logp(model, weights, batch, lora, temperature, first)
+        return algorithm.loss(logp_BCT, batch)
+
+    return loss
+
+
+def candidate_scores(
+    model: Model, params: Params, frozen: Params | None, batch: PreferenceBatch
+) -> Array:
+    """The reward of every candidate of a batch, [B, C]."""
+    weights, lora = combine_params(params, frozen)
+    score_R = reward(model, weights, *_rows(batch), lora)
+    return score_R.reshape(batch.token_BCT.shape[:2])
+
+
+def candidate_token_scores(
+    model: Model, params: Params, frozen: Params | None, batch: PreferenceBatch
+) -> Array:
+    """The head at every token of every candidate of a batch, [B, C, T]."""
+    weights, lora = combine_params(params, frozen)
+    return token_scores(model, weights, *_rows(batch), lora).reshape(batch.token_BCT.shape)
+
+
+def candidate_logp(
+    model: Model,
+    params: Params,
+    batch: PreferenceBatch,
+    lora: Params | None = None,
+    temperature: float = 1.0,
+    first: int = 1,
+) -> Array:
+    """log π of every token of every candidate, nats, [B, C, T]; see ``forward``."""
+    logp_RT = score(model, params, *_rows(batch), temperature, lora, first)
+    return logp_RT.reshape(batch.token_BCT.shape)
+
+
+def _rows(batch: PreferenceBatch) -> tuple[Array, Array]:
+    """Candidates as rows of one pass, tokens and attention mask [B·C, T]."""
+    width = batch.token_BCT.shape[-1]
+    return batch.token_BCT.reshape(-1, width), batch.attention_mask_BCT.reshape(-1, width)
 
 
 def make_optimizer(config: OptimConfig, steps: int | None = None) -> optax.GradientTransformation:
@@ -24,6 +178,7 @@ def make_optimizer(config: OptimConfig, steps: int | None = None) -> optax.Gradi
     """
     if config.schedule != "constant" and steps is None:
         raise ValueError(f"optim.schedule={config.schedule}: make_optimizer needs steps")
+    # rate(t) = peak·(t + 1)/warmup while t < warmup, then the schedule over what is left.
     decay = max((steps or 0) - config.warmup, 1)
     peak = config.learning_rate
     after = {
@@ -123,6 +278,7 @@ def _split(batch: Any, pieces: int) -> Any:
     def leaf(x: Array) -> Array:
         if x.shape[0] % pieces:
             raise ValueError(f"{x.shape[0]} rows % microbatches={pieces}: must be 0")
+        # [B] is split over devices in stretches: with the pieces as the inner axis none moves.
         return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
 
     return jax.tree.map(leaf, batch)
@@ -163,6 +319,7 @@ def _apply(
 ) -> tuple[TrainState, Metrics]:
     """The optimizer's step, unless the loss or a gradient is not finite."""
     norm = optax.tree.norm(grads)
+    # One bad gradient through Adam would leave NaN in its moments for ever.
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
 
     def step(_: None) -> tuple[Params, Any]:

@@ -32,9 +32,8 @@ from jaxrlhf.mesh.sharding import (
     tpu_slices,
     train_state_shardings,
 )
-from jaxrlhf.steps.losses import policy_loss
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.update import make_optimizer, make_update
+from jaxrlhf.steps.update import make_optimizer, make_update, policy_loss
 
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 

@@ -17,7 +17,7 @@ from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader
 from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.run import loop
-from jaxrlhf.steps.losses import candidate_scores
+from jaxrlhf.steps.update import candidate_scores
 
 WORDS = runs.WORDS.split()
 

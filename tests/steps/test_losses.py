@@ -20,19 +20,20 @@ from jaxrlhf.data.batches import token_batch
 from jaxrlhf.data.formats import Completion
 from jaxrlhf.data.packing import packed_batch
 from jaxrlhf.data.tokens import Encoded
-from jaxrlhf.steps.losses import (
+from jaxrlhf.steps.score import reward, score
+from jaxrlhf.steps.update import (
     candidate_logp,
     candidate_scores,
     candidate_token_scores,
     combine_params,
     critic_loss,
+    make_optimizer,
+    make_update,
     pairs_loss,
     policy_loss,
     reward_model_loss,
     sft_loss,
 )
-from jaxrlhf.steps.score import reward, score
-from jaxrlhf.steps.update import make_optimizer, make_update
 
 P = 4
 PPO = ppo(PPOConfig(entropy_coef=0.01))

@@ -13,9 +13,8 @@ from jaxrlhf.config import MeshConfig, OptimConfig, PPOConfig
 from jaxrlhf.core import masked
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings, train_state_shardings
-from jaxrlhf.steps.losses import policy_loss
 from jaxrlhf.steps.score import score
-from jaxrlhf.steps.update import combine, decays, make_optimizer, make_update, nothing
+from jaxrlhf.steps.update import combine, decays, make_optimizer, make_update, nothing, policy_loss
 
 P = 4
 PPO = ppo(PPOConfig(entropy_coef=0.01))

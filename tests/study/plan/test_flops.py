@@ -13,8 +13,8 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Batch
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.losses import policy_loss
 from jaxrlhf.steps.score import score
+from jaxrlhf.steps.update import policy_loss
 from jaxrlhf.study.plan.flops import count
 
 A, B = jnp.ones((4, 8)), jnp.ones((8, 16))
