@@ -1,4 +1,7 @@
-"""What the programs of a run will be called with, and compiling them before they are called."""
+"""What the programs of a run will be called with, and compiling them before they are called.
+
+``arguments`` follows ``loop.iterate`` line by line, on shapes. ``plan`` reads it too.
+"""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""What a run is fed with: the batch of each step, and one example of it for people to read."""
+"""What a run on rows is fed with: the batch of each step on the mesh; and one example, shown."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
