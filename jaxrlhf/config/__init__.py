@@ -7,6 +7,7 @@ from jaxrlhf.config.algorithms import (
     BCOConfig,
     CISPOConfig,
     CPOConfig,
+    CriticTargetsConfig,
     DAPOConfig,
     DPOConfig,
     DrGRPOConfig,
@@ -22,6 +23,7 @@ from jaxrlhf.config.algorithms import (
     PPOConfig,
     PreferenceKind,
     ProcessRewardModelConfig,
+    RatioConfig,
     ReinforceConfig,
     ReinforcePPConfig,
     ReMaxConfig,
@@ -29,6 +31,7 @@ from jaxrlhf.config.algorithms import (
     RLOOConfig,
     SFTConfig,
     SimPOConfig,
+    TokenLossConfig,
 )
 from jaxrlhf.config.checks import (
     AXES,
