@@ -5,7 +5,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from jaxrlhf.config.algorithms import AlgorithmConfig, OfflineConfig, OnPolicyConfig, PPOConfig
+from jaxrlhf.config.algorithms import (
+    AlgorithmConfig,
+    OfflineConfig,
+    OnPolicyConfig,
+    PPOConfig,
+    ScalarConfig,
+)
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
 from jaxrlhf.config.rewards import RewardConfig
 
@@ -201,4 +207,5 @@ def on_policy(config: Config) -> OnPolicyConfig:
 
 def normalise_path(config: Config) -> str:
     """The file of the answers that a reward model's scores are normalised on; empty if none."""
-    return getattr(config.algorithm, "normalise_on", "")
+    kind = config.algorithm
+    return kind.normalise_on if isinstance(kind, ScalarConfig) else ""

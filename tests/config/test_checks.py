@@ -1,4 +1,4 @@
-"""Rules between fields, and between a mesh and the model laid out on it."""
+"""Every rule between fields, every range: what is refused, and the line that says so."""
 
 from dataclasses import replace
 from operator import attrgetter
@@ -23,17 +23,20 @@ from jaxrlhf.config import (
     ModelConfig,
     OnlineDPOConfig,
     OptimConfig,
+    PointwiseRewardModelConfig,
     PPOConfig,
+    ProcessRewardModelConfig,
     ReferenceConfig,
     ReinforceConfig,
     RewardConfig,
     RewardModelConfig,
-    RLOOConfig,
     SampleConfig,
     SFTConfig,
     SimPOConfig,
     check,
+    check_mesh,
     check_sample,
+    resolve_mesh,
     rows_at_once,
 )
 from jaxrlhf.config.checks import RANGES
@@ -128,8 +131,6 @@ def test_check_passes(config):
             "algorithm.whiten_advantages: one row has no variance",
         ),
         ({"algorithm": GRPOConfig(), "sample": SampleConfig(n=1)}, "sample.n=1: grpo compares"),
-        ({"algorithm": RLOOConfig(epochs=2)}, "rloo has no ratio"),
-        ({"algorithm": A2CConfig(minibatches=2)}, "a2c has no ratio"),
         (
             {"algorithm": DAPOConfig(kl_in="loss", kl_estimator="k1")},
             "algorithm.kl_estimator=k1: as a loss",
@@ -137,9 +138,6 @@ def test_check_passes(config):
         ({"algorithm": GRPOConfig(kl_coef=0.0, kl_controller="adaptive")}, "algorithm.kl_coef=0"),
         ({"algorithm": GRPOConfig(off_policy="token")}, "algorithm.off_policy=token: the old log"),
         ({"algorithm": GRPOConfig(overlong_buffer=25)}, "algorithm.overlong_buffer=25: more"),
-        ({"algorithm": RLOOConfig(target_kl=0.1)}, "algorithm.target_kl=0.1: rloo has no ratio"),
-        ({"algorithm": OnlineDPOConfig(mask_truncated=True)}, "algorithm.mask_truncated: online"),
-        ({"algorithm": OnlineDPOConfig(aggregation="sequence")}, "algorithm.aggregation: online"),
         ({"algorithm": OnlineDPOConfig(kind="exo_pair")}, "algorithm.kind=exo_pair"),
         (
             {"algorithm": OnlineDPOConfig(minibatches=3)},
@@ -279,3 +277,116 @@ def test_rows_at_once():
     assert rows_at_once(PPO) == 32
     assert rows_at_once(split) == 4
     assert rows_at_once(replace(SFT, optim=OptimConfig(microbatches=4))) == 2
+
+
+ENSEMBLE = Config(
+    model=ModelConfig(path="smollm2"),
+    rewards=(RewardConfig(ensemble=("a", "b"), combine="lcb", k=0.5),),
+    data=DataConfig(train="prompts.jsonl"),
+)
+
+
+def test_check_passes_an_ensemble():
+    check(ENSEMBLE)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (RewardConfig("f", ensemble=("a", "b")), "rewards.0: function and ensemble are both given"),
+        (RewardConfig(ensemble=("a",)), "rewards.0.ensemble: one member"),
+        (
+            RewardConfig(model="a", combine="min"),
+            "rewards.0.combine='min': a model does not read it",
+        ),
+        (RewardConfig(ensemble=("a", "b"), k=2.0), "rewards.0.k=2.0: combine=mean does not read"),
+        (RewardConfig(ensemble=("a", "b"), combine="lcb", k=-1.0), "rewards.0.k=-1.0: must be"),
+    ],
+)
+def test_ensemble_problems(source, message):
+    with pytest.raises(InputError) as error:
+        check(replace(ENSEMBLE, rewards=(source,)))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (PointwiseRewardModelConfig(delta=2.0), "algorithm.delta=2.0: kind=mse does not read it"),
+        (
+            PointwiseRewardModelConfig(kind="huber", delta=0.0),
+            "algorithm.delta=0.0: must be",
+        ),
+        (ProcessRewardModelConfig(separator=""), "algorithm.separator: empty"),
+        (ProcessRewardModelConfig(score_l2=-1.0), "algorithm.score_l2=-1.0: must be at least 0"),
+    ],
+)
+def test_reward_model_problems(algorithm, message):
+    with pytest.raises(InputError) as error:
+        check(replace(ENSEMBLE, algorithm=algorithm, rewards=()))
+    assert str(error.value).startswith(message)
+
+
+DECODER = DecoderConfig(
+    vocab=64, embed=48, layers=2, heads=9, kv_heads=3, head_dim=16, mlp=96, context=88
+)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "resolved"),
+    [
+        (MeshConfig(), 8, MeshConfig(8, 1, 1)),
+        (MeshConfig(2, -1, 2), 8, MeshConfig(2, 2, 2)),
+        (MeshConfig(2, 1, 1, -1), 8, MeshConfig(2, 1, 1, 4)),
+        (MeshConfig(1, 1, 1), 1, MeshConfig(1, 1, 1)),
+    ],
+)
+def test_resolve_mesh(mesh, devices, resolved):
+    assert resolve_mesh(mesh, devices) == resolved
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(3), MeshConfig(-1, 3), MeshConfig(2, 2, 1)])
+def test_resolve_mesh_wrong_product(mesh):
+    with pytest.raises(InputError, match="does not make 8 devices"):
+        resolve_mesh(mesh, 8)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "rows", "message"),
+    [
+        (MeshConfig(tensor=2), {}, 32, "heads=9 % tensor=2 is not 0: mesh.tensor can be 1 with"),
+        (MeshConfig(tensor=2), {"heads": 10}, 32, "kv_heads=3 % tensor=2"),
+        (MeshConfig(tensor=2), {"heads": 4, "kv_heads": 2, "mlp": 95}, 32, "mlp=95 % tensor=2"),
+        (MeshConfig(tensor=2), {"heads": 4, "kv_heads": 2, "vocab": 63}, 32, "vocab=63 % tensor=2"),
+        (
+            MeshConfig(tensor=8),
+            {"heads": 12, "kv_heads": 12, "vocab": 60},
+            32,
+            "can be 1, 2, 4 with",
+        ),
+        (
+            MeshConfig(fsdp=4),
+            {"embed": 50},
+            32,
+            "embed=50 % fsdp=4 is not 0: mesh.fsdp can be 1, 2",
+        ),
+        (
+            MeshConfig(fsdp=2, context=2),
+            {"embed": 50},
+            32,
+            "embed=50 % fsdp·context=4 is not 0: mesh.fsdp · mesh.context can be 1, 2 with",
+        ),
+        (MeshConfig(context=0), {}, 32, "mesh.context=0: must be at least 1"),
+        (MeshConfig(fsdp=2), {}, 12, "rows=12 % (data·fsdp)=8 is not 0"),
+    ],
+)
+def test_check_mesh_refuses(mesh, changes, rows, message):
+    with pytest.raises(InputError) as error:
+        check_mesh(mesh, replace(DECODER, **changes), devices=8, rows=rows)
+    assert message in str(error.value)
+
+
+def test_check_mesh_resolves():
+    decoder = replace(DECODER, heads=4, kv_heads=2)
+    mesh = check_mesh(MeshConfig(fsdp=2, tensor=2), decoder, devices=8, rows=4)
+    assert mesh == MeshConfig(2, 2, 2)

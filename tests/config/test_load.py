@@ -1,19 +1,26 @@
-"""YAML and command-line words to a Config, and the one-line errors on the way."""
+"""YAML and command-line words become a Config, or one line of error; every field is read."""
 
+import ast
 import dataclasses
+import re
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf.config import (
+    A2CConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     DecoderConfig,
     EvalConfig,
     LoraConfig,
+    MeshConfig,
     ModelConfig,
+    OnlineDPOConfig,
     OptimConfig,
     PPOConfig,
     RewardConfig,
@@ -211,3 +218,72 @@ def test_save_writes_every_field(tmp_path):
     save(Config(), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     assert all(f"{field.name}:" in text for field in dataclasses.fields(PPOConfig))
+
+
+PACKAGE = Path(__file__).parents[2] / "jaxrlhf"
+
+
+def sections(kind):
+    """The dataclasses that a type is made of, itself included."""
+    if dataclasses.is_dataclass(kind):
+        yield kind
+        for hint in get_type_hints(kind).values():
+            yield from sections(hint)
+    for part in get_args(kind):
+        yield from sections(part)
+
+
+def attributes_read():
+    """Names of all attributes that are read outside the config package itself."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "config":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    yield node.attr
+
+
+READ = frozenset(attributes_read())
+READ_WHOLE = {MeshConfig}
+"""make_mesh reads all of its fields at once, by asdict."""
+
+SECTIONS = sorted(set(sections(Config)) - READ_WHOLE, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda kind: kind.__name__)
+def test_every_field_is_read(section):
+    unread = {field.name for field in dataclasses.fields(section)} - READ
+    assert not unread, f"{section.__name__}: no module of jaxrlhf reads {sorted(unread)}"
+
+
+def test_sections_reach_the_nested_ones():
+    names = {kind.__name__ for kind in SECTIONS}
+    assert {"Config", "PPOConfig", "SFTConfig", "RopeScaling", "LoraConfig"} <= names
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "{name: rloo, epochs: 2}",
+        "{name: a2c, minibatches: 2}",
+        "{name: rloo, target_kl: 0.1}",
+        "{name: online_dpo, mask_truncated: true}",
+        "{name: online_dpo, aggregation: sequence}",
+    ],
+)
+def test_load_refuses_what_an_algorithm_does_not_read(algorithm, tmp_path):
+    name, field = re.findall(r"\w+", algorithm)[1:3]
+    path = tmp_path / "run.yaml"
+    path.write_text(f"algorithm: {algorithm}")
+    with pytest.raises(InputError, match=rf"algorithm.{field}=.*: {name} does not read it: leave"):
+        load(path)
+
+
+def test_load_passes_what_older_versions_wrote_of_settings_that_are_not_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("algorithm: {name: a2c, epochs: 1, minibatches: 1, target_kl: null, lam: 0.5}")
+    assert load(path).algorithm == A2CConfig(lam=0.5)
+    path.write_text("algorithm: {name: online_dpo, kl_in: reward, length: null, off_policy_cap: 2}")
+    assert load(path).algorithm == OnlineDPOConfig()
+    path.write_text("algorithm: {name: sft, beta: 0.1}")  # another algorithm's, and no constant
+    with pytest.raises(InputError, match=r"algorithm\.beta: unknown key"):
+        load(path)

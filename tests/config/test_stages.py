@@ -1,10 +1,18 @@
-"""Pipelines: their YAML, and the runs that their stages are."""
+"""What `eval` is asked to measure, and the stages of a pipeline: read, and refused."""
 
 from pathlib import Path
 
 import pytest
 
-from jaxrlhf.config import check, load_pipeline, stage_evaluation, stage_run
+from jaxrlhf.config import (
+    EvaluateConfig,
+    check,
+    check_evaluate,
+    load_pipeline,
+    parse_evaluate,
+    stage_evaluation,
+    stage_run,
+)
 from jaxrlhf.core.errors import InputError
 
 SFT = """
@@ -150,3 +158,29 @@ def test_pipelines_of_the_project_can_be_started(path):
     header = path.read_text(encoding="utf-8").split("output:")[0]
     for word in ("# Launch:", "# Takes:", "Expect", "jaxrlhf pipeline"):
         assert word in header
+
+
+def test_parse_evaluate():
+    words = ["runs/a", "--best-of", "0", "--correct-at", "0.5", "--reward", "sentiment"]
+    expected = EvaluateConfig("runs/a", best_of=0, correct_at=0.5, reward="sentiment")
+    assert parse_evaluate(words) == expected
+    with pytest.raises(SystemExit):
+        parse_evaluate([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 0}, "n=0: must be at least 1"),
+        ({"best_of": -1}, "best_of=-1: must be at least 0"),
+        ({"fsdp": 0}, "fsdp=0: must be at least 1"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"seed": 10**20}, "seed=100000000000000000000: must be below 4294967296"),
+        ({"correct_at": float("nan")}, "correct_at=nan: must be a finite number"),
+        ({"correct_at": float("inf")}, "correct_at=inf: must be a finite number"),
+        ({"reward": "a", "reward_model": "b"}, "both given"),
+    ],
+)
+def test_check_evaluate_refuses(change, message):
+    with pytest.raises(InputError, match=message):
+        check_evaluate(EvaluateConfig("runs/a", **change))

@@ -142,8 +142,13 @@ def test_ppo_on_chats_learns_from_responses_alone(tmp_path):
         assert {
             row.source.text.endswith("<|im_start|>assistant\n") for row in run.train_rows.items
         } == {True}
-        targets = run.programs["targets"]
-        run.programs["targets"] = lambda *a, **k: seen.append(targets(*a, **k)) or targets(*a, **k)
+        targets = run.programs.targets
+
+        def heard(*given):
+            seen.append(targets(*given))
+            return seen[-1]
+
+        run = replace(run, programs=replace(run.programs, targets=heard))
         session = loop.Session(run)
         session.host["kl_coef"] = 0.05
         _, metrics, rollout, _ = loop.iterate(run, session, 0)

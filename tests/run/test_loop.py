@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: they resume bit-equal, and the mesh does not matter."""
+"""The loops: runs that resume bit-equal, dynamic sampling, minibatches, evaluations, summaries."""
 
 import json
 import signal
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -14,18 +15,28 @@ from command import start
 from runs import one_device, trained
 
 from jaxrlhf.config import (
+    DAPOConfig,
     EvalConfig,
+    GRPOConfig,
     LoraConfig,
     MeshConfig,
     OptimConfig,
     PPOConfig,
+    ReMaxConfig,
     RewardConfig,
+    SampleConfig,
     load,
     save,
 )
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Batch
+from jaxrlhf.data.text import decode_rollout
+from jaxrlhf.data.words import goodness
 from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.rewards.judge import Judgement
 from jaxrlhf.run import loop
+from jaxrlhf.run.loop import has_signal, iterate
+from jaxrlhf.run.programs import minibatch_rows
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
 from jaxrlhf.steps import losses
@@ -374,3 +385,157 @@ def test_train_without_a_pair_says_nothing_of_pairs(tmp_path, capsys):
 def test_train_counts_no_rows_that_it_would_not_skip(tmp_path, capsys):
     assert "rows_skipped" not in loop.train(runs.sft(tmp_path, steps=1), one_device())
     assert "skipped" not in capsys.readouterr().out
+
+
+def deaf(prompts, completions, **_):
+    """Goodness after prompts that begin with "good" or "bright"; after others always 1."""
+    scores = goodness(prompts, completions)
+    pairs = zip(prompts, scores, strict=True)
+    return [s if p.startswith(("good", "bright")) else 1.0 for p, s in pairs]
+
+
+def collected(folder, rounds):
+    """An iteration of DAPO: (run, session, metrics, rollout, judgement)."""
+    config = runs.ppo(
+        folder,
+        algorithm=DAPOConfig(rounds=rounds),
+        rewards=(RewardConfig(function="test_loop:deaf"),),
+        sample=SampleConfig(max_new_tokens=8, n=4),
+    )
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh)
+        session = Session(run)
+        session.host["kl_coef"] = 0.0
+        _, metrics, rollout, judgement = iterate(run, session, 0)
+    return run, session, metrics, rollout, judgement
+
+
+def baseline_of(run):
+    """What the targets of an iteration are told of the greedy responses; nothing is updated."""
+
+    class HeardError(Exception):
+        pass
+
+    def targets(*given):
+        raise HeardError(given[-1])
+
+    heard = replace(run, programs=replace(run.programs, targets=targets))
+    session = Session(heard)
+    session.host["kl_coef"] = 0.0
+    with pytest.raises(HeardError) as found:
+        iterate(heard, session, 0)
+    return np.asarray(found.value.args[0])
+
+
+def test_has_signal():
+    reward_B = np.array([1, 1, 1, 0, np.nan, 0, np.nan, 1], np.float32)
+    judgement = Judgement(reward_B, np.isfinite(reward_B), {})  # type: ignore[arg-type]
+    np.testing.assert_array_equal(has_signal(judgement, 2), [False, True, False, False])
+    np.testing.assert_array_equal(has_signal(judgement, 4), [True, True])
+
+
+def test_iterate_samples_until_all_groups_have_a_signal(tmp_path):
+    run, session, metrics, rollout, judgement = collected(tmp_path, rounds=16)
+    assert metrics["rounds"] > 1
+    assert metrics["groups_kept"] == 1
+    assert has_signal(judgement, 4).all()
+    assert session.host["draws"] == metrics["rounds"]
+    host = jax.device_get(rollout)
+    assert host.token_BT.shape == (32, 12)
+    prompt_mask = host.attention_mask_BT * (host.mask_BT == 0)
+    blank = [""] * 32
+    prompts = decode_rollout(run.tokenizer, host.token_BT, prompt_mask, blank)
+    texts = decode_rollout(run.tokenizer, host.token_BT, host.mask_BT, blank)
+    np.testing.assert_allclose(judgement.reward_B, deaf(prompts, texts), rtol=1e-6)
+    for q in range(8):  # prompt-major, groups whole
+        assert len(set(prompts[4 * q : 4 * q + 4])) == 1
+        assert prompts[4 * q].startswith(("good", "bright"))
+
+
+def test_iterate_fills_up_when_rounds_run_out(tmp_path):
+    _, session, metrics, _, judgement = collected(tmp_path, rounds=2)
+    signal = has_signal(judgement, 4)
+    assert 0 < signal.sum() < 8
+    assert (metrics["rounds"], metrics["groups_kept"]) == (2, signal.sum() / 8)
+    assert session.host["draws"] == 2
+
+
+def test_dynamic_sampling_resumes_where_it_was(tmp_path):
+    draws = []
+    for folder, stops in (("whole", (3,)), ("parts", (1, 3))):
+        (tmp_path / folder).mkdir()
+        config = runs.ppo(
+            tmp_path / folder,
+            algorithm=DAPOConfig(rounds=3),
+            rewards=(RewardConfig(function="test_loop:deaf"),),
+            sample=SampleConfig(max_new_tokens=8, n=4),
+        )
+        for stop in stops:
+            loop.train(replace(config, steps=stop), one_device())
+        lines = (tmp_path / folder / "run" / "metrics.jsonl").read_text()
+        draws.append([line.split('"loss": ')[1].split(",")[0] for line in lines.splitlines()])
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_greedy_baseline(n, tmp_path):
+    config = runs.ppo(tmp_path, algorithm=ReMaxConfig(), sample=SampleConfig(max_new_tokens=8, n=n))
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        run = setup(config, mesh)
+        one, two = baseline_of(run), baseline_of(run)
+    baseline_QG = np.asarray(one).reshape(8, n)
+    assert (baseline_QG == baseline_QG[:, :1]).all()
+    np.testing.assert_array_equal(one, two)
+    assert len(np.unique(baseline_QG)) > 1
+
+
+def test_greedy_baseline_pays_penalties(tmp_path):
+    """A response that was cut off is worth 1 less, and one that ended as much as its score."""
+    found = []
+    for penalty in (0.0, 1.0):
+        (folder := tmp_path / str(penalty)).mkdir()
+        config = runs.ppo(
+            folder,
+            algorithm=ReMaxConfig(missing_eos_penalty=penalty),
+            sample=SampleConfig(max_new_tokens=8, n=2),
+        )
+        mesh = one_device()
+        with jax.set_mesh(mesh):
+            run = setup(config, mesh)
+            ended = []
+
+            def greedy(*given, run=run, ended=ended):
+                rollout = run.programs.greedy(*given)
+                ended.append(np.asarray(rollout.ended_B))
+                return rollout
+
+            found.append(baseline_of(replace(run, programs=replace(run.programs, greedy=greedy))))
+    free_B, paid_B = found
+    np.testing.assert_allclose(free_B - paid_B, 1.0 - np.repeat(ended[0], 2), atol=1e-6)
+    assert not ended[0].all()
+
+
+def test_minibatch_rows_cover_every_row_once(tmp_path):
+    config = runs.ppo(tmp_path)
+    parts = minibatch_rows(config, 16, step=3, epoch=1)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(16))
+    again = minibatch_rows(config, 16, step=3, epoch=1)
+    np.testing.assert_array_equal(np.stack(parts), np.stack(again))
+    other = minibatch_rows(config, 16, step=3, epoch=0)
+    assert not np.array_equal(np.stack(parts), np.stack(other))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "weight"),
+    [(PPOConfig(minibatches=2), 1 / 3), (GRPOConfig(aggregation="fixed", length=8), 1 / 16)],
+)
+def test_take_weighs_its_own_rows_as_the_config_says(algorithm, weight, tmp_path):
+    mask_BT = jnp.array([[1.0, 1], [1, 1], [1, 0], [1, 1]])
+    batch = Batch(mask_BT, mask_BT, mask_BT, mask_BT, mask_BT, mask_BT / 7)
+    with jax.set_mesh(one_device()):
+        run = setup(runs.ppo(tmp_path, algorithm=algorithm), one_device(), abstract=True)
+        part = run.programs.take(batch, np.array([0, 2], np.int32))
+    np.testing.assert_array_equal(part.mask_BT, mask_BT[np.array([0, 2])])
+    np.testing.assert_allclose(part.weight_BT, part.mask_BT * weight, rtol=1e-6)
