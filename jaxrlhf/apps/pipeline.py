@@ -35,7 +35,6 @@ from jaxrlhf.config import (
     RewardConfig,
     StageConfig,
     check,
-    normalise_path,
     stage_evaluation,
     stage_run,
 )
@@ -103,7 +102,7 @@ def _preferences(wish: PreferencesConfig, shapes: Shapes) -> None:
 def _run(stage: StageConfig, shapes: Shapes) -> DecoderConfig | None:
     """The shape of the model that the stage trains."""
     run = stage_run(stage, "", 0)
-    _files((run.data.train, run.data.eval, normalise_path(run)), shapes)
+    _files((run.data.train, run.data.eval, run.algorithm.normalise_on), shapes)
     for reward in (*run.rewards, *run.eval.gold):
         _reward(reward, shapes)
     for path in (run.reference.path, run.critic.path):

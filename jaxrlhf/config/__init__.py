@@ -76,7 +76,6 @@ from jaxrlhf.config.run import (
     has_reference,
     is_on_policy,
     is_reward_model,
-    normalise_path,
     on_policy,
 )
 from jaxrlhf.config.stages import (

@@ -46,6 +46,7 @@ class OnPolicyConfig:
     off_policy_cap: ClassVar[float] = 2.0
     entropy_coef: ClassVar[float] = 0.0
     mask_truncated: ClassVar[bool] = False
+    normalise_on: ClassVar[str] = ""
     old_logp: Literal["sampler", "rescore"] = "sampler"
     """Source of the ratio's denominator: the cached sampler, or a forward like the update's."""
     kl_coef: float = 0.05
@@ -273,6 +274,8 @@ class OfflineConfig:
     """Has a mean over the batch inside its loss: no microbatches."""
     is_reward_model: ClassVar[bool] = False
     """Trains the scalar head to judge, instead of a policy to write."""
+    normalise_on: ClassVar[str] = ""
+    """See ``ScalarConfig``; only scores of whole answers are normalised."""
 
     name: str = ""
 

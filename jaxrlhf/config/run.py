@@ -5,13 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from jaxrlhf.config.algorithms import (
-    AlgorithmConfig,
-    OfflineConfig,
-    OnPolicyConfig,
-    PPOConfig,
-    ScalarConfig,
-)
+from jaxrlhf.config.algorithms import AlgorithmConfig, OfflineConfig, OnPolicyConfig, PPOConfig
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
 from jaxrlhf.config.rewards import RewardConfig
 
@@ -203,9 +197,3 @@ def on_policy(config: Config) -> OnPolicyConfig:
     """The settings of an algorithm that samples; only for runs that do."""
     assert isinstance(config.algorithm, OnPolicyConfig)
     return config.algorithm
-
-
-def normalise_path(config: Config) -> str:
-    """The file of the answers that a reward model's scores are normalised on; empty if none."""
-    kind = config.algorithm
-    return kind.normalise_on if isinstance(kind, ScalarConfig) else ""

@@ -38,7 +38,6 @@ from jaxrlhf.config import (
     ProcessRewardModelConfig,
     SFTConfig,
     is_on_policy,
-    normalise_path,
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.formats import (
@@ -426,7 +425,7 @@ def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Enco
     Raises:
       InputError: fewer than two rows, or bad ones.
     """
-    path, skip = normalise_path(config), config.data.skip_bad_rows
+    path, skip = config.algorithm.normalise_on, config.data.skip_bad_rows
     if not path:
         return None
     rows = read_completions(read_rows(path, skip), tokenizer, skip)

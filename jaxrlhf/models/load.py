@@ -25,7 +25,6 @@ from jaxrlhf.config import (
     is_on_policy,
     is_reward_model,
     load,
-    normalise_path,
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Params, TrainState
@@ -146,7 +145,7 @@ class Loader:
         wanted = {"policy": TrainState(params, nothing, nothing, nothing)}
         step, found, host = load_checkpoint(Path(folder) / "checkpoints", wanted)
         params, lora = combine_params(found["policy"].params, frozen)
-        if normalise_path(config):
+        if config.algorithm.normalise_on:
             if "normalisation" not in host:
                 raise InputError(
                     f"{folder}: its scores are not normalised yet: train it to its end"

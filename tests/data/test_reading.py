@@ -11,7 +11,6 @@ from jaxrlhf.config import (
     OfflineConfig,
     PointwiseRewardModelConfig,
     RewardModelConfig,
-    normalise_path,
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.tokens import READERS, load_data, load_normalise_rows
@@ -49,11 +48,6 @@ def test_load_data_tells_a_classifier_that_scores_are_probabilities(tmp_path):
     config = replace(config, algorithm=PointwiseRewardModelConfig(kind="binary"))
     with pytest.raises(InputError, match=r"rows.jsonl:1: score=2: a probability is in"):
         load_data(config, path, TOKENIZER, 16)
-
-
-def test_normalise_path_of_runs_without_scores(tmp_path):
-    assert normalise_path(runs.sft(tmp_path)) == ""
-    assert normalise_path(runs.of("process_reward_model", tmp_path)) == ""
 
 
 def test_load_normalise_rows_takes_the_first_128(tmp_path):

@@ -39,7 +39,7 @@ from jaxrlhf.run.loop import has_signal, iterate
 from jaxrlhf.run.programs import minibatch_rows
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
-from jaxrlhf.steps import losses
+from jaxrlhf.steps import update
 
 
 def lora(config):
@@ -221,7 +221,7 @@ def test_learn_warms_the_critic_up_before_the_policy_moves(critic, tmp_path):
 
 
 def test_train_raises_after_too_many_updates_that_are_not_finite(tmp_path, monkeypatch):
-    loss = losses.policy_loss
+    loss = update.policy_loss
 
     def broken(*args, **kwargs):
         inner = loss(*args, **kwargs)
