@@ -3,7 +3,7 @@
 SUM = """
 import jax, numpy as np
 from jaxrlhf.config import DistributedConfig
-from jaxrlhf.distributed import together
+from jaxrlhf.mesh.processes import together
 from jax.sharding import NamedSharding, PartitionSpec
 
 with together(DistributedConfig()):

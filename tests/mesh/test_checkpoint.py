@@ -365,9 +365,9 @@ def test_checkpoints_error_inside(tmp_path, full_disk):
 
 TRAINER = """
 import sys, jax, jax.numpy as jnp
-from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.mesh.checkpoint import Checkpoints
 from jaxrlhf.config import CheckpointConfig
-from jaxrlhf.resume import lock
+from jaxrlhf.run.session import lock
 update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
 start = lambda: {"w": jnp.arange(4096.), "opt": [jnp.zeros((64, 64)), jnp.int32(0)]}
 with lock(sys.argv[1]), Checkpoints(sys.argv[1], CheckpointConfig(keep=2)) as checkpoints:

@@ -8,7 +8,7 @@ from processes import by_flags, free_port, results
 
 from jaxrlhf.config import Config, DistributedConfig, override
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.mesh.processes import Place, cluster, initialise, place, placeless
+from jaxrlhf.mesh.processes import cluster, initialise, place, placeless
 
 FULL = {"coordinator": "localhost:1234", "processes": 2, "process": 1}
 JAX = {
@@ -26,15 +26,15 @@ SLURM = {
 
 
 def test_place_prefers_flags():
-    assert place(DistributedConfig(**FULL), JAX) == Place("localhost:1234", 2, 1)
+    assert place(DistributedConfig(**FULL), JAX) == DistributedConfig("localhost:1234", 2, 1)
 
 
 def test_place_reads_variables():
-    assert place(DistributedConfig(), JAX) == Place("10.0.0.1:99", 4, 3)
+    assert place(DistributedConfig(), JAX) == DistributedConfig("10.0.0.1:99", 4, 3)
 
 
 def test_place_joins_flags_and_variables():
-    assert place(DistributedConfig(process=2), JAX) == Place("10.0.0.1:99", 4, 2)
+    assert place(DistributedConfig(process=2), JAX) == DistributedConfig("10.0.0.1:99", 4, 2)
 
 
 def test_place_is_none_where_nothing_is_said():

@@ -25,9 +25,8 @@ from jaxrlhf.run.loop import train
 PROGRAM = """
 import sys
 from jaxrlhf.config import Config, load, override
-from jaxrlhf.distributed import together
-from jaxrlhf.loop import train
-from jaxrlhf.networks import Loader
+from jaxrlhf.mesh.processes import together
+from jaxrlhf.run.loop import train
 
 port, process, *paths = sys.argv[1:]
 words = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", process]
