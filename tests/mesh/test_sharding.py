@@ -1,4 +1,5 @@
-"""Layouts by name: what lies where, and that eight devices compute what one does."""
+"""Layouts by name: what lies where, on devices and in host memory, and that eight devices compute
+what one does."""
 
 import re
 from dataclasses import dataclass
@@ -18,30 +19,28 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh.sharding import (
     DECODE,
     RULES,
+    at_hand,
     constrain,
     constrain_tree,
     devices_in_mesh,
     lay_out,
     length_shards,
     make_mesh,
+    on_host,
     put,
     put_rows,
+    row_layout,
     row_shards,
     shardings,
     spec,
+    to_host,
     tpu_slices,
     train_state_shardings,
+    with_layout,
 )
 from jaxrlhf.steps.losses import policy_loss
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.update import make_optimizer, make_update
-
-CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(CUBE)
 
 
 def all_weights(model):
@@ -225,6 +224,28 @@ def test_put_and_put_rows(mesh):
         jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
+# Host memory
+
+
+def test_to_host_and_at_hand_keep_every_bit_and_the_layout(mesh):
+    there = jax.device_put(np.arange(16.0), row_layout(mesh))
+    away = to_host({"x": there}, mesh, "f")
+    back = at_hand(away)["x"]
+    assert (on_host(there), on_host(away["x"]), on_host(back)) == (False, True, False)
+    assert back.sharding == there.sharding
+    np.testing.assert_array_equal(back, there)
+    assert at_hand({"x": there})["x"] is there
+    shape = jax.ShapeDtypeStruct((16,), np.float32, sharding=row_layout(mesh))
+    assert on_host(to_host(shape, mesh, "f"))
+    assert at_hand(to_host(shape, mesh, "f")) == shape
+
+
+def test_to_host_refuses_devices_without_such_memory(mesh, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.mesh.sharding.HOST", "tape")
+    with pytest.raises(InputError, match=r"reference\.offload: cpu devices have no tape memory"):
+        to_host({}, mesh, "reference.offload")
+
+
 # Training
 
 
@@ -338,11 +359,7 @@ def test_sample_gathers_weights_once(model):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
 
     def abstract(shapes, axes):
-        return jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            shapes,
-            shardings(axes, mesh),
-        )
+        return with_layout(shapes, shardings(axes, mesh))
 
     params = abstract(*all_weights(model))
     lora = abstract(jax.eval_shape(model.init_lora, jax.random.key(0)), model.lora_axes())

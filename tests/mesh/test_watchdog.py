@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import by_flags, ended, free_port, results, started
+from loopback import by_flags, ended, free_port, results, started
 
 from jaxrlhf.mesh.watchdog import FAILED, Watchdog, guarded
 

@@ -1,5 +1,9 @@
-"""The same run on every mesh: the same tokens, and parameters that differ by rounding alone."""
+"""A run is the same wherever its arrays lie: on every mesh, the same tokens, and parameters that
+differ by rounding alone; with frozen weights in host memory, the same numbers, and less on the
+devices in between."""
 
+import gc
+import json
 import math
 from dataclasses import replace
 
@@ -8,8 +12,16 @@ import numpy as np
 import pytest
 import runs
 
-from jaxrlhf.config import MeshConfig, ModelConfig, OptimConfig, PPOConfig, SampleConfig
-from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.config import (
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+    SampleConfig,
+)
+from jaxrlhf.mesh.sharding import at_hand, make_mesh, on_host
 from jaxrlhf.models import attention
 from jaxrlhf.run import loop
 from jaxrlhf.run.session import Session
@@ -18,6 +30,7 @@ from jaxrlhf.steps import sample as draws
 from jaxrlhf.steps import score as scoring
 
 ITERATIONS = 5
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 MESHES = {
     "tensor 2": MeshConfig(data=1, tensor=2),
     "fsdp 4": MeshConfig(data=1, fsdp=4),
@@ -93,3 +106,66 @@ def test_the_run_learns(alone):
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max() / np.abs(y).max(), start, end)
     assert min(jax.tree.leaves(moved)) > 1e-3
     assert (tokens[0] != tokens[-1]).any()
+
+
+# Frozen weights in host memory
+
+
+def tables():
+    """Arrays of the embedding table's shape that are on the devices."""
+    gc.collect()
+    shape = (runs.DECODER.vocab, runs.DECODER.embed)
+    return sum(x.shape == shape and not on_host(x) for x in jax.live_arrays())
+
+
+def logs_of(make, mesh, tmp_path):
+    """What ``make``'s run logs, but for its clock, with frozen weights on the devices and away."""
+    logs = []
+    for away in (False, True):
+        folder = tmp_path / str(away)
+        folder.mkdir()
+        config = make(folder, away)
+        loop.train(config, mesh)
+        rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        timing = ("seconds", "tokens_per_second")
+        logs.append([{k: x for k, x in row.items() if k not in timing} for row in rows])
+    return logs
+
+
+def test_a_run_is_the_same_with_its_frozen_networks_offloaded(mesh, tmp_path):
+    loop.train(runs.reward_model(tmp_path, steps=1, mesh=CUBE), mesh)
+    before = tables()
+
+    def make(folder, away):
+        config = runs.ppo(
+            folder,
+            steps=2,
+            mesh=CUBE,
+            rewards=(RewardConfig(model=str(tmp_path / "run"), offload=away),),
+            reference=ReferenceConfig(offload=away),
+        )
+        # Weights and two moments of the policy; of the reference and the judge, unless away.
+        held = 3 if away else 5
+        with jax.set_mesh(mesh):
+            run = setup(config, mesh)
+            frozen = [run.reference.params, run.judge.scorers[0].members[0].network.params]
+            assert {on_host(x) for x in jax.tree.leaves(frozen)} == {away}
+            assert tables() - before == held
+            brought = at_hand(run.reference.params)
+            assert tables() - before == held + away
+            del brought
+            assert tables() - before == held
+        return replace(config, data=replace(config.data, eval=config.data.train))
+
+    here, there = logs_of(make, mesh, tmp_path)
+    assert here == there
+    assert len(here) == 4
+
+
+def test_a_run_on_pairs_is_the_same_with_its_reference_offloaded(mesh, tmp_path):
+    def make(folder, away):
+        reference = ReferenceConfig(offload=away)
+        return runs.of("dpo", folder, steps=2, mesh=CUBE, reference=reference)
+
+    here, there = logs_of(make, mesh, tmp_path)
+    assert here == there
