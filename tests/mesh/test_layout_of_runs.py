@@ -62,7 +62,11 @@ def run_on(folder, mesh_config):
     config = replace(config_of(folder), mesh=mesh_config)
     mesh = make_mesh(mesh_config, jax.devices()[: math.prod(sizes)])
     tokens = []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        # Neither logits nor attention scores are all there at once; three blocks make a draw.
+        patch.setattr(scoring, "LOGITS_A_DEVICE", 2**7)
+        patch.setattr(attention, "SCORES_A_DEVICE", 2**10)
+        patch.setattr(draws, "BLOCK", 8)
         session = Session(setup(config, mesh))
         session.host["kl_coef"] = 0.05
         start = jax.device_get(session.states["policy"].params)
@@ -71,16 +75,6 @@ def run_on(folder, mesh_config):
             tokens.append(np.asarray(rollout.token_BT))
         end = jax.device_get(session.states["policy"].params)
     return np.stack(tokens), start, end
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_pieces():
-    """Neither logits nor attention scores are all there at once; three blocks make a draw."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "LOGITS_A_DEVICE", 2**7)
-        patch.setattr(attention, "SCORES_A_DEVICE", 2**10)
-        patch.setattr(draws, "BLOCK", 8)
-        yield
 
 
 @pytest.fixture(scope="module")

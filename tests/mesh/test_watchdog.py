@@ -19,8 +19,8 @@ def python(code):
 
 
 def test_alone_neither_does_anything():
-    with pytest.raises(ZeroDivisionError), guarded(), Watchdog(0) as watchdog:
-        watchdog.feed()
+    Watchdog(0).feed()
+    with pytest.raises(ZeroDivisionError), Watchdog(0), guarded():
         raise ZeroDivisionError
 
 
