@@ -149,8 +149,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.close()
-        if error is None:  # else the run's own error is the one to be seen
+        self._settle()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+        # Else the run's own error is the one to be seen.
+        if error is None:
             self.wait()
 
     def latest(self) -> int | None:
@@ -189,7 +193,8 @@ class Checkpoints:
                 self._manager = _writer(self.folder, self._keep)
             items = {"state": ocp.args.PyTreeSave(leaves), "host": ocp.args.JsonSave(note)}
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except Exception as error:  # full or lost disk: the training is worth more than one save
+        # A full or lost disk: the training is worth more than one save.
+        except Exception as error:
             self._fail(error)
 
     def amend(self, host: Mapping[str, Any]) -> None:
@@ -219,13 +224,6 @@ class Checkpoints:
                 f"{self.folder}: {self._failure}; make room and start again: the run resumes from "
                 f"step {self.latest() or 0}"
             )
-
-    def close(self) -> None:
-        """Finish the save in flight and end threads; ``wait`` tells of failures."""
-        self._settle()
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
 
     def restore(self, abstract: Any) -> Found | None:
         """The newest checkpoint that is whole: (step, state, host); None if there is none at all.
@@ -341,9 +339,11 @@ def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list
     for step in sorted(_steps_in(folder), reverse=True):
         try:
             return (step, *_read(folder / str(step), abstract, part)), list(damaged)
-        except InputError:  # whole, but of another model: an older step would be too
+        # Whole, but of another model: an older step would be too.
+        except InputError:
             raise
-        except Exception as error:  # whatever a damaged file makes of its reader
+        # Whatever a damaged file makes of its reader.
+        except Exception as error:
             damaged[step] = _brief(error)
             log.warning("%s/%d is DAMAGED, passing over it: %s", folder, step, damaged[step])
     # Never a silent start at step 0 in a folder that holds the work of hours.
@@ -378,15 +378,6 @@ def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, An
     # To orbax each is alone: at its barriers, one with a damaged file would hold up the others.
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-
-    def restore(**items: Any) -> Any:
-        with ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
-        ) as reader:
-            return reader.restore(path, args=ocp.args.Composite(**items))
-
-    note = unseal(restore(host=ocp.args.JsonRestore())["host"])
-    _check_leaves(path, note["leaves"], wanted, part)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     how = {
         name: ocp.ArrayRestoreArgs(
@@ -395,7 +386,13 @@ def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, An
         for name, x in wanted.items()
     }
     arrays = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=part)
-    return restore(state=arrays)["state"], note
+    handler = ocp.CompositeCheckpointHandler()
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        items = ocp.args.Composite(host=ocp.args.JsonRestore())
+        note = unseal(reader.restore(path, args=items)["host"])
+        _check_leaves(path, note["leaves"], wanted, part)
+        items = ocp.args.Composite(state=arrays)
+        return reader.restore(path, args=items)["state"], note
 
 
 def _check_leaves(path: Path, saved: dict[str, Any], wanted: dict[str, Any], part: bool) -> None:

@@ -9,6 +9,7 @@ devices, and on the devices only while a step reads them.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -141,22 +142,17 @@ def constrain_tree(tree: Any, axes: Any, rules: Rules = RULES) -> Any:
     return jax.tree.map(lambda x, names: constrain(x, names, rules), tree, axes)
 
 
-def row_shards(rules: Rules = RULES) -> int:
-    """Pieces that the batch axis is split into under the mesh in force; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in rules["batch"] or ())
+def _shards(axis: str, rules: Rules = RULES) -> int:
+    mesh, along = jax.sharding.get_abstract_mesh(), rules[axis] or ()
+    names = (along,) if isinstance(along, str) else along
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
-def length_shards() -> int:
-    """Pieces that whole rows' tokens are split into under the mesh in force; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["context"]
-
-
-def vocab_shards() -> int:
-    """Pieces that the vocabulary is split into under the mesh in force; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["tensor"]
+row_shards, length_shards, vocab_shards = (
+    partial(_shards, axis) for axis in ("batch", "length", "vocab")
+)
+"""Pieces that this axis is split into, by RULES or those given, under the mesh in force; 1 without
+one."""
 
 
 def devices_in_mesh() -> int:
@@ -199,7 +195,7 @@ def train_state_shardings(tx: Any, params: Any, layout: Any, mesh: Mesh) -> Trai
       layout: their shardings, the same tree.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    # Left to itself, jit would replicate the moments: two whole copies of the weights' size on every device.
+    # Left to itself, jit would replicate the moments: Adam's are twice the size of the weights.
     moments = optax.tree_map_params(
         tx,
         lambda _, sharding: sharding,

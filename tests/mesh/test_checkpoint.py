@@ -356,39 +356,36 @@ def test_save_full_disk(tmp_path, caplog, full_disk):
         return {"x": jax.random.normal(jax.random.key(step), (512, 512))}
 
     abstract = jax.eval_shape(lambda: big(0))
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
-    checkpoints.save(1, big(1), {})
-    checkpoints.wait()
-    full_disk(True)
-    for step in (2, 3):
-        checkpoints.save(step, big(step), {})  # training goes on
-    with pytest.raises(InputError, match=r"step 3 could not be saved .* resumes from step 1"):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+        checkpoints.save(1, big(1), {})
         checkpoints.wait()
-    full_disk(False)
-    assert checkpoints.failed == 2
-    assert "step 2 could not be saved" in caplog.text
-    assert os.listdir(tmp_path) == ["1"]  # a failed save gives its space back
-    assert_equal(load(tmp_path, abstract)[1], big(1))
-    checkpoints.save(4, big(4), {})
-    checkpoints.close()
-    checkpoints.wait()
+        full_disk(True)
+        for step in (2, 3):
+            checkpoints.save(step, big(step), {})  # training goes on
+        with pytest.raises(InputError, match=r"step 3 could not be saved .* resumes from step 1"):
+            checkpoints.wait()
+        full_disk(False)
+        assert checkpoints.failed == 2
+        assert "step 2 could not be saved" in caplog.text
+        assert os.listdir(tmp_path) == ["1"]  # a failed save gives its space back
+        assert_equal(load(tmp_path, abstract)[1], big(1))
+        checkpoints.save(4, big(4), {})
     assert_equal(load(tmp_path, abstract)[1], big(4))
 
 
 def test_save_lost_disk(tmp_path):
     folder = tmp_path / "checkpoints"
-    checkpoints = Checkpoints(folder, KEEP3)
-    checkpoints.save(1, state_at(1), {})
-    checkpoints.wait()
-    shutil.rmtree(folder)
-    folder.write_text("no folder any more")
-    checkpoints.save(2, state_at(2), {})  # training goes on
-    assert checkpoints.failed == 1
-    with pytest.raises(InputError, match="step 2 could not be saved"):
+    with Checkpoints(folder, KEEP3) as checkpoints:
+        checkpoints.save(1, state_at(1), {})
         checkpoints.wait()
-    folder.unlink()
-    checkpoints.save(3, state_at(3), {})
-    checkpoints.close()
+        shutil.rmtree(folder)
+        folder.write_text("no folder any more")
+        checkpoints.save(2, state_at(2), {})  # training goes on
+        assert checkpoints.failed == 1
+        with pytest.raises(InputError, match="step 2 could not be saved"):
+            checkpoints.wait()
+        folder.unlink()
+        checkpoints.save(3, state_at(3), {})
     assert load(folder, ABSTRACT)[0] == 3
 
 

@@ -1,7 +1,6 @@
 """Layouts by name: what lies where, on devices and in host memory, and that eight devices compute
 what one does."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -41,6 +40,7 @@ from jaxrlhf.mesh.sharding import (
 from jaxrlhf.steps.losses import policy_loss
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.update import make_optimizer, make_update
+from jaxrlhf.study.plan.hlo import parse, visits
 
 
 def all_weights(model):
@@ -315,44 +315,6 @@ def test_update_on_eight_devices_equals_one(capfd, model, params, lora, batch, m
 # Sampling
 
 
-def computations(text):
-    """Compiled HLO → the lines of each computation, by name.
-
-    A computation starts at the left margin, ``%name (…) -> … {`` (``ENTRY`` before the last one's),
-    and its instructions are indented.
-    """
-    found, name = {}, ""
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = head[1]
-            found[name] = []
-        elif line.startswith(" "):
-            found[name].append(line)
-    return found
-
-
-def called(lines):
-    """Names of the computations that these instructions call: loop bodies and conditions,
-    fusions, reductions, branches."""
-    names = re.findall(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)", "\n".join(lines))
-    for branches in re.findall(r"branch_computations=\{([^}]*)\}", "\n".join(lines)):
-        names += [name.strip().lstrip("%") for name in branches.split(",")]
-    return set(names)
-
-
-def inside_loops(text):
-    """The computations that run once an iteration of some while loop: those reachable from a
-    body or a condition."""
-    found = computations(text)
-    loops = [line for lines in found.values() for line in lines if " while(" in line]
-    todo, seen = called(loops), set()
-    while todo:
-        name = todo.pop()
-        seen.add(name)
-        todo |= called(found[name]) - seen
-    return {name: found[name] for name in seen}
-
-
 def test_sample_gathers_weights_once(model):
     """Weights split over eight devices are gathered before the decode loop, not in it: a gather
     in the body of a loop would move every weight for every token."""
@@ -369,12 +331,9 @@ def test_sample_gathers_weights_once(model):
     with jax.set_mesh(mesh):
         run = jax.jit(partial(sample, model, sample_config=config, value=True))
         text = run.lower(params, prompt, prompt, key, lora=lora).compile().as_text()
-
-    def gathers(found):
-        return [line for lines in found.values() for line in lines if " all-gather" in line]
-
-    loops = inside_loops(text)
-    assert any(" while(" in line for lines in loops.values() for line in lines)  # layers in decode
-    assert any(" dot(" in line for lines in loops.values() for line in lines)
-    assert len(gathers(computations(text))) >= 10  # each weight, once
-    assert gathers(loops) == []
+    seen = list(visits(parse(text), trips=8))
+    in_loops = {visit.op.opcode for visit in seen if visit.loops}
+    assert {"while", "dot"} <= in_loops  # the loop over layers, in that over tokens
+    gathers = [visit for visit in seen if visit.op.opcode.startswith("all-gather")]
+    assert len(gathers) >= 10  # each weight, once
+    assert [visit for visit in gathers if visit.loops] == []
