@@ -12,10 +12,12 @@ from jaxrlhf.core.errors import InputError
 def write_atomic(path: str | Path, text: str) -> None:
     """Replace a file by ``text`` (UTF-8): a reader, or a kill, finds the old or the new content."""
     path = Path(path)
+    # Beside it: a rename is atomic only within one file system.
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
+        # Else, after a power cut, the rename may be on disk and the text not.
         os.fsync(file.fileno())
     os.replace(part, path)
 
@@ -49,5 +51,5 @@ def check_folder(folder: Path) -> None:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        # By making a file: permissions do not tell of a read-only mount.
+        tempfile.TemporaryFile(dir=folder).close()

@@ -14,6 +14,7 @@ from jaxrlhf.core.types import Array
 def fill(x: Array, mask: Array, value: float = 0.0) -> Array:
     """``x`` where ``mask`` is non-zero, ``value`` elsewhere; float32, same shape."""
     chex.assert_equal_shape([x, mask])
+    # where, not x·mask: NaN · 0 is NaN, in the value and in the gradient.
     return jnp.where(mask != 0, x.astype(jnp.float32), jnp.float32(value))
 
 
@@ -29,11 +30,9 @@ def mean(x: Array, mask: Array, axis: int | None = None) -> Array:
 
 
 def centre(x: Array, mask: Array, axis: int | None = None) -> Array:
-    """x − mean over ``mask`` (along ``axis``), 0 elsewhere; float32, same shape.
-
-    The mean is taken off twice: the first one is rounded, and what it leaves on equal elements
-    would look like a spread once it is divided by its own standard deviation.
-    """
+    """x − mean over ``mask`` (along ``axis``), 0 elsewhere; float32, same shape."""
+    # Twice: the first mean is rounded, and what it leaves on equal elements would look like a
+    # spread once it is divided by its own standard deviation.
     for _ in range(2):
         mean_x = mean(x, mask, axis)
         x = fill(x - (mean_x if axis is None else jnp.expand_dims(mean_x, axis)), mask)
@@ -57,6 +56,7 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, eps: float = 1e-8) ->
       x: any shape, in any unit; the result has the same shape, in standard deviations, float32.
       mask: same shape, non-zero on the elements that count.
     """
+    # eps inside the root: where all are equal, (x − mean)/√eps is 0 and its gradient finite.
     scaled = centre(x, mask) * jax.lax.rsqrt(variance(x, mask) + eps)
     return scaled if shift_mean else fill(scaled + mean(x, mask), mask)
 
@@ -87,6 +87,7 @@ def weights(mask_BT: Array, aggregation: str = "token", length: int | None = Non
     mask_BT = (mask_BT != 0).astype(jnp.float32)
     tokens_B1 = mask_BT.sum(1, keepdims=True)
     rows = jnp.maximum((tokens_B1 > 0).sum(), 1)
+    # No divisor is below 1: a batch without a single token weighs 0, not NaN.
     match aggregation:
         case "token":
             return mask_BT / jnp.maximum(tokens_B1.sum(), 1)

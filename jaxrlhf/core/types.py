@@ -142,7 +142,8 @@ class TrainState:
     @classmethod
     def create(cls, params: Params, tx: Any) -> "TrainState":
         """A fresh state for ``params`` under the optax transformation ``tx``."""
-        step, skipped = (jax.numpy.zeros((), jax.numpy.int32) for _ in range(2))  # donated each
+        # Two arrays, not one twice: a buffer cannot be donated twice.
+        step, skipped = (jax.numpy.zeros((), jax.numpy.int32) for _ in range(2))
         return cls(params=params, opt_state=tx.init(params), step=step, skipped=skipped)
 
 

@@ -1,3 +1,3 @@
-"""Where arrays lie: on devices, over processes, in host memory, on disk.
+"""Where arrays lie: on devices, over processes, in host memory, on disk; and when all must end.
 
-No model and no algorithm. Imports core and config."""
+No model and no algorithm: arrays have names and axes, no meaning. Imports core and config."""

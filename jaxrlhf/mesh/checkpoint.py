@@ -1,13 +1,10 @@
-"""How a saved state is known again: name, kind and digest of every array, in a sealed note.
-
-Checkpoints read back: the newest whole one, which all processes agree on.
-
-Checkpoints that outlive kills, full disks and flipped bits.
+"""The checkpoints of a run: saved, restored, and told when kills, full disks or bits damage them.
 
 A checkpoint is ``<folder>/<step>/``: the arrays of the training state and, beside them, a JSON
-with the host's numbers and a digest of every array. A directory gets its number by a rename once
-it is whole; what was damaged later, the digests tell. Beside the steps, ``trash/`` holds old ones
-on their way out and ``damaged/`` those that ``restore`` had to pass over.
+note with the host's numbers and the name, kind and digest of every array, sealed by its SHA-256. A
+directory gets its number by a rename once it is whole; what was damaged later, the digests tell.
+Beside the steps, ``trash/`` holds old ones on their way out and ``damaged/`` those that ``restore``
+had to pass over.
 """
 
 import hashlib
@@ -17,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +28,12 @@ from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.processes import all_or_none
+from jaxrlhf.mesh.processes import all_or_none, is_first
 
+log = logging.getLogger(__name__)
 
-@jax.jit
-def digest(x: Array) -> Array:
-    """A checksum of one array: Σ_i bits_i · (2i + 1) mod 2³², uint32 scalar.
-
-    ``bits_i`` is element i (row-major) read as an unsigned integer. Every weight is odd, so one
-    flipped bit, wherever it is, changes the sum; integer sums do not depend on their order, so
-    the digest does not depend on how the array is sharded.
-
-    Args:
-      x: any shape; a boolean, integer or floating-point dtype of 1, 2, 4 or 8 bytes.
-    """
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
-    index, stride = jnp.uint32(0), 1
-    for axis in reversed(range(bits.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        index, stride = index + along * jnp.uint32(stride % 2**32), stride * bits.shape[axis]
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+Found = tuple[int, Any, dict[str, Any]]
+"""A restored checkpoint: step, state, host."""
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -72,35 +54,36 @@ def kind(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def describe(leaves: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
-    """Kind and digest of each named array, JSON-able."""
-    sums = jax.device_get(_digests(list(leaves.values())))
-    return {
-        name: {"kind": kind(x), "digest": int(total)}
-        for (name, x), total in zip(leaves.items(), sums, strict=True)
-    }
+@jax.jit
+def digest(x: Array) -> Array:
+    """A checksum of one array: Σ_i bits_i · (2i + 1) mod 2³², uint32 scalar.
 
-
-def check_leaves(
-    path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], part: bool
-) -> None:
-    """Raise InputError for the first leaf that is not saved as it is wanted.
+    ``bits_i`` is element i (row-major) read as an unsigned integer. Every weight is odd, so one
+    flipped bit, wherever it is, changes the sum; integer sums do not depend on their order, so
+    the digest does not depend on how the array is sharded.
 
     Args:
-      path: where it is saved.
-      saved: what ``describe`` said of each leaf.
-      wanted: arrays or ShapeDtypeStructs, by the same names.
-      part: leave what is saved beyond them unread.
+      x: any shape; a boolean, integer or floating-point dtype of 1, 2, 4 or 8 bytes.
     """
-    extra = () if part else [name for name in saved if name not in wanted]
-    for name in (*wanted, *extra):
-        there = saved[name]["kind"] if name in saved else "absent"
-        here = kind(wanted[name]) if name in wanted else "absent"
-        if there != here:
-            raise InputError(
-                f"{path}: {name} is {there} there, {here} in this run; go back to the model and "
-                "optimizer of the run's config.yaml, or choose another output"
-            )
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    # i out of an iota for each axis: flattened, an array that is sharded would be gathered.
+    index, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index, stride = index + along * jnp.uint32(stride % 2**32), stride * bits.shape[axis]
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+# One program for all leaves: with some tens in flight, processes on CPUs would wait for ever.
+_digests = jax.jit(partial(jax.tree.map, digest))
+
+
+def describe(leaves: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
+    """Kind and digest of each named array, JSON-able."""
+    sums = jax.device_get(_digests(dict(leaves)))
+    return {name: {"kind": kind(x), "digest": int(sums[name])} for name, x in leaves.items()}
 
 
 def seal(note: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +92,7 @@ def seal(note: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       TypeError: it is not JSON-able.
     """
+    # There and back, so that what is hashed is what will be read: tuples are lists, keys are texts.
     plain = json.loads(json.dumps(note))
     return {"note": plain, "sha256": _sha256(plain)}
 
@@ -126,113 +110,6 @@ def unseal(sealed: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sha256(note: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
-
-
-_digests = jax.jit(lambda leaves: [digest(x) for x in leaves])
-"""All leaves in one program: with some tens in flight, processes on CPUs would wait for ever."""
-
-
-log = logging.getLogger(__name__)
-
-Found = tuple[int, Any, dict[str, Any]]
-"""A restored checkpoint: step, state, host."""
-
-
-def load(folder: str | Path, abstract: Any) -> Found:
-    """(step, state, host) of the newest whole checkpoint, or of a part of its state; read only.
-
-    For evaluation and export; a trainer that writes to the same folder is not disturbed.
-
-    Args:
-      folder: ``checkpoints/`` of a run.
-      abstract: as for ``Checkpoints.restore``, but leaves it has not are not read.
-
-    Raises:
-      InputError: no checkpoint, none that is whole, or another tree, shape or dtype.
-    """
-    found, _ = newest(Path(folder).absolute(), abstract, part=True)
-    if found is None:
-        raise InputError(f"{folder}: holds no checkpoint; name the checkpoints/ of a run")
-    return found
-
-
-def newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list[int]]:
-    """The newest whole checkpoint (None if there is none at all), and the damaged ones before.
-
-    One that a single process finds damaged is damaged for all.
-    """
-    damaged: dict[int, str] = {}
-    for step in sorted(steps_in(folder), reverse=True):
-        try:
-            return (step, *_read(folder / str(step), abstract, part)), list(damaged)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a damaged file makes of its reader
-            damaged[step] = brief(error)
-            log.warning("%s/%d is DAMAGED, passing over it: %s", folder, step, damaged[step])
-    if damaged:
-        listed = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
-        raise InputError(
-            f"{folder}: every checkpoint is damaged ({listed}); bring one back from a backup, "
-            "or choose another output to start anew"
-        )
-    return None, []
-
-
-def _read(path: Path, abstract: Any, part: bool) -> tuple[Any, dict[str, Any]]:
-    """State and host of one checkpoint; any exception but InputError means that it is damaged."""
-    wanted = named_leaves(abstract)
-    leaves, note = all_or_none(lambda: _files(path, wanted, part))
-    found = describe(leaves)
-
-    def compare() -> None:
-        for name, is_now in found.items():
-            if is_now != note["leaves"][name]:
-                raise ValueError(f"{name} is not as it was saved")
-
-    all_or_none(compare)
-    restored = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
-    return restored, note["host"]
-
-
-def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays by name, and the note beside them. Each process reads for itself, waiting for none."""
-    own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-
-    def restore(item: Any) -> Any:
-        with ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
-        ) as reader:
-            return reader.restore(path, args=item)
-
-    note = unseal(restore(ocp.args.Composite(host=ocp.args.JsonRestore()))["host"])
-    check_leaves(path, note["leaves"], wanted, part)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    how = {
-        name: ocp.ArrayRestoreArgs(
-            sharding=x.sharding or here, global_shape=tuple(x.shape), dtype=x.dtype
-        )
-        for name, x in wanted.items()
-    }
-    state = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=part)
-    return restore(ocp.args.Composite(state=state))["state"], note
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps on disk, whole or damaged; what is still being written has no number for a name."""
-    if not folder.is_dir():
-        return []
-    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
-
-
-def brief(error: Exception) -> str:
-    """An error in one line of bounded length; long ones have their cause at the end."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= 240 else f"{text[:80]} … {text[-150:]}"
-
-
-log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -272,13 +149,17 @@ class Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.close()
+        self._settle()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+        # Else the run's own error is the one to be seen.
         if error is None:
             self.wait()
 
     def latest(self) -> int | None:
         """The newest step on disk; a save in flight does not count."""
-        return max(steps_in(self.folder), default=None)
+        return max(_steps_in(self.folder), default=None)
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
         """Copy ``state`` to the host and write it in the background; a step on disk is kept.
@@ -302,6 +183,7 @@ class Checkpoints:
         if last is not None and step < last:
             where = f"{self.folder}: holds step {last}, and this run is at step {step}"
             raise InputError(f"{where}; resume from there, or choose another output")
+        # Saved flat and by name: which classes optax keeps its moments in is no part of the file.
         leaves = named_leaves(state)
         note = seal({"step": step, "host": dict(host), "leaves": describe(leaves)})
         self._in_flight = step
@@ -311,7 +193,8 @@ class Checkpoints:
                 self._manager = _writer(self.folder, self._keep)
             items = {"state": ocp.args.PyTreeSave(leaves), "host": ocp.args.JsonSave(note)}
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except Exception as error:  # full or lost disk: the training is worth more than one save
+        # A full or lost disk: the training is worth more than one save.
+        except Exception as error:
             self._fail(error)
 
     def amend(self, host: Mapping[str, Any]) -> None:
@@ -322,12 +205,25 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / str(self.latest()) / "host" / "metadata"
-        if jax.process_index() == 0:
+        if is_first():
             try:
                 note = unseal(json.loads(path.read_text()))
                 write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
             except OSError as error:
                 raise InputError(f"{path}: {error.strerror}; make room and start again") from None
+
+    def wait(self) -> None:
+        """Block until the last save is on disk.
+
+        Raises:
+          InputError: it could not be written.
+        """
+        self._settle()
+        if self._failure:
+            raise InputError(
+                f"{self.folder}: {self._failure}; make room and start again: the run resumes from "
+                f"step {self.latest() or 0}"
+            )
 
     def restore(self, abstract: Any) -> Found | None:
         """The newest checkpoint that is whole: (step, state, host); None if there is none at all.
@@ -343,38 +239,19 @@ class Checkpoints:
           InputError: every checkpoint is damaged, or the saved state has another tree, shape or
             dtype than ``abstract`` (the message names the first difference).
         """
-        found, damaged = newest(self.folder, abstract, part=False)
+        found, damaged = _newest(self.folder, abstract, part=False)
         if found is None:
             return None
         self._saved = found[0]
         multihost_utils.assert_equal(found[0], "the processes restored different steps")
-        for step in damaged if jax.process_index() == 0 else ():
+        # Only now that another step is whole: where all are damaged, all stay where they are.
+        for step in damaged if is_first() else ():
             (self.folder / "damaged").mkdir(exist_ok=True)
             target = tempfile.mkdtemp(prefix=f"{step}-", dir=self.folder / "damaged")
             os.replace(self.folder / str(step), target)
             log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
         multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
         return found
-
-    def wait(self) -> None:
-        """Block until the last save is on disk.
-
-        Raises:
-          InputError: it could not be written.
-        """
-        self._settle()
-        if self._failure:
-            raise InputError(
-                f"{self.folder}: {self._failure}; make room and start again: the run resumes from "
-                f"step {self.latest() or 0}"
-            )
-
-    def close(self) -> None:
-        """Finish the save in flight and end threads; ``wait`` tells of failures."""
-        self._settle()
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
 
     def _settle(self) -> None:
         """Wait for the save in flight, see whether it came through, and empty the trash."""
@@ -392,7 +269,7 @@ class Checkpoints:
     def _fail(self, error: Exception) -> None:
         """Count and report a failed save, and give back its space; the next starts afresh."""
         self.failed += 1
-        self._failure = f"step {self._in_flight} could not be saved ({brief(error)})"
+        self._failure = f"step {self._in_flight} could not be saved ({_brief(error)})"
         log.warning("%s: %s; the next save tries again", self.folder, self._failure)
         log.debug("the failed save", exc_info=error)
         manager, self._manager, self._in_flight = self._manager, None, None
@@ -407,22 +284,132 @@ class Checkpoints:
 def _writer(folder: Path, keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
-        todelete_subdir="trash",  # by a rename: no kill leaves half a step behind
+        # by a rename: no kill leaves half a step behind
+        todelete_subdir="trash",
         # where a directory cannot be made: an error now, not threads that wait for 20 minutes
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        lightweight_initialize=True,  # reads nothing of older steps, which may be damaged
+        # reads nothing of older steps, which may be damaged
+        lightweight_initialize=True,
     )
     logging.getLogger("absl").addFilter(_not_orbax_traceback)
     return ocp.CheckpointManager(folder, options=options)
 
 
+def _not_orbax_traceback(record: logging.LogRecord) -> bool:
+    """False for what each thread of a failing save logs: 250 lines around our one warning."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
 def _sweep(folder: Path) -> None:
     """Remove deleted steps and what killed or failed saves have left."""
-    if jax.process_index() == 0:
+    if is_first():
         for path in (folder / "trash", *folder.glob("*.orbax-checkpoint-tmp*")):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _not_orbax_traceback(record: logging.LogRecord) -> bool:
-    """False for what each thread of a failing save logs: 250 lines around our one warning."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+def _steps_in(folder: Path) -> list[int]:
+    """Steps on disk, whole or damaged; what is still being written has no number for a name."""
+    return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
+
+
+def load(folder: str | Path, abstract: Any) -> Found:
+    """(step, state, host) of the newest whole checkpoint, or of a part of its state; read only.
+
+    For evaluation and export; a trainer that writes to the same folder is not disturbed.
+
+    Args:
+      folder: ``checkpoints/`` of a run.
+      abstract: as for ``Checkpoints.restore``, but leaves it has not are not read.
+
+    Raises:
+      InputError: no checkpoint, none that is whole, or another tree, shape or dtype.
+    """
+    found, _ = _newest(Path(folder).absolute(), abstract, part=True)
+    if found is None:
+        raise InputError(f"{folder}: holds no checkpoint; name the checkpoints/ of a run")
+    return found
+
+
+def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list[int]]:
+    """The newest whole checkpoint (None if there is none at all), and the damaged ones before.
+
+    One that a single process finds damaged is damaged for all.
+    """
+    damaged: dict[int, str] = {}
+    for step in sorted(_steps_in(folder), reverse=True):
+        try:
+            return (step, *_read(folder / str(step), abstract, part)), list(damaged)
+        # Whole, but of another model: an older step would be too.
+        except InputError:
+            raise
+        # Whatever a damaged file makes of its reader.
+        except Exception as error:
+            damaged[step] = _brief(error)
+            log.warning("%s/%d is DAMAGED, passing over it: %s", folder, step, damaged[step])
+    # Never a silent start at step 0 in a folder that holds the work of hours.
+    if damaged:
+        listed = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        raise InputError(
+            f"{folder}: every checkpoint is damaged ({listed}); bring one back from a backup, "
+            "or choose another output to start anew"
+        )
+    return None, []
+
+
+def _read(path: Path, abstract: Any, part: bool) -> tuple[Any, dict[str, Any]]:
+    """State and host of one checkpoint; any exception but InputError means that it is damaged."""
+    wanted = named_leaves(abstract)
+    leaves, note = all_or_none(lambda: _files(path, wanted, part))
+    # Outside of all_or_none: arrays over several processes are summed by all of them together.
+    found = describe(leaves)
+
+    def compare() -> None:
+        for name, is_now in found.items():
+            if is_now != note["leaves"][name]:
+                raise ValueError(f"{name} is not as it was saved")
+
+    all_or_none(compare)
+    restored = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
+    return restored, note["host"]
+
+
+def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays by name, and the note beside them. Each process reads for itself, waiting for none."""
+    # To orbax each is alone: at its barriers, one with a damaged file would hold up the others.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    how = {
+        name: ocp.ArrayRestoreArgs(
+            sharding=x.sharding or here, global_shape=tuple(x.shape), dtype=x.dtype
+        )
+        for name, x in wanted.items()
+    }
+    arrays = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=part)
+    handler = ocp.CompositeCheckpointHandler()
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        items = ocp.args.Composite(host=ocp.args.JsonRestore())
+        note = unseal(reader.restore(path, args=items)["host"])
+        _check_leaves(path, note["leaves"], wanted, part)
+        items = ocp.args.Composite(state=arrays)
+        return reader.restore(path, args=items)["state"], note
+
+
+def _check_leaves(path: Path, saved: dict[str, Any], wanted: dict[str, Any], part: bool) -> None:
+    """Raise InputError for the first leaf whose kind is not saved as it is wanted; for a ``part``,
+    what is saved beyond ``wanted`` does not matter."""
+    there = {name: leaf["kind"] for name, leaf in saved.items()}
+    here = {name: kind(x) for name, x in wanted.items()}
+    for name in here if part else here | there:
+        was, is_now = there.get(name, "absent"), here.get(name, "absent")
+        if was != is_now:
+            raise InputError(
+                f"{path}: {name} is {was} there, {is_now} in this run; go back to the model and "
+                "optimizer of the run's config.yaml, or choose another output"
+            )
+
+
+def _brief(error: Exception) -> str:
+    """An error in one line of bounded length; long ones have their cause at the end."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 240 else f"{text[:80]} … {text[-150:]}"

@@ -1,15 +1,12 @@
-"""What the processes of one run tell each other; a process alone has it all, and exchanges nothing.
-
-``fetch``, ``assemble``, ``any_process`` and ``all_or_none`` are collectives: every process calls
-them, in the same order.
-
-
-Several processes, one run: how they find each other.
+"""Several processes, one run: how they find each other, and what they tell each other.
 
 Who a process is comes from the first of these that says anything: the config's ``distributed``
 section, that is flags; the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
 the cluster that started it, as JAX detects it (Open MPI, Slurm, TPU slices on GKE and on Cloud TPU
 VMs). Else it is alone, and nothing here does anything.
+
+``fetch``, ``assemble``, ``any_process`` and ``all_or_none`` are collectives: every process calls
+them, in the same order. A process alone has it all, and exchanges nothing.
 """
 
 import importlib.util
@@ -19,7 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,20 +25,191 @@ from jax.experimental import multihost_utils
 
 from jaxrlhf.config import Config, DistributedConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.mesh.watchdog import GRACE, Deadline, Watchdog, end, guarded
+from jaxrlhf.mesh.watchdog import GRACE, Watchdog, deadline, end, guarded
+
+PARTS = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "processes": "JAX_NUM_PROCESSES",
+    "process": "JAX_PROCESS_ID",
+}
+"""What a process has to be told: fields of the config, and the variables that say the same."""
+
+UNTOLD = {name: getattr(DistributedConfig(), name) for name in PARTS}
+"""Those fields where the config leaves them open."""
+
+LATE = (
+    "not all processes are there: is process 0 up and its port open, did you start every worker, "
+    "all with the same --processes?"
+)
+"""What may be wrong where some never come."""
 
 
-def fetch(tree: Any) -> Any:
-    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
+@contextmanager
+def together(config: DistributedConfig) -> Iterator[Watchdog]:
+    """Bring up the processes, watch over what is inside, and end all if one fails.
 
-    def whole(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
-            return np.asarray(x)
-        return multihost_utils.process_allgather(x, tiled=True)
+    Yields:
+      A watchdog to be fed while the run goes on; an idle one for a process alone.
+    """
+    try:
+        count = initialise(config)
+    except InputError as error:
+        # A half-made connection would hold up a tidy exit.
+        if jax.distributed.is_initialized():
+            end(f"error: {error}", 2)
+        raise
+    with Watchdog(config.watchdog if count > 1 else 0) as watchdog, guarded():
+        yield watchdog
+        if count > 1:
+            # Waits for the others, watched and guarded: one that has failed never comes.
+            jax.distributed.shutdown()
 
-    return jax.tree.map(whole, tree)
+
+def initialise(config: DistributedConfig) -> int:
+    """Bring up the processes of a run; must come before any other use of devices.
+
+    Returns:
+      How many there are.
+
+    Raises:
+      InputError: they cannot be told who they are, or did not all come up in time.
+    """
+    where = place(config, os.environ)
+    found = "" if where else cluster(os.environ)
+    # No variable need tell of a TPU slice: where there may be one, JAX looks for it.
+    alone = where.processes == 1 if where else not (found or _may_have_tpu())
+    if alone:
+        return 1
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    named, given = f"a process of {found or 'a TPU slice'}", {}
+    if where:
+        _refuse_busy_port(where)
+        named = f"process {where.process} of {where.processes} at {where.coordinator}"
+        given = {
+            "coordinator_address": where.coordinator,
+            "num_processes": where.processes,
+            "process_id": where.process,
+            "cluster_detection_method": "deactivate",
+        }
+    with deadline(config.initialization_timeout, named, LATE):
+        try:
+            jax.distributed.initialize(
+                **given,
+                # JAX's own aborts without a word to the user: our deadline comes before it.
+                initialization_timeout=config.initialization_timeout + GRACE,
+                heartbeat_timeout_seconds=config.heartbeat,
+                shutdown_timeout_seconds=max(1, int(min(300, config.watchdog or 300))),
+            )
+        except ValueError as error:
+            # What JAX says where it detects no cluster.
+            if not (where or found):
+                return 1
+            raise InputError(
+                f"{named}: {_line(error)}: give --coordinator HOST:PORT --processes N --process I"
+            ) from None
+        except RuntimeError as error:
+            raise InputError(f"{named}: could not join the others: {_line(error)}") from None
+        # The first use of devices, whose list the processes exchange: still a wait for the others.
+        count = jax.process_count()
+        if where and count != where.processes:
+            raise InputError(
+                f"{named}: the backend has {count} processes: start all with the same --processes"
+            )
+        here, there = jax.local_devices(), jax.device_count()
+    print(
+        f"process {jax.process_index()} of {count}: {len(here)} of {there} devices "
+        f"({here[0].device_kind})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return count
+
+
+def place(config: DistributedConfig, environ: Mapping[str, str]) -> DistributedConfig | None:
+    """``config`` with all of PARTS, from flags and variables; None if neither says anything.
+
+    Raises:
+      InputError: one of the three is missing, is no number or is out of range.
+    """
+    given: dict[str, tuple[str, Any]] = {}
+    for name, variable in PARTS.items():
+        if (value := getattr(config, name)) != UNTOLD[name]:
+            given[name] = (f"distributed.{name}", value)
+        elif environ.get(variable):
+            given[name] = (variable, environ[variable])
+    if not given:
+        return None
+    if missing := [name for name in PARTS if name not in given]:
+        name, others = missing[0], " and ".join(source for source, _ in given.values())
+        raise InputError(
+            f"distributed.{name}: missing, though {others} is given: give all three "
+            f"(--{name}, or {PARTS[name]}), or none, to have the cluster detected"
+        )
+    source, coordinator = given["coordinator"]
+    if not re.fullmatch(r"\S+:\d+", coordinator) or int(coordinator.rpartition(":")[2]) > 65535:
+        raise InputError(f"{source}={coordinator}: must be HOST:PORT of process 0")
+    processes, process = (_whole(*given[name]) for name in ("processes", "process"))
+    if processes < 1:
+        raise InputError(f"{given['processes'][0]}={processes}: must be at least 1")
+    if not 0 <= process < processes:
+        raise InputError(
+            f"{given['process'][0]}={process}: with {processes} processes they are 0 to "
+            f"{processes - 1}"
+        )
+    return replace(config, coordinator=coordinator, processes=processes, process=process)
+
+
+def _whole(source: str, value: Any) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f"{source}={value}: must be a whole number") from None
+
+
+def placeless(config: Config) -> Config:
+    """``config`` without what tells one process from another: the same on all of them."""
+    return replace(config, distributed=replace(config.distributed, **UNTOLD))
+
+
+def cluster(environ: Mapping[str, str]) -> str:
+    """What started this process as one of several, as its variables say; "" if none does."""
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
+    slices = environ.get("MEGASCALE_NUM_SLICES") or "1"
+    by_mpi = "OMPI_MCA_orte_hnp_uri" in environ
+    # A shell inside a Slurm allocation has some of these, but is no task: only a step has all.
+    in_step = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
+    sizes = {
+        "Open MPI": environ.get("OMPI_COMM_WORLD_SIZE") if by_mpi else 0,
+        "Slurm": environ.get("SLURM_NTASKS") if in_step <= environ.keys() else 0,
+        "a TPU slice": len(hosts.split(",")) * int(slices),
+    }
+    return next((name for name, size in sizes.items() if int(size or 0) > 1), "")
+
+
+def _may_have_tpu() -> bool:
+    wanted = (getattr(jax.config, "jax_platforms", None) or "tpu").split(",")
+    return "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def _refuse_busy_port(where: DistributedConfig) -> None:
+    """Process 0 listens at the port; JAX would share it with another run's process 0."""
+    if where.process == 0:
+        try:
+            socket.create_server(("", int(where.coordinator.rpartition(":")[2]))).close()
+        except OSError as error:
+            raise InputError(
+                f"distributed.coordinator={where.coordinator}: process 0 cannot listen there "
+                f"({error.strerror}): choose another port"
+            ) from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and the terminal."""
+    return jax.process_index() == 0
 
 
 def own_share(count: int) -> slice:
@@ -61,8 +229,23 @@ def assemble(part_R: np.ndarray, rows: slice, count: int) -> np.ndarray:
     whole_N[rows] = part_R
     if jax.process_count() == 1:
         return whole_N
-    bits = multihost_utils.process_allgather(whole_N.view(np.uint32))  # jax has no float64
+    # jax has no float64 unless asked: each number travels as two halves, bit for bit. The sum is
+    # exact, as all but one of its terms are 0.
+    bits = multihost_utils.process_allgather(whole_N.view(np.uint32))
     return np.ascontiguousarray(bits).view(np.float64).reshape(-1, count).sum(0)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def any_process(here: bool) -> bool:
@@ -79,15 +262,13 @@ def all_or_none(work: Callable[[], Any]) -> Any:
       Exception: whatever it raised here.
       ValueError: it failed on another process.
     """
-    failed, result = None, None
     try:
         result = work()
-    except Exception as error:
-        failed = error
-    anywhere = any_process(failed is not None)
-    if failed is not None:
-        raise failed
-    if anywhere:
+    except Exception:
+        # The others wait for an answer, of whichever kind.
+        any_process(True)
+        raise
+    if any_process(False):
         raise ValueError("another process has failed")
     return result
 
@@ -97,204 +278,3 @@ def pace(tree: Any) -> Any:
     and wait for ever, once some tens of programs are in flight."""
     several = jax.process_count() > 1 and jax.default_backend() == "cpu"
     return jax.block_until_ready(tree) if several else tree
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes files and the terminal."""
-    return jax.process_index() == 0
-
-
-PARTS = (
-    ("coordinator", "JAX_COORDINATOR_ADDRESS"),
-    ("processes", "JAX_NUM_PROCESSES"),
-    ("process", "JAX_PROCESS_ID"),
-)
-"""What a process has to be told: fields of the config, and the variables that say the same."""
-
-LATE = (
-    "not all processes are there: is process 0 up and its port open, did you start every worker, "
-    "all with the same --processes?"
-)
-"""What may be wrong where some never come."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One process among all.
-
-    Args:
-      coordinator: HOST:PORT at which process 0 listens.
-      processes: how many there are.
-      process: the number of this one, from 0.
-    """
-
-    coordinator: str
-    processes: int
-    process: int
-
-
-def place(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """Where this process stands, by flags and variables; None if neither says anything.
-
-    Raises:
-      InputError: one of the three is missing, is no number or is out of range.
-    """
-    unset = DistributedConfig()
-    given: dict[str, tuple[str, Any]] = {}
-    for name, variable in PARTS:
-        if (value := getattr(config, name)) != getattr(unset, name):
-            given[name] = (f"distributed.{name}", value)
-        elif environ.get(variable):
-            given[name] = (variable, environ[variable])
-    if not given:
-        return None
-    for name, variable in PARTS:
-        if name not in given:
-            others = " and ".join(source for source, _ in given.values())
-            raise InputError(
-                f"distributed.{name}: missing, though {others} is given: give all three "
-                f"(--{name}, or {variable}), or none, to have the cluster detected"
-            )
-    source, coordinator = given["coordinator"]
-    if not re.fullmatch(r"\S+:\d+", coordinator) or int(coordinator.rpartition(":")[2]) > 65535:
-        raise InputError(f"{source}={coordinator}: must be HOST:PORT of process 0")
-    processes, process = (_whole(*given[name]) for name in ("processes", "process"))
-    if processes < 1:
-        raise InputError(f"{given['processes'][0]}={processes}: must be at least 1")
-    if not 0 <= process < processes:
-        raise InputError(
-            f"{given['process'][0]}={process}: with {processes} processes they are 0 to "
-            f"{processes - 1}"
-        )
-    return Place(coordinator, processes, process)
-
-
-def _whole(source: str, value: Any) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise InputError(f"{source}={value}: must be a whole number") from None
-
-
-def placeless(config: Config) -> Config:
-    """``config`` without what tells one process from another: the same on all of them."""
-    unset = DistributedConfig()
-    same = {name: getattr(unset, name) for name, _ in PARTS}
-    return replace(config, distributed=replace(config.distributed, **same))
-
-
-def cluster(environ: Mapping[str, str]) -> str:
-    """What started this process as one of several, as its variables say; "" if none does."""
-    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
-    slices = environ.get("MEGASCALE_NUM_SLICES") or "1"
-    in_step = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
-    sizes = {
-        "Open MPI": environ.get("OMPI_COMM_WORLD_SIZE")
-        if "OMPI_MCA_orte_hnp_uri" in environ
-        else 0,
-        "Slurm": environ.get("SLURM_NTASKS") if in_step <= environ.keys() else 0,
-        "a TPU slice": len(hosts.split(",")) * int(slices),
-    }
-    return next((name for name, size in sizes.items() if int(size or 0) > 1), "")
-
-
-def initialise(config: DistributedConfig) -> int:
-    """Bring up the processes of a run; must come before any other use of devices.
-
-    Returns:
-      How many there are.
-
-    Raises:
-      InputError: they cannot be told who they are, or did not all come up in time.
-    """
-    where = place(config, os.environ)
-    found = cluster(os.environ) if where is None else ""
-    if where is None and not found and not _may_have_tpu():
-        return 1
-    if where is not None and where.processes == 1:
-        return 1
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if where is not None:
-        _refuse_busy_port(where)
-        named = f"process {where.process} of {where.processes} at {where.coordinator}"
-        given = {
-            "coordinator_address": where.coordinator,
-            "num_processes": where.processes,
-            "process_id": where.process,
-            "cluster_detection_method": "deactivate",
-        }
-    else:
-        named, given = f"a process of {found or 'a TPU slice'}", {}
-    with Deadline(config.initialization_timeout, named, LATE):
-        try:
-            jax.distributed.initialize(
-                **given,
-                # JAX's own aborts without a word to the user: Deadline comes before it.
-                initialization_timeout=config.initialization_timeout + GRACE,
-                heartbeat_timeout_seconds=config.heartbeat,
-                shutdown_timeout_seconds=max(1, int(min(300, config.watchdog or 300))),
-            )
-        except ValueError as error:  # what JAX says where it detects no cluster
-            if where is None and not found:
-                return 1
-            raise InputError(
-                f"{named}: {_line(error)}: give --coordinator HOST:PORT --processes N --process I"
-            ) from None
-        except RuntimeError as error:
-            raise InputError(f"{named}: could not join the others: {_line(error)}") from None
-        if where is not None and jax.process_count() != where.processes:
-            raise InputError(
-                f"{named}: the backend has {jax.process_count()} processes: start all "
-                "with the same --processes"
-            )
-        count = jax.process_count()
-        here, there = jax.local_devices(), jax.device_count()
-    print(
-        f"process {jax.process_index()} of {count}: {len(here)} of {there} devices "
-        f"({here[0].device_kind})",
-        file=sys.stderr,
-        flush=True,
-    )
-    return count
-
-
-def _may_have_tpu() -> bool:
-    """Whether JAX should look for a TPU slice, which no variable need tell."""
-    wanted = (getattr(jax.config, "jax_platforms", None) or "tpu").split(",")
-    return "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
-
-
-def _refuse_busy_port(where: Place) -> None:
-    """Process 0 listens at the port; JAX would share it with another run's process 0."""
-    port = int(where.coordinator.rpartition(":")[2])
-    if where.process == 0:
-        try:
-            socket.create_server(("", port)).close()
-        except OSError as error:
-            raise InputError(
-                f"distributed.coordinator={where.coordinator}: process 0 cannot listen there "
-                f"({error.strerror}): choose another port"
-            ) from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-@contextmanager
-def together(config: DistributedConfig) -> Iterator[Watchdog]:
-    """Bring up the processes, watch over what is inside, and end all if one fails.
-
-    Yields:
-      A watchdog to be fed while the run goes on; an idle one for a process alone.
-    """
-    try:
-        count = initialise(config)
-    except InputError as error:
-        if jax.distributed.is_initialized():  # a half-made connection would hold up a tidy exit
-            end(f"error: {error}", 2)
-        raise
-    with Watchdog(config.watchdog if count > 1 else 0) as watchdog, guarded():
-        yield watchdog
-        if count > 1:
-            jax.distributed.shutdown()  # waits for the others; one that has failed never comes

@@ -1,17 +1,15 @@
 """One mesh, and one table that says which logical axis lies along which of its axes.
 
 A weight, a batch and a KV cache name their logical axes where their shape is stated; ``RULES`` maps
-the names to mesh axes, and everything else follows from it.
-
-
-Frozen weights that lie in the hosts' memory, and on the devices only while a step reads them.
-
-A host keeps the pieces of its own devices, each split as it was, so nothing is sent between hosts.
+the names to mesh axes, and everything else follows from it: where arrays lie between the steps, and
+where inside them. Frozen weights may lie in the hosts' memory, each host with the pieces of its own
+devices, and on the devices only while a step reads them.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,25 +72,21 @@ def lay_out(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
       config: resolved.
     """
     by_process = _check_slices(config.slices, devices)
-    sizes = sizes_of(config)
+    # One axis alone crosses slices, whose network is the slow one; all others stay inside.
     outer = dict.fromkeys(AXES, 1) | {across_slices(config): config.slices}
-    inner = {name: size // outer[name] for name, size in sizes.items()}
-    split = {"allow_split_physical_axes": True}  # a torus may have fewer axes than the mesh
+    inner = tuple(size // outer[name] for name, size in sizes_of(config).items())
+    # A torus may have fewer axes than the mesh.
+    split = {"allow_split_physical_axes": True}
     if config.slices == 1:
-        return mesh_utils.create_device_mesh(tuple(inner.values()), devices, **split)
+        return mesh_utils.create_device_mesh(inner, devices, **split)
     return mesh_utils.create_hybrid_device_mesh(
-        tuple(inner.values()),
-        tuple(outer.values()),
-        devices,
-        process_is_granule=by_process,
-        **split,
+        inner, tuple(outer.values()), devices, process_is_granule=by_process, **split
     )
 
 
 def _check_slices(slices: int, devices: Sequence[Any]) -> bool:
     """Whether ``slices`` groups of devices are processes rather than what they call slices."""
-    if slices == 1 and tpu_slices(devices) > 1:
-        count = tpu_slices(devices)
+    if slices == 1 and (count := tpu_slices(devices)) > 1:
         raise InputError(f"mesh.slices=1: the devices lie in {count} TPU slices: set it to {count}")
     named = Counter(getattr(device, "slice_index", 0) for device in devices)
     hosts = Counter(device.process_index for device in devices)
@@ -102,8 +96,8 @@ def _check_slices(slices: int, devices: Sequence[Any]) -> bool:
             "processes: give the number of one of them, or 1"
         )
     by_process = slices != len(named)
-    counts = sorted(set((hosts if by_process else named).values()))
-    if slices > 1 and len(counts) > 1:
+    counts = sorted((hosts if by_process else named).values())
+    if slices > 1 and counts[0] != counts[-1]:
         raise InputError(
             f"mesh.slices={slices}: the slices have {counts[0]} to {counts[-1]} devices: "
             "they must have equally many"
@@ -115,6 +109,11 @@ def tpu_slices(devices: Sequence[Any]) -> int:
     """How many TPU slices devices lie in; 1 if they are not TPUs."""
     tpus = (device for device in devices if device.platform == "tpu")
     return len({getattr(device, "slice_index", 0) for device in tpus}) or 1
+
+
+def config_of(mesh: Mesh) -> MeshConfig:
+    """The config that a mesh is of."""
+    return MeshConfig(**{name: mesh.shape[name] for name in AXES})
 
 
 def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
@@ -143,27 +142,17 @@ def constrain_tree(tree: Any, axes: Any, rules: Rules = RULES) -> Any:
     return jax.tree.map(lambda x, names: constrain(x, names, rules), tree, axes)
 
 
-def config_of(mesh: Mesh) -> MeshConfig:
-    """The config that a mesh is of."""
-    return MeshConfig(**{name: mesh.shape[name] for name in AXES})
+def _shards(axis: str, rules: Rules = RULES) -> int:
+    mesh, along = jax.sharding.get_abstract_mesh(), rules[axis] or ()
+    names = (along,) if isinstance(along, str) else along
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
-def row_shards(rules: Rules = RULES) -> int:
-    """Pieces that the batch axis is split into under the mesh in force; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in rules["batch"] or ())
-
-
-def length_shards() -> int:
-    """Pieces that whole rows' tokens are split into under the mesh in force; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["context"]
-
-
-def vocab_shards() -> int:
-    """Pieces that the vocabulary is split into under the mesh in force; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["tensor"]
+row_shards, length_shards, vocab_shards = (
+    partial(_shards, axis) for axis in ("batch", "length", "vocab")
+)
+"""Pieces that this axis is split into, by RULES or those given, under the mesh in force; 1 without
+one."""
 
 
 def devices_in_mesh() -> int:
@@ -185,16 +174,12 @@ def few_rows_layout(mesh: Mesh, rows: int) -> NamedSharding:
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Host arrays, the same on every process, → global arrays laid out by ``few_rows_layout``."""
-
-    def place(x: Any) -> Array:
-        layout = few_rows_layout(mesh, x.shape[0])
-        return jax.make_array_from_callback(x.shape, layout, lambda i: np.asarray(x)[i])
-
-    return jax.tree.map(place, tree)
+    return put(tree, jax.tree.map(lambda x: few_rows_layout(mesh, x.shape[0]), tree))
 
 
 def put(tree: Any, layout: Any) -> Any:
     """Host arrays → global arrays, each with its sharding of the tree ``layout``."""
+    # By callback: a process makes the pieces of its own devices, and none is sent.
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: np.asarray(x)[i]),
         tree,
@@ -210,6 +195,7 @@ def train_state_shardings(tx: Any, params: Any, layout: Any, mesh: Mesh) -> Trai
       layout: their shardings, the same tree.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
+    # Left to itself, jit would replicate the moments: Adam's are twice the size of the weights.
     moments = optax.tree_map_params(
         tx,
         lambda _, sharding: sharding,

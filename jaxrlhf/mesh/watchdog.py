@@ -28,30 +28,59 @@ GRACE = 5
 """Seconds after which what is meant to end a process ends it in a rougher way."""
 
 
-class Deadline:
-    """``with Deadline(seconds, named, late):`` ends this process if what is inside takes longer.
+def end(message: str, status: int = FAILED) -> NoReturn:
+    """Say why, and end this process without waiting for any other."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: jax's own handlers at exit would wait for the others.
+    os._exit(status)
+
+
+def _me() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """End this process at once when what is inside raises, where others would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        done = isinstance(error, SystemExit) and not error.code
+        if done or not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, InputError):
+            end(f"error: {_me()}: {error}", 2)
+        if isinstance(error, KeyboardInterrupt):
+            end(f"{_me()}: interrupted; all processes end", 130)
+        traceback.print_exc()
+        end(f"{_me()}: failed; all processes end")
+
+
+@contextmanager
+def deadline(seconds: float, named: str, late: str) -> Iterator[None]:
+    """End this process if what is inside takes longer.
 
     Args:
       seconds: most time that it may take.
       named: who waits.
       late: what may be wrong, told at the end.
     """
-
-    def __init__(self, seconds: float, named: str, late: str):
-        wait = min(PATIENCE, seconds / 2)
-        text = f"{named}: still waiting for the others: did you start every worker?"
-        self._timers = [
-            threading.Timer(wait, print, (text,), {"file": sys.stderr, "flush": True}),
-            threading.Timer(seconds, end, (f"error: {named}: after {seconds:g} s {late}", 2)),
-        ]
-
-    def __enter__(self) -> None:
-        for timer in self._timers:
-            timer.daemon = True
-            timer.start()
-
-    def __exit__(self, *error: Any) -> None:
-        for timer in self._timers:
+    wait = min(PATIENCE, seconds / 2)
+    text = f"{named}: still waiting for the others: did you start every worker?"
+    # Timers, not signals: the main thread is inside C++, where no Python handler runs.
+    timers = [
+        threading.Timer(wait, print, (text,), {"file": sys.stderr, "flush": True}),
+        threading.Timer(seconds, end, (f"error: {named}: after {seconds:g} s {late}", 2)),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
             timer.cancel()
 
 
@@ -81,7 +110,8 @@ class Watchdog:
     def feed(self) -> None:
         """The run goes on."""
         self._fed = time.monotonic()
-        if self.seconds:  # for C code that keeps the interpreter to itself, a regex say
+        # Where C code keeps the interpreter to itself (a regex, say), our thread cannot run either.
+        if self.seconds:
             faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
 
     def _watch(self) -> None:
@@ -92,32 +122,3 @@ class Watchdog:
                     f"{_me()}: no progress for {self.seconds:g} s (distributed.watchdog): "
                     "its stacks are above; all processes end"
                 )
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """End this process at once when what is inside raises, where others would wait for it."""
-    try:
-        yield
-    except BaseException as error:
-        done = isinstance(error, SystemExit) and not error.code
-        if done or not jax.distributed.is_initialized():
-            raise
-        if isinstance(error, InputError):
-            end(f"error: {_me()}: {error}", 2)
-        if isinstance(error, KeyboardInterrupt):
-            end(f"{_me()}: interrupted; all processes end", 130)
-        traceback.print_exc()
-        end(f"{_me()}: failed; all processes end")
-
-
-def end(message: str, status: int = FAILED) -> NoReturn:
-    """Say why, and end this process without waiting for any other."""
-    print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _me() -> str:
-    return f"process {jax.process_index()} of {jax.process_count()}"

@@ -1,3 +1,5 @@
+"""Files are whole at any time; places that cannot be written are named before the work."""
+
 import errno
 import os
 
@@ -14,20 +16,13 @@ def test_write_atomic_replaces(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_check_file_makes_its_folder(tmp_path):
+def test_check_file_makes_its_folder_or_names_what_cannot_be_written(tmp_path):
     check_file(tmp_path / "a/b/x")
-    assert (tmp_path / "a/b").is_dir()
     assert not list((tmp_path / "a/b").iterdir())
-
-
-def test_check_file_names_what_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/a: cannot be written \(Not a directory\): give"):
         check_file(tmp_path / "file/a/x")
     with pytest.raises(InputError, match=r"cannot be written \(it is a folder\)"):
         check_file(tmp_path)
-
-
-def test_writing_names_the_reason(tmp_path):
     with pytest.raises(InputError, match=r"x: cannot be written \(No space left"), writing("x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

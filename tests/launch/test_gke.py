@@ -1,17 +1,18 @@
 """The JobSet manifests: their schema, and that names, ports and counts in them agree."""
 
-import re
-from pathlib import Path
-
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from workshop import LAUNCH
 
-GKE = Path(__file__).parents[2] / "launch" / "gke"
+GKE = LAUNCH / "gke"
 TPU = ["--type", "tpu-v6e-slice", "--topology", "8x8", "--slices", "2"]
+NAMED = ["--name", "a", "--image", "i"]
+ODD = ["--type", "t", "--topology", "3x3"]
 GPU = ["--type", "nvidia-h100-80gb", "--nodes", "4"]
 KINDS = {"tpu": TPU, "gpu": GPU}
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
 COUNT = {"type": "integer", "minimum": 1}
@@ -63,12 +64,9 @@ JOBSET = closed(
 @pytest.fixture
 def manifest(workshop):
     def render(kind, *options, words=("c.yaml", "--output", "/runs/a: b")):
-        done = workshop.run(
-            "gke.sh", "run", kind, "--name", "ppo-1", "--image", "r.dev/i:1", *KINDS[kind],
-            *options, "--dry-run", *words,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return yaml.safe_load(done.stdout)
+        named = ["--name", "ppo-1", "--image", "r.dev/i:1", *KINDS[kind]]
+        words = [*named, *options, "--dry-run", *words]
+        return yaml.safe_load(workshop.output("gke.sh", "run", kind, *words))
 
     return render
 
@@ -86,24 +84,23 @@ def strict(resource):
     kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def strict_job(spec):
+    strict({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": spec})
+
+
+@every_kind
 def test_manifest_is_a_jobset(manifest, kind):
     jobset = manifest(kind, "--queue", "team")
     jsonschema.validate(jobset, JOBSET)
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
-    strict(job | job_of(jobset)["template"])
-
-
-def test_schema_refuses_a_misspelt_key(manifest):
-    jobset = manifest("gpu")
+    spec = job_of(jobset)["template"]["spec"]
+    strict_job(spec)
+    assert "${" not in yaml.safe_dump(jobset)
     jobset["spec"]["failurePolicy"]["maxRestart"] = 1
     with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
         jsonschema.validate(jobset, JOBSET)
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
-    spec = job_of(jobset)["template"]["spec"]
     spec["template"]["spec"]["nodeSelectors"] = {}
     with pytest.raises(kubernetes_validate.ValidationError, match="nodeSelectors"):
-        strict(job | {"spec": spec})
+        strict_job(spec)
 
 
 def test_storage_is_a_claim():
@@ -112,7 +109,7 @@ def test_storage_is_a_claim():
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_manifest_ends_and_restarts_all_together(manifest, kind):
     jobset = manifest(kind)
     spec = job_of(jobset)["template"]["spec"]
@@ -123,35 +120,29 @@ def test_manifest_ends_and_restarts_all_together(manifest, kind):
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_manifest_runs_the_command(manifest, kind):
-    pod = pod_of(manifest(kind))
-    [container] = pod["containers"]
+@every_kind
+def test_manifest_runs_the_command_with_what_it_asks_for(manifest, kind):
+    jobset, other = manifest(kind), manifest(kind, "--claim", "mine", "--queue", "team")
+    [container] = pod_of(jobset)["containers"]
     assert container["args"] == ["train", "c.yaml", "--output", "/runs/a: b"]
     assert container["image"] == "r.dev/i:1"
     assert {"name": "DEVICE", "value": kind} in container["env"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounts == {volume["name"] for volume in pod["volumes"]}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_manifest_claims_the_disk(manifest, kind):
+    assert mounts == {volume["name"] for volume in pod_of(jobset)["volumes"]}
     claim = yaml.safe_load((GKE / "storage.yaml").read_text())["metadata"]["name"]
-    for options, name in (([], claim), (["--claim", "mine"], "mine")):
-        runs = next(v for v in pod_of(manifest(kind, *options))["volumes"] if v["name"] == "runs")
+    for made, name in ((jobset, claim), (other, "mine")):
+        [runs] = [volume for volume in pod_of(made)["volumes"] if volume["name"] == "runs"]
         assert runs["persistentVolumeClaim"]["claimName"] == name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_manifest_queue_is_optional(manifest, kind):
     label = "kueue.x-k8s.io/queue-name"
-    assert label not in manifest(kind)["metadata"]["labels"]
-    assert manifest(kind, "--queue", "team")["metadata"]["labels"][label] == "team"
+    assert label not in jobset["metadata"]["labels"]
+    assert other["metadata"]["labels"][label] == "team"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_manifest_leaves_no_hole(manifest, kind):
-    assert "${" not in yaml.safe_dump(manifest(kind))
+@every_kind
+def test_manifest_needs_no_role(kind):
+    text = (GKE / f"{kind}.yaml").read_text()
+    assert "serviceAccount" not in text
+    assert "no role" in text.replace("\n# ", " ")
 
 
 def test_tpu_slices_and_hosts(manifest):
@@ -191,17 +182,10 @@ def test_gpu_processes_find_the_first(manifest):
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_manifest_needs_no_role(manifest, kind):
-    text = (GKE / f"{kind}.yaml").read_text()
-    assert "serviceAccount" not in text
-    assert re.search(r"no role", text.replace("\n# ", " "))
-
-
 def test_run_applies(workshop):
     workshop.fake("kubectl", '#!/bin/bash\necho "$*"\ncat\n')
-    done = workshop.run("gke.sh", "run", "gpu", "--name", "a", "--image", "i", *GPU, "c.yaml")
-    assert done.stdout.startswith("apply -f -\n# A run on GPU nodes")
+    output = workshop.output("gke.sh", "run", "gpu", *NAMED, *GPU, "c.yaml")
+    assert output.startswith("apply -f -\n# A run on GPU nodes")
 
 
 def test_logs_and_delete(workshop):
@@ -222,25 +206,16 @@ def test_logs_and_delete(workshop):
     [
         (["run"], "run: tpu or gpu must follow"),
         (["run", "gpu", "--name", "a"], "--image is missing: give it, or set IMAGE"),
-        (["run", "gpu", "--name", "a", "--image", "i"], "--type is missing"),
-        (["run", "tpu", "--name", "a", "--image", "i", "--type", "t"], "--topology is missing"),
-        (["run", "gpu", "--name", "a", "--image", "i", *GPU], "CONFIG is missing"),
+        (["run", "gpu", *NAMED], "--type is missing"),
+        (["run", "tpu", *NAMED, "--type", "t"], "--topology is missing"),
+        (["run", "tpu", *NAMED, *ODD, "c"], "--topology 3x3: its 9 chips do not fill hosts of 4"),
+        (["run", "gpu", *NAMED, *GPU], "CONFIG is missing"),
         (["run", "gpu", "--name", "A"], "--name A: must be 1 to 40 of a-z, 0-9 and -"),
         (["run", "gpu", "--name", "a" * 41], f"--name {'a' * 41}: must be"),
-        (["run", "gpu", "--name", "a", "--image", "i", *GPU, "--chips", "x", "c"], "x: --slices"),
+        (["run", "gpu", *NAMED, *GPU, "--chips", "x", "c"], "x: --slices"),
         (["logs"], "--name is missing"),
     ],
 )
 def test_gke_refuses(workshop, words, message):
-    done = workshop.run("gke.sh", *words)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {message}")
-    assert workshop.calls() == []
-
-
-def test_topology_must_fill_the_hosts(workshop):
-    words = ["--name", "a", "--image", "i", "--type", "t", "--topology", "3x3", "c.yaml"]
-    done = workshop.run("gke.sh", "run", "tpu", *words)
-    assert done.returncode == 2
-    assert "its 9 chips do not fill hosts of 4" in done.stderr
+    assert workshop.refusal("gke.sh", *words).startswith(f"error: {message}")
     assert workshop.calls() == []

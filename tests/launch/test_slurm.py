@@ -2,12 +2,9 @@
 
 import re
 import signal
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "launch"
+from workshop import LAUNCH, ROOT, UNTIL_TERM
 
 JOB = {
     "SLURM_JOB_ID": "17",
@@ -32,9 +29,8 @@ echo "scancel $*" >"$FAKE_CALLS.signal"
 
 
 def test_slurm_asks_for():
-    options = dict(
-        re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", (LAUNCH / "slurm.sbatch").read_text(), re.M)
-    )
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, re.M))
     assert options["signal"] == "B:TERM@120"
     assert "requeue" in options
     assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
@@ -42,8 +38,7 @@ def test_slurm_asks_for():
 
 
 def test_slurm_starts_the_tasks(workshop):
-    done = workshop.run("slurm.sbatch", "x.yaml", "--steps", "3", **JOB)
-    assert done.returncode == 0, done.stderr
+    workshop.output("slurm.sbatch", "x.yaml", "--steps", "3", **JOB)
     [words] = workshop.calls()
     assert words[:5] == ["srun", "--kill-on-bad-exit=1", "--label", "--cpus-per-task=12", "bash"]
     assert words[-5:] == ["task", str(LAUNCH), "x.yaml", "--steps", "3"]
@@ -51,14 +46,11 @@ def test_slurm_starts_the_tasks(workshop):
 
 def test_slurm_task_trains(workshop):
     workshop.fake("srun", TASK)
-    python = workshop.fake(
-        "python", '#!/bin/bash\necho "${JAX_LOCAL_DEVICE_IDS-all by Slurm} $*"\n'
-    )
-    one = {"CUDA_VISIBLE_DEVICES": "0", "PYTHON": python}
-    done = workshop.run("slurm.sbatch", "x.yaml", **JOB, **one)
-    assert done.stdout == "all by Slurm -m jaxrlhf.apps.cli train x.yaml\n"
-    done = workshop.run("slurm.sbatch", "x.yaml", **JOB | {"SLURM_NTASKS_PER_NODE": "1"}, **one)
-    assert done.stdout == "0,1,2,3,4,5,6,7 -m jaxrlhf.apps.cli train x.yaml\n"
+    show = '#!/bin/bash\necho "${JAX_LOCAL_DEVICE_IDS-all by Slurm} $*"\n'
+    job = JOB | {"CUDA_VISIBLE_DEVICES": "0", "PYTHON": workshop.fake("python", show)}
+    for tasks, devices in (("8", "all by Slurm"), ("1", "0,1,2,3,4,5,6,7")):
+        output = workshop.output("slurm.sbatch", "x.yaml", **job | {"SLURM_NTASKS_PER_NODE": tasks})
+        assert output == f"{devices} -m jaxrlhf train x.yaml\n"
 
 
 def test_slurm_failure_is_not_queued_again(workshop):
@@ -71,10 +63,7 @@ def test_slurm_failure_is_not_queued_again(workshop):
 def test_slurm_is_queued_again_before_its_time_ends(workshop, count, queued):
     workshop.fake("srun", TASK)
     workshop.fake("scancel", SCANCEL)
-    python = workshop.fake(
-        "python",
-        "#!/bin/bash\ntrap 'echo saved; exit 0' TERM\necho up\nwhile true; do sleep .05; done\n",
-    )
+    python = workshop.fake("python", UNTIL_TERM.format(status=0))
     process = workshop.start(
         "slurm.sbatch", "x.yaml", **JOB, CUDA_VISIBLE_DEVICES="0", PYTHON=python,
         SLURM_RESTART_COUNT=count, MAX_REQUEUES="3",
@@ -84,12 +73,8 @@ def test_slurm_is_queued_again_before_its_time_ends(workshop, count, queued):
     output, errors = process.communicate(timeout=20)
     assert output.startswith("saved\n"), errors
     assert (workshop.calls_file.parent / "calls.signal").read_text() == "scancel --signal=TERM 17\n"
-    if queued:
-        assert process.returncode == 0, errors
-        assert workshop.calls() == [["scontrol", "requeue", "17"]]
-    else:
-        assert process.returncode == 2
-        assert workshop.calls() == []
+    assert process.returncode == (0 if queued else 2), errors
+    assert workshop.calls() == ([["scontrol", "requeue", "17"]] if queued else [])
 
 
 @pytest.mark.parametrize(
@@ -101,6 +86,4 @@ def test_slurm_is_queued_again_before_its_time_ends(workshop, count, queued):
     ],
 )
 def test_slurm_refuses(workshop, change, message):
-    done = workshop.run("slurm.sbatch", "x.yaml", **JOB | change)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in workshop.refusal("slurm.sbatch", "x.yaml", **JOB | change)

@@ -1,3 +1,6 @@
+"""A checkpoint comes back bit for bit, or is told to be damaged: whatever bit flips, whatever disk
+fills up, whenever the process is killed, and on whatever number of devices it is read."""
+
 import logging
 import os
 import random
@@ -17,7 +20,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import TrainState
-from jaxrlhf.mesh.checkpoint import Checkpoints, load
+from jaxrlhf.mesh.checkpoint import (
+    Checkpoints,
+    describe,
+    digest,
+    kind,
+    load,
+    named_leaves,
+    seal,
+    unseal,
+)
 
 # A read that fails on a damaged file leaves callbacks behind, which complain as they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -53,21 +65,78 @@ def fill(folder, steps=(1, 2), config=KEEP3):
             checkpoints.save(step, state_at(step), {"kl_coef": step / 10})
 
 
-def flip(path, bit):
-    raw = bytearray(path.read_bytes())
-    raw[bit // 8] ^= 1 << (bit % 8)
-    path.write_bytes(raw)
+def flipped(raw, bit):
+    changed = bytearray(raw)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
 
 
-def test_restore_nothing(tmp_path):
-    with Checkpoints(tmp_path / "new", KEEP3) as checkpoints:
-        assert checkpoints.latest() is None
-        assert checkpoints.restore(ABSTRACT) is None
+def laid(x, devices, *axes):
+    """``x`` over that many devices, split along the axis that is named "fsdp"."""
+    mesh = jax.make_mesh((devices,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+# What a checkpoint says of its arrays
+
+
+def test_digest_by_hand():
+    assert int(digest(jnp.array([[3, 0], [1, 2]], jnp.int32))) == 3 * 1 + 0 * 3 + 1 * 5 + 2 * 7
+    assert int(digest(jnp.array([1.0], jnp.float32))) == 0x3F800000
+    assert int(digest(jnp.array([-1, -1], jnp.int32))) == (0xFFFFFFFF * 4) % 2**32
+    assert int(digest(jnp.int32(5))) == 5
+    assert int(digest(jnp.array([1, 2, 3]))) != int(digest(jnp.array([2, 1, 3])))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
+def test_digest_any_flipped_bit(dtype):
+    x = np.asarray(jnp.arange(12).reshape(3, 4) % 2, dtype=dtype)
+    want = int(digest(x))
+    raw = x.tobytes()
+    for bit in range(1 if dtype == "bool" else 8 * len(raw)):
+        other = np.frombuffer(flipped(raw, bit), x.dtype).reshape(x.shape)
+        assert int(digest(other)) != want, bit
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_digest_sharding(devices):
+    x = jax.random.normal(jax.random.key(0), (16, 24))
+    for axes in (("fsdp",), (None, "fsdp")):
+        assert int(digest(laid(x, devices, *axes))) == int(digest(x))
+
+
+def test_named_leaves():
+    zero = jnp.zeros(())
+    state = TrainState(params={"a": zero}, opt_state=(None, {"b": zero}), step=zero, skipped=zero)
+    names = ["p.params.a", "p.opt_state.1.b", "p.step", "p.skipped"]
+    assert list(named_leaves({"p": state, "critic": None})) == names
+    with pytest.raises(ValueError, match="dotted path"):
+        named_leaves({"a.b": 1, "a": {"b": 2}})
+
+
+def test_kind_and_describe():
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    assert kind(x) == kind(jax.ShapeDtypeStruct(x.shape, x.dtype)) == "bfloat16[2, 3]"
+    assert describe({"x": x}) == {"x": {"kind": "bfloat16[2, 3]", "digest": 0x3F80 * 36}}
+
+
+def test_seal_roundtrip_and_change():
+    sealed = seal({"a": (1, 2), "b": {"c": float("inf")}, 3: "é"})
+    assert unseal(sealed) == {"a": [1, 2], "b": {"c": float("inf")}, "3": "é"}
+    sealed["note"]["a"][0] = 2
+    with pytest.raises(ValueError, match="not as it was saved"):
+        unseal(sealed)
+
+
+# Saved and restored
 
 
 def test_save_restore_roundtrip(tmp_path):
-    fill(tmp_path)
-    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+    with Checkpoints(tmp_path / "new", KEEP3) as checkpoints:
+        assert checkpoints.latest() is None
+        assert checkpoints.restore(ABSTRACT) is None
+    fill(tmp_path / "new")
+    with Checkpoints(tmp_path / "new", KEEP3) as checkpoints:
         assert checkpoints.latest() == 2
         step, state, host = checkpoints.restore(ABSTRACT)
     assert (step, host) == (2, {"kl_coef": 0.2})
@@ -79,49 +148,20 @@ def test_save_keeps_and_purges(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
 
-def test_save_again_is_nothing(tmp_path):
+def test_save_again_is_nothing_and_before_the_newest_refused(tmp_path):
     with Checkpoints(tmp_path, KEEP3) as checkpoints:
         for _ in range(2):
+            checkpoints.save(2, state_at(2), {})
+        checkpoints.wait()
+        checkpoints.save(2, state_at(2), {})
+        with pytest.raises(TypeError):
+            checkpoints.save(3, state_at(3), {"x": object()})
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        with pytest.raises(InputError, match="holds st"):
             checkpoints.save(1, state_at(1), {})
-        checkpoints.wait()
-        checkpoints.save(1, state_at(1), {})
-    with Checkpoints(tmp_path, KEEP3) as checkpoints:
         checkpoints.restore(ABSTRACT)
-        checkpoints.save(1, state_at(1), {})
+        checkpoints.save(2, state_at(2), {})
     assert checkpoints.failed == 0
-
-
-def test_amend_replaces_the_numbers_alone(tmp_path):
-    with Checkpoints(tmp_path, KEEP3) as checkpoints:
-        checkpoints.save(1, state_at(1), {"kl_coef": 0.1})
-        checkpoints.save(2, state_at(2), {"kl_coef": 0.2})
-        checkpoints.amend({"kl_coef": 0.2, "mean": 3.0})  # waits for the save in flight
-    for folder in (tmp_path / "2", tmp_path / "2" / "host"):
-        assert not list(folder.glob("*.part"))
-    step, state, host = load(tmp_path, ABSTRACT)
-    assert (step, host) == (2, {"kl_coef": 0.2, "mean": 3.0})
-    assert_equal(state, state_at(2))
-    shutil.rmtree(tmp_path / "2")
-    assert load(tmp_path, ABSTRACT)[2] == {"kl_coef": 0.1}
-
-
-def test_amend_that_cannot_write(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with Checkpoints(tmp_path, KEEP3) as checkpoints:
-        checkpoints.save(1, state_at(1), {"kl_coef": 0.1})
-        checkpoints.wait()
-        monkeypatch.setattr("jaxrlhf.mesh.checkpoint.write_atomic", full)
-        with pytest.raises(InputError, match="No space left on device; make room"):
-            checkpoints.amend({"kl_coef": 0.2})
-    assert load(tmp_path, ABSTRACT)[2] == {"kl_coef": 0.1}
-
-
-def test_save_before_newest(tmp_path):
-    fill(tmp_path)
-    with Checkpoints(tmp_path, KEEP3) as checkpoints, pytest.raises(InputError, match="holds st"):
-        checkpoints.save(1, state_at(1), {})
 
 
 def test_save_donated_afterwards(tmp_path):
@@ -138,9 +178,78 @@ def test_save_donated_afterwards(tmp_path):
         shutil.rmtree(tmp_path / str(2 - step))
 
 
-def test_save_host_not_json(tmp_path):
-    with Checkpoints(tmp_path, KEEP3) as checkpoints, pytest.raises(TypeError):
-        checkpoints.save(1, state_at(1), {"x": object()})
+def test_amend_replaces_the_numbers_alone(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        checkpoints.save(1, state_at(1), {"kl_coef": 0.1})
+        checkpoints.save(2, state_at(2), {"kl_coef": 0.2})
+        checkpoints.amend({"kl_coef": 0.2, "mean": 3.0})  # waits for the save in flight
+        monkeypatch.setattr("jaxrlhf.mesh.checkpoint.write_atomic", full)
+        with pytest.raises(InputError, match="No space left on device; make room"):
+            checkpoints.amend({"kl_coef": 0.3})
+    for folder in (tmp_path / "2", tmp_path / "2" / "host"):
+        assert not list(folder.glob("*.part"))
+    step, state, host = load(tmp_path, ABSTRACT)
+    assert (step, host) == (2, {"kl_coef": 0.2, "mean": 3.0})
+    assert_equal(state, state_at(2))
+    shutil.rmtree(tmp_path / "2")
+    assert load(tmp_path, ABSTRACT)[2] == {"kl_coef": 0.1}
+
+
+def test_load_part(tmp_path):
+    fill(tmp_path)
+    part = {"policy": {"params": ABSTRACT["policy"].params}}
+    step, state, host = load(tmp_path, part)
+    assert (step, host) == (2, {"kl_coef": 0.2})
+    assert_equal(state, {"policy": {"params": state_at(2)["policy"].params}})
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        load(tmp_path / "nowhere", part)
+
+
+def test_restore_other_device_counts(tmp_path):
+    values = np.asarray(jax.random.normal(jax.random.key(0), (16, 8)))
+    state = {}
+    for step, devices in enumerate((1, 8, 2)):
+        there = laid(values, devices, "fsdp")
+        with Checkpoints(tmp_path, KEEP3) as checkpoints:
+            if step > 0:
+                abstract = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=there.sharding)
+                before, state, _ = checkpoints.restore({"x": abstract})
+                assert before == step - 1
+                assert state["x"].sharding == there.sharding
+                assert len(state["x"].addressable_shards) == devices
+                np.testing.assert_array_equal(np.asarray(state["x"]), values)
+                np.testing.assert_allclose(jax.jit(jnp.sum)(state["x"]), values.sum(), rtol=1e-6)
+            checkpoints.save(step, state or {"x": there}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p | {"embed": jnp.zeros((8, 7))}, r"embed is float32\[8, 6\] there, fl.*\[8, 7"),
+        (lambda p: p | {"embed": p["embed"].astype(jnp.bfloat16)}, r"embed is float32.*bfloat16"),
+        (lambda p: p | {"head": jnp.zeros(2)}, r"head is absent there, float32\[2\] in this run"),
+        (lambda p: {"embed": p["embed"]}, r"bias is bfloat16\[3\] there, absent in this run"),
+    ],
+)
+def test_restore_other_state(tmp_path, change, message):
+    fill(tmp_path)
+
+    def other():
+        state = state_at(0)
+        policy = state["policy"].replace(params=change(state["policy"].params))
+        return state | {"policy": policy}
+
+    checkpoints = Checkpoints(tmp_path, KEEP3)
+    with pytest.raises(InputError, match=rf"policy\.params\.{message}") as error:
+        checkpoints.restore(jax.eval_shape(other))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "damaged").exists()
+
+
+# Damaged
 
 
 @pytest.mark.parametrize("damage", ["delete", "empty", "cut", "zero", "flip"])
@@ -149,13 +258,11 @@ def test_restore_damaged_falls_back(tmp_path, caplog, damage, where):
     fill(tmp_path)
     (path,) = (tmp_path / "2").glob(where)
     raw = path.read_bytes()
-    match damage:
-        case "delete":
-            path.unlink()
-        case "flip":
-            flip(path, 8 * (len(raw) // 2))
-        case _:
-            path.write_bytes({"empty": b"", "cut": raw[:-9], "zero": bytes(len(raw))}[damage])
+    path.unlink()
+    if damage != "delete":
+        half = flipped(raw, 8 * (len(raw) // 2))
+        wrong = {"empty": b"", "cut": raw[:-9], "zero": bytes(len(raw)), "flip": half}
+        path.write_bytes(wrong[damage])
     with Checkpoints(tmp_path, KEEP3) as checkpoints:
         step, state, host = checkpoints.restore(ABSTRACT)
         assert (step, host) == (1, {"kl_coef": 0.1})
@@ -177,8 +284,8 @@ def test_restore_any_flipped_bit(tmp_path, caplog):
         path = chance.choice(files)
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(tmp_path / "good", tmp_path / "bad")
-        bit = chance.randrange(8 * path.stat().st_size)
-        flip(tmp_path / "bad" / path.relative_to(tmp_path / "good"), bit)
+        bad = flipped(path.read_bytes(), chance.randrange(8 * path.stat().st_size))
+        (tmp_path / "bad" / path.relative_to(tmp_path / "good")).write_bytes(bad)
         step, state, host = load(tmp_path / "bad", ABSTRACT)
         assert host == {"kl_coef": step / 10}
         assert_equal(state, state_at(step))
@@ -217,62 +324,7 @@ def test_restore_ignores_unfinished(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p: p | {"embed": jnp.zeros((8, 7))}, r"embed is float32\[8, 6\] there, fl.*\[8, 7"),
-        (lambda p: p | {"embed": p["embed"].astype(jnp.bfloat16)}, r"embed is float32.*bfloat16"),
-        (lambda p: p | {"head": jnp.zeros(2)}, r"head is absent there, float32\[2\] in this run"),
-        (lambda p: {"embed": p["embed"]}, r"bias is bfloat16\[3\] there, absent in this run"),
-    ],
-)
-def test_restore_other_state(tmp_path, change, message):
-    fill(tmp_path)
-
-    def other():
-        state = state_at(0)
-        policy = state["policy"].replace(params=change(state["policy"].params))
-        return state | {"policy": policy}
-
-    checkpoints = Checkpoints(tmp_path, KEEP3)
-    with pytest.raises(InputError, match=rf"policy\.params\.{message}") as error:
-        checkpoints.restore(jax.eval_shape(other))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "damaged").exists()
-
-
-def test_restore_other_device_counts(tmp_path):
-    values = np.asarray(jax.random.normal(jax.random.key(0), (16, 8)))
-    total = values.sum()
-    for step, devices in enumerate((1, 8, 2)):
-        mesh = jax.make_mesh(
-            (devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
-        )
-        sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
-        with Checkpoints(tmp_path, KEEP3) as checkpoints:
-            if step == 0:
-                state = {"x": jax.device_put(values, sharding)}
-            else:
-                abstract = {"x": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding)}
-                found = checkpoints.restore(abstract)
-                assert found is not None
-                assert found[0] == step - 1
-                state = found[1]
-            assert state["x"].sharding == sharding
-            assert len(state["x"].addressable_shards) == devices
-            np.testing.assert_array_equal(np.asarray(state["x"]), values)
-            np.testing.assert_allclose(jax.jit(jnp.sum)(state["x"]), total, rtol=1e-6)
-            checkpoints.save(step, state, {})
-
-
-def test_load_part(tmp_path):
-    fill(tmp_path)
-    part = {"policy": {"params": ABSTRACT["policy"].params}}
-    step, state, host = load(tmp_path, part)
-    assert (step, host) == (2, {"kl_coef": 0.2})
-    assert_equal(state, {"policy": {"params": state_at(2)["policy"].params}})
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        load(tmp_path / "nowhere", part)
+# A disk that is full, lost or not there
 
 
 def test_checkpoints_unwritable(tmp_path):
@@ -304,39 +356,36 @@ def test_save_full_disk(tmp_path, caplog, full_disk):
         return {"x": jax.random.normal(jax.random.key(step), (512, 512))}
 
     abstract = jax.eval_shape(lambda: big(0))
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
-    checkpoints.save(1, big(1), {})
-    checkpoints.wait()
-    full_disk(True)
-    for step in (2, 3):
-        checkpoints.save(step, big(step), {})  # training goes on
-    with pytest.raises(InputError, match=r"step 3 could not be saved .* resumes from step 1"):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+        checkpoints.save(1, big(1), {})
         checkpoints.wait()
-    full_disk(False)
-    assert checkpoints.failed == 2
-    assert "step 2 could not be saved" in caplog.text
-    assert os.listdir(tmp_path) == ["1"]  # a failed save gives its space back
-    assert_equal(load(tmp_path, abstract)[1], big(1))
-    checkpoints.save(4, big(4), {})
-    checkpoints.wait()
-    checkpoints.close()
+        full_disk(True)
+        for step in (2, 3):
+            checkpoints.save(step, big(step), {})  # training goes on
+        with pytest.raises(InputError, match=r"step 3 could not be saved .* resumes from step 1"):
+            checkpoints.wait()
+        full_disk(False)
+        assert checkpoints.failed == 2
+        assert "step 2 could not be saved" in caplog.text
+        assert os.listdir(tmp_path) == ["1"]  # a failed save gives its space back
+        assert_equal(load(tmp_path, abstract)[1], big(1))
+        checkpoints.save(4, big(4), {})
     assert_equal(load(tmp_path, abstract)[1], big(4))
 
 
 def test_save_lost_disk(tmp_path):
     folder = tmp_path / "checkpoints"
-    checkpoints = Checkpoints(folder, KEEP3)
-    checkpoints.save(1, state_at(1), {})
-    checkpoints.wait()
-    shutil.rmtree(folder)
-    folder.write_text("no folder any more")
-    checkpoints.save(2, state_at(2), {})  # training goes on
-    assert checkpoints.failed == 1
-    with pytest.raises(InputError, match="step 2 could not be saved"):
+    with Checkpoints(folder, KEEP3) as checkpoints:
+        checkpoints.save(1, state_at(1), {})
         checkpoints.wait()
-    folder.unlink()
-    checkpoints.save(3, state_at(3), {})
-    checkpoints.close()
+        shutil.rmtree(folder)
+        folder.write_text("no folder any more")
+        checkpoints.save(2, state_at(2), {})  # training goes on
+        assert checkpoints.failed == 1
+        with pytest.raises(InputError, match="step 2 could not be saved"):
+            checkpoints.wait()
+        folder.unlink()
+        checkpoints.save(3, state_at(3), {})
     assert load(folder, ABSTRACT)[0] == 3
 
 
@@ -347,30 +396,25 @@ def one_save(folder, error=None):
             raise error
 
 
-def test_checkpoints_last_save_fails(tmp_path, full_disk):
-    full_disk(True)
-    with pytest.raises(InputError, match="step 1 could not be saved"):
-        one_save(tmp_path)
-
-
-def test_checkpoints_error_inside(tmp_path, full_disk):
-    """The save in flight is finished, and the run's own error is the one that is seen."""
+def test_checkpoints_end_with_the_last_save(tmp_path, full_disk):
+    """A save in flight is finished; the run's own error is the one that is seen."""
     with pytest.raises(KeyboardInterrupt):
         one_save(tmp_path, KeyboardInterrupt())
     assert os.listdir(tmp_path) == ["1"]
     full_disk(True)
+    with pytest.raises(InputError, match="step 1 could not be saved"):
+        one_save(tmp_path / "full")
     with pytest.raises(ZeroDivisionError):
         one_save(tmp_path / "full", ZeroDivisionError())
 
 
 TRAINER = """
 import sys, jax, jax.numpy as jnp
-from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.mesh.checkpoint import Checkpoints
 from jaxrlhf.config import CheckpointConfig
-from jaxrlhf.resume import lock
 update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
 start = lambda: {"w": jnp.arange(4096.), "opt": [jnp.zeros((64, 64)), jnp.int32(0)]}
-with lock(sys.argv[1]), Checkpoints(sys.argv[1], CheckpointConfig(keep=2)) as checkpoints:
+with Checkpoints(sys.argv[1], CheckpointConfig(keep=2)) as checkpoints:
     found = checkpoints.restore(jax.eval_shape(start))
     step, state, host = found or (0, start(), {"consumed": 0})
     assert int(state["opt"][1]) == step and host["consumed"] == 3 * step

@@ -1,6 +1,6 @@
-"""Layouts by name: what lies where, and that eight devices compute what one does."""
+"""Layouts by name: what lies where, on devices and in host memory, and that eight devices compute
+what one does."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -18,29 +18,29 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh.sharding import (
     DECODE,
     RULES,
+    at_hand,
     constrain,
     constrain_tree,
     devices_in_mesh,
     lay_out,
     length_shards,
     make_mesh,
+    on_host,
     put,
     put_rows,
+    row_layout,
     row_shards,
     shardings,
     spec,
+    to_host,
     tpu_slices,
     train_state_shardings,
+    with_layout,
 )
+from jaxrlhf.steps.update import policy_loss
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.update import make_optimizer, make_update, policy_loss
-
-CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(CUBE)
+from jaxrlhf.steps.update import make_optimizer, make_update
+from jaxrlhf.study.plan.hlo import parse, visits
 
 
 def all_weights(model):
@@ -224,6 +224,28 @@ def test_put_and_put_rows(mesh):
         jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
+# Host memory
+
+
+def test_to_host_and_at_hand_keep_every_bit_and_the_layout(mesh):
+    there = jax.device_put(np.arange(16.0), row_layout(mesh))
+    away = to_host({"x": there}, mesh, "f")
+    back = at_hand(away)["x"]
+    assert (on_host(there), on_host(away["x"]), on_host(back)) == (False, True, False)
+    assert back.sharding == there.sharding
+    np.testing.assert_array_equal(back, there)
+    assert at_hand({"x": there})["x"] is there
+    shape = jax.ShapeDtypeStruct((16,), np.float32, sharding=row_layout(mesh))
+    assert on_host(to_host(shape, mesh, "f"))
+    assert at_hand(to_host(shape, mesh, "f")) == shape
+
+
+def test_to_host_refuses_devices_without_such_memory(mesh, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.mesh.sharding.HOST", "tape")
+    with pytest.raises(InputError, match=r"reference\.offload: cpu devices have no tape memory"):
+        to_host({}, mesh, "reference.offload")
+
+
 # Training
 
 
@@ -293,55 +315,13 @@ def test_update_on_eight_devices_equals_one(capfd, model, params, lora, batch, m
 # Sampling
 
 
-def computations(text):
-    """Compiled HLO → the lines of each computation, by name.
-
-    A computation starts at the left margin, ``%name (…) -> … {`` (``ENTRY`` before the last one's),
-    and its instructions are indented.
-    """
-    found, name = {}, ""
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = head[1]
-            found[name] = []
-        elif line.startswith(" "):
-            found[name].append(line)
-    return found
-
-
-def called(lines):
-    """Names of the computations that these instructions call: loop bodies and conditions,
-    fusions, reductions, branches."""
-    names = re.findall(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)", "\n".join(lines))
-    for branches in re.findall(r"branch_computations=\{([^}]*)\}", "\n".join(lines)):
-        names += [name.strip().lstrip("%") for name in branches.split(",")]
-    return set(names)
-
-
-def inside_loops(text):
-    """The computations that run once an iteration of some while loop: those reachable from a
-    body or a condition."""
-    found = computations(text)
-    loops = [line for lines in found.values() for line in lines if " while(" in line]
-    todo, seen = called(loops), set()
-    while todo:
-        name = todo.pop()
-        seen.add(name)
-        todo |= called(found[name]) - seen
-    return {name: found[name] for name in seen}
-
-
 def test_sample_gathers_weights_once(model):
     """Weights split over eight devices are gathered before the decode loop, not in it: a gather
     in the body of a loop would move every weight for every token."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
 
     def abstract(shapes, axes):
-        return jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            shapes,
-            shardings(axes, mesh),
-        )
+        return with_layout(shapes, shardings(axes, mesh))
 
     params = abstract(*all_weights(model))
     lora = abstract(jax.eval_shape(model.init_lora, jax.random.key(0)), model.lora_axes())
@@ -351,12 +331,9 @@ def test_sample_gathers_weights_once(model):
     with jax.set_mesh(mesh):
         run = jax.jit(partial(sample, model, sample_config=config, value=True))
         text = run.lower(params, prompt, prompt, key, lora=lora).compile().as_text()
-
-    def gathers(found):
-        return [line for lines in found.values() for line in lines if " all-gather" in line]
-
-    loops = inside_loops(text)
-    assert any(" while(" in line for lines in loops.values() for line in lines)  # layers in decode
-    assert any(" dot(" in line for lines in loops.values() for line in lines)
-    assert len(gathers(computations(text))) >= 10  # each weight, once
-    assert gathers(loops) == []
+    seen = list(visits(parse(text), trips=8))
+    in_loops = {visit.op.opcode for visit in seen if visit.loops}
+    assert {"while", "dot"} <= in_loops  # the loop over layers, in that over tokens
+    gathers = [visit for visit in seen if visit.op.opcode.startswith("all-gather")]
+    assert len(gathers) >= 10  # each weight, once
+    assert [visit for visit in gathers if visit.loops] == []

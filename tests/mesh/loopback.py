@@ -12,7 +12,7 @@ import os, signal, sys, time
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxrlhf.config import Config, override
-from jaxrlhf.distributed import together
+from jaxrlhf.mesh.processes import together
 
 config = override(Config(), sys.argv[2:]).distributed
 with together(config) as watchdog:
