@@ -44,6 +44,9 @@ MASK = jnp.array(
 )
 """The prompt is in column 0, and up to 3 tokens follow."""
 
+KNOWN = MASK.at[4].set(0)
+"""The same without the row that has no reward."""
+
 LOGP = jnp.array(
     [
         [0, -1, -1, -1],
