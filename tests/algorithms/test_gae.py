@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf.algorithms import explained_variance, gae, value_loss
+from jaxrlhf.algorithms.gae import to_go
 from jaxrlhf.core import masked
 
 
@@ -165,3 +166,13 @@ def test_value_loss_metrics_give_explained_variance():
     spread = m["return_sq"] - m["return_mean"] ** 2
     wanted = explained_variance(value, returns, mask)
     np.testing.assert_allclose(1 - left / spread, wanted, rtol=1e-3)
+
+
+def test_to_go_hand_computed():
+    """γ = ½; the gap in row 1 costs no discount, and what it holds is not read."""
+    reward = jnp.array([[9.0, 1, 2, 4], [9, 1, jnp.nan, 4], [jnp.inf] * 4])
+    mask = jnp.array([[0, 1, 1, 1], [0, 1, 0, 1], [0] * 4])
+    wanted = [[0, 7, 6, 4], [0, 5, 0, 4], [0] * 4]
+    np.testing.assert_array_equal(to_go(reward, mask), wanted)
+    wanted = [[0, 3, 4, 4], [0, 3, 0, 4], [0] * 4]
+    np.testing.assert_array_equal(to_go(reward, mask, 0.5), wanted)

@@ -15,27 +15,41 @@ from jaxrlhf.config.algorithms import (
     RLOOConfig,
 )
 
+SCALED = [1.1338913, -0.7559276, -0.3779638, -0.7071064, 0, 0.7071064]
 
-def assert_spread(batch, advantage):
+
+@pytest.mark.parametrize(
+    ("config", "beta", "advantage", "weight"),
+    [
+        # scores 2, 1, 1.2 | .5, unknown, 3: .6, −.4, −.2 over √.28, and ∓1.25 over 1.25·√2
+        (GRPOConfig(), 0.1, SCALED, KNOWN / (5 * MASK.sum(1, keepdims=True))),
+        (DAPOConfig(), 0.0, SCALED, KNOWN / 11),
+        # returns 1.85, 1.1, 1.2 | .4, unknown, 3.1
+        (
+            GRPOConfig(kl_in="reward", kl_estimator="k1"),
+            0.1,
+            [1.145964, -0.695764, -0.450200, -0.707106, 0, 0.707106],
+            KNOWN / (5 * MASK.sum(1, keepdims=True)),
+        ),
+        (
+            DrGRPOConfig(length=10),
+            0.1,
+            [0.4666667, -0.2833333, -0.1833333, -1.35, 0, 1.35],
+            KNOWN / 50,
+        ),
+    ],
+)
+def test_group_targets_hand_computed(config, beta, advantage, weight):
     """The same on every token of a response."""
-    wanted = jnp.array(advantage)[:, None] * batch.mask_BT
+    batch, metrics = targets(config, beta=beta)
+    wanted = jnp.array(advantage)[:, None] * KNOWN
     np.testing.assert_allclose(batch.advantage_BT, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_grpo_targets_hand_computed():
-    """Scores 2, 1, 1.2 | .5, unknown, 3: .6, −.4, −.2 over √.28, and ∓1.25 over 1.25·√2."""
-    batch, metrics = targets(GRPOConfig())
-    assert_spread(batch, [1.1338913, -0.7559276, -0.3779638, -0.7071064, 0, 0.7071064])
-    np.testing.assert_allclose(batch.weight_BT, KNOWN / (5 * MASK.sum(1, keepdims=True)), rtol=1e-6)
-    np.testing.assert_array_equal(batch.kl_coef_B, jnp.full(6, 0.1))
+    np.testing.assert_allclose(batch.weight_BT, weight, rtol=1e-6)
     assert metrics["groups_without_signal"] == 0
-
-
-def test_grpo_targets_kl_in_reward():
-    """Returns 1.85, 1.1, 1.2 | .4, unknown, 3.1."""
-    batch, _ = targets(GRPOConfig(kl_in="reward", kl_estimator="k1"))
-    assert_spread(batch, [1.145964, -0.695764, -0.450200, -0.707106, 0, 0.707106])
-    assert batch.ref_logp_BT is None
+    if config.kl_in == "loss":
+        np.testing.assert_array_equal(batch.kl_coef_B, jnp.full(6, 0.1))
+    else:
+        assert batch.ref_logp_BT is None
 
 
 def test_grpo_targets_groups_without_signal():
@@ -78,15 +92,6 @@ def test_grpo_loss_clips(rows):
     np.testing.assert_allclose(loss_of(config, rows.logp, flipped), wanted, rtol=1e-5)
 
 
-def test_dr_grpo_targets_hand_computed():
-    """Returns 1.85, 1.1, 1.2 | .4, unknown, 3.1, minus the mean of their group."""
-    batch, metrics = targets(DrGRPOConfig(length=10))
-    wanted = jnp.array([0.4666667, -0.2833333, -0.1833333, -1.35, 0, 1.35])
-    np.testing.assert_allclose(batch.advantage_BT, wanted[:, None] * KNOWN, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(batch.weight_BT, KNOWN / 50, rtol=1e-6)
-    assert metrics["groups_without_signal"] == 0
-
-
 def test_dr_grpo_targets_keep_the_scale_of_scores():
     batch, _ = targets(DrGRPOConfig(), beta=0.0)
     moved, _ = targets(DrGRPOConfig(), reward=7 * REWARD - 3, beta=0.0)
@@ -105,15 +110,6 @@ def test_dr_grpo_is_rloo_up_to_a_factor():
         for config, batch in ((DrGRPOConfig(), dr), (RLOOConfig(), rloo))
     ]
     np.testing.assert_allclose(gradients[0], factor * gradients[1], rtol=1e-5, atol=1e-6)
-
-
-def test_dapo_targets_hand_computed():
-    """GRPO's advantages, token means: scores 2, 1, 1.2 | .5, unknown, 3."""
-    batch, metrics = targets(DAPOConfig(), beta=0.0)
-    wanted = jnp.array([1.1338913, -0.7559276, -0.3779638, -0.7071064, 0, 0.7071064])
-    np.testing.assert_allclose(batch.advantage_BT, wanted[:, None] * KNOWN, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(batch.weight_BT, KNOWN / 11, rtol=1e-6)
-    assert metrics["groups_without_signal"] == 0
 
 
 def test_dapo_targets_overlong_responses():

@@ -14,6 +14,7 @@ from responses import (
     REWARD,
     VALID,
     VALUE,
+    assert_tree_close,
     batch_of,
     group_of,
     loss_of,
@@ -81,10 +82,6 @@ def total(config, outputs, batch):
         more, other = algorithm.value_loss(outputs, batch)
         value, metrics = value + more, {**metrics, **other}
     return value, metrics
-
-
-def assert_tree_close(left, right, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), left, right)
 
 
 def columns(tree, change):

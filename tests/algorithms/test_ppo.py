@@ -6,14 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from responses import KNOWN, LOGP, MASK, REF, RETURNS, REWARD, VALUE, loss_of, rollout, targets
+from responses import (
+    KNOWN,
+    LOGP,
+    MASK,
+    REF,
+    RETURNS,
+    REWARD,
+    VALUE,
+    assert_tree_close,
+    loss_of,
+    rollout,
+    targets,
+)
 
 from jaxrlhf.algorithms import ALGORITHMS, ppo
+from jaxrlhf.algorithms.ppo import critic_loss
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.config.algorithms import A2CConfig, ReinforceConfig
 from jaxrlhf.core import masked
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.types import Outputs
+from jaxrlhf.core.types import Batch, Outputs
 
 PLAIN = PPOConfig(lam=1.0, whiten_advantages=False)
 CRITICS = pytest.mark.parametrize("config", [PLAIN, A2CConfig()], ids=["ppo", "a2c"])
@@ -146,7 +159,7 @@ def test_ppo_minibatches_and_devices_agree():
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     run = jax.jit(ppo(PPOConfig()).targets)
     results = (run(*given, {"kl_coef": 0.05}) for given in (args, jax.device_put(args, rows)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+    assert_tree_close(*results)
 
 
 def test_a2c_gradient_is_ppo_at_ratio_one():
@@ -172,3 +185,23 @@ def test_a2c_of_a_constant_value_is_reinforce_with_that_baseline(gamma):
     np.testing.assert_allclose(batch.advantage_BT, mean.advantage_BT, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(batch.return_BT, none.advantage_BT, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(batch.weight_BT, mean.weight_BT)
+
+
+@pytest.mark.parametrize(("clip", "wanted"), [(None, 0.5), (0.2, 0.75875)])
+def test_critic_loss_hand_computed(clip, wanted):
+    """Errors −1 and 1, clipped 1.3 and 1, under weights ¾ and ¼."""
+    zero = jnp.zeros((1, 2))
+    batch = Batch(
+        token_BT=zero,
+        attention_mask_BT=zero,
+        mask_BT=zero + 1,
+        old_logp_BT=zero,
+        advantage_BT=zero,
+        weight_BT=jnp.array([[0.75, 0.25]]),
+        return_BT=jnp.array([[0.0, 3]]),
+        old_value_BT=jnp.array([[1.5, 2]]),
+    )
+    loss, metrics = critic_loss(Outputs(zero, value_BT=jnp.array([[1.0, 2]])), batch, clip)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    assert metrics["value_loss"] == loss
+    np.testing.assert_allclose(metrics["value_clip_fraction"], 0 if clip is None else 0.75)

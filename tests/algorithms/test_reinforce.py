@@ -96,20 +96,19 @@ def test_reinforce_pp_targets_equal_returns():
 
 
 @pytest.mark.parametrize(
-    ("clip", "wanted"),
-    [({"clip_high": 0.05}, -1.05), ({"clip_high": 0.5}, -np.exp(0.1)), ({"clip_low": 0.5}, None)],
+    ("clip", "sign", "column", "wanted"),
+    [
+        ({"clip_high": 0.05}, 1, 0, -1.05),
+        ({"clip_high": 0.5}, 1, 0, -np.exp(0.1)),
+        ({"clip_low": 0.5}, -1, 1, np.exp(-0.5)),
+    ],
 )
-def test_reinforce_pp_loss_clips(rows, clip, wanted):
+def test_reinforce_pp_loss_clips(rows, clip, sign, column, wanted):
     """Token 0 of row 0 has ratio e^.1 and A = 1; with A = −1, token 1 has e^−.5."""
     config = ReinforcePPConfig(**clip)
-    batch = batch_of(rows, config)
-    if wanted is None:
-        wanted, sign, column = np.exp(-0.5), -1, 1
-    else:
-        sign, column = 1, 0
     one = jnp.zeros((2, 3)).at[0, column].set(1)
-    alone = batch.replace(weight_BT=one, advantage_BT=sign * jnp.ones((2, 3)))
-    np.testing.assert_allclose(loss_of(config, rows.logp, alone), wanted, rtol=1e-5)
+    batch = batch_of(rows, config).replace(weight_BT=one, advantage_BT=sign * jnp.ones((2, 3)))
+    np.testing.assert_allclose(loss_of(config, rows.logp, batch), wanted, rtol=1e-5)
 
 
 def test_rloo_targets_hand_computed():

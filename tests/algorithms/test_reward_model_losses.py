@@ -371,9 +371,9 @@ def test_ensemble_score_unknown():
 
 
 def test_reward_models_microbatches_add_up():
-    score, batch = jax.random.normal(jax.random.key(0), (6, 2)), pairs([0.1] * 6, [1 / 6] * 6)
+    noise, six = jax.random.normal(jax.random.key(0), (6, 2)), pairs([0.1] * 6, [1 / 6] * 6)
     for loss, score, batch in (
-        (reward_model(RewardModelConfig(centre_coef=0.01)).loss, score, batch),
+        (reward_model(RewardModelConfig(centre_coef=0.01)).loss, noise, six),
         (
             listwise_reward_model(ListwiseRewardModelConfig()).loss,
             RANKED_SCORE,
