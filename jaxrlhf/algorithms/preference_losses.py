@@ -54,7 +54,8 @@ def preference_loss(
     check_shapes(1, chosen_logp_B, rejected_logp_B, ref_chosen_logp_B, ref_rejected_logp_B)
     if kind not in PREFERENCE_KINDS:
         raise ValueError(f"kind={kind!r}: choose {', '.join(PREFERENCE_KINDS)}")
-    check_label_smoothing(label_smoothing)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: choose from 0 up to below 0.5")
     if label_smoothing and kind not in SMOOTHED_KINDS:
         readers = ", ".join(sorted(SMOOTHED_KINDS))
         raise ValueError(f"label_smoothing={label_smoothing:g}: kind={kind!r} has none: {readers}")
@@ -77,12 +78,6 @@ def pair_metrics(chosen_B: Array, rejected_B: Array) -> Metrics:
         "margin": chosen_B - rejected_B,
         "accuracy": (1 + jnp.sign(chosen_B - rejected_B)) / 2,
     }
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises ValueError unless 0 ≤ label_smoothing < ½."""
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: choose from 0 up to below 0.5")
 
 
 def sigmoid(
@@ -189,7 +184,11 @@ def orpo_loss(
       ``log_odds_ratio`` (nats).
     """
     chosen_B, rejected_B = _pair(chosen_mean_logp_B, rejected_mean_logp_B)
-    log_odds_ratio_B = _log_odds(chosen_B) - _log_odds(rejected_B)
+    # log odds = log p − log(1 − p), by log1p(−exp) or log(−expm1), whichever keeps its digits
+    log_odds_B, other_odds_B = (
+        x_B - jax.nn.log1mexp(jnp.maximum(-x_B, CLOSEST)) for x_B in (chosen_B, rejected_B)
+    )
+    log_odds_ratio_B = log_odds_B - other_odds_B
     loss_B = -beta * jax.nn.log_sigmoid(log_odds_ratio_B)
     metrics = pair_metrics(beta * chosen_B, beta * rejected_B)
     return loss_B, metrics | {"log_odds_ratio": log_odds_ratio_B}
@@ -237,11 +236,6 @@ def cpo_loss(
 def _pair(chosen_B: Array, rejected_B: Array) -> tuple[Array, Array]:
     check_shapes(1, chosen_B, rejected_B)
     return chosen_B.astype(jnp.float32), rejected_B.astype(jnp.float32)
-
-
-def _log_odds(logp: Array) -> Array:
-    """log p − log(1 − p), by log1p(−exp) or log(−expm1), whichever keeps its digits."""
-    return logp - jax.nn.log1mexp(jnp.maximum(-logp, CLOSEST))
 
 
 def kto_loss(

@@ -117,8 +117,8 @@ def ranked_pairs_loss(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Array:
     Returns:
       float32 [B], nats; 0 in rows in which all tie.
     """
-    difference_BKK, better_BKK = _compared(score_BK, rank_BK, mask_BK)
-    return _pair_mean(-jax.nn.log_sigmoid(difference_BKK), better_BKK)
+    difference_BP, better_BP = _compared(score_BK, rank_BK, mask_BK)
+    return masked.mean(-jax.nn.log_sigmoid(difference_BP), better_BP, axis=1)
 
 
 def ranked_accuracy(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Array:
@@ -127,24 +127,19 @@ def ranked_accuracy(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Array:
     Equal scores count one half, and so does a row in which all ranks tie. Arguments as in
     ``listwise_reward_loss``.
     """
-    difference_BKK, better_BKK = _compared(score_BK, rank_BK, mask_BK)
-    return (1 + _pair_mean(jnp.sign(difference_BKK), better_BKK)) / 2
-
-
-def _pair_mean(x_BKK: Array, mask_BKK: Array) -> Array:
-    """Mean over a row's pairs, [B]."""
-    rows = x_BKK.shape[0]
-    return masked.mean(x_BKK.reshape(rows, -1), mask_BKK.reshape(rows, -1), axis=1)
+    difference_BP, better_BP = _compared(score_BK, rank_BK, mask_BK)
+    return (1 + masked.mean(jnp.sign(difference_BP), better_BP, axis=1)) / 2
 
 
 def _compared(score_BK: Array, rank_BK: Array, mask_BK: Array) -> tuple[Array, Array]:
-    """s_i − s_j, and where i is ranked better than j, both [B, K, K] and real."""
+    """s_i − s_j, and where i is ranked better than j and both are real: all pairs, [B, K²]."""
     check_shapes(2, score_BK, rank_BK, mask_BK)
-    score_BK = masked.fill(score_BK, mask_BK)
-    real_BK = mask_BK != 0
+    score_BK, real_BK = masked.fill(score_BK, mask_BK), mask_BK != 0
+    difference_BKK = score_BK[:, :, None] - score_BK[:, None, :]
     better_BKK = rank_BK[:, :, None] < rank_BK[:, None, :]
     better_BKK &= real_BK[:, :, None] & real_BK[:, None, :]
-    return score_BK[:, :, None] - score_BK[:, None, :], better_BKK
+    rows = len(score_BK)
+    return difference_BKK.reshape(rows, -1), better_BKK.reshape(rows, -1)
 
 
 def listwise_reward_model(config: ListwiseRewardModelConfig) -> Algorithm:

@@ -12,17 +12,6 @@ from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import DPOConfig, OnlineDPOConfig
 from jaxrlhf.config.algorithms import BCOConfig, CPOConfig, KTOConfig, ORPOConfig, SimPOConfig
 
-
-def test_dpo_loss_unequal_lengths():
-    """log-ratios −1 + 3·.5 = .5 and −2 + 1 = −1; means over tokens: ⅙ and −1."""
-    logp = answers([[-0.2, -0.3, -0.5], [-2.0]])
-    batch = pair_batch(answers([[-0.5] * 3, [-1.0]]), [[3, 1]])
-    for mean, margin in ((False, 0.15), (True, 0.1 * 7 / 6)):
-        loss, metrics = run(DPOConfig(mean_logp=mean))(logp, batch)
-        np.testing.assert_allclose(metrics["margin"], margin, rtol=1e-5)
-        np.testing.assert_allclose(loss, np.log1p(np.exp(-margin)), rtol=1e-5)
-
-
 PLAIN = OnlineDPOConfig()
 
 
@@ -100,6 +89,16 @@ def test_dpo_loss_at_the_reference(config, loss, chosen, rejected):
     np.testing.assert_allclose(
         jax.grad(lambda x: run(config)(x, batch)[0])(logp), wanted, rtol=1e-5, atol=1e-8
     )
+
+
+def test_dpo_loss_unequal_lengths():
+    """log-ratios −1 + 3·.5 = .5 and −2 + 1 = −1; means over tokens: ⅙ and −1."""
+    logp = answers([[-0.2, -0.3, -0.5], [-2.0]])
+    batch = pair_batch(answers([[-0.5] * 3, [-1.0]]), [[3, 1]])
+    for mean, margin in ((False, 0.15), (True, 0.1 * 7 / 6)):
+        loss, metrics = run(DPOConfig(mean_logp=mean))(logp, batch)
+        np.testing.assert_allclose(metrics["margin"], margin, rtol=1e-5)
+        np.testing.assert_allclose(loss, np.log1p(np.exp(-margin)), rtol=1e-5)
 
 
 def test_online_dpo_targets_hand_computed():
