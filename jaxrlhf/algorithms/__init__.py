@@ -1,15 +1,18 @@
-"""What is learnt: arrays in, arrays out, no model.
+"""What is learnt: arrays in, arrays out. No model, no data, no device; imports core and config.
 
-Read ``algorithm`` (the record) and ``ppo`` (the longest one) first; the other files hold the
-formulas that they are made of, a family to a file.
+``algorithm`` is the record that each algorithm is. The formulas: ``kl`` (estimators, the penalty,
+β), ``gae`` (advantages and loss of a critic), ``groups`` (advantages of samples of one prompt),
+``policy_losses`` (clipped and plain), ``preference_losses``, ``optimal_policy`` (the optimum in
+closed form). ``on_policy`` is what all that sample share. The records, by family: ``ppo``,
+``reinforce``, ``grpo``, ``dpo``, ``reward_models``. Read ``ppo`` first: it is the longest one.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from jaxrlhf.algorithms.algorithm import Algorithm, Metrics, reweight
+from jaxrlhf.algorithms.algorithm import Algorithm, Metrics, reweight, sft
 from jaxrlhf.algorithms.dpo import bco, cpo, dpo, kto, online_dpo, orpo, simpo
-from jaxrlhf.algorithms.gae import explained_variance, gae
+from jaxrlhf.algorithms.gae import explained_variance, gae, value_loss
 from jaxrlhf.algorithms.groups import group_advantage, rloo_advantage
 from jaxrlhf.algorithms.grpo import cispo, dapo, dr_grpo, grpo, gspo
 from jaxrlhf.algorithms.kl import (
@@ -64,32 +67,14 @@ from jaxrlhf.algorithms.reward_models import (
     ranked_pairs_loss,
     reward_model,
 )
-from jaxrlhf.algorithms.sft import sft
-from jaxrlhf.algorithms.value_loss import value_loss
 
 ALGORITHMS: dict[str, Callable[[Any], Algorithm]] = {
-    "ppo": ppo,
-    "a2c": a2c,
-    "reinforce": reinforce,
-    "remax": remax,
-    "rloo": rloo,
-    "reinforce_pp": reinforce_pp,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "gspo": gspo,
-    "cispo": cispo,
-    "online_dpo": online_dpo,
-    "reward_model": reward_model,
-    "listwise_reward_model": listwise_reward_model,
-    "pointwise_reward_model": pointwise_reward_model,
-    "process_reward_model": process_reward_model,
-    "sft": sft,
-    "dpo": dpo,
-    "orpo": orpo,
-    "simpo": simpo,
-    "cpo": cpo,
-    "kto": kto,
-    "bco": bco,
+    make.__name__: make
+    for make in (
+        *(ppo, a2c, reinforce, remax, rloo, reinforce_pp),
+        *(grpo, dr_grpo, dapo, gspo, cispo, online_dpo),
+        *(reward_model, listwise_reward_model, pointwise_reward_model, process_reward_model),
+        *(sft, dpo, orpo, simpo, cpo, kto, bco),
+    )
 }
 """``ALGORITHMS[config.algorithm.name](config.algorithm)`` is the algorithm of a run."""

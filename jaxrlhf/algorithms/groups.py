@@ -49,16 +49,10 @@ def group_advantage(
 def rloo_advantage(reward_QG: Array, mask_QG: Array | None = None) -> Array:
     """r − mean of the *other* rewards of the group (REINFORCE leave-one-out; arXiv:2402.14740).
 
-    Args:
-      reward_QG: [Q, G], reward units; a row of G samples answers one prompt.
-      mask_QG: [Q, G], non-zero where the reward is known; None: everywhere. A reward that is not
-        finite counts as unknown in any case.
-
-    Returns:
-      float32 [Q, G], without gradient; 0 where the reward is unknown and in a group with fewer
-      than two known rewards.
+    Arguments and result as in ``group_advantage``, reward units.
     """
     reward_QG, mask_QG = _known(reward_QG, mask_QG)
+    # r − (Σ − r)/(n − 1) = (r − Σ/n)·n/(n − 1), so the group's own mean does
     count_Q1 = mask_QG.sum(1, keepdims=True)
     return masked.centre(reward_QG, mask_QG, axis=1) * count_Q1 / jnp.maximum(count_Q1 - 1, 1)
 

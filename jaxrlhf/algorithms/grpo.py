@@ -1,19 +1,14 @@
-"""Group-relative policy optimisation.
+"""Group-relative policy optimisation and its kin: which advantage, ratio and clip sets each apart.
 
-GRPO done right: without its biases of difficulty and of length.
-
-Decoupled clip and dynamic sampling policy optimisation.
-
-Group sequence policy optimisation.
-
-Clipped importance weights on the policy gradient."""
+All compare a response with the other samples of its prompt, and have no critic.
+"""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxrlhf.algorithms.algorithm import Algorithm, Targets
+from jaxrlhf.algorithms.algorithm import Algorithm, Loss
 from jaxrlhf.algorithms.groups import group_advantage
 from jaxrlhf.algorithms.on_policy import (
     Credit,
@@ -31,7 +26,6 @@ from jaxrlhf.config.algorithms import (
     DrGRPOConfig,
     GRPOConfig,
     GSPOConfig,
-    OnPolicyConfig,
 )
 
 
@@ -42,22 +36,7 @@ def grpo(config: GRPOConfig) -> Algorithm:
     direction (see ``kl_loss``). With ``kl_in: reward``, and k1 as by default there, the optimum is
     that of the KL-regularised objective.
     """
-    clipped = partial(ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
-    return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))
-
-
-def group_targets(config: OnPolicyConfig, scale: Literal["std", "none"] = "std") -> Targets:
-    """The targets of the GRPO family: ``group_advantage`` of the returns, on every token alike."""
-
-    def credit(priced: Priced) -> Credit:
-        rollout = priced.rollout
-        return_QG, known_QG = groups(priced.returns(), rollout), groups(priced.valid_B, rollout)
-        advantage_QG = group_advantage(return_QG, known_QG, scale)
-        silent = (jnp.abs(advantage_QG).max(1) == 0).mean(dtype=jnp.float32)
-        advantage_BT = spread(advantage_QG.reshape(-1), priced.mask_BT)
-        return Credit(advantage_BT, metrics={"groups_without_signal": silent})
-
-    return targets_of(config, credit)
+    return group_relative(config)
 
 
 def dr_grpo(config: DrGRPOConfig) -> Algorithm:
@@ -67,10 +46,7 @@ def dr_grpo(config: DrGRPOConfig) -> Algorithm:
     nearly never answered, and with ``aggregation: fixed`` not by the response's own length, which
     favours long wrong answers.
     """
-    clipped = partial(ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
-    return Algorithm(
-        group_targets(config, scale="none"), ratio_loss(config, clipped), needs=needs(config)
-    )
+    return group_relative(config, scale="none")
 
 
 def dapo(config: DAPOConfig) -> Algorithm:
@@ -79,8 +55,7 @@ def dapo(config: DAPOConfig) -> Algorithm:
     The loop samples on until data.batch_size groups have a signal (``rounds``); ``overlong_buffer``
     and ``mask_truncated`` are the paper's soft penalty and filter for long responses.
     """
-    clipped = partial(ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
-    return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))
+    return group_relative(config)
 
 
 def gspo(config: GSPOConfig) -> Algorithm:
@@ -88,10 +63,7 @@ def gspo(config: GSPOConfig) -> Algorithm:
 
     Clipping then takes or leaves whole responses.
     """
-    clipped = partial(
-        ppo_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high, ratio="sequence"
-    )
-    return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))
+    return group_relative(config, ratio="sequence")
 
 
 def cispo(config: CISPOConfig) -> Algorithm:
@@ -99,5 +71,25 @@ def cispo(config: CISPOConfig) -> Algorithm:
 
     Where PPO's clip stops a token's gradient, here only its weight is bounded.
     """
-    clipped = partial(cispo_loss, clip_low=config.clip_low, clip_high=config.clip_high)
-    return Algorithm(group_targets(config), ratio_loss(config, clipped), needs=needs(config))
+    return group_relative(config, cispo_loss)
+
+
+def group_relative(
+    config: GRPOConfig | DrGRPOConfig | DAPOConfig | GSPOConfig | CISPOConfig,
+    policy_loss: Loss = ppo_policy_loss,
+    scale: Literal["std", "none"] = "std",
+    **options: Any,
+) -> Algorithm:
+    """A policy loss of ``group_advantage`` of the returns, on every token alike."""
+
+    def credit(priced: Priced) -> Credit:
+        rollout = priced.rollout
+        return_QG, known_QG = groups(priced.returns(), rollout), groups(priced.valid_B, rollout)
+        advantage_QG = group_advantage(return_QG, known_QG, scale)
+        # all rewards of such a group are equal, so it teaches nothing
+        silent = (jnp.abs(advantage_QG).max(1) == 0).mean(dtype=jnp.float32)
+        advantage_BT = spread(advantage_QG.reshape(-1), priced.mask_BT)
+        return Credit(advantage_BT, metrics={"groups_without_signal": silent})
+
+    clipped = partial(policy_loss, clip_low=config.clip_low, clip_high=config.clip_high, **options)
+    return Algorithm(targets_of(config, credit), ratio_loss(config, clipped), needs=needs(config))

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithms.algorithm import check_shapes
 from jaxrlhf.config.algorithms import OnPolicyConfig
 from jaxrlhf.core import masked
 from jaxrlhf.core.errors import InputError
@@ -64,7 +65,8 @@ def kl_estimate(logp: Array, ref_logp: Array, kind: KLKind = "k1") -> Array:
             return d
         case "k2":
             return d**2 / 2
-        case "k3":  # expm1, because at small d the 1 would swallow d²/2
+        case "k3":
+            # bounded_exp(−d) − 1 + d, but by expm1: at small d the 1 would swallow d²/2
             bounded = jnp.minimum(-d, LIMIT)
             return jnp.expm1(bounded) + jnp.exp(bounded) * (-d - bounded) + d
     raise ValueError(f"kind={kind!r}: choose k1, k2 or k3")
@@ -97,8 +99,7 @@ def kl_loss(
     Raises:
       ValueError: ``kind="k1"`` without ``exact``.
     """
-    chex.assert_rank([logp_BT, ref_logp_BT, old_logp_BT, mask_BT, weight_BT], 2)
-    chex.assert_equal_shape([logp_BT, ref_logp_BT, old_logp_BT, mask_BT, weight_BT])
+    check_shapes(2, logp_BT, ref_logp_BT, old_logp_BT, mask_BT, weight_BT)
     if kind == "k1" and not exact:
         raise ValueError("kind='k1': its gradient is 0 on average: take k2, k3 or exact")
     weight_BT, logp_BT, ref_logp_BT, old_logp_BT = (
@@ -107,9 +108,11 @@ def kl_loss(
     value = (weight_BT * kl_estimate(logp_BT, ref_logp_BT, kind)).sum()
     if not exact:
         return value
+    # credit every token with the whole sequence's log-ratio: its choice moves later tokens' KL too
     gap_B1 = jax.lax.stop_gradient(logp_BT - ref_logp_BT).sum(1, keepdims=True)
     ratio_BT = bounded_exp(logp_BT - jax.lax.stop_gradient(old_logp_BT))
     surrogate = (weight_BT * gap_B1 * ratio_BT).sum()
+    # the estimator's value with the surrogate's gradient
     return jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate)
 
 
@@ -127,14 +130,14 @@ def token_rewards(reward_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | f
     """
     chex.assert_rank([reward_B, kl_BT, mask_BT], [1, 2, 2])
     mask_BT = mask_BT != 0
-    left_BT = jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1]  # tokens from here to the end
+    # tokens from here to the end: 1 on the last one, wherever gaps and padding are
+    left_BT = jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1]
     score_BT = jnp.broadcast_to(reward_B[:, None], mask_BT.shape)
     return masked.fill(score_BT, mask_BT & (left_BT == 1)) - beta * masked.fill(kl_BT, mask_BT)
 
 
-def fixed_kl(beta: float, kl: float, target: float, count: int, horizon: float) -> float:
+def fixed_kl(beta: float, *_: float) -> float:
     """β as it is: the controller that does not control."""
-    del kl, target, count, horizon
     return beta
 
 
@@ -161,6 +164,7 @@ def adaptive_kl(beta: float, kl: float, target: float, count: int, horizon: floa
         )
     if not math.isfinite(kl):
         return beta
+    # clipped, so that one odd rollout moves β by no more than a fifth of count/horizon
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * count / horizon)
 

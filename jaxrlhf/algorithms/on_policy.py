@@ -1,8 +1,4 @@
-"""Weights for learning from tokens that another distribution drew.
-
-What is taken off a score for a response that was cut off, or is long.
-
-What all algorithms that sample have in common.
+"""What all algorithms that sample have in common.
 
 Their ``targets`` is ``price``, then a credit of their own, then ``learnable`` (``targets_of``);
 their ``loss`` is a policy loss of their own, then ``penalised`` (``gradient_loss``,
@@ -10,109 +6,17 @@ their ``loss`` is a policy loss of their own, then ``penalised`` (``gradient_los
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.algorithms.algorithm import Metrics, Targets
+from jaxrlhf.algorithms.algorithm import Loss, Metrics, Targets, check_shapes
 from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate, kl_kind, kl_loss, token_rewards
 from jaxrlhf.algorithms.policy_losses import entropy_bonus, policy_gradient_loss
-from jaxrlhf.algorithms.value_loss import value_loss
 from jaxrlhf.config.algorithms import OnPolicyConfig
 from jaxrlhf.core import masked
 from jaxrlhf.core.types import Array, Batch, Outputs, Rollout
-
-
-def importance_weights(
-    logp_BT: Array,
-    behaviour_logp_BT: Array,
-    mask_BT: Array,
-    level: Literal["token", "sequence"] = "token",
-    mode: Literal["truncate", "mask"] = "truncate",
-    cap: float = 2.0,
-) -> Array:
-    """w = π/μ, bounded: π the policy that the loss is written for, μ the one that sampled.
-
-    Levels: ``token`` takes each token's own ratio: low variance, biased, because what the policies
-    think of the other tokens is left out. ``sequence`` gives all tokens of a row exp of the *sum*
-    of its log-ratios, the row's exact ratio: unbiased before it is bounded, and soon at its bounds
-    in long rows. The geometric mean (``ratio="sequence"`` of ``ppo_policy_loss``) is that ratio's
-    root, to the number of tokens: it stays near 1 and is no importance weight.
-
-    Modes: ``truncate`` is min(w, cap) (V-trace's ρ, Espeholt et al. 2018, arXiv:1802.01561; TIS,
-    Yao et al. 2025, fengyao.notion.site/off-policy-rl). ``mask`` is w where 1/cap ≤ w ≤ cap, else
-    0: a token on which the two disagree teaches nothing (IcePop, arXiv:2510.18855), though a mean
-    over tokens still counts it.
-
-    Args:
-      logp_BT: [B, T], nats, log π of each token.
-      behaviour_logp_BT: [B, T], nats, log μ of the same tokens; ``Rollout.sample_logp_BT``.
-      mask_BT: [B, T], non-zero on the tokens that learn; the other columns are never read.
-      level, mode: see above.
-      cap: the largest weight, a Python number; > 0, and ≥ 1 with ``mask``.
-
-    Returns:
-      float32 [B, T], without gradient; 0 where the mask is 0. A factor of a policy loss's
-      advantage or ``weight_BT``.
-
-    Raises:
-      ValueError: if ``level`` or ``mode`` is not one of its names, or ``cap`` is out of range.
-    """
-    chex.assert_rank([logp_BT, behaviour_logp_BT, mask_BT], 2)
-    chex.assert_equal_shape([logp_BT, behaviour_logp_BT, mask_BT])
-    if mode not in ("truncate", "mask"):
-        raise ValueError(f"mode={mode!r}: choose truncate or mask")
-    if not cap > 0 or (mode == "mask" and cap < 1):
-        raise ValueError(f"cap={cap}: must be > 0, and at least 1 with mode='mask'")
-    logp_BT, behaviour_logp_BT = (
-        jax.lax.stop_gradient(masked.fill(x, mask_BT)) for x in (logp_BT, behaviour_logp_BT)
-    )
-    log_ratio_BT = logp_BT - behaviour_logp_BT
-    if level == "sequence":
-        sum_B1 = log_ratio_BT.sum(1, keepdims=True)
-        log_ratio_BT = jnp.broadcast_to(sum_B1, log_ratio_BT.shape)
-    elif level != "token":
-        raise ValueError(f"level={level!r}: choose token or sequence")
-    weight_BT = bounded_exp(log_ratio_BT)
-    if mode == "truncate":
-        weight_BT = jnp.minimum(weight_BT, cap)
-    else:
-        weight_BT = jnp.where((weight_BT >= 1 / cap) & (weight_BT <= cap), weight_BT, 0)
-    return masked.fill(weight_BT, mask_BT)
-
-
-def score_penalty(config: OnPolicyConfig, rollout: Rollout) -> Array:
-    """``missing_eos_penalty`` and ``overlong_penalty`` of each response, float32 [B], reward units.
-
-    Samples pay it, and so does whatever else they are compared with.
-    """
-    penalty_B = jnp.where(rollout.ended_B, 0, jnp.float32(config.missing_eos_penalty))
-    if config.overlong_buffer:
-        penalty_B += overlong_penalty(rollout.mask_BT, config.overlong_buffer)
-    return penalty_B
-
-
-def overlong_penalty(mask_BT: Array, buffer: int) -> Array:
-    """Soft penalty on length, in tokens: 0 up to N − buffer, then linear up to 1 at N.
-
-    max(0, length − (N − buffer)) / buffer (DAPO; arXiv:2503.14476, equation 13), where N is the
-    most tokens that a response can have.
-
-    Args:
-      mask_BT: [B, T], 1 on the response's tokens; the first column of any response is that of all.
-      buffer: tokens, at least 1.
-
-    Returns:
-      float32 [B], from 0 to 1, reward units.
-    """
-    mask_BT = mask_BT != 0
-    most = mask_BT.shape[1] - jnp.argmax(mask_BT.any(0))
-    return jnp.clip((mask_BT.sum(1) - (most - buffer)) / buffer, 0, 1)
-
-
-Loss = Callable[[Outputs, Batch], tuple[Array, Metrics]]
 
 
 class Priced(NamedTuple):
@@ -152,49 +56,13 @@ def targets_of(config: OnPolicyConfig, credit: Callable[..., Credit]) -> Targets
       credit: Priced → Credit, with ``value_BT`` or ``baseline_B`` if the algorithm needs them.
     """
 
-    def targets(
-        rollout: Rollout,
-        ref_logp_BT: Array,
-        reward_B: Array,
-        valid_B: Array,
-        coefficients: dict[str, Array],
-        *given: Array,
-        **named: Array,
-    ) -> tuple[Batch, Metrics]:
-        priced = price(config, rollout, ref_logp_BT, reward_B, valid_B, coefficients)
-        found = credit(priced, *given, **named)
-        batch = learnable(config, priced, found.advantage_BT, found.return_BT, found.value_BT)
-        return jax.lax.stop_gradient((batch, priced.metrics | (found.metrics or {})))
+    def targets(*scored: Any, **given: Array) -> tuple[Batch, Metrics]:
+        priced = price(config, *scored)
+        found = credit(priced, **given)
+        metrics = priced.metrics | (found.metrics or {})
+        return jax.lax.stop_gradient((learnable(config, priced, found), metrics))
 
     return targets
-
-
-def gradient_loss(config: OnPolicyConfig) -> Loss:
-    """``policy_gradient_loss`` of a batch, ``penalised``."""
-
-    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, Metrics]:
-        total, metrics = policy_gradient_loss(
-            outputs.logp_BT, batch.advantage_BT, batch.mask_BT, weight_BT=batch.weight_BT
-        )
-        return penalised(config, total, metrics, outputs, batch)
-
-    return loss
-
-
-def ratio_loss(config: OnPolicyConfig, policy_loss: Callable[..., tuple[Array, Metrics]]) -> Loss:
-    """A policy loss in π/π_old of a batch (``ppo_policy_loss``, with its clips), ``penalised``."""
-
-    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, Metrics]:
-        total, metrics = policy_loss(
-            outputs.logp_BT,
-            batch.old_logp_BT,
-            batch.advantage_BT,
-            batch.mask_BT,
-            weight_BT=batch.weight_BT,
-        )
-        return penalised(config, total, metrics, outputs, batch)
-
-    return loss
 
 
 def price(
@@ -223,6 +91,7 @@ def price(
     logp_BT, ref_logp_BT = (masked.fill(x_BT, mask_BT) for x_BT in (rollout.logp_BT, ref_logp_BT))
     beta = jnp.asarray(coefficients["kl_coef"], jnp.float32)
     kl_BT = kl_estimate(logp_BT, ref_logp_BT, kl_kind(config))
+    # a KL that is in the loss is measured here all the same, and charged nothing
     charged = beta if config.kl_in == "reward" else jnp.zeros_like(beta)
     net_B = reward_B - score_penalty(config, rollout)
     reward_BT = token_rewards(net_B, kl_BT, mask_BT, charged)
@@ -245,6 +114,7 @@ def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metr
         "score": masked.mean(reward_B, valid_B),
         "score_std": jnp.sqrt(masked.variance(reward_B, valid_B)),
         "reward": masked.mean(priced.returns(), valid_B),
+        # k1 whatever the estimator that is charged: runs stay comparable
         "kl": masked.mean((logp_BT - ref_logp_BT).sum(1), valid_B),
         "kl_reward": masked.mean(-beta * kl_BT.sum(1), valid_B),
         "length": masked.mean(mask_BT.sum(1), valid_B),
@@ -256,23 +126,46 @@ def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metr
     }
 
 
-def learnable(
-    config: OnPolicyConfig,
-    priced: Priced,
-    advantage_BT: Array,
-    return_BT: Array | None = None,
-    value_BT: Array | None = None,
-) -> Batch:
-    """The Batch of a rollout, given its advantages [B, T].
+def score_penalty(config: OnPolicyConfig, rollout: Rollout) -> Array:
+    """``missing_eos_penalty`` and ``overlong_penalty`` of each response, float32 [B], reward units.
 
-    Off-policy weights go into the advantage: every policy loss here is linear in a non-negative
-    factor of it, clipped ones included. Truncated responses leave the mask here, if they do.
+    Samples pay it, and so does whatever else they are compared with.
     """
-    rollout, mask_BT = priced.rollout, priced.mask_BT
+    penalty_B = jnp.where(rollout.ended_B, 0, jnp.float32(config.missing_eos_penalty))
+    if config.overlong_buffer:
+        penalty_B += overlong_penalty(rollout.mask_BT, config.overlong_buffer)
+    return penalty_B
+
+
+def overlong_penalty(mask_BT: Array, buffer: int) -> Array:
+    """Soft penalty on length, in tokens: 0 up to N − buffer, then linear up to 1 at N.
+
+    max(0, length − (N − buffer)) / buffer (DAPO; arXiv:2503.14476, equation 13), where N is the
+    most tokens that a response can have.
+
+    Args:
+      mask_BT: [B, T], 1 on the response's tokens; the first column of any response is that of all.
+      buffer: tokens, at least 1.
+
+    Returns:
+      float32 [B], from 0 to 1, reward units.
+    """
+    mask_BT = mask_BT != 0
+    # prompts are left-padded, so N is what is right of the first column of any response
+    most = mask_BT.shape[1] - jnp.argmax(mask_BT.any(0))
+    return jnp.clip((mask_BT.sum(1) - (most - buffer)) / buffer, 0, 1)
+
+
+def learnable(config: OnPolicyConfig, priced: Priced, credit: Credit) -> Batch:
+    """The Batch of a rollout, given the credit of its tokens."""
+    rollout, mask_BT, advantage_BT = priced.rollout, priced.mask_BT, credit.advantage_BT
     if config.mask_truncated:
+        # only here, after the credit: in their groups' means these rewards still count
         mask_BT = mask_BT * rollout.ended_B[:, None]
     if config.off_policy != "none":
         level, _, mode = config.off_policy.partition("_")
+        # into the advantage: every policy loss here is linear in a non-negative factor of it,
+        # clipped ones included
         advantage_BT *= importance_weights(
             priced.logp_BT,
             masked.fill(rollout.sample_logp_BT, priced.mask_BT),
@@ -289,27 +182,86 @@ def learnable(
         old_logp_BT=priced.logp_BT,
         advantage_BT=masked.fill(advantage_BT, mask_BT),
         weight_BT=masked.weights(mask_BT, config.aggregation, config.length),
-        return_BT=return_BT,
-        old_value_BT=value_BT,
+        return_BT=credit.return_BT,
+        old_value_BT=credit.value_BT,
         ref_logp_BT=priced.ref_logp_BT if in_loss else None,
+        # one a row, because a batch is cut by rows
         kl_coef_B=jnp.broadcast_to(priced.kl_coef, mask_BT.shape[:1]) if in_loss else None,
     )
 
 
-def spread(x_B: Array, mask_BT: Array) -> Array:
-    """A number a response → the same on each of its tokens, float32 [B, T]."""
-    return masked.fill(jnp.broadcast_to(x_B[:, None], mask_BT.shape), mask_BT)
+def importance_weights(
+    logp_BT: Array,
+    behaviour_logp_BT: Array,
+    mask_BT: Array,
+    level: Literal["token", "sequence"] = "token",
+    mode: Literal["truncate", "mask"] = "truncate",
+    cap: float = 2.0,
+) -> Array:
+    """w = π/μ, bounded: π the policy that the loss is written for, μ the one that sampled.
 
+    Levels: ``token`` takes each token's own ratio: low variance, biased, because what the policies
+    think of the other tokens is left out. ``sequence`` gives all tokens of a row exp of the *sum*
+    of its log-ratios, the row's exact ratio: unbiased before it is bounded, and soon at its bounds
+    in long rows. The geometric mean (``ratio="sequence"`` of ``ppo_policy_loss``) is that ratio's
+    root, to the number of tokens: it stays near 1 and is no importance weight.
 
-def groups(x_B: Array, rollout: Rollout) -> Array:
-    """[B] → [Q, G].
+    Modes: ``truncate`` is min(w, cap) (V-trace's ρ, Espeholt et al. 2018, arXiv:1802.01561; TIS,
+    Yao et al. 2025, fengyao.notion.site/off-policy-rl). ``mask`` is w where 1/cap ≤ w ≤ cap, else
+    0: a token on which the two disagree teaches nothing (IcePop, arXiv:2510.18855), though a mean
+    over tokens still counts it.
+
+    Args:
+      logp_BT: [B, T], nats, log π of each token.
+      behaviour_logp_BT: [B, T], nats, log μ of the same tokens; ``Rollout.sample_logp_BT``.
+      mask_BT: [B, T], non-zero on the tokens that learn; the other columns are never read.
+      level, mode: see above.
+      cap: the largest weight, a Python number; > 0, and ≥ 1 with ``mask``.
+
+    Returns:
+      float32 [B, T], without gradient; 0 where the mask is 0. A factor of a policy loss's
+      advantage or ``weight_BT``.
 
     Raises:
-      ValueError: G < 2: nothing to compare a response with.
+      ValueError: if ``level`` or ``mode`` is not one of its names, or ``cap`` is out of range.
     """
-    if rollout.n < 2:
-        raise ValueError(f"sample.n={rollout.n}: a group needs at least 2 samples of a prompt")
-    return x_B.reshape(-1, rollout.n)
+    check_shapes(2, logp_BT, behaviour_logp_BT, mask_BT)
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level={level!r}: choose token or sequence")
+    if mode not in ("truncate", "mask"):
+        raise ValueError(f"mode={mode!r}: choose truncate or mask")
+    # not cap > 0: refuses NaN too
+    if not cap > 0 or (mode == "mask" and cap < 1):
+        raise ValueError(f"cap={cap}: must be > 0, and at least 1 with mode='mask'")
+    gap_BT = masked.fill(logp_BT, mask_BT) - masked.fill(behaviour_logp_BT, mask_BT)
+    if level == "sequence":
+        gap_BT = jnp.broadcast_to(gap_BT.sum(1, keepdims=True), gap_BT.shape)
+    weight_BT = bounded_exp(jax.lax.stop_gradient(gap_BT))
+    if mode == "truncate":
+        weight_BT = jnp.minimum(weight_BT, cap)
+    else:
+        weight_BT = jnp.where((weight_BT >= 1 / cap) & (weight_BT <= cap), weight_BT, 0)
+    return masked.fill(weight_BT, mask_BT)
+
+
+def ratio_loss(config: OnPolicyConfig, policy_loss: Loss) -> Loss:
+    """A policy loss in π/π_old of a batch (``ppo_policy_loss``, with its clips), ``penalised``."""
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, Metrics]:
+        arrays = (outputs.logp_BT, batch.old_logp_BT, batch.advantage_BT, batch.mask_BT)
+        total, metrics = policy_loss(*arrays, weight_BT=batch.weight_BT)
+        return penalised(config, total, metrics, outputs, batch)
+
+    return loss
+
+
+def gradient_loss(config: OnPolicyConfig) -> Loss:
+    """``policy_gradient_loss`` of a batch, ``penalised``: it has no use for old log-probs."""
+
+    def policy_loss(logp_BT: Array, _: Array, *rest: Any, **weights: Array):
+        return policy_gradient_loss(logp_BT, *rest, **weights)
+
+    return ratio_loss(config, policy_loss)
 
 
 def penalised(
@@ -335,35 +287,22 @@ def penalised(
     return loss, metrics
 
 
-def critic_loss(outputs: Outputs, batch: Batch, clip: float | None = None) -> tuple[Array, Metrics]:
-    """``value_loss`` of what a forward pass says, against a batch's returns."""
-    assert outputs.value_BT is not None  # "value" is in needs
-    assert batch.old_value_BT is not None
-    assert batch.return_BT is not None
-    loss, metrics = value_loss(
-        outputs.value_BT,
-        batch.old_value_BT,
-        batch.return_BT,
-        batch.mask_BT,
-        clip=clip,
-        weight_BT=batch.weight_BT,
-    )
-    return loss, metrics | {"value_loss": loss}
-
-
 def needs(config: OnPolicyConfig, *more: str) -> frozenset[str]:
     """What has to be computed for an algorithm with these settings."""
     return frozenset({"reference", *more, *(["entropy"] if config.entropy_coef else [])})
 
 
-def to_go(reward_BT: Array, mask_BT: Array, gamma: float = 1.0) -> Array:
-    """Σ over this and later tokens of γᵏ·r, float32 [B, T], 0 where the mask is 0."""
+def spread(x_B: Array, mask_BT: Array) -> Array:
+    """A number a response → the same on each of its tokens, float32 [B, T]."""
+    return masked.fill(jnp.broadcast_to(x_B[:, None], mask_BT.shape), mask_BT)
 
-    def step(later_B, column):
-        reward_B, mask_B = column
-        later_B = jnp.where(mask_B, reward_B + gamma * later_B, later_B)
-        return later_B, later_B
 
-    columns = (masked.fill(reward_BT, mask_BT).T, mask_BT.T != 0)
-    _, return_TB = jax.lax.scan(step, jnp.zeros(mask_BT.shape[0]), columns, reverse=True)
-    return masked.fill(return_TB.T, mask_BT)
+def groups(x_B: Array, rollout: Rollout) -> Array:
+    """[B] → [Q, G].
+
+    Raises:
+      ValueError: G < 2: nothing to compare a response with.
+    """
+    if rollout.n < 2:
+        raise ValueError(f"sample.n={rollout.n}: a group needs at least 2 samples of a prompt")
+    return x_B.reshape(-1, rollout.n)

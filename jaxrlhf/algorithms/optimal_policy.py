@@ -29,6 +29,7 @@ def optimal_policy(ref_logp_Y: Array, reward_Y: Array, beta: Array | float) -> t
     """
     chex.assert_equal_shape([ref_logp_Y, reward_Y])
     possible_Y = ref_logp_Y != -jnp.inf
+    # filled before the sum: π_ref = 0 there, but −inf + NaN is NaN, in the gradient too
     gain_Y = jnp.where(possible_Y, reward_Y, 0).astype(jnp.float32) / beta
     score_Y = ref_logp_Y.astype(jnp.float32) + gain_Y
     log_z = jax.nn.logsumexp(score_Y, axis=-1)
@@ -62,7 +63,7 @@ def best_of_n_kl(n: int) -> float:
     Raises:
       ValueError: if ``n`` is less than 1.
     """
-    _check_n(n)
+    _check_draws(n)
     return math.log(n) - (n - 1) / n
 
 
@@ -87,7 +88,7 @@ def best_of_n_logp(ref_logp_Y: Array, reward_Y: Array, n: int) -> Array:
       ValueError: if ``n`` is less than 1.
     """
     chex.assert_equal_shape([ref_logp_Y, reward_Y])
-    _check_n(n)
+    _check_draws(n)
     possible_Y = ref_logp_Y != -jnp.inf
     ref_logp_Y = jax.nn.log_softmax(jax.lax.stop_gradient(ref_logp_Y).astype(jnp.float32))
     reward_Y = jax.lax.stop_gradient(reward_Y)
@@ -96,7 +97,8 @@ def best_of_n_logp(ref_logp_Y: Array, reward_Y: Array, n: int) -> Array:
     equal_YY = reward_Y[..., None, :] == reward_Y[..., :, None]
     log_f_Y = jax.nn.logsumexp(jnp.where(no_better_YY, other_YY, -jnp.inf), axis=-1)
     log_g_Y = jax.nn.logsumexp(jnp.where(equal_YY, other_YY, -jnp.inf), axis=-1)
-    share_Y = jnp.minimum(jnp.exp(log_g_Y - log_f_Y), 1)  # G/F, so F₋ = F·(1 − share)
+    # Fⁿ − F₋ⁿ = Fⁿ·(1 − (1 − G/F)ⁿ), in logs: a rare best answer keeps its digits
+    share_Y = jnp.minimum(jnp.exp(log_g_Y - log_f_Y), 1)
     log_wins_Y = n * log_f_Y + jax.nn.log1mexp(-n * jnp.log1p(-share_Y))
     return jnp.where(possible_Y, ref_logp_Y - log_g_Y + log_wins_Y, -jnp.inf)
 
@@ -120,6 +122,7 @@ def importance_resample(key: Array, reward_QN: Array, beta: Array | float, count
     chex.assert_rank(reward_QN, 2)
     logit_QN = _log_weight(reward_QN, beta)
 
+    # the key by the row's number: a prompt draws the same whatever is beside it
     def draw(row: Array, logit_N: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(key, row), logit_N, shape=(count,))
 
@@ -139,10 +142,10 @@ def resampling_kl(reward_QN: Array, beta: Array | float) -> Array:
       float32 [Q], nats; 0 for a prompt without a known reward.
     """
     chex.assert_rank(reward_QN, 2)
-    known_QN = jnp.isfinite(reward_QN)
-    gain_QN = jnp.where(known_QN, reward_QN, 0).astype(jnp.float32) / beta
-    weight_QN = jnp.where(known_QN, jax.nn.softmax(_log_weight(reward_QN, beta)), 0)
-    return (weight_QN * gain_QN).sum(1) - log_z_estimate(reward_QN, beta)
+    logit_QN = _log_weight(reward_QN, beta)
+    # an unknown reward has weight 0, but 0·−inf is NaN
+    gain_QN = jnp.where(jnp.isfinite(reward_QN), logit_QN, 0)
+    return (jax.nn.softmax(logit_QN) * gain_QN).sum(1) - log_z_estimate(reward_QN, beta)
 
 
 def log_z_estimate(reward_QN: Array, beta: Array | float) -> Array:
@@ -169,6 +172,6 @@ def _log_weight(reward_QN: Array, beta: Array | float) -> Array:
     return jnp.where(known_QN | ~known_QN.any(1, keepdims=True), gain_QN, -jnp.inf)
 
 
-def _check_n(n: int) -> None:
+def _check_draws(n: int) -> None:
     if n < 1:
         raise ValueError(f"n={n}: the best of at least 1 sample")

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.algorithms.algorithm import Metrics
+from jaxrlhf.algorithms.algorithm import Metrics, check_shapes
 from jaxrlhf.algorithms.kl import bounded_exp, kl_estimate
 from jaxrlhf.config.algorithms import Aggregation
 from jaxrlhf.core import masked
@@ -51,27 +51,26 @@ def ppo_policy_loss(
     Raises:
       ValueError: if ``ratio`` or ``aggregation`` is not one of its names.
     """
-    chex.assert_rank([logp_BT, old_logp_BT, advantage_BT, mask_BT], 2)
-    chex.assert_equal_shape([logp_BT, old_logp_BT, advantage_BT, mask_BT])
     weight_BT = _weights(mask_BT, aggregation, length, weight_BT)
-    logp_BT = masked.fill(logp_BT, mask_BT)
-    old_logp_BT = jax.lax.stop_gradient(masked.fill(old_logp_BT, mask_BT))
-    advantage_BT = jax.lax.stop_gradient(masked.fill(advantage_BT, mask_BT))
-    log_ratio_BT = _log_ratio(logp_BT, old_logp_BT, mask_BT, ratio)
+    logp_BT, old_logp_BT, advantage_BT = _read(mask_BT, logp_BT, old_logp_BT, advantage_BT)
+    log_ratio_BT = logp_BT - old_logp_BT
+    if ratio == "sequence":
+        # log ρ of a row: its mean in value, each token's own log-prob in gradient
+        mean_B1 = masked.mean(log_ratio_BT, mask_BT, axis=1)[:, None]
+        log_ratio_BT = jax.lax.stop_gradient(mean_B1) + (logp_BT - jax.lax.stop_gradient(logp_BT))
+    elif ratio != "token":
+        raise ValueError(f"ratio={ratio!r}: choose token or sequence")
     ratio_BT = masked.fill(bounded_exp(log_ratio_BT), mask_BT, 1.0)
 
     free_BT = -ratio_BT * advantage_BT
     clipped_BT = -jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high) * advantage_BT
+    # the larger loss of the two: clipping takes away what would be gained, never what is lost
     loss_BT = jnp.maximum(free_BT, clipped_BT)
     if dual_clip is not None:
-        loss_BT = jnp.minimum(loss_BT, dual_clip * jnp.abs(advantage_BT))  # A > 0: loss < 0
-    kl_BT = kl_estimate(old_logp_BT, logp_BT, "k3")
-    return (weight_BT * loss_BT).sum(), {
-        "clip_fraction": (weight_BT * (loss_BT != free_BT)).sum(),
-        "approx_kl": (weight_BT * kl_BT).sum(),
-        "weight": weight_BT.sum(),
-        "ratio_max": jnp.max(ratio_BT, where=mask_BT != 0, initial=0),
-    }
+        # where A > 0 the loss is negative, so the bound acts on A < 0 alone
+        loss_BT = jnp.minimum(loss_BT, dual_clip * jnp.abs(advantage_BT))
+    metrics = _ratio_metrics(loss_BT != free_BT, ratio_BT, logp_BT, old_logp_BT, mask_BT, weight_BT)
+    return (weight_BT * loss_BT).sum(), metrics
 
 
 def cispo_loss(
@@ -90,22 +89,14 @@ def cispo_loss(
     Arguments and metrics as in ``ppo_policy_loss``; ``clip_fraction`` counts the tokens whose
     weight was clipped, which still learn.
     """
-    chex.assert_rank([logp_BT, old_logp_BT, advantage_BT, mask_BT], 2)
-    chex.assert_equal_shape([logp_BT, old_logp_BT, advantage_BT, mask_BT])
     weight_BT = _weights(mask_BT, aggregation, length, weight_BT)
-    logp_BT, old_logp_BT, advantage_BT = (
-        masked.fill(x, mask_BT) for x in (logp_BT, old_logp_BT, advantage_BT)
-    )
-    old_logp_BT, advantage_BT = jax.lax.stop_gradient((old_logp_BT, advantage_BT))
+    logp_BT, old_logp_BT, advantage_BT = _read(mask_BT, logp_BT, old_logp_BT, advantage_BT)
     ratio_BT = jax.lax.stop_gradient(bounded_exp(logp_BT - old_logp_BT))
     ratio_BT = masked.fill(ratio_BT, mask_BT, 1.0)
     clipped_BT = jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high)
-    return -(weight_BT * clipped_BT * advantage_BT * logp_BT).sum(), {
-        "clip_fraction": (weight_BT * (clipped_BT != ratio_BT)).sum(),
-        "approx_kl": (weight_BT * kl_estimate(old_logp_BT, logp_BT, "k3")).sum(),
-        "weight": weight_BT.sum(),
-        "ratio_max": jnp.max(ratio_BT, where=mask_BT != 0, initial=0),
-    }
+    clip_BT = clipped_BT != ratio_BT
+    metrics = _ratio_metrics(clip_BT, ratio_BT, logp_BT, old_logp_BT, mask_BT, weight_BT)
+    return -(weight_BT * clipped_BT * advantage_BT * logp_BT).sum(), metrics
 
 
 def policy_gradient_loss(
@@ -117,21 +108,13 @@ def policy_gradient_loss(
 ) -> tuple[Array, Metrics]:
     """−Σ weight·log π·A: minus the utility whose gradient is the policy gradient (REINFORCE, A2C).
 
-    Args:
-      logp_BT: [B, T], nats.
-      advantage_BT: [B, T]; no gradient flows into it.
-      mask_BT: [B, T], non-zero on the tokens that learn; the other columns are never read.
-      aggregation: as in ``masked.weights``; ``sequence_sum`` is the textbook's.
-      weight_BT: [B, T], ready-made weights; ``aggregation`` is then not read.
+    Arguments as in ``ppo_policy_loss``; ``aggregation="sequence_sum"`` is the textbook's.
 
     Returns:
       The loss, and sums under the weights: ``logp`` (nats) and ``weight``.
     """
-    chex.assert_rank([logp_BT, advantage_BT, mask_BT], 2)
-    chex.assert_equal_shape([logp_BT, advantage_BT, mask_BT])
     weight_BT = _weights(mask_BT, aggregation, None, weight_BT)
-    logp_BT = masked.fill(logp_BT, mask_BT)
-    advantage_BT = jax.lax.stop_gradient(masked.fill(advantage_BT, mask_BT))
+    logp_BT, advantage_BT = _read(mask_BT, logp_BT, advantage_BT)
     loss = -(weight_BT * logp_BT * advantage_BT).sum()
     return loss, {"logp": (weight_BT * logp_BT).sum(), "weight": weight_BT.sum()}
 
@@ -148,19 +131,34 @@ def entropy_bonus(entropy_BT: Array, mask_BT: Array, weight_BT: Array) -> Array:
     return (masked.fill(weight_BT, mask_BT) * masked.fill(entropy_BT, mask_BT)).sum()
 
 
-def _log_ratio(logp_BT: Array, old_logp_BT: Array, mask_BT: Array, ratio: str) -> Array:
-    """log ρ; a row's is its mean in value and each token's own log-prob in gradient."""
-    if ratio == "token":
-        return logp_BT - old_logp_BT
-    if ratio != "sequence":
-        raise ValueError(f"ratio={ratio!r}: choose token or sequence")
-    mean_B1 = masked.mean(logp_BT - old_logp_BT, mask_BT, axis=1)[:, None]
-    return jax.lax.stop_gradient(mean_B1) + (logp_BT - jax.lax.stop_gradient(logp_BT))
-
-
 def _weights(
     mask_BT: Array, aggregation: Aggregation, length: int | None, weight_BT: Array | None
 ) -> Array:
     if weight_BT is None:
         return masked.weights(mask_BT, aggregation, length)
     return masked.fill(weight_BT, mask_BT)
+
+
+def _read(mask_BT: Array, logp_BT: Array, *target_BT: Array) -> list[Array]:
+    """Log-probs and targets, 0 under the mask; no gradient flows into the targets."""
+    check_shapes(2, logp_BT, *target_BT, mask_BT)
+    # filled before anything is computed: a NaN times a weight of 0 would still be a NaN
+    filled = [masked.fill(x_BT, mask_BT) for x_BT in (logp_BT, *target_BT)]
+    return [filled[0], *jax.lax.stop_gradient(filled[1:])]
+
+
+def _ratio_metrics(
+    clip_BT: Array,
+    ratio_BT: Array,
+    logp_BT: Array,
+    old_logp_BT: Array,
+    mask_BT: Array,
+    weight_BT: Array,
+) -> Metrics:
+    return {
+        "clip_fraction": (weight_BT * clip_BT).sum(),
+        # π_old drew the tokens, so it comes first
+        "approx_kl": (weight_BT * kl_estimate(old_logp_BT, logp_BT, "k3")).sum(),
+        "weight": weight_BT.sum(),
+        "ratio_max": jnp.max(ratio_BT, where=mask_BT != 0, initial=0),
+    }

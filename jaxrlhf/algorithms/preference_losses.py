@@ -1,24 +1,18 @@
-"""The DPO family: a policy learnt from pairs of answers, against a reference, without a reward.
+"""Losses on whole answers: of pairs with a reference, of pairs without one, of single answers.
 
-Each kind is a function of the implicit rewards of the two answers, β·(log π − log π_ref).
-
-
-ORPO, SimPO and CPO: a policy learnt from pairs of answers without a reference.
-
-ORPO and CPO are meant with the negative log-likelihood of the chosen answer beside them. That term
-is an SFT loss and is added where the whole loss is put together, not here.
-
-
-KTO and BCO: a policy learnt from single answers, each marked as desirable or not."""
+With a reference they read the implicit rewards of the answers, β·(log π − log π_ref). Those
+without (ORPO, SimPO, CPO) leave out the negative log-likelihood that ORPO and CPO are meant with:
+it is added where the whole loss is put together. KTO and BCO learn from answers one by one, each
+marked as desirable or not.
+"""
 
 import math
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.algorithms.algorithm import Metrics
+from jaxrlhf.algorithms.algorithm import Metrics, check_shapes
 from jaxrlhf.algorithms.optimal_policy import implicit_reward
 from jaxrlhf.core import masked
 from jaxrlhf.core.types import Array
@@ -40,9 +34,8 @@ def preference_loss(
     functions below.
 
     Args:
-      chosen_logp_B: [B], nats, log π of the whole answer: the sum over its tokens, prompt excluded.
-        Pass means over tokens, here and in the other three, for the IPO that counts per token.
-      rejected_logp_B: [B], nats, of the other answer.
+      chosen_logp_B, rejected_logp_B: [B], nats, log π of whole answers: sums over their tokens,
+        prompt excluded. Pass means, here and in the other two, for the IPO that counts per token.
       ref_chosen_logp_B, ref_rejected_logp_B: [B], nats, log π_ref of the same answers; no gradient
         flows into them.
       beta: > 0, reward units a nat.
@@ -58,12 +51,11 @@ def preference_loss(
       ValueError: if ``kind`` is unknown, or ``label_smoothing`` is not in [0, ½) or is given to a
         kind that does not read it.
     """
-    inputs = [chosen_logp_B, rejected_logp_B, ref_chosen_logp_B, ref_rejected_logp_B]
-    chex.assert_rank(inputs, 1)
-    chex.assert_equal_shape(inputs)
+    check_shapes(1, chosen_logp_B, rejected_logp_B, ref_chosen_logp_B, ref_rejected_logp_B)
     if kind not in PREFERENCE_KINDS:
         raise ValueError(f"kind={kind!r}: choose {', '.join(PREFERENCE_KINDS)}")
-    check_label_smoothing(label_smoothing)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: choose from 0 up to below 0.5")
     if label_smoothing and kind not in SMOOTHED_KINDS:
         readers = ", ".join(sorted(SMOOTHED_KINDS))
         raise ValueError(f"label_smoothing={label_smoothing:g}: kind={kind!r} has none: {readers}")
@@ -75,14 +67,10 @@ def preference_loss(
 
 
 def pair_metrics(chosen_B: Array, rejected_B: Array) -> Metrics:
-    """What to watch of a pair, float32 [B] each: rewards, their difference, and who won.
+    """What to watch of the rewards [B] of a pair, float32 [B] each.
 
-    Args:
-      chosen_B, rejected_B: [B], rewards of the two answers.
-
-    Returns:
-      ``chosen_reward``, ``rejected_reward``, ``margin`` (chosen − rejected), all in reward units;
-      ``accuracy`` (1 where the chosen answer has the higher reward, a tie counts one half).
+    ``chosen_reward``, ``rejected_reward``, ``margin`` (chosen − rejected), all in reward units;
+    ``accuracy`` (1 where the chosen answer has the higher reward, a tie counts one half).
     """
     return {
         "chosen_reward": chosen_B,
@@ -92,33 +80,25 @@ def pair_metrics(chosen_B: Array, rejected_B: Array) -> Metrics:
     }
 
 
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises ValueError unless 0 ≤ label_smoothing < ½."""
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: choose from 0 up to below 0.5")
-
-
 def sigmoid(
-    chosen_B: Array, rejected_B: Array, beta: Array | float, label_smoothing: float = 0.0
+    chosen_B: Array, rejected_B: Array, _beta: Array | float, label_smoothing: float = 0.0
 ) -> Array:
     """−(1 − ε)·log σ(c − r) − ε·log σ(r − c) (DPO; arXiv:2305.18290, with ε > 0 its cDPO).
 
     Minimal where σ(c − r) = 1 − ε.
     """
-    del beta
     margin_B = chosen_B - rejected_B
     right_B, wrong_B = -jax.nn.log_sigmoid(margin_B), -jax.nn.log_sigmoid(-margin_B)
     return (1 - label_smoothing) * right_B + label_smoothing * wrong_B
 
 
 def robust(
-    chosen_B: Array, rejected_B: Array, beta: Array | float, label_smoothing: float = 0.0
+    chosen_B: Array, rejected_B: Array, _beta: Array | float, label_smoothing: float = 0.0
 ) -> Array:
     """(−(1 − ε)·log σ(c − r) + ε·log σ(r − c)) / (1 − 2ε) (robust DPO; arXiv:2403.00409).
 
     On labels of which a share ε is flipped, its mean is the DPO loss on the right ones.
     """
-    del beta
     margin_B = chosen_B - rejected_B
     right_B, wrong_B = -jax.nn.log_sigmoid(margin_B), -jax.nn.log_sigmoid(-margin_B)
     return ((1 - label_smoothing) * right_B - label_smoothing * wrong_B) / (1 - 2 * label_smoothing)
@@ -129,17 +109,16 @@ def ipo(chosen_B: Array, rejected_B: Array, beta: Array | float) -> Array:
     return ((chosen_B - rejected_B - 0.5) / beta) ** 2
 
 
-def hinge(chosen_B: Array, rejected_B: Array, beta: Array | float) -> Array:
+def hinge(chosen_B: Array, rejected_B: Array, _beta: Array | float) -> Array:
     """max(0, 1 − (c − r)) (SLiC; arXiv:2305.10425, relative to a reference as in 2309.06657).
 
     The paper's margin δ is 1/β nats.
     """
-    del beta
     return jax.nn.relu(1 - (chosen_B - rejected_B))
 
 
 def exo_pair(
-    chosen_B: Array, rejected_B: Array, beta: Array | float, label_smoothing: float
+    chosen_B: Array, rejected_B: Array, _beta: Array | float, label_smoothing: float
 ) -> Array:
     """KL((σ(c − r), σ(r − c)) ‖ (1 − ε, ε)), nats (EXO on pairs; arXiv:2402.00856, eq. 16).
 
@@ -148,9 +127,9 @@ def exo_pair(
     Raises:
       ValueError: if ``label_smoothing`` is 0, where the loss is infinite.
     """
-    del beta
     if label_smoothing == 0:
         raise ValueError("label_smoothing=0: exo_pair needs it to be > 0, 1e-3 is usual")
+    # by logs: p·(log p − log q) stays 0 where σ underflows
     log_win_B = jax.nn.log_sigmoid(chosen_B - rejected_B)
     log_lose_B = jax.nn.log_sigmoid(rejected_B - chosen_B)
     win_B = jnp.exp(log_win_B) * (log_win_B - math.log1p(-label_smoothing))
@@ -165,33 +144,24 @@ def sppo_hard(chosen_B: Array, rejected_B: Array, beta: Array | float) -> Array:
     return ((chosen_B - 0.5) / beta) ** 2 + ((rejected_B + 0.5) / beta) ** 2
 
 
-def apo_zero(chosen_B: Array, rejected_B: Array, beta: Array | float) -> Array:
+def apo_zero(chosen_B: Array, rejected_B: Array, _beta: Array | float) -> Array:
     """1 − σ(c) + σ(r): the chosen up, the rejected down (APO-zero; arXiv:2408.06266)."""
-    del beta
     return jax.nn.sigmoid(-chosen_B) + jax.nn.sigmoid(rejected_B)
 
 
-def apo_down(chosen_B: Array, rejected_B: Array, beta: Array | float) -> Array:
+def apo_down(chosen_B: Array, rejected_B: Array, _beta: Array | float) -> Array:
     """σ(c) + 1 − σ(c − r): the chosen down, the rejected more so (APO-down; arXiv:2408.06266)."""
-    del beta
     return jax.nn.sigmoid(chosen_B) + jax.nn.sigmoid(rejected_B - chosen_B)
 
 
 PREFERENCE_KINDS: dict[str, Callable[..., Array]] = {
-    "sigmoid": sigmoid,
-    "robust": robust,
-    "ipo": ipo,
-    "hinge": hinge,
-    "exo_pair": exo_pair,
-    "sppo_hard": sppo_hard,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
+    kind.__name__: kind
+    for kind in (sigmoid, robust, ipo, hinge, exo_pair, sppo_hard, apo_zero, apo_down)
 }
 """(chosen_B, rejected_B, beta) → loss_B, of implicit rewards c and r, float32 [B]."""
 
 SMOOTHED_KINDS = frozenset({"sigmoid", "robust", "exo_pair"})
 """Those that take ``label_smoothing`` (ε) as well."""
-
 
 CLOSEST = 1e-6
 """ORPO: nats that a mean log-prob is kept away from 0, where the odds are infinite."""
@@ -205,9 +175,8 @@ def orpo_loss(
     odds = p/(1 − p), p = exp(mean log-prob). The negative log-likelihood is not part of it.
 
     Args:
-      chosen_mean_logp_B: [B], nats a token, mean over the chosen answer's tokens; ≤ 0. Above −1e-6
-        it counts as −1e-6 in 1 − p, where the odds would be infinite.
-      rejected_mean_logp_B: [B], nats a token, of the other answer.
+      chosen_mean_logp_B, rejected_mean_logp_B: [B], nats a token, means over an answer's tokens;
+        ≤ 0. Above −1e-6 one counts as −1e-6 in 1 − p, where the odds would be infinite.
       beta: weight of the term (λ in the paper).
 
     Returns:
@@ -215,7 +184,11 @@ def orpo_loss(
       ``log_odds_ratio`` (nats).
     """
     chosen_B, rejected_B = _pair(chosen_mean_logp_B, rejected_mean_logp_B)
-    log_odds_ratio_B = _log_odds(chosen_B) - _log_odds(rejected_B)
+    # log odds = log p − log(1 − p), by log1p(−exp) or log(−expm1), whichever keeps its digits
+    log_odds_B, other_odds_B = (
+        x_B - jax.nn.log1mexp(jnp.maximum(-x_B, CLOSEST)) for x_B in (chosen_B, rejected_B)
+    )
+    log_odds_ratio_B = log_odds_B - other_odds_B
     loss_B = -beta * jax.nn.log_sigmoid(log_odds_ratio_B)
     metrics = pair_metrics(beta * chosen_B, beta * rejected_B)
     return loss_B, metrics | {"log_odds_ratio": log_odds_ratio_B}
@@ -230,8 +203,7 @@ def simpo_loss(
     """−log σ(β·(chosen − rejected) − γ), of mean log-probs (SimPO; arXiv:2405.14734).
 
     Args:
-      chosen_mean_logp_B: [B], nats a token, mean over the chosen answer's tokens.
-      rejected_mean_logp_B: [B], nats a token, of the other answer.
+      chosen_mean_logp_B, rejected_mean_logp_B: [B], nats a token, means over an answer's tokens.
       beta: reward units per nat a token; 2 to 10 in the paper, as means are small.
       gamma: target margin in reward units, that is after β: γ/β nats a token. Where a ratio γ/β is
         quoted instead, multiply it by β.
@@ -252,35 +224,18 @@ def cpo_loss(
 ) -> tuple[Array, Metrics]:
     """−log σ(β·(chosen − rejected)): DPO with a uniform reference (CPO; arXiv:2401.08417).
 
-    The negative log-likelihood is not part of it.
-
-    Args:
-      chosen_logp_B: [B], nats, sum over the chosen answer's tokens.
-      rejected_logp_B: [B], nats, of the other answer.
-      beta: reward units a nat.
-      label_smoothing: as in ``preference_loss`` with kind ``sigmoid``.
-
-    Returns:
-      float32 [B], nats, and the metrics of ``pair_metrics`` for rewards β·log π.
-
-    Raises:
-      ValueError: if ``label_smoothing`` is not in [0, ½).
+    The negative log-likelihood is not part of it. Arguments, result and errors as in
+    ``preference_loss`` with kind ``sigmoid``; the rewards of the metrics are β·log π.
     """
-    check_label_smoothing(label_smoothing)
-    chosen_B, rejected_B = (beta * x_B for x_B in _pair(chosen_logp_B, rejected_logp_B))
-    loss_B = sigmoid(chosen_B, rejected_B, beta, label_smoothing)
-    return loss_B, pair_metrics(chosen_B, rejected_B)
+    # what a uniform reference says of the two answers is alike and cancels: 0 will do
+    same_B = jnp.zeros_like(chosen_logp_B)
+    pair = (chosen_logp_B, rejected_logp_B, same_B, same_B)
+    return preference_loss(*pair, beta, "sigmoid", label_smoothing)
 
 
 def _pair(chosen_B: Array, rejected_B: Array) -> tuple[Array, Array]:
-    chex.assert_rank([chosen_B, rejected_B], 1)
-    chex.assert_equal_shape([chosen_B, rejected_B])
+    check_shapes(1, chosen_B, rejected_B)
     return chosen_B.astype(jnp.float32), rejected_B.astype(jnp.float32)
-
-
-def _log_odds(logp: Array) -> Array:
-    """log p − log(1 − p), by log1p(−exp) or log(−expm1), whichever keeps its digits."""
-    return logp - jax.nn.log1mexp(jnp.maximum(-logp, CLOSEST))
 
 
 def kto_loss(
@@ -315,15 +270,14 @@ def kto_loss(
       float32 [B] and metrics [B], all 0 in rows that do not count: those of ``unpaired_metrics``
       and ``kl``, z₀ in nats.
     """
-    inputs = [logp_B, ref_logp_B, desirable_B, kl_logp_B, kl_ref_logp_B]
-    chex.assert_rank(inputs, 1)
-    chex.assert_equal_shape(inputs)
-    valid_B = _valid(valid_B, logp_B)
+    valid_B = _valid(valid_B, logp_B, ref_logp_B, desirable_B, kl_logp_B, kl_ref_logp_B)
+    # filled first: a NaN in a row that does not count would come back in the gradient
     logp_B, ref_logp_B, kl_logp_B, kl_ref_logp_B = (
         masked.fill(x, valid_B) for x in (logp_B, ref_logp_B, kl_logp_B, kl_ref_logp_B)
     )
-    mean = masked.mean(jax.lax.stop_gradient(kl_logp_B - kl_ref_logp_B), valid_B)
-    z0 = jnp.maximum(mean, 0)
+    # an estimate of a KL may come out negative, a KL never is
+    mismatched_B = jax.lax.stop_gradient(kl_logp_B - kl_ref_logp_B)
+    z0 = jnp.maximum(masked.mean(mismatched_B, valid_B), 0)
     reward_B = implicit_reward(logp_B, ref_logp_B, beta)
     gap_B = reward_B - beta * z0
     loss_B = jnp.where(
@@ -355,9 +309,7 @@ def bco_loss(
     Returns:
       float32 [B], nats, and the metrics of ``unpaired_metrics``; 0 in rows that do not count.
     """
-    chex.assert_rank([logp_B, ref_logp_B, desirable_B], 1)
-    chex.assert_equal_shape([logp_B, ref_logp_B, desirable_B])
-    valid_B = _valid(valid_B, logp_B)
+    valid_B = _valid(valid_B, logp_B, ref_logp_B, desirable_B)
     reward_B = implicit_reward(masked.fill(logp_B, valid_B), masked.fill(ref_logp_B, valid_B), beta)
     gap_B = reward_B - jax.lax.stop_gradient(shift)
     loss_B = -jax.nn.log_sigmoid(jnp.where(desirable_B != 0, gap_B, -gap_B))
@@ -382,26 +334,20 @@ def bco_shift(
     Returns:
       float32 scalar, without gradient.
     """
-    chex.assert_rank([logp_B, ref_logp_B, desirable_B], 1)
-    chex.assert_equal_shape([logp_B, ref_logp_B, desirable_B])
-    valid_B = _valid(valid_B, logp_B)
+    valid_B = _valid(valid_B, logp_B, ref_logp_B, desirable_B)
     reward_B = jax.lax.stop_gradient(implicit_reward(logp_B, ref_logp_B, beta))
+    # each class by its own mean, or δ would follow the larger one
     classes = [valid_B & (desirable_B != 0), valid_B & (desirable_B == 0)]
     present = sum(class_B.any() for class_B in classes)
     return sum(masked.mean(reward_B, class_B) for class_B in classes) / jnp.maximum(present, 1)
 
 
 def unpaired_metrics(reward_B: Array, desirable_B: Array, valid_B: Array) -> Metrics:
-    """What to watch of single answers, float32 [B] each, 0 in rows that do not count.
+    """What to watch of the implicit rewards [B] of single answers, 0 in rows that do not count.
 
-    Args:
-      reward_B: [B], implicit rewards.
-      desirable_B, valid_B: [B], non-zero where desirable, and where the row counts.
-
-    Returns:
-      ``reward``; ``desirable_reward`` and ``undesirable_reward``, the same with 0 in rows of the
-      other class; ``desirable``, 1 in rows of that class: the mean reward of desirable answers is
-      mean ``desirable_reward`` / mean ``desirable``.
+    ``reward``; ``desirable_reward`` and ``undesirable_reward``, the same with 0 in rows of the
+    other class; ``desirable``, 1 in rows of that class: the mean reward of desirable answers is
+    mean ``desirable_reward`` / mean ``desirable``. All float32 [B].
     """
     desirable_B = desirable_B != 0
     return {
@@ -412,9 +358,8 @@ def unpaired_metrics(reward_B: Array, desirable_B: Array, valid_B: Array) -> Met
     }
 
 
-def _valid(valid_B: Array | None, like_B: Array) -> Array:
-    """The rows that count, bool."""
-    if valid_B is None:
-        return jnp.ones(like_B.shape, bool)
-    chex.assert_equal_shape([valid_B, like_B])
-    return valid_B != 0
+def _valid(valid_B: Array | None, *array_B: Array) -> Array:
+    """The rows that count, bool, of arrays that are alike."""
+    valid_B = jnp.ones(array_B[0].shape, bool) if valid_B is None else valid_B != 0
+    check_shapes(1, *array_B, valid_B)
+    return valid_B

@@ -1,16 +1,11 @@
-"""REINFORCE, with and without a baseline.
-
-REINFORCE++: no critic, statistics of the whole rollout, PPO's clip.
-
-REINFORCE leave-one-out.
-
-ReMax: the greedy response is the baseline."""
+"""REINFORCE and its kin: no critic, each with a baseline of its own."""
 
 from functools import partial
 
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.algorithm import Algorithm, Metrics
+from jaxrlhf.algorithms.gae import to_go
 from jaxrlhf.algorithms.groups import rloo_advantage
 from jaxrlhf.algorithms.on_policy import (
     Credit,
@@ -22,7 +17,6 @@ from jaxrlhf.algorithms.on_policy import (
     score_penalty,
     spread,
     targets_of,
-    to_go,
 )
 from jaxrlhf.algorithms.policy_losses import ppo_policy_loss
 from jaxrlhf.config.algorithms import (
@@ -45,19 +39,17 @@ def reinforce(config: ReinforceConfig) -> Algorithm:
     """
 
     def credit(priced: Priced) -> Credit:
-        advantage_BT = to_go(priced.reward_BT, priced.mask_BT, config.gamma)
+        mask_BT = priced.mask_BT
+        advantage_BT = to_go(priced.reward_BT, mask_BT, config.gamma)
         if config.baseline == "mean":
-            first_B = masked.sum(advantage_BT, _first(priced.mask_BT), axis=1)
-            baseline = masked.mean(first_B, priced.mask_BT.any(1))
-            advantage_BT = masked.fill(advantage_BT - baseline, priced.mask_BT)
+            # not column P: where a tool wrote the first tokens, the policy's first one comes later
+            first_BT = (mask_BT != 0) & (jnp.cumsum(mask_BT != 0, axis=1) == 1)
+            first_B = masked.sum(advantage_BT, first_BT, axis=1)
+            baseline = masked.mean(first_B, mask_BT.any(1))
+            advantage_BT = masked.fill(advantage_BT - baseline, mask_BT)
         return Credit(advantage_BT)
 
     return Algorithm(targets_of(config, credit), gradient_loss(config), needs=needs(config))
-
-
-def _first(mask_BT: Array) -> Array:
-    """bool [B, T], True in the column of each row's first token."""
-    return (mask_BT != 0) & (jnp.cumsum(mask_BT != 0, axis=1) == 1)
 
 
 def reinforce_pp(config: ReinforcePPConfig) -> Algorithm:
@@ -110,8 +102,11 @@ def remax(config: ReMaxConfig) -> Algorithm:
     ) -> tuple[Batch, Metrics]:
         if baseline_B is None:
             raise InputError("baseline_B=None: remax needs the scores of the greedy responses")
+        # before the rollout is priced, so that such a row has no part in any mean either
         valid_B = (valid_B != 0) & jnp.isfinite(baseline_B)
-        return compared(rollout, ref_logp_BT, reward_B, valid_B, coefficients, baseline_B)
+        return compared(
+            rollout, ref_logp_BT, reward_B, valid_B, coefficients, baseline_B=baseline_B
+        )
 
     return Algorithm(targets, gradient_loss(config), needs=needs(config, "greedy"))
 

@@ -1,12 +1,8 @@
-"""Reward models: a scalar for a whole response, learnt from preference pairs.
+"""Reward models of every kind: of pairs, rankings, numbers and steps; and several as one.
 
-Reward models learnt from a ranking of several responses to a prompt.
-
-Reward models learnt from answers that have a number each: regression and classification.
-
-Process reward models: a score at the end of every step of an answer.
-
-Several reward models' scores as one: an answer to reward hacking."""
+Each kind is a loss on scores, and the record that learns by it from a batch: Σ weight·loss over
+rows, with the metrics as sums under the same weights (``weighted``).
+"""
 
 from typing import Literal
 
@@ -15,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.algorithms.algorithm import Algorithm, Metrics
+from jaxrlhf.algorithms.algorithm import Algorithm, Metrics, check_shapes, weighted
 from jaxrlhf.config.algorithms import (
     ListwiseRewardModelConfig,
     PointwiseRewardModelConfig,
@@ -37,8 +33,7 @@ def pairwise_reward_loss(chosen_B: Array, rejected_B: Array, margin_B: Array | f
     Returns:
       float32 [B], nats.
     """
-    chex.assert_rank([chosen_B, rejected_B], 1)
-    chex.assert_equal_shape([chosen_B, rejected_B])
+    check_shapes(1, chosen_B, rejected_B)
     difference_B = chosen_B.astype(jnp.float32) - rejected_B.astype(jnp.float32)
     return -jax.nn.log_sigmoid(difference_B - margin_B)
 
@@ -53,15 +48,10 @@ def reward_model(config: RewardModelConfig) -> Algorithm:
     """
 
     def loss(score_BC: Array, batch: PreferenceBatch) -> tuple[Array, Metrics]:
-        """Σ weight·loss over pairs.
+        """Of scores [B, 2] and ``margin_B``; rows of weight 0 are never read.
 
-        Args:
-          score_BC: [B, 2], scores of chosen and rejected.
-          batch: its ``margin_B`` and ``weight_B``; rows of weight 0 are never read.
-
-        Returns:
-          The loss, and sums under the weights: ``accuracy`` (a tie counts one half), ``margin``
-          (chosen − rejected), ``chosen``, ``rejected`` (reward units), ``weight``.
+        Metrics: ``accuracy`` (a tie counts one half), ``margin`` (chosen − rejected), ``chosen``,
+        ``rejected`` (reward units).
         """
         chex.assert_shape(score_BC, (None, 2))
         weight_B, smoothing = batch.weight_B, config.label_smoothing
@@ -69,6 +59,7 @@ def reward_model(config: RewardModelConfig) -> Algorithm:
         margin_B = masked.fill(batch.margin_B, weight_B)
         loss_B = pairwise_reward_loss(chosen_B, rejected_B, margin_B)
         if smoothing:
+            # the wrong label is the other pair with the same margin
             wrong_B = pairwise_reward_loss(rejected_B, chosen_B, margin_B)
             loss_B = (1 - smoothing) * loss_B + smoothing * wrong_B
         loss_B += config.centre_coef * (chosen_B + rejected_B) ** 2
@@ -82,17 +73,6 @@ def reward_model(config: RewardModelConfig) -> Algorithm:
         return weighted(loss_B, metrics_B, weight_B)
 
     return Algorithm(targets=None, loss=loss, reads="scores")
-
-
-def weighted(loss_B: Array, metrics_B: Metrics, weight_B: Array) -> tuple[Array, Metrics]:
-    """Σ weight·loss, and the same of each metric; ``weight`` is Σ weight.
-
-    Args:
-      loss_B, metrics_B: float32 [B], finite in every row.
-      weight_B: float32 [B].
-    """
-    metrics = {name: (weight_B * x_B).sum() for name, x_B in metrics_B.items()}
-    return (weight_B * loss_B).sum(), {**metrics, "weight": weight_B.sum()}
 
 
 def listwise_reward_loss(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Array:
@@ -114,13 +94,13 @@ def listwise_reward_loss(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Arr
     Returns:
       float32 [B], nats; 0 in rows with fewer than two candidates.
     """
-    chex.assert_rank([score_BK, rank_BK, mask_BK], 2)
-    chex.assert_equal_shape([score_BK, rank_BK, mask_BK])
+    check_shapes(2, score_BK, rank_BK, mask_BK)
     score_BK = masked.fill(score_BK, mask_BK)
     rank_BK = masked.fill(rank_BK, mask_BK)
     real_BK = mask_BK != 0
     rival_BKK = real_BK[:, None, :] & (rank_BK[:, None, :] >= rank_BK[:, :, None])
-    rival_BKK |= jnp.eye(score_BK.shape[1], dtype=bool)  # an absent one faces itself: no empty sum
+    # an absent one faces itself: a sum over none would be −inf, and its gradient NaN
+    rival_BKK |= jnp.eye(score_BK.shape[1], dtype=bool)
     faced_BKK = jnp.where(rival_BKK, score_BK[:, None, :], -jnp.inf)
     return masked.sum(jax.nn.logsumexp(faced_BKK, axis=2) - score_BK, mask_BK, axis=1)
 
@@ -137,8 +117,8 @@ def ranked_pairs_loss(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Array:
     Returns:
       float32 [B], nats; 0 in rows in which all tie.
     """
-    difference_BKK, better_BKK = _compared(score_BK, rank_BK, mask_BK)
-    return _pair_mean(-jax.nn.log_sigmoid(difference_BKK), better_BKK)
+    difference_BP, better_BP = _compared(score_BK, rank_BK, mask_BK)
+    return masked.mean(-jax.nn.log_sigmoid(difference_BP), better_BP, axis=1)
 
 
 def ranked_accuracy(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Array:
@@ -147,25 +127,19 @@ def ranked_accuracy(score_BK: Array, rank_BK: Array, mask_BK: Array) -> Array:
     Equal scores count one half, and so does a row in which all ranks tie. Arguments as in
     ``listwise_reward_loss``.
     """
-    difference_BKK, better_BKK = _compared(score_BK, rank_BK, mask_BK)
-    return (1 + _pair_mean(jnp.sign(difference_BKK), better_BKK)) / 2
-
-
-def _pair_mean(x_BKK: Array, mask_BKK: Array) -> Array:
-    """Mean over a row's pairs, [B]."""
-    rows = x_BKK.shape[0]
-    return masked.mean(x_BKK.reshape(rows, -1), mask_BKK.reshape(rows, -1), axis=1)
+    difference_BP, better_BP = _compared(score_BK, rank_BK, mask_BK)
+    return (1 + masked.mean(jnp.sign(difference_BP), better_BP, axis=1)) / 2
 
 
 def _compared(score_BK: Array, rank_BK: Array, mask_BK: Array) -> tuple[Array, Array]:
-    """s_i − s_j, and where i is ranked better than j, both [B, K, K] and real."""
-    chex.assert_rank([score_BK, rank_BK, mask_BK], 2)
-    chex.assert_equal_shape([score_BK, rank_BK, mask_BK])
-    score_BK = masked.fill(score_BK, mask_BK)
-    real_BK = mask_BK != 0
+    """s_i − s_j, and where i is ranked better than j and both are real: all pairs, [B, K²]."""
+    check_shapes(2, score_BK, rank_BK, mask_BK)
+    score_BK, real_BK = masked.fill(score_BK, mask_BK), mask_BK != 0
+    difference_BKK = score_BK[:, :, None] - score_BK[:, None, :]
     better_BKK = rank_BK[:, :, None] < rank_BK[:, None, :]
     better_BKK &= real_BK[:, :, None] & real_BK[:, None, :]
-    return score_BK[:, :, None] - score_BK[:, None, :], better_BKK
+    rows = len(score_BK)
+    return difference_BKK.reshape(rows, -1), better_BKK.reshape(rows, -1)
 
 
 def listwise_reward_model(config: ListwiseRewardModelConfig) -> Algorithm:
@@ -173,16 +147,11 @@ def listwise_reward_model(config: ListwiseRewardModelConfig) -> Algorithm:
     compare = ranked_pairs_loss if config.as_pairs else listwise_reward_loss
 
     def loss(score_BC: Array, batch: PreferenceBatch) -> tuple[Array, Metrics]:
-        """Σ weight·loss over prompts.
+        """Of scores [B, C], ``rank_BC`` and ``candidate_mask_BC``; absent candidates and rows of
+        weight 0 are never read.
 
-        Args:
-          score_BC: [B, C], the candidates' scores.
-          batch: its ``rank_BC``, ``candidate_mask_BC`` and ``weight_B``; rows of weight 0 and
-            absent candidates are never read.
-
-        Returns:
-          The loss, and sums under the weights: ``accuracy`` (see ``ranked_accuracy``), ``best``
-          and ``mean`` (the highest score and the candidates' mean, reward units), ``weight``.
+        Metrics: ``accuracy`` (see ``ranked_accuracy``), ``best`` and ``mean`` (the highest score
+        and the candidates' mean, reward units).
         """
         assert batch.rank_BC is not None
         assert batch.candidate_mask_BC is not None
@@ -191,10 +160,9 @@ def listwise_reward_model(config: ListwiseRewardModelConfig) -> Algorithm:
         score_BC, rank_BC = masked.fill(score_BC, mask_BC), masked.fill(batch.rank_BC, mask_BC)
         loss_B = compare(score_BC, rank_BC, mask_BC)
         loss_B += config.score_l2 * masked.mean(score_BC**2, mask_BC, axis=1)
-        highest_B = masked.fill(score_BC, mask_BC, -jnp.inf).max(1)
         metrics_B = {
             "accuracy": ranked_accuracy(score_BC, rank_BC, mask_BC),
-            "best": masked.fill(highest_B, weight_B),
+            "best": masked.fill(score_BC, mask_BC, -jnp.inf).max(1),
             "mean": masked.mean(score_BC, mask_BC, axis=1),
         }
         return weighted(loss_B, metrics_B, weight_B)
@@ -225,13 +193,13 @@ def pointwise_reward_loss(
     Raises:
       ValueError: if ``kind`` is not one of the three names.
     """
-    chex.assert_rank([score_B, target_B], 1)
-    chex.assert_equal_shape([score_B, target_B])
+    check_shapes(1, score_B, target_B)
     score_B, target_B = score_B.astype(jnp.float32), target_B.astype(jnp.float32)
     match kind:
         case "mse":
             return (score_B - target_B) ** 2
         case "huber":
+            # twice Huber's, so that within δ it is the ``mse`` above
             return 2 * optax.losses.huber_loss(score_B, target_B, delta=delta)
         case "binary":
             return optax.losses.sigmoid_binary_cross_entropy(score_B, target_B)
@@ -242,15 +210,9 @@ def pointwise_reward_model(config: PointwiseRewardModelConfig) -> Algorithm:
     """``pointwise_reward_loss`` over a batch, plus ``score_l2``·r²."""
 
     def loss(score_BC: Array, batch: PreferenceBatch) -> tuple[Array, Metrics]:
-        """Σ weight·loss over answers.
+        """Of scores [B, 1] and ``label_B``; rows of weight 0 are never read.
 
-        Args:
-          score_BC: [B, 1], the answers' scores.
-          batch: its ``label_B`` and ``weight_B``; rows of weight 0 are never read.
-
-        Returns:
-          The loss, and sums under the weights: ``error`` (|r − y|, with ``binary`` |σ(r) − y|),
-          ``score``, ``target``, ``weight``.
+        Metrics: ``error`` (|r − y|, with ``binary`` |σ(r) − y|), ``score``, ``target``.
         """
         chex.assert_shape(score_BC, (None, 1))
         assert batch.label_B is not None
@@ -277,8 +239,7 @@ def process_reward_loss(score_BT: Array, label_BT: Array, step_mask_BT: Array) -
     Returns:
       float32 [B], nats; 0 in rows without a step.
     """
-    chex.assert_rank([score_BT, label_BT, step_mask_BT], 2)
-    chex.assert_equal_shape([score_BT, label_BT, step_mask_BT])
+    check_shapes(2, score_BT, label_BT, step_mask_BT)
     score_BT, label_BT = masked.fill(score_BT, step_mask_BT), masked.fill(label_BT, step_mask_BT)
     loss_BT = optax.losses.sigmoid_binary_cross_entropy(score_BT, label_BT)
     return masked.mean(loss_BT, step_mask_BT, axis=1)
@@ -303,8 +264,7 @@ def aggregate_steps(
     Raises:
       ValueError: if ``how`` is not one of the three names.
     """
-    chex.assert_rank([score_BT, step_mask_BT], 2)
-    chex.assert_equal_shape([score_BT, step_mask_BT])
+    check_shapes(2, score_BT, step_mask_BT)
     match how:
         case "min":
             total_B = jax.nn.sigmoid(masked.fill(score_BT, step_mask_BT, jnp.inf)).min(1)
@@ -316,6 +276,7 @@ def aggregate_steps(
             total_B = jax.nn.sigmoid(jnp.take_along_axis(score_BT, last_B[:, None], 1)[:, 0])
         case _:
             raise ValueError(f"how={how!r}: choose min, product or last")
+    # NaN, not 0: an answer without a step was not judged
     return jnp.where((step_mask_BT != 0).any(1), total_B.astype(jnp.float32), jnp.nan)
 
 
@@ -323,17 +284,11 @@ def process_reward_model(config: ProcessRewardModelConfig) -> Algorithm:
     """``process_reward_loss`` over a batch, plus ``score_l2`` times the mean of s² over steps."""
 
     def loss(score_BCT: Array, batch: PreferenceBatch) -> tuple[Array, Metrics]:
-        """Σ weight·loss over answers.
+        """Of the head at every token [B, 1, T], ``label_BCT`` and ``step_mask_BCT``; rows of
+        weight 0 are never read.
 
-        Args:
-          score_BCT: [B, 1, T], the head at every token.
-          batch: its ``label_BCT``, ``step_mask_BCT`` and ``weight_B``; rows of weight 0 are never
-            read.
-
-        Returns:
-          The loss, and sums under the weights: ``accuracy`` (fraction of a row's steps with p and
-          label on one side of one half), ``reward`` (see ``aggregate_steps``), ``steps`` (a row),
-          ``weight``.
+        Metrics: ``accuracy`` (fraction of a row's steps with p and label on one side of one half),
+        ``reward`` (see ``aggregate_steps``), ``steps`` (a row).
         """
         chex.assert_shape(score_BCT, (None, 1, None))
         assert batch.label_BCT is not None
@@ -344,10 +299,11 @@ def process_reward_model(config: ProcessRewardModelConfig) -> Algorithm:
         loss_B = process_reward_loss(score_BT, label_BT, mask_BT)
         square_BT = masked.fill(score_BT, mask_BT) ** 2
         loss_B += config.score_l2 * masked.mean(square_BT, mask_BT, axis=1)
+        # p > ½ is s > 0
         right_BT = (score_BT > 0) == (label_BT > 0.5)
         metrics_B = {
             "accuracy": masked.mean(right_BT, mask_BT, axis=1),
-            "reward": masked.fill(aggregate_steps(score_BT, mask_BT, config.aggregate), weight_B),
+            "reward": aggregate_steps(score_BT, mask_BT, config.aggregate),
             "steps": (mask_BT != 0).sum(1).astype(jnp.float32),
         }
         return weighted(loss_B, metrics_B, weight_B)

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config.algorithms import (
@@ -43,6 +45,9 @@ MASK = jnp.array(
     [[0.0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0]]
 )
 """The prompt is in column 0, and up to 3 tokens follow."""
+
+KNOWN = MASK.at[4].set(0)
+"""The same without the row that has no reward."""
 
 LOGP = jnp.array(
     [
@@ -181,3 +186,7 @@ def one_pair():
     """(logp, batch) of the pair above: log-ratios ½ and −½."""
     reference = answers([[-0.75, -0.75], [-0.75, -0.75]])
     return answers([CHOSEN, REJECTED]), pair_batch(reference, [[2, 2]])
+
+
+def assert_tree_close(left, right, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), left, right)

@@ -1,12 +1,14 @@
-"""What a minibatch that is cut from a rollout weighs."""
+"""What a minibatch that is cut from a rollout weighs, and SFT, the shortest record."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms import reweight
-from jaxrlhf.core.types import Batch, PreferenceBatch
+from jaxrlhf.algorithms import reweight, sft
+from jaxrlhf.config import SFTConfig
+from jaxrlhf.core import masked
+from jaxrlhf.core.types import Batch, Outputs, PreferenceBatch, TokenBatch
 from jaxrlhf.steps.iteration import cut
 
 MASK = jnp.array([[1.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])
@@ -45,3 +47,19 @@ def test_cut_takes_rows_but_not_all_of_them():
     batch = rollout()
     np.testing.assert_array_equal(cut(programs, batch, np.array([3, 1])).mask_BT, MASK[3:0:-2] + 1)
     assert cut(programs, batch, np.array([3, 1, 0, 2])) is batch
+
+
+def test_sft_loss_hand_computed():
+    mask = jnp.array([[0, 1, 1], [0, 1, 0]])
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    batch = TokenBatch(tokens, jnp.ones_like(tokens), masked.weights(mask))
+
+    def loss(logp):
+        return sft(SFTConfig()).loss(Outputs(logp), batch)
+
+    logp = jnp.array([[0, -1, -2], [jnp.nan, -3, -jnp.inf]])
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logp)
+    np.testing.assert_allclose(value, 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, -mask / 3, rtol=1e-6)
+    assert metrics["tokens"] == 3
+    np.testing.assert_allclose(metrics["weight"], 1, rtol=1e-6)

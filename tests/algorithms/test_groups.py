@@ -1,3 +1,5 @@
+"""Advantages within groups, by hand, and what must not change them."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

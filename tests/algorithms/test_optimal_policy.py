@@ -1,3 +1,5 @@
+"""The optimum in closed form and best of n, by hand and enumeration; estimates tend to it."""
+
 import itertools
 import math
 

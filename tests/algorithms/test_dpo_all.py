@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from responses import answers, one_pair, pair_batch
+from responses import answers, assert_tree_close, one_pair, pair_batch
 
 from jaxrlhf.algorithms import ALGORITHMS, reweight
 from jaxrlhf.algorithms.dpo import answer_logp, reference_logp, summed
@@ -54,10 +54,6 @@ def both(name, logp, batch):
     """((loss, metrics), gradient)."""
     loss = ALGORITHMS[CONFIGS[name].name](CONFIGS[name]).loss
     return jax.value_and_grad(loss, has_aux=True)(logp, batch)
-
-
-def assert_tree_close(left, right):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
 
 
 def test_answer_logp_hand_computed():
