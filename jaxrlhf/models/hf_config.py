@@ -22,6 +22,15 @@ _GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
 """What sets a Gemma of the first generation apart; later ones have more that is their own."""
 
 
+_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_context": "original_max_position_embeddings",
+}
+"""Fields of ``RopeScaling`` → what config.json calls them."""
+
+
 def read_config(path: Path, head: bool = False) -> DecoderConfig:
     """The decoder that a config.json describes.
 
@@ -40,33 +49,35 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
         raise InputError(f"{path}: model_type={family!r}; supported are {', '.join(_FAMILIES)}")
     _refuse_unsupported(path, config, "ForSequenceClassification" if head else "ForCausalLM")
 
-    gemma = family == "gemma"
-    default = _FAMILIES[family]
-    heads = _number(path, config, "num_attention_heads")
-    embed = _number(path, config, "hidden_size")
+    def number(key: str, default: Any = None, kind: type = int) -> Any:
+        return _number(path, config, key, default, kind)
+
+    gemma, default = family == "gemma", _FAMILIES[family]
+    heads, embed = number("num_attention_heads"), number("hidden_size")
     head_dim = default.get("head_dim")
     if config.get("head_dim") is None and not head_dim and embed % heads:
         raise InputError(f"{path}: hidden_size={embed} % num_attention_heads={heads}; add head_dim")
-    kv_heads = _number(path, {**default, **config}, "num_key_value_heads", heads)  # null is heads
+    # Null is as many as query heads; the family's default is for what is left out.
+    kv_heads = _number(path, {**default, **config}, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise InputError(
             f"{path}: num_attention_heads={heads} % num_key_value_heads={kv_heads} is not 0"
             + ("" if "num_key_value_heads" in config else f"; a {family}'s default: write it down")
         )
-    context = _number(path, config, "max_position_embeddings", default["max_position_embeddings"])
+    context = number("max_position_embeddings", default["max_position_embeddings"])
     theta, scaling = _rope(path, config, context)
     return DecoderConfig(
-        vocab=_number(path, config, "vocab_size"),
+        vocab=number("vocab_size"),
         embed=embed,
-        layers=_number(path, config, "num_hidden_layers"),
+        layers=number("num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_number(path, config, "head_dim", head_dim or embed // heads),
-        mlp=_number(path, config, "intermediate_size"),
+        head_dim=number("head_dim", head_dim or embed // heads),
+        mlp=number("intermediate_size"),
         context=context,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=_number(path, config, "rms_norm_eps", 1e-6, float),
+        norm_eps=number("rms_norm_eps", 1e-6, float),
         tied=head or config.get("tie_word_embeddings", gemma),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
@@ -163,12 +174,10 @@ def _rope(path: Path, config: dict[str, Any], context: int) -> tuple[float, Rope
         return theta, None
     if kind != "llama3":
         raise InputError(f"{path}: rope_type={kind!r}; supported are default and llama3")
-    return theta, RopeScaling(
-        factor=_number(path, rope, "factor", None, float),
-        low_freq_factor=_number(path, rope, "low_freq_factor", None, float),
-        high_freq_factor=_number(path, rope, "high_freq_factor", None, float),
-        original_context=_number(path, rope, "original_max_position_embeddings", context),
-    )
+    context = _number(path, rope, _SCALING["original_context"], context)
+    names = [name for name in _SCALING if name != "original_context"]
+    factors = {name: _number(path, rope, _SCALING[name], None, float) for name in names}
+    return theta, RopeScaling(**factors, original_context=context)
 
 
 def write_config(decoder: DecoderConfig, dtype: str, bias: float | None = None) -> dict[str, Any]:
@@ -213,10 +222,7 @@ def write_config(decoder: DecoderConfig, dtype: str, bias: float | None = None) 
         "rope_scaling": scaling
         and {
             "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
+            **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()},
         },
         "rms_norm_eps": decoder.norm_eps,
         "tie_word_embeddings": decoder.tied,
