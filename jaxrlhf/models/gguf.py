@@ -58,6 +58,8 @@ def open_gguf(path: str | os.PathLike[str]) -> File:
     try:
         about = path.stat()
         return _open(path, about.st_mtime_ns, about.st_size)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise InputError(f"{path}: cannot be read ({error}); give a .gguf file") from None
 

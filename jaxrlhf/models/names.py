@@ -69,20 +69,21 @@ def weights(decoder: DecoderConfig, head: bool = False) -> list[Weight]:
         ("unembed/kernel", D, V, "lm_head", "output", not decoder.tied),
         ("head/kernel", D, (), "score", "cls.output", head),
     ]
-    return [_weight(*names) for *names, there in rows if there]
+    return [
+        _weight(path, ins, outs, (hf, gguf)) for path, ins, outs, hf, gguf, there in rows if there
+    ]
 
 
 def _weight(
-    path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], hf: str, gguf: str
+    path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], files: tuple[str, str]
 ) -> Weight:
     stored = (prod(outputs), prod(inputs)) if inputs else (prod(outputs),)
     if path == "embed/table":  # rows are looked up, not multiplied: the same way round in files
         stored = inputs + outputs
     kind = "bias" if path.endswith("bias") else "weight"
-    one = path.startswith("layers/")
-    prefixes = ("model.layers.{}.", "blk.{}.") if one else ("", "")
-    names = (f"{prefix}{name}.{kind}" for prefix, name in zip(prefixes, (hf, gguf), strict=True))
-    return Weight(path, inputs + outputs, stored, *names)
+    layer = ("model.layers.{}.", "blk.{}.") if path.startswith("layers/") else ("", "")
+    hf, gguf = (f"{layer[i]}{files[i]}.{kind}" for i in range(2))
+    return Weight(path, inputs + outputs, stored, hf, gguf)
 
 
 def tensors(decoder: DecoderConfig, head: bool = False) -> list[tuple[Weight, int]]:

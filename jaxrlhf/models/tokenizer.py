@@ -1,6 +1,4 @@
-"""The tokenizer of a GGUF file of llama.cpp.
-
-Tokenizers: from a Hugging Face folder, a GGUF file, or a few words or characters."""
+"""Tokenizers: of a Hugging Face folder, of a GGUF file, or of a few words or characters."""
 
 import os
 from collections.abc import Iterable
@@ -14,6 +12,7 @@ from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.gguf import File, field, open_gguf, smollm2_path
 
+# Kinds of token in tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -31,6 +30,78 @@ _PRE_TOKENIZERS = {
         ]
     ),
 }
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer; nothing is downloaded and no code from the folder is run.
+
+    Args:
+      path: ``smollm2``; a .gguf file; a Hugging Face folder with tokenizer.json; or
+        ``words:TEXT`` or ``chars:TEXT``, whose vocabulary is <pad>, <eos> and the distinct words or
+        characters of TEXT (for tiny models; one that is not in TEXT cannot be encoded).
+
+    Returns:
+      A tokenizer that pads on the left and has a pad token. Where the source names none it is the
+      end-of-sequence token: masks say what is padding, ids never do.
+
+    Raises:
+      InputError: no tokenizer is there, it cannot be read, or it has neither pad nor eos.
+    """
+    path = os.fspath(path)
+    if path.startswith(("words:", "chars:")):
+        return _of_units(path)
+    if path == "smollm2":
+        path = os.fspath(smollm2_path())
+    tokenizer = gguf_tokenizer(path) if path.endswith(".gguf") else _from_folder(Path(path))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"{path}: the tokenizer has neither pad_token nor eos_token; "
+                "name one in tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder}: no tokenizer.json; give smollm2, a .gguf file, a Hugging Face folder with "
+            "a fast tokenizer, words:TEXT or chars:TEXT"
+        )
+    try:
+        # Not AutoTokenizer: some of its classes rebuild what tokenizer.json says.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust parser raises bare Exception
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: tokenizer cannot be read ({reason})") from None
+
+
+def _of_units(path: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of <pad>, <eos> and the words or characters of ``words:TEXT``, ``chars:TEXT``."""
+    kind, text = path.split(":", 1)
+    units = text.split() if kind == "words" else list(text)
+    if not units:
+        how = {
+            "words": "no words; write words: and the words, separated by spaces",
+            "chars": "no characters; write chars: and the characters, with the space",
+        }
+        raise InputError(f"{kind}:: {how[kind]}")
+    vocab = {unit: i for i, unit in enumerate(dict.fromkeys(["<pad>", "<eos>", *units]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab))
+    if kind == "words":  # decoded, they are joined by spaces
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
 
 
 def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -68,12 +139,29 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
+    special = [
+        t
+        for t, kind in zip(tokens, types, strict=True)
+        if kind
+        in (  # Kinds of token in tokenizer.ggml.token_type.
+            _UNKNOWN,
+            _CONTROL,
+        )
+    ]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
     plain = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in plain])
     named = _named_tokens(file, tokens)
-    _add_ends(tokenizer, file, ids, named)
+    # BOS and EOS are put around each text where the file asks for it.
+    first, last = (
+        named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None
+        for end in ("bos", "eos")
+    )
+    if first or last:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[token for token in (first, "$A", last) if token],
+            special_tokens=[(token, ids[token]) for token in (first, last) if token],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=file.fields.get("tokenizer.chat_template"),
@@ -101,105 +189,6 @@ def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
     return named
 
 
-def _add_ends(tokenizer: Tokenizer, file: File, ids: dict[str, int], named: dict[str, str]) -> None:
-    """Has BOS and EOS put around each text where the file asks for it."""
-    ends = [
-        named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None
-        for end in ("bos", "eos")
-    ]
-    if any(ends):
-        first, last = ends
-        template = [token for token in (first, "$A", last) if token]
-        used = [(token, ids[token]) for token in ends if token]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=used
-        )
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer; nothing is downloaded and no code from the folder is run.
-
-    Args:
-      path: ``smollm2``; a .gguf file; a Hugging Face folder with tokenizer.json; or
-        ``words:TEXT`` or ``chars:TEXT``, whose vocabulary is <pad>, <eos> and the distinct words or
-        characters of TEXT (for tiny models; one that is not in TEXT cannot be encoded).
-
-    Returns:
-      A tokenizer that pads on the left and has a pad token. Where the source names none it is the
-      end-of-sequence token: masks say what is padding, ids never do.
-
-    Raises:
-      InputError: no tokenizer is there, it cannot be read, or it has neither pad nor eos.
-    """
-    path = os.fspath(path)
-    if path.startswith("words:"):
-        return _words(path.removeprefix("words:"))
-    if path.startswith("chars:"):
-        return _chars(path.removeprefix("chars:"))
-    if path == "smollm2":
-        tokenizer = gguf_tokenizer(smollm2_path())
-    elif path.endswith(".gguf"):
-        tokenizer = gguf_tokenizer(path)
-    else:
-        tokenizer = _from_folder(Path(path))
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"{path}: the tokenizer has neither pad_token nor eos_token; "
-                "name one in tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(
-            f"{folder}: no tokenizer.json; give smollm2, a .gguf file, a Hugging Face folder with "
-            "a fast tokenizer, words:TEXT or chars:TEXT"
-        )
-    try:
-        # Not AutoTokenizer: some of its classes rebuild what tokenizer.json says.
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust parser raises bare Exception
-        reason = " ".join(str(error).split())
-        raise InputError(f"{folder}: tokenizer cannot be read ({reason})") from None
-
-
-def _words(text: str) -> PreTrainedTokenizerFast:
-    if not text.split():
-        raise InputError("words:: no words; write words: and the words, separated by spaces")
-    return _of_units(text.split(), pre_tokenizers.WhitespaceSplit())
-
-
-def _chars(text: str) -> PreTrainedTokenizerFast:
-    if not text:
-        raise InputError("chars:: no characters; write chars: and the characters, with the space")
-    single = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return _of_units(text, single, decoders.Fuse())
-
-
-def _of_units(
-    units: Iterable[str],
-    splitter: pre_tokenizers.PreTokenizer,
-    joiner: decoders.Decoder | None = None,
-) -> PreTrainedTokenizerFast:
-    """A tokenizer of <pad>, <eos> and ``units``; joined by spaces if there is no ``joiner``."""
-    vocab = {unit: i for i, unit in enumerate(dict.fromkeys(["<pad>", "<eos>", *units]))}
-    tokenizer = Tokenizer(models.WordLevel(vocab))
-    tokenizer.pre_tokenizer = splitter
-    if joiner is not None:
-        tokenizer.decoder = joiner
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
-
-
 def ends_of(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], int]:
     """The ids that end a response (its end-of-sequence, if any), and the id to pad with."""
     eos: Any = tokenizer.eos_token_id
@@ -225,9 +214,8 @@ def check_vocab(
             f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
             "use the model's own tokenizer"
         )
-    for token in stop:
-        if token >= decoder.vocab:
-            raise InputError(
-                f"sample.stop: {token} is none of the model's {decoder.vocab} token ids: mend it, "
-                "or leave it out"
-            )
+    if unknown := [token for token in stop if token >= decoder.vocab]:
+        raise InputError(
+            f"sample.stop: {unknown[0]} is none of the model's {decoder.vocab} token ids: mend it, "
+            "or leave it out"
+        )
