@@ -95,12 +95,15 @@ def _of_units(path: str) -> PreTrainedTokenizerFast:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
+    return _fast(tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def _fast(tokenizer: Tokenizer, **named: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False,  # decoded text is what the tokens say
         padding_side="left",
+        **named,
     )
 
 
@@ -114,8 +117,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
       InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
     """
     file = open_gguf(path)
-    model = file.fields.get("tokenizer.ggml.model")
-    pre = file.fields.get("tokenizer.ggml.pre")
+    model, pre = (file.fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model != "gpt2":
         raise InputError(f"{path}: tokenizer.ggml.model={model!r}; only gpt2 (byte-level BPE)")
     if pre not in _PRE_TOKENIZERS:
@@ -133,6 +135,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     ids = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     try:
+        # Llama 3 takes a word that is a token as it is, whether merges lead to it or not.
         bpe = models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe")
     except Exception as error:
         raise InputError(f"{path}: tokenizer.ggml.merges: {error}; download it again") from None
@@ -162,21 +165,18 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             single=[token for token in (first, "$A", last) if token],
             special_tokens=[(token, ids[token]) for token in (first, last) if token],
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return _fast(
+        tokenizer,
         chat_template=file.fields.get("tokenizer.chat_template"),
         model_max_length=file.fields.get("llama.context_length"),
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
         **named,
     )
 
 
 def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
     """bos_token, eos_token, pad_token and unk_token, those that the file names."""
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     named = {}
-    for name, key in keys.items():
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
         i = file.fields.get(f"tokenizer.ggml.{key}_token_id")
         if i is None:
             continue

@@ -111,12 +111,11 @@ class Model:
     def init_head(self, key: Array | None = None) -> Params:
         """A fresh scalar head: zeros for a critic; with a key, kernel ~ N(0, 1/(D+1)) for a reward
         model, whose trunk then learns from the first step (arXiv:2009.01325)."""
-        shapes = ends(self.decoder, True).shapes["head"]
-        head = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        if key is None:
-            return head
-        scale = (self.decoder.embed + 1) ** -0.5
-        return {**head, "kernel": scale * jax.random.normal(key, head["kernel"].shape)}
+        size = self.decoder.embed
+        kernel = jnp.zeros(size)
+        if key is not None:
+            kernel = (size + 1) ** -0.5 * jax.random.normal(key, (size,))
+        return {"kernel": kernel, "bias": jnp.zeros(())}
 
     def init_lora(self, key: Array) -> Params:
         """Fresh adapters, float32: A normal, B zero, so that they change nothing at first."""

@@ -40,15 +40,6 @@ def permute(matrix, heads):
     return halves.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def finish(writer, path):
-    """All that the GGUF writer has been given, in its file."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture(scope="session")
 def write_gguf(random_params):
     def write(path, decoder, fields=None, tensors=None, params=None):
@@ -83,6 +74,10 @@ def write_gguf(random_params):
         for name, array in arrays.items():
             if array is not None:
                 writer.add_tensor(name, array)
-        return finish(writer, path)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
 
     return write

@@ -2,6 +2,7 @@
 SmolLM2, which equals what transformers reads."""
 
 import contextlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import finish
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -74,7 +74,11 @@ def path(tmp_path):
     for name, x, kind in (("b", b, "Q8_0"), ("c", c, "BF16")):
         kind = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, gguf.quantize(x, kind), raw_dtype=kind)
-    return finish(writer, path)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def test_open_gguf_reads_every_kind(path):
@@ -187,9 +191,8 @@ def test_read_gguf_head_dim_and_vocab_of_the_tokens(tmp_path, tiny, write_gguf):
 )
 def test_read_gguf_refuses(tmp_path, tiny, write_gguf, fields, tensors, message):
     path = write_gguf(tmp_path / "x.gguf", tiny, fields, tensors)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
         read_gguf(path)
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -1,7 +1,8 @@
-"""Tokenizers from texts, folders and GGUF files: what they read, what they refuse, how they pad, and
-ids that the embedding lacks."""
+"""Tokenizers from texts, folders and GGUF files: what they read, what they refuse, how they pad,
+and ids that the embedding lacks."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -152,9 +153,8 @@ def test_gguf_tokenizer_adds_ends(byte_level):
 )
 def test_gguf_tokenizer_refuses(byte_level, changes, message):
     path = byte_level(**changes)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=re.escape(message)):
         gguf_tokenizer(path)
-    assert message in str(caught.value)
 
 
 # Ids that the embedding lacks
