@@ -238,7 +238,7 @@ def start_params(
 
 
 def offloaded(network: Network, mesh: Mesh, field: str) -> Network:
-    """The network with its weights, not its adapters, in host memory; see ``offload.to_host``."""
+    """The network with its weights, not its adapters, in host memory; see ``to_host``."""
     return replace(network, params=to_host(network.params, mesh, field))
 
 

@@ -142,18 +142,9 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
-    special = [
-        t
-        for t, kind in zip(tokens, types, strict=True)
-        if kind
-        in (  # Kinds of token in tokenizer.ggml.token_type.
-            _UNKNOWN,
-            _CONTROL,
-        )
-    ]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
-    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in plain])
+    added = [(AddedToken(t, normalized=False), kind) for t, kind in zip(tokens, types, strict=True)]
+    tokenizer.add_special_tokens([t for t, kind in added if kind in (_UNKNOWN, _CONTROL)])
+    tokenizer.add_tokens([t for t, kind in added if kind == _USER_DEFINED])
     named = _named_tokens(file, tokens)
     # BOS and EOS are put around each text where the file asks for it.
     first, last = (

@@ -133,7 +133,9 @@ def test_a_reward_model_completes_nothing(pair, tmp_path):
 
 
 def test_export_refuses_a_process_reward_model(tmp_path, capsys):
-    config = replace(runs.reward_model(tmp_path), algorithm=ProcessRewardModelConfig("the"))
+    config = replace(
+        runs.reward_model(tmp_path), algorithm=ProcessRewardModelConfig(separator="the")
+    )
     save(config, tmp_path / "config.yaml")
     assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "a process reward model; transformers has no such class" in capsys.readouterr().err
