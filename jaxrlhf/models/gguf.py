@@ -1,10 +1,8 @@
-"""The GGUF container of llama.cpp: metadata and tensors (layout: ggml/docs/gguf.md).
+"""GGUF files of llama.cpp: the container, its blocks, and the Llama models in it, without torch.
 
 The gguf package's own reader makes an array of every token, which takes seconds for 49 152 of
 them, so the container is parsed here. Constants and block formats are the package's.
-
-
-Llama models in GGUF files of llama.cpp: weights, read without torch."""
+"""
 
 import functools
 import mmap
@@ -59,18 +57,18 @@ def open_gguf(path: str | os.PathLike[str]) -> File:
     path = Path(path)
     try:
         about = path.stat()
-    except OSError as error:
+        return _open(path, about.st_mtime_ns, about.st_size)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise InputError(f"{path}: cannot be read ({error}); give a .gguf file") from None
-    return _open(path, about.st_mtime_ns, about.st_size)
 
 
-@functools.lru_cache(maxsize=2)  # decoder, tokenizer and weights each open it
+# Decoder, tokenizer and weights each open the file; one that has changed since is another.
+@functools.lru_cache(maxsize=2)
 def _open(path: Path, *_: int) -> File:
-    try:
-        with path.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a .gguf file") from None
+    with path.open("rb") as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if data[:4] != b"GGUF":
         raise InputError(f"{path}: not a GGUF file; give a .gguf file")
     try:
@@ -96,11 +94,13 @@ def _parse(path: Path, data: mmap.mmap) -> File:
         (rank,) = struct.unpack_from("<I", data, at)
         *dims, kind, start = struct.unpack_from(f"<{rank}QIQ", data, at + 4)
         at += 4 + 8 * rank + 12
+        # The file names the fastest axis first, numpy the slowest.
         tensors[name] = Tensor(tuple(dims[::-1]), GGMLQuantizationType(kind), start)
+    # Tensors' places count from the end of the header, rounded up.
     alignment = fields.get("general.alignment", 32)
     base = -(-at // alignment) * alignment
-    tensors = {name: t._replace(start=base + t.start) for name, t in tensors.items()}
     for name, tensor in tensors.items():
+        tensors[name] = tensor = tensor._replace(start=base + tensor.start)
         block, size = GGML_QUANT_SIZES[tensor.kind]
         if tensor.shape[-1] % block:
             raise ValueError(f"{name} has a row of {tensor.shape[-1]}")
@@ -120,6 +120,7 @@ def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
     if kind == GGUFValueType.ARRAY:
         item, length = struct.unpack_from("<IQ", data, at)
         at += 12
+        # Numbers are read at once: a vocabulary's scores and kinds are tens of thousands.
         if item in _SCALARS:
             layout = f"<{length}{_SCALARS[GGUFValueType(item)]}"
             return list(struct.unpack_from(layout, data, at)), at + struct.calcsize(layout)
@@ -194,7 +195,7 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
         that is not supported; a missing, extra or misshapen tensor.
     """
     file = open_gguf(path)
-    decoder = _decoder(file)
+    decoder = read_gguf_decoder(path)
     _check(file, decoder)
 
     def read(weight: names.Weight, layer: int) -> np.ndarray:
@@ -210,10 +211,7 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
 
 def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:
     """The shape of the model in a GGUF file, from its header alone; errors as in ``read_gguf``."""
-    return _decoder(open_gguf(path))
-
-
-def _decoder(file: File) -> DecoderConfig:
+    file = open_gguf(path)
     if (architecture := file.fields.get("general.architecture")) != "llama":
         raise InputError(
             f"{file.path}: general.architecture={architecture!r}; only llama is read from GGUF, "
@@ -229,11 +227,9 @@ def _decoder(file: File) -> DecoderConfig:
     heads, embed = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", embed // heads)
     only = {
-        "rope.dimension_count": head_dim,
-        "attention.value_length": head_dim,
-        "rope.scaling.type": "none",
-        "expert_count": 0,
-    }
+        "rope.dimension_count": head_dim, "attention.value_length": head_dim,
+        "rope.scaling.type": "none", "expert_count": 0,
+    }  # fmt: skip
     for key, value in only.items():
         if file.fields.get(f"llama.{key}", value) != value:
             raise InputError(
@@ -264,9 +260,7 @@ def _check(file: File, decoder: DecoderConfig) -> None:
             "use the Hugging Face folder"
         )
     expected = {
-        weight.gguf.format(layer): weight.stored
-        for weight in names.weights(decoder)
-        for layer in range(decoder.layers if weight.stacked else 1)
+        weight.gguf.format(layer): weight.stored for weight, layer in names.tensors(decoder)
     }
     for name in sorted(expected.keys() | file.tensors.keys()):
         have = file.tensors[name].shape if name in file.tensors else "missing"

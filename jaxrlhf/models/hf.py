@@ -3,9 +3,9 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,8 +54,7 @@ def read_hf(
         _check(folder, decoder, handles, head)
 
         def read(weight: names.Weight, layer: int) -> np.ndarray:
-            name = weight.hf.format(layer)
-            return handles[name].get_tensor(name)
+            return handles[name := weight.hf.format(layer)].get_tensor(name)
 
         params = names.assemble(decoder, read, head)
     if head:
@@ -70,19 +69,21 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
         handle = _open_file(folder / "model.safetensors", stack)
         return dict.fromkeys(handle.keys(), handle)
     if not index.is_file():
-        pickles = sorted(p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"*.{s}"))
+        pickles = [p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"*.{s}")]
         if pickles:
             raise InputError(
-                f"{folder / pickles[0]}: pickled weights can run code and are not read; "
+                f"{folder / min(pickles)}: pickled weights can run code and are not read; "
                 "convert them to safetensors"
             )
         raise InputError(f"{folder}: no model.safetensors; give a folder with safetensors weights")
+    # The index: {"weight_map": {name of a tensor: file that holds it}}.
     try:
         places = json.loads(index.read_text())["weight_map"]
         files = sorted(set(places.values()))
         outside = next((file for file in files if Path(file).name != file), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: no readable weight_map ({error}); download it again") from None
+    # An index that a stranger wrote must not make other files of this machine be read.
     if outside is not None:
         raise InputError(f"{index}: file {outside!r} is not a name in this folder; mend the index")
     handles = {file: _open_file(folder / file, stack) for file in files}
@@ -104,22 +105,17 @@ def _open_file(path: Path, stack: ExitStack) -> Any:
 def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: bool) -> None:
     """Raises InputError unless the files hold the decoder's tensors, all and only."""
     expected = {
-        weight.hf.format(layer): weight.stored
-        for weight in names.weights(decoder, head)
-        for layer in range(decoder.layers if weight.stacked else 1)
+        weight.hf.format(layer): weight.stored for weight, layer in names.tensors(decoder, head)
     }
-    missing = sorted(expected.keys() - handles.keys())
-    if missing:
+    if missing := sorted(expected.keys() - handles.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
     extra = handles.keys() - expected.keys()
     # Old Llama exports hold the rotary frequencies, which follow from config.json.
     extra = {name for name in extra if not name.endswith(".self_attn.rotary_emb.inv_freq")}
     if decoder.tied and "lm_head.weight" in extra:
-        head, table = (
-            handles[name].get_tensor(name)
-            for name in ("lm_head.weight", "model.embed_tokens.weight")
-        )
-        if not np.array_equal(head, table):
+        # Some exports write the tied projection out; it must then say the same.
+        twice = ("lm_head.weight", "model.embed_tokens.weight")
+        if not np.array_equal(*(handles[name].get_tensor(name) for name in twice)):
             raise InputError(
                 f"{folder}: lm_head.weight differs from the embedding, but config.json says "
                 "tie_word_embeddings=true; set it to false"
@@ -192,23 +188,21 @@ def write_hf(
         decoder, params, bias = _scored(decoder, params)
     leaves = names.flatten(decoder, params, head)
     config = write_config(decoder, dtype, bias)
-    ids = {
-        key: getattr(tokenizer, key)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if getattr(tokenizer, key) is not None
-    }
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: token for key, token in ids.items() if token is not None}
     # Not pad_token_id: torch's embedding would then never train that row, and it may be eos.
     config |= {key: ids[key] for key in ids if key != "pad_token_id"}
     if head and ids.get("pad_token_id") not in (None, ids.get("eos_token_id")):
         config["pad_token_id"] = ids["pad_token_id"]  # a score is read before the padding
 
+    # Written beside its place and moved there whole, which one file system does at once.
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
         partial = Path(scratch) / folder.name
         partial.mkdir()
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", ids)
         _save_tokenizer(partial, tokenizer)
-        _write_weights(partial, names.weights(decoder, head), leaves, dtype, shard_bytes)
+        _write_weights(partial, names.tensors(decoder, head), leaves, dtype, shard_bytes)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -233,47 +227,36 @@ def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _write_weights(
-    folder: Path, weights: list[names.Weight], leaves: dict[str, Any], dtype: str, shard_bytes: int
+    folder: Path,
+    tensors: list[tuple[names.Weight, int]],
+    leaves: dict[str, Any],
+    dtype: str,
+    shard_bytes: int,
 ) -> None:
-    shards = list(_shards(weights, leaves, dtype, shard_bytes))
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    # Files are planned before one is written, since their names say how many there are.
+    shards, room, size = [], 0, 0
+    for weight, layer in tensors:
+        needed = prod(weight.stored) * kind.itemsize
+        if not shards or needed > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((weight, layer))
+        room, size = room - needed, size + needed
     places = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
-        tensors = {}
-        for name, weight, layer in shard:
-            array = leaves[weight.path][layer] if weight.stacked else leaves[weight.path]
+        held = {}
+        for weight, layer in shard:
+            name = weight.hf.format(layer)
             # save_file writes the buffer as it lies: a transposed view would come out scrambled.
-            tensors[name] = np.ascontiguousarray(names.stored(weight, array), _dtype(dtype))
+            held[name] = np.ascontiguousarray(names.stored(leaves, weight, layer), kind)
             places[name] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(held, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        size = sum(_bytes(weight, dtype) for shard in shards for _, weight, _ in shard)
         index = {"metadata": {"total_size": size}, "weight_map": places}
         _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _shards(
-    weights: list[names.Weight], leaves: dict[str, Any], dtype: str, shard_bytes: int
-) -> Iterator[list[tuple[str, names.Weight, int]]]:
-    """The tensors, file by file."""
-    shard, size = [], 0
-    for weight in weights:
-        for layer in range(len(leaves[weight.path]) if weight.stacked else 1):
-            if shard and size + _bytes(weight, dtype) > shard_bytes:
-                yield shard
-                shard, size = [], 0
-            shard.append((weight.hf.format(layer), weight, layer))
-            size += _bytes(weight, dtype)
-    yield shard
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
-def _bytes(weight: names.Weight, dtype: str) -> int:
-    return int(np.prod(weight.stored)) * _dtype(dtype).itemsize
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -21,6 +21,22 @@ hidden_size / num_attention_heads, where it says nothing here either."""
 _GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
 """What sets a Gemma of the first generation apart; later ones have more that is their own."""
 
+_FIELDS = {
+    "vocab": "vocab_size", "embed": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "mlp": "intermediate_size", "activation": "hidden_act", "context": "max_position_embeddings",
+    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}  # fmt: skip
+"""Fields of ``DecoderConfig`` → what config.json calls them, in its order."""
+
+_SCALING = {
+    "factor": "factor", "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_context": "original_max_position_embeddings",
+}  # fmt: skip
+"""Fields of ``RopeScaling`` → what config.json calls them."""
+
 
 def read_config(path: Path, head: bool = False) -> DecoderConfig:
     """The decoder that a config.json describes.
@@ -40,30 +56,27 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
         raise InputError(f"{path}: model_type={family!r}; supported are {', '.join(_FAMILIES)}")
     _refuse_unsupported(path, config, "ForSequenceClassification" if head else "ForCausalLM")
 
-    gemma = family == "gemma"
-    default = _FAMILIES[family]
-    heads = _number(path, config, "num_attention_heads")
-    embed = _number(path, config, "hidden_size")
+    gemma, default = family == "gemma", _FAMILIES[family]
+    heads, embed = (_number(path, config, _FIELDS[x]) for x in ("heads", "embed"))
     head_dim = default.get("head_dim")
     if config.get("head_dim") is None and not head_dim and embed % heads:
         raise InputError(f"{path}: hidden_size={embed} % num_attention_heads={heads}; add head_dim")
-    kv_heads = _number(path, {**default, **config}, "num_key_value_heads", heads)  # null is heads
+    # Null is as many as query heads; the family's default is for what is left out.
+    kv_heads = _number(path, {**default, **config}, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise InputError(
             f"{path}: num_attention_heads={heads} % num_key_value_heads={kv_heads} is not 0"
             + ("" if "num_key_value_heads" in config else f"; a {family}'s default: write it down")
         )
-    context = _number(path, config, "max_position_embeddings", default["max_position_embeddings"])
-    theta, scaling = _rope(path, config, context)
+    sizes = {"head_dim": head_dim or embed // heads, "context": default["max_position_embeddings"]}
+    for name in ("vocab", "layers", "head_dim", "mlp", "context"):
+        sizes[name] = _number(path, config, _FIELDS[name], sizes.get(name))
+    theta, scaling = _rope(path, config, sizes["context"])
     return DecoderConfig(
-        vocab=_number(path, config, "vocab_size"),
+        **sizes,
         embed=embed,
-        layers=_number(path, config, "num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_number(path, config, "head_dim", head_dim or embed // heads),
-        mlp=_number(path, config, "intermediate_size"),
-        context=context,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_number(path, config, "rms_norm_eps", 1e-6, float),
@@ -163,12 +176,10 @@ def _rope(path: Path, config: dict[str, Any], context: int) -> tuple[float, Rope
         return theta, None
     if kind != "llama3":
         raise InputError(f"{path}: rope_type={kind!r}; supported are default and llama3")
-    return theta, RopeScaling(
-        factor=_number(path, rope, "factor", None, float),
-        low_freq_factor=_number(path, rope, "low_freq_factor", None, float),
-        high_freq_factor=_number(path, rope, "high_freq_factor", None, float),
-        original_context=_number(path, rope, "original_max_position_embeddings", context),
-    )
+    context = _number(path, rope, _SCALING["original_context"], context)
+    names = [name for name in _SCALING if name != "original_context"]
+    factors = {name: _number(path, rope, _SCALING[name], None, float) for name in names}
+    return theta, RopeScaling(**factors, original_context=context)
 
 
 def write_config(decoder: DecoderConfig, dtype: str, bias: float | None = None) -> dict[str, Any]:
@@ -193,35 +204,18 @@ def write_config(decoder: DecoderConfig, dtype: str, bias: float | None = None) 
         raise InputError(
             f"decoder: embed={decoder.embed} % heads={decoder.heads}: LlamaForCausalLM refuses it"
         )
-    scaling = decoder.rope_scaling
-    score = {} if bias is None else {"num_labels": 1, "score_bias": bias}
+    said = {theirs: getattr(decoder, ours) for ours, theirs in _FIELDS.items()}
+    said["hidden_act"] = "gelu_pytorch_tanh" if family == "gemma" else "silu"
+    if scaling := decoder.rope_scaling:
+        numbers = {theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}
+        said["rope_scaling"] = {"rope_type": "llama3", **numbers}
+    kind = "ForCausalLM" if bias is None else "ForSequenceClassification"
     return {
-        "architectures": [
-            family.capitalize() + ("ForCausalLM" if bias is None else "ForSequenceClassification")
-        ],
+        "architectures": [family.capitalize() + kind],
         "model_type": family,
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.embed,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.kv_heads,
-        "head_dim": decoder.head_dim,
-        "intermediate_size": decoder.mlp,
-        "hidden_act": "gelu_pytorch_tanh" if family == "gemma" else "silu",
-        "max_position_embeddings": decoder.context,
-        "rope_theta": decoder.rope_theta,
-        "rope_scaling": scaling
-        and {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        },
-        "rms_norm_eps": decoder.norm_eps,
-        "tie_word_embeddings": decoder.tied,
+        **said,
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": dtype,
-        **score,
+        **({} if bias is None else {"num_labels": 1, "score_bias": bias}),
     }

@@ -1,19 +1,14 @@
-"""Low-rank adapters W + (alpha/rank)·A·B on the weights of a layer (arXiv:2106.09685).
+"""The modules of the decoder: weights with their logical axes, and what they compute.
 
-The decoder block: weights with their axes, and what they compute. Flax NNX, nothing else.
-
-Every module holds float32 weights with their logical axes as metadata and computes in the dtype of
-its input. Einsum letters are the axis key of types.py.
-
-
-What lies before and after the layers: weights with their axes, and what they compute.
-
-What the backward pass keeps of each layer's forward pass, and what it computes again."""
+Every module holds float32 weights with their axes as metadata and computes in the dtype of its
+input. Einsum letters are the axis key of core/types.py. From the inside out: linear maps with
+low-rank adapters, norms and rotations, attention and MLP, the block of both, what lies before and
+after the blocks, and what a backward pass keeps of a block.
+"""
 
 import functools
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,8 +18,10 @@ from flax import nnx
 from jaxrlhf.config import DecoderConfig, LoraConfig, RopeScaling
 from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import DECODE, RULES, Rules, constrain
-from jaxrlhf.models.attention import attend_before, attend_cached
+from jaxrlhf.mesh.sharding import Rules, constrain
+
+Angles = tuple[Array, Array]
+"""cos and sin of the rotary embedding, [B, T, 1, H/2], float32."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -34,7 +31,7 @@ def low_rank(contract: int, x: Array, a: Array, b: Array) -> Array:
     Its gradient is the usual one, but each product has its small factor on the left: XLA would
     otherwise transpose the large one, and fuse into that what made it, at a third of a step on CPU.
     """
-    return jnp.tensordot(jnp.tensordot(x, a, contract), b, 1)
+    return _low_rank_forward(contract, x, a, b)[0]
 
 
 def _low_rank_forward(contract: int, x: Array, a: Array, b: Array) -> tuple[Array, Any]:
@@ -43,9 +40,9 @@ def _low_rank_forward(contract: int, x: Array, a: Array, b: Array) -> tuple[Arra
 
 
 def _low_rank_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    """With low = x·A: d low = dy·Bᵀ, dA = xᵀ·d low, dx = d low·Aᵀ, dB = lowᵀ·dy."""
     x, a, b, low = saved
-    rows = tuple(range(low.ndim - 1))
-    outs = tuple(range(1, b.ndim))
+    rows, outs = tuple(range(low.ndim - 1)), tuple(range(1, b.ndim))
     dlow = jnp.tensordot(dy, b, (tuple(axis + low.ndim - 2 for axis in outs), outs))
     da = jnp.moveaxis(jnp.tensordot(dlow, x, (rows, rows)), 0, -1)
     dx = jnp.tensordot(dlow, a, ((low.ndim - 1,), (contract,)))
@@ -66,31 +63,38 @@ def adapters_of(tree: Any) -> Any:
     return picked
 
 
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> Array:
+    """N(0, 1/inputs), which keeps the size of what comes in."""
+    return inputs**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
 class Linear(nnx.Module):
-    """x·W (+ bias) (+ (alpha/rank)·x·A·B), contracting the last axes of x with the first of W."""
+    """x·W (+ bias) (+ (alpha/rank)·x·A·B), contracting the last axes of x with the first of W.
+
+    The last is a low-rank adapter (arXiv:2106.09685), if ``lora`` names the map as a target.
+    """
 
     def __init__(
         self,
+        name: str,
         inputs: dict[str, int],
         outputs: dict[str, int],
         rngs: nnx.Rngs,
+        lora: LoraConfig | None,
         bias: bool = False,
-        lora: LoraConfig | None = None,
     ):
         ins, outs = tuple(inputs.values()), tuple(outputs.values())
-        scale = math.prod(ins) ** -0.5
         self.contract = len(ins)
-        self.lora_scale = lora.alpha / lora.rank if lora else 0.0
-
-        def normal(shape: tuple[int, ...]) -> Array:
-            return scale * jax.random.normal(rngs.params(), shape, jnp.float32)
-
-        self.kernel = nnx.Param(normal(ins + outs), axes=(*inputs, *outputs))
+        self.kernel = nnx.Param(normal(rngs, ins + outs, math.prod(ins)), axes=(*inputs, *outputs))
         if bias:
             self.bias = nnx.Param(jnp.zeros(outs, jnp.float32), axes=tuple(outputs))
-        if lora:
-            rank = lora.rank
-            self.lora_a = nnx.Param(normal((*ins, rank)), axes=(*inputs, "rank"))
+        self.lora_scale = 0.0
+        if lora and name in lora.targets:
+            self.lora_scale, rank = lora.alpha / lora.rank, lora.rank
+            # B starts at zero, so that the adapter changes nothing at first.
+            self.lora_a = nnx.Param(
+                normal(rngs, (*ins, rank), math.prod(ins)), axes=(*inputs, "rank")
+            )
             self.lora_b = nnx.Param(jnp.zeros((rank, *outs), jnp.float32), axes=("rank", *outputs))
 
     def __call__(self, x: Array) -> Array:
@@ -113,6 +117,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full(size, 1 - self.offset, jnp.float32), axes=(axis,))
 
     def __call__(self, x: Array) -> Array:
+        # Squares of bfloat16 would lose the sum, so the norm is always taken in float32.
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
         scale = self.offset + self.scale[...].astype(jnp.float32)
@@ -127,12 +132,13 @@ def positions(mask_BT: Array, segment_BT: Array | None = None) -> Array:
     count_BT = jnp.cumsum(mask_BT, axis=1) - 1
     if segment_BT is not None:
         starts = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1]) != 0
+        # Counts only grow, so the running maximum is the count at the start of the token's segment.
         count_BT -= jax.lax.cummax(jnp.where(starts, count_BT, 0), axis=1)
     return jnp.maximum(count_BT, 0)
 
 
-def rotary_angles(position_BT: Array, config: DecoderConfig) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, H/2] of the rotary embedding (arXiv:2104.09864), float32."""
+def rotary_angles(position_BT: Array, config: DecoderConfig) -> Angles:
+    """Angle position · theta^(−2i/H) of pair i (arXiv:2104.09864)."""
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is not None:
@@ -143,13 +149,14 @@ def rotary_angles(position_BT: Array, config: DecoderConfig) -> tuple[Array, Arr
 
 def stretch(frequency: Array, scaling: RopeScaling) -> Array:
     """Llama 3.1: low frequencies divided by ``factor``, high ones kept, a ramp in between."""
+    # Full turns that a pair makes over the context that the model was first trained on.
     turns = scaling.original_context * frequency / (2 * jnp.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = jnp.clip((turns - low) / (high - low), 0, 1)
     return frequency * (keep + (1 - keep) / scaling.factor)
 
 
-def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
+def rotate(x: Array, angles: Angles) -> Array:
     """Rotate the pairs (i, i + H/2) of the last axis of x [B, T, heads, H], in float32."""
     cos, sin = angles
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -161,30 +168,26 @@ class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
-        def adapter(name: str) -> LoraConfig | None:
-            return lora if lora and name in lora.targets else None
-
         embed = {"embed": c.embed}
         query = {"heads": c.heads, "head_dim": c.head_dim}
         key = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        self.q = Linear(embed, query, rngs, c.qkv_bias, adapter("q"))
-        self.k = Linear(embed, key, rngs, c.qkv_bias, adapter("k"))
-        self.v = Linear(embed, key, rngs, c.qkv_bias, adapter("v"))
-        self.o = Linear(query, embed, rngs, False, adapter("o"))
+        self.q = Linear("q", embed, query, rngs, lora, c.qkv_bias)
+        self.k = Linear("k", embed, key, rngs, lora, c.qkv_bias)
+        self.v = Linear("v", embed, key, rngs, lora, c.qkv_bias)
+        self.o = Linear("o", query, embed, rngs, lora)
         if c.qk_norm:
             self.q_norm = RMSNorm("head_dim", c.head_dim, c)
             self.k_norm = RMSNorm("head_dim", c.head_dim, c)
 
-    def project(
-        self, x: Array, angles: tuple[Array, Array], rules: Rules
-    ) -> tuple[Array, Array, Array]:
+    def project(self, x: Array, angles: Angles, rules: Rules) -> tuple[Array, Array, Array]:
         """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated."""
         query, key, value = self.q(x), self.k(x), self.v(x)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query = constrain(query, ("batch", "length", "heads", "head_dim"), rules)
-        key = constrain(key, ("batch", "length", "kv_heads", "head_dim"), rules)
-        value = constrain(value, ("batch", "length", "kv_heads", "head_dim"), rules)
+        key, value = (
+            constrain(y, ("batch", "length", "kv_heads", "head_dim"), rules) for y in (key, value)
+        )
         return rotate(query, angles), rotate(key, angles), value
 
 
@@ -196,14 +199,11 @@ class GatedMLP(nnx.Module):
     """down(activation(gate(x)) · up(x)) (arXiv:2002.05202)."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
-        def adapter(name: str) -> LoraConfig | None:
-            return lora if lora and name in lora.targets else None
-
         self.activation = c.activation
         embed, hidden = {"embed": c.embed}, {"mlp": c.mlp}
-        self.gate = Linear(embed, hidden, rngs, lora=adapter("gate"))
-        self.up = Linear(embed, hidden, rngs, lora=adapter("up"))
-        self.down = Linear(hidden, embed, rngs, lora=adapter("down"))
+        self.gate = Linear("gate", embed, hidden, rngs, lora)
+        self.up = Linear("up", embed, hidden, rngs, lora)
+        self.down = Linear("down", hidden, embed, rngs, lora)
 
     def __call__(self, x: Array, rules: Rules) -> Array:
         wide = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
@@ -219,39 +219,23 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm("embed", c.embed, c)
         self.mlp = GatedMLP(c, rngs, lora)
 
-    def whole(
-        self, x: Array, angles: tuple[Array, Array], mask_BT: Array, segment_BT: Array | None
-    ) -> Array:
-        """The block over whole rows, x [B, T, D]."""
-        query, key, value = self.attention.project(self.attention_norm(x), angles, RULES)
-        mixed = attend_before(query, key, value, mask_BT, segment_BT)
-        return self._feed_forward(x + self.attention.o(mixed), RULES)
-
-    def cached(
+    def __call__(
         self,
         x: Array,
-        angles: tuple[Array, Array],
-        write: Callable[[Array, Array], Array],
-        cache: tuple[Array, Array],
-        slot_BT: Array,
-        mask_BS: Array,
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """The block over the next tokens of rows, and this layer's keys and values with theirs.
+        angles: Angles,
+        rules: Rules,
+        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    ) -> tuple[Array, Any]:
+        """x [B, T, D] → the next block's x, and what ``attend`` has to remember.
 
         Args:
-          write: (cached, new) → cached, each row's entries in their slots.
-          slot_BT: these slots.
-          mask_BS: the cache's slots that hold real tokens, the new ones included.
+          attend: query [B, T, N, H], key and value [B, T, K, H] → what the queries see
+            [B, T, N, H], and keys and values to be kept, if any.
         """
-        query, key, value = self.attention.project(self.attention_norm(x), angles, DECODE)
-        keys, values = write(cache[0], key), write(cache[1], value)
-        mixed = attend_cached(query, keys, values, slot_BT, mask_BS)
-        return self._feed_forward(x + self.attention.o(mixed), DECODE), (keys, values)
-
-    def _feed_forward(self, x: Array, rules: Rules) -> Array:
-        """The second half of the block: x + mlp(norm(x))."""
+        mixed, kept = attend(*self.attention.project(self.attention_norm(x), angles, rules))
+        x += self.attention.o(mixed)
         x += self.mlp(self.mlp_norm(x), rules)
-        return constrain(x, ("batch", "length", "activation"), rules)
+        return constrain(x, ("batch", "length", "activation"), rules), kept
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -276,38 +260,30 @@ def _look_up_backward(vocab: int, dtype: str, token: Array, dx: Array) -> tuple[
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
+def to_vocab(x: Array, weight: Array, axis: int) -> Array:
+    """Logits: x [..., D] · a weight whose ``axis`` is D → [..., V], summed and given in float32."""
+    dims = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+
+
 class Embed(nnx.Module):
     """Token embedding, float32 [V, D]; with ``embed_scale`` times √D, on its way in alone."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
         self.factor = c.embed**0.5 if c.embed_scale else 1.0
-        table = c.embed**-0.5 * jax.random.normal(rngs.params(), (c.vocab, c.embed), jnp.float32)
-        self.table = nnx.Param(table, axes=("vocab", "embed"))
+        self.table = nnx.Param(normal(rngs, (c.vocab, c.embed), c.embed), axes=("vocab", "embed"))
 
     def __call__(self, token: Array, dtype: str) -> Array:
         table = self.table[...]
         x: Any = look_up(table.shape[0], dtype, table, token)
         return x if self.factor == 1 else x * jnp.asarray(self.factor, dtype)
 
-    def logits(self, x: Array) -> Array:
-        """x [..., D] · tableᵀ → [..., V], float32."""
-        dims = (((x.ndim - 1,), (1,)), ((), ()))
-        table = self.table[...].astype(x.dtype)
-        return jax.lax.dot_general(x, table, dims, preferred_element_type=jnp.float32)
-
 
 class Unembed(nnx.Module):
     """Output projection of models whose embedding is not tied to it, float32 [D, V]."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
-        kernel = c.embed**-0.5 * jax.random.normal(rngs.params(), (c.embed, c.vocab), jnp.float32)
-        self.kernel = nnx.Param(kernel, axes=("embed", "vocab"))
-
-    def logits(self, x: Array) -> Array:
-        """x [..., D] · W → [..., V], float32."""
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
-        kernel = self.kernel[...].astype(x.dtype)
-        return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+        self.kernel = nnx.Param(normal(rngs, (c.embed, c.vocab), c.embed), axes=("embed", "vocab"))
 
 
 class Head(nnx.Module):
@@ -334,15 +310,20 @@ class Ends(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] → logits [..., V], float32."""
-        return (self.unembed if hasattr(self, "unembed") else self.embed).logits(x)
+        if hasattr(self, "unembed"):
+            return to_vocab(x, self.unembed.kernel[...], 0)
+        return to_vocab(x, self.embed.table[...], 1)
 
 
-_again = partial(jax.checkpoint, prevent_cse=False)  # a scan's two loops share nothing as it is
+# A scan's forward and backward loops share nothing as it is, so nothing must be kept from merging.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)
 
 POLICIES: dict[Remat, Callable[[Any], Any]] = {
     "none": lambda layer: layer,
     "full": _again,
-    "dots": partial(_again, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": functools.partial(
+        _again, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 """``model.remat`` → a layer, the body of a scan over layers, that keeps no more than it says.
 

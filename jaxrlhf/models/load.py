@@ -29,14 +29,7 @@ from jaxrlhf.config import (
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Params, TrainState
 from jaxrlhf.mesh.checkpoint import load as load_checkpoint
-from jaxrlhf.mesh.sharding import (
-    config_of,
-    make_mesh,
-    put,
-    shardings,
-    to_host,
-    with_layout,
-)
+from jaxrlhf.mesh.sharding import config_of, make_mesh, put, shardings, to_host, with_layout
 from jaxrlhf.models.read import is_reward_folder, read_decoder, read_weights
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, combine_params, merge_lora
@@ -86,12 +79,17 @@ class Loader:
         Adapters of a run folder are merged into its weights. With ``head``, the path is the Hugging
         Face folder of a reward model, which has one.
         """
-        model = build(config, head)
-        check_layout(model, self.mesh)
+        model = self._model(config, head)
         key = (config.path, config.decoder, seed if config.decoder else None, head)
         if key not in self.weights:
             self.weights[key] = self._read(model, config, seed, head)
         return Network(model, self.weights[key])
+
+    def _model(self, config: ModelConfig, head: bool = False) -> Model:
+        """``build``; its axes divide by the mesh's, or an InputError names those that do not."""
+        model = build(config, head)
+        check_mesh(config_of(self.mesh), model.decoder, self.mesh.size, rows=0)
+        return model
 
     def _read(self, model: Model, config: ModelConfig, seed: int, head: bool) -> Params:
         layout = shardings(model.axes(head), self.mesh)
@@ -102,7 +100,7 @@ class Loader:
             return jax.jit(model.init, out_shardings=layout)(stream)
         if is_run(config.path):
             network = self.trained(config.path)
-            body = {name: x for name, x in network.params.items() if name != "head"}
+            body = headless(network.params)
             if network.lora is None:
                 return body
             merged = jax.jit(merge_lora, static_argnums=0, out_shardings=layout)
@@ -135,10 +133,9 @@ class Loader:
         config = self.config_of(folder)
         if is_reward_folder(folder):
             return self.base(config.model, head=True)
-        model, head = build(config.model), needs_head(config)
-        check_layout(model, self.mesh)
+        model = self._model(config.model)
         frozen = self.base(config.model, config.seed).params if model.lora else None
-        params = abstract_params(model, head, self.mesh)
+        params = abstract_params(model, needs_head(config), self.mesh)
         if self.abstract:
             return Network(model, *combine_params(params, frozen))
         nothing: Any = ()  # the optimizer and its counts stay on disk
@@ -150,7 +147,9 @@ class Loader:
                 raise InputError(
                     f"{folder}: its scores are not normalised yet: train it to its end"
                 )
-            head = normalised(params["head"], **host["normalisation"])
+            # (r − mean)/std with r = w·x + b is a head too: w/std and (b − mean)/std.
+            head, mean, std = params["head"], *map(host["normalisation"].get, ("mean", "std"))
+            head = {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}
             params = {**params, "head": head}
         return Network(model, params, lora, step)
 
@@ -185,25 +184,24 @@ def needs_head(config: Config) -> bool:
     return is_reward_model(config)
 
 
-def normalised(head: Params, mean: float, std: float) -> Params:
-    """A scalar head whose score is (r − mean)/std, r being the given one's; std > 0."""
-    return {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}
+def headless(params: Params) -> Params:
+    """The parameters without the scalar head."""
+    return {name: x for name, x in params.items() if name != "head"}
 
 
-def trainable_axes(model: Model, head: bool) -> Any:
-    """Logical axes of what a TrainState of this model trains: all weights, or the adapters."""
+def trainable(model: Model, weights: Any, adapters: Any) -> Any:
+    """Of two trees, of weights and of adapters: what a TrainState of this model trains."""
     if model.lora is None:
-        return model.axes(head)
-    scalar = {"head": model.axes(True)["head"]} if head else {}
-    return {"lora": model.lora_axes(), **scalar}
+        return weights
+    return {"lora": adapters, **{name: weights[name] for name in weights if name == "head"}}
 
 
 def abstract_params(model: Model, head: bool, mesh: Mesh) -> Params:
-    """Shapes and layouts of what a TrainState of this model trains."""
-    params = model.shapes(head)
-    if model.lora is not None:
-        params = {"lora": model.lora_shapes(), **({"head": params["head"]} if head else {})}
-    return with_layout(params, shardings(trainable_axes(model, head), mesh))
+    """Shapes and layouts of what a TrainState of this model trains: all weights, or the adapters;
+    with ``head``, the scalar head too."""
+    shapes = trainable(model, model.shapes(head), model.lora_shapes())
+    axes = trainable(model, model.axes(head), model.lora_axes())
+    return with_layout(shapes, shardings(axes, mesh))
 
 
 def starting(
@@ -221,11 +219,10 @@ def starting(
         stream = jax.random.fold_in(key, INIT)
         fresh = model.init_head(jax.random.fold_in(stream, 2) if random_head else None)
         scalar = {"head": params.get("head", fresh)} if head else {}
-        if model.lora is None:
-            body = {name: x for name, x in params.items() if name != "head"}
-            return jax.tree.map(jnp.copy, {**body, **scalar})
-        adapters = model.init_lora(jax.random.fold_in(stream, 1)) if lora is None else lora
-        return {"lora": jax.tree.map(jnp.copy, adapters), **jax.tree.map(jnp.copy, scalar)}
+        if model.lora is not None and lora is None:
+            lora = model.init_lora(jax.random.fold_in(stream, 1))
+        # Copied, for a step donates what it trains, and weights are shared.
+        return jax.tree.map(jnp.copy, trainable(model, {**headless(params), **scalar}, lora))
 
     return start, (jax.random.key(seed), network.params, network.lora)
 
@@ -235,27 +232,22 @@ def start_params(
 ) -> Params:
     """Fresh trainable parameters for a network, laid out on the mesh; see ``starting``."""
     start, given = starting(network, head, seed, random_head)
-    layout = shardings(trainable_axes(network.model, head), mesh)
+    layout = jax.tree.map(lambda x: x.sharding, abstract_params(network.model, head, mesh))
     return jax.jit(start, out_shardings=layout)(*given)
 
 
 def offloaded(network: Network, mesh: Mesh, field: str) -> Network:
-    """The network with its weights, not its adapters, in host memory; see ``offload.to_host``."""
+    """The network with its weights, not its adapters, in host memory; see ``to_host``."""
     return replace(network, params=to_host(network.params, mesh, field))
-
-
-def check_layout(model: Model, mesh: Mesh) -> None:
-    """The model's axes divide by the mesh's, or an InputError that names those that do not."""
-    check_mesh(config_of(mesh), model.decoder, mesh.size, rows=0)
 
 
 def check_context(config: Config, model: Model) -> None:
     """The rows of a run fit into a model's context, or an InputError says how long they are."""
-    sampled = is_on_policy(config)
-    new = config.data.max_prompt_tokens + config.sample.max_new_tokens
-    tokens = new if sampled else config.data.max_tokens
+    tokens, fields = config.data.max_tokens, "max_tokens"
+    if is_on_policy(config):
+        tokens = config.data.max_prompt_tokens + config.sample.max_new_tokens
+        fields = "max_prompt_tokens + sample.max_new_tokens"
     if tokens > model.decoder.context:
-        fields = "max_prompt_tokens + sample.max_new_tokens" if sampled else "max_tokens"
         raise InputError(
             f"data.{fields} = {tokens} tokens exceed the model's context of "
             f"{model.decoder.context}: lower them"
@@ -294,9 +286,9 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]
     config = ModelConfig(path=path)
     trained = is_run(path) or is_reward_folder(path)
     network = loader.trained(path) if trained else loader.base(config)
+    model, params = network.model, network.params
     if network.lora is not None:
-        params = jax.jit(merge_lora, static_argnums=0)(network.model, network.params, network.lora)
-        network = Network(network.model, params)
+        params = jax.jit(merge_lora, static_argnums=0)(model, params, network.lora)
     tokenizer = load_tokenizer(tokenizer_path(config))
-    check_vocab(tokenizer, network.model.decoder)
-    return network.model, network.params, tokenizer
+    check_vocab(tokenizer, model.decoder)
+    return model, params, tokenizer

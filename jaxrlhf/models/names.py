@@ -6,7 +6,7 @@ hold one tensor a layer, and linear maps as [out, in] (``y = W x``), where the t
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
@@ -40,56 +40,59 @@ class Weight(NamedTuple):
         return self.path.startswith("layers/")
 
 
-def _kernel(path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], hf: str, gguf: str):
-    return Weight(path, inputs + outputs, (prod(outputs), prod(inputs)), hf, gguf)
-
-
-def _vector(path: str, shape: tuple[int, ...], hf: str, gguf: str) -> Weight:
-    return Weight(path, shape, (prod(shape),), hf, gguf)
-
-
-def _attention(decoder: DecoderConfig) -> list[Weight]:
-    D, H = (decoder.embed,), (decoder.head_dim,)
-    heads = {"q": (decoder.heads,), "k": (decoder.kv_heads,), "v": (decoder.kv_heads,)}
-    tree, hf, gguf = "layers/attention", "model.layers.{}.self_attn", "blk.{}.attn"
-    weights = []
-    for x, N in heads.items():
-        names = f"{hf}.{x}_proj", f"{gguf}_{x}"
-        weights += [_kernel(f"{tree}/{x}/kernel", D, N + H, *(n + ".weight" for n in names))]
-        if decoder.qkv_bias:
-            weights += [_vector(f"{tree}/{x}/bias", N + H, *(n + ".bias" for n in names))]
-    names = f"{hf}.o_proj.weight", f"{gguf}_output.weight"
-    weights += [_kernel(f"{tree}/o/kernel", (decoder.heads, *H), D, *names)]
-    if decoder.qk_norm:
-        for x in ("q_norm", "k_norm"):
-            names = f"{hf}.{x}.weight", f"{gguf}_{x}.weight"
-            weights += [_vector(f"{tree}/{x}/scale", H, *names)]
-    return weights
-
-
 def weights(decoder: DecoderConfig, head: bool = False) -> list[Weight]:
     """The weights that ``decoder`` has, in the order of the computation; with ``head``, the scalar
     head's too, but for its bias, for which files have no place."""
-    D, F, V = (decoder.embed,), (decoder.mlp,), (decoder.vocab,)
-    layer, blk = "model.layers.{}", "blk.{}"
-    table = Weight(
-        "embed/table", V + D, V + D, "model.embed_tokens.weight", "token_embd.weight"
-    )  # rows are looked up, not multiplied: the same way round in tree and files
-    mlp = [("gate", D, F), ("up", D, F), ("down", F, D)]
+    D, F, V, H = (decoder.embed,), (decoder.mlp,), (decoder.vocab,), (decoder.head_dim,)
+    N, K = (decoder.heads, *H), (decoder.kv_heads, *H)
+    attention, mlp = "layers/attention", "layers/mlp"
+    # Path, axes of input (none: added or multiplied in place) and output, names in files, if any.
+    rows: list[tuple[str, tuple[int, ...], tuple[int, ...], str, str, bool]] = [
+        ("embed/table", V, D, "model.embed_tokens", "token_embd", True),
+        ("layers/attention_norm/scale", (), D, "input_layernorm", "attn_norm", True),
+    ]
+    for x, out in (("q", N), ("k", K), ("v", K)):
+        names = f"self_attn.{x}_proj", f"attn_{x}"
+        rows += [
+            (f"{attention}/{x}/kernel", D, out, *names, True),
+            (f"{attention}/{x}/bias", (), out, *names, decoder.qkv_bias),
+        ]
+    rows += [
+        (f"{attention}/o/kernel", N, D, "self_attn.o_proj", "attn_output", True),
+        (f"{attention}/q_norm/scale", (), H, "self_attn.q_norm", "attn_q_norm", decoder.qk_norm),
+        (f"{attention}/k_norm/scale", (), H, "self_attn.k_norm", "attn_k_norm", decoder.qk_norm),
+        ("layers/mlp_norm/scale", (), D, "post_attention_layernorm", "ffn_norm", True),
+        (f"{mlp}/gate/kernel", D, F, "mlp.gate_proj", "ffn_gate", True),
+        (f"{mlp}/up/kernel", D, F, "mlp.up_proj", "ffn_up", True),
+        (f"{mlp}/down/kernel", F, D, "mlp.down_proj", "ffn_down", True),
+        ("norm/scale", (), D, "model.norm", "output_norm", True),
+        ("unembed/kernel", D, V, "lm_head", "output", not decoder.tied),
+        ("head/kernel", D, (), "score", "cls.output", head),
+    ]
     return [
-        table,
-        _vector("layers/attention_norm/scale", D, f"{layer}.input_layernorm.weight",
-                f"{blk}.attn_norm.weight"),
-        *_attention(decoder),
-        _vector("layers/mlp_norm/scale", D, f"{layer}.post_attention_layernorm.weight",
-                f"{blk}.ffn_norm.weight"),
-        *(_kernel(f"layers/mlp/{x}/kernel", i, o, f"{layer}.mlp.{x}_proj.weight",
-                  f"{blk}.ffn_{x}.weight") for x, i, o in mlp),
-        _vector("norm/scale", D, "model.norm.weight", "output_norm.weight"),
-        *([] if decoder.tied else
-          [_kernel("unembed/kernel", D, V, "lm_head.weight", "output.weight")]),
-        *([_kernel("head/kernel", D, (), "score.weight", "cls.output.weight")] if head else []),
-    ]  # fmt: skip
+        _weight(path, ins, outs, (hf, gguf)) for path, ins, outs, hf, gguf, there in rows if there
+    ]
+
+
+def _weight(
+    path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], files: tuple[str, str]
+) -> Weight:
+    stored = (prod(outputs), prod(inputs)) if inputs else (prod(outputs),)
+    if path == "embed/table":  # rows are looked up, not multiplied: the same way round in files
+        stored = inputs + outputs
+    kind = "bias" if path.endswith("bias") else "weight"
+    layer = ("model.layers.{}.", "blk.{}.") if path.startswith("layers/") else ("", "")
+    hf, gguf = (f"{layer[i]}{files[i]}.{kind}" for i in range(2))
+    return Weight(path, inputs + outputs, stored, hf, gguf)
+
+
+def tensors(decoder: DecoderConfig, head: bool = False) -> list[tuple[Weight, int]]:
+    """What files hold, a tensor each: weight and layer (0 where there is none)."""
+    return [
+        (weight, layer)
+        for weight in weights(decoder, head)
+        for layer in range(decoder.layers if weight.stacked else 1)
+    ]
 
 
 def assemble(
@@ -98,9 +101,10 @@ def assemble(
     """The tree of float32 arrays, filled tensor by tensor: one copy of the model in memory.
 
     Args:
-      read: called with a weight and a layer (0 where there is none), from several threads at once;
-        returns the tensor in the shape ``weight.stored``, of any float dtype.
+      read: called with each of ``tensors``, from several threads at once; returns it in the shape
+        ``weight.stored``, of any float dtype.
     """
+    # Empty, not zeros: each number is written once, and pages are not touched before.
     arrays = {
         weight: np.empty((decoder.layers if weight.stacked else 1, *weight.shape), np.float32)
         for weight in weights(decoder, head)
@@ -113,9 +117,8 @@ def assemble(
         else:
             place[...] = tensor.reshape(weight.shape)
 
-    jobs = [(weight, layer) for weight, array in arrays.items() for layer in range(len(array))]
     with ThreadPool(READERS) as pool:  # of daemons: an error elsewhere does not wait for them
-        pool.starmap(fill, jobs, chunksize=1)
+        pool.starmap(fill, tensors(decoder, head), chunksize=1)
 
     params: dict[str, Any] = {}
     for weight, array in arrays.items():
@@ -127,11 +130,12 @@ def assemble(
     return params
 
 
-def stored(weight: Weight, array: Any) -> np.ndarray:
-    """``array``, one layer's leaf as in the tree, turned to how files hold it (may be a view)."""
+def stored(leaves: dict[str, Any], weight: Weight, layer: int) -> np.ndarray:
+    """One of ``tensors``, as files hold it, out of what ``flatten`` returns; may be a view."""
+    array = np.asarray(leaves[weight.path][layer] if weight.stacked else leaves[weight.path])
     if weight.path.endswith("kernel"):
-        return np.asarray(array).reshape(weight.stored[::-1]).T
-    return np.asarray(array).reshape(weight.stored)
+        return array.reshape(weight.stored[::-1]).T
+    return array.reshape(weight.stored)
 
 
 def flatten(decoder: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]:
@@ -140,16 +144,7 @@ def flatten(decoder: DecoderConfig, params: Any, head: bool = False) -> dict[str
     Raises:
       InputError: if names or shapes are not those of ``decoder``; names the first difference.
     """
-    leaves: dict[str, Any] = {}
-
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        if not isinstance(node, dict):
-            leaves["/".join(path)] = node
-            return
-        for key, child in node.items():
-            walk(child, (*path, key))
-
-    walk(params, ())
+    leaves = dict(_leaves(params))
     shapes = {
         w.path: (decoder.layers, *w.shape) if w.stacked else w.shape for w in weights(decoder, head)
     }
@@ -161,3 +156,11 @@ def flatten(decoder: DecoderConfig, params: Any, head: bool = False) -> dict[str
                 f"params: {path} is {have or 'missing'}, the decoder has {want or 'no such weight'}"
             )
     return leaves
+
+
+def _leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, child in node.items():
+        if isinstance(child, dict):
+            yield from _leaves(child, f"{path}{key}/")
+        else:
+            yield path + key, child

@@ -1,6 +1,4 @@
-"""The tokenizer of a GGUF file of llama.cpp.
-
-Tokenizers: from a Hugging Face folder, a GGUF file, or a few words or characters."""
+"""Tokenizers: of a Hugging Face folder, of a GGUF file, or of a few words or characters."""
 
 import os
 from collections.abc import Iterable
@@ -14,6 +12,7 @@ from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.gguf import File, field, open_gguf, smollm2_path
 
+# Kinds of token in tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,89 +32,6 @@ _PRE_TOKENIZERS = {
 }
 
 
-def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
-
-    Control tokens are special (``skip_special_tokens`` drops them); user-defined ones are single
-    tokens of plain text. BOS and EOS are added only if the file says so.
-
-    Raises:
-      InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
-    """
-    file = open_gguf(path)
-    model = file.fields.get("tokenizer.ggml.model")
-    pre = file.fields.get("tokenizer.ggml.pre")
-    if model != "gpt2":
-        raise InputError(f"{path}: tokenizer.ggml.model={model!r}; only gpt2 (byte-level BPE)")
-    if pre not in _PRE_TOKENIZERS:
-        raise InputError(
-            f"{path}: tokenizer.ggml.pre={pre!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
-        )
-    tokens, merges, types = (
-        field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
-    )
-    if len(types) != len(tokens):
-        raise InputError(
-            f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
-            "download it again"
-        )
-    ids = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    try:
-        bpe = models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe")
-    except Exception as error:
-        raise InputError(f"{path}: tokenizer.ggml.merges: {error}; download it again") from None
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
-    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in plain])
-    named = _named_tokens(file, tokens)
-    _add_ends(tokenizer, file, ids, named)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=file.fields.get("tokenizer.chat_template"),
-        model_max_length=file.fields.get("llama.context_length"),
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        **named,
-    )
-
-
-def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
-    """bos_token, eos_token, pad_token and unk_token, those that the file names."""
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    named = {}
-    for name, key in keys.items():
-        i = file.fields.get(f"tokenizer.ggml.{key}_token_id")
-        if i is None:
-            continue
-        if not isinstance(i, int) or not 0 <= i < len(tokens):
-            raise InputError(
-                f"{file.path}: tokenizer.ggml.{key}_token_id={i!r} is not one of the "
-                f"{len(tokens)} tokens; download it again"
-            )
-        named[f"{name}_token"] = tokens[i]
-    return named
-
-
-def _add_ends(tokenizer: Tokenizer, file: File, ids: dict[str, int], named: dict[str, str]) -> None:
-    """Has BOS and EOS put around each text where the file asks for it."""
-    ends = [
-        named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None
-        for end in ("bos", "eos")
-    ]
-    if any(ends):
-        first, last = ends
-        template = [token for token in (first, "$A", last) if token]
-        used = [(token, ids[token]) for token in ends if token]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=used
-        )
-
-
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """Loads a tokenizer; nothing is downloaded and no code from the folder is run.
 
@@ -132,16 +48,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
       InputError: no tokenizer is there, it cannot be read, or it has neither pad nor eos.
     """
     path = os.fspath(path)
-    if path.startswith("words:"):
-        return _words(path.removeprefix("words:"))
-    if path.startswith("chars:"):
-        return _chars(path.removeprefix("chars:"))
+    if path.startswith(("words:", "chars:")):
+        return _of_units(path)
     if path == "smollm2":
-        tokenizer = gguf_tokenizer(smollm2_path())
-    elif path.endswith(".gguf"):
-        tokenizer = gguf_tokenizer(path)
-    else:
-        tokenizer = _from_folder(Path(path))
+        path = os.fspath(smollm2_path())
+    tokenizer = gguf_tokenizer(path) if path.endswith(".gguf") else _from_folder(Path(path))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -167,37 +78,106 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
         raise InputError(f"{folder}: tokenizer cannot be read ({reason})") from None
 
 
-def _words(text: str) -> PreTrainedTokenizerFast:
-    if not text.split():
-        raise InputError("words:: no words; write words: and the words, separated by spaces")
-    return _of_units(text.split(), pre_tokenizers.WhitespaceSplit())
-
-
-def _chars(text: str) -> PreTrainedTokenizerFast:
-    if not text:
-        raise InputError("chars:: no characters; write chars: and the characters, with the space")
-    single = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return _of_units(text, single, decoders.Fuse())
-
-
-def _of_units(
-    units: Iterable[str],
-    splitter: pre_tokenizers.PreTokenizer,
-    joiner: decoders.Decoder | None = None,
-) -> PreTrainedTokenizerFast:
-    """A tokenizer of <pad>, <eos> and ``units``; joined by spaces if there is no ``joiner``."""
+def _of_units(path: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of <pad>, <eos> and the words or characters of ``words:TEXT``, ``chars:TEXT``."""
+    kind, text = path.split(":", 1)
+    units = text.split() if kind == "words" else list(text)
+    if not units:
+        how = {
+            "words": "no words; write words: and the words, separated by spaces",
+            "chars": "no characters; write chars: and the characters, with the space",
+        }
+        raise InputError(f"{kind}:: {how[kind]}")
     vocab = {unit: i for i, unit in enumerate(dict.fromkeys(["<pad>", "<eos>", *units]))}
     tokenizer = Tokenizer(models.WordLevel(vocab))
-    tokenizer.pre_tokenizer = splitter
-    if joiner is not None:
-        tokenizer.decoder = joiner
+    if kind == "words":  # decoded, they are joined by spaces
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+    return _fast(tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def _fast(tokenizer: Tokenizer, **named: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False,  # decoded text is what the tokens say
         padding_side="left",
+        **named,
     )
+
+
+def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
+
+    Control tokens are special (``skip_special_tokens`` drops them); user-defined ones are single
+    tokens of plain text. BOS and EOS are added only if the file says so.
+
+    Raises:
+      InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
+    """
+    file = open_gguf(path)
+    model, pre = (file.fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if model != "gpt2":
+        raise InputError(f"{path}: tokenizer.ggml.model={model!r}; only gpt2 (byte-level BPE)")
+    if pre not in _PRE_TOKENIZERS:
+        raise InputError(
+            f"{path}: tokenizer.ggml.pre={pre!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
+        )
+    tokens, merges, types = (
+        field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
+    )
+    if len(types) != len(tokens):
+        raise InputError(
+            f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
+            "download it again"
+        )
+    ids = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    try:
+        # Llama 3 takes a word that is a token as it is, whether merges lead to it or not.
+        bpe = models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe")
+    except Exception as error:
+        raise InputError(f"{path}: tokenizer.ggml.merges: {error}; download it again") from None
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [(AddedToken(t, normalized=False), kind) for t, kind in zip(tokens, types, strict=True)]
+    tokenizer.add_special_tokens([t for t, kind in added if kind in (_UNKNOWN, _CONTROL)])
+    tokenizer.add_tokens([t for t, kind in added if kind == _USER_DEFINED])
+    named = _named_tokens(file, tokens)
+    # BOS and EOS are put around each text where the file asks for it.
+    first, last = (
+        named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None
+        for end in ("bos", "eos")
+    )
+    if first or last:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[token for token in (first, "$A", last) if token],
+            special_tokens=[(token, ids[token]) for token in (first, last) if token],
+        )
+    return _fast(
+        tokenizer,
+        chat_template=file.fields.get("tokenizer.chat_template"),
+        model_max_length=file.fields.get("llama.context_length"),
+        **named,
+    )
+
+
+def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
+    """bos_token, eos_token, pad_token and unk_token, those that the file names."""
+    named = {}
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        i = file.fields.get(f"tokenizer.ggml.{key}_token_id")
+        if i is None:
+            continue
+        if not isinstance(i, int) or not 0 <= i < len(tokens):
+            raise InputError(
+                f"{file.path}: tokenizer.ggml.{key}_token_id={i!r} is not one of the "
+                f"{len(tokens)} tokens; download it again"
+            )
+        named[f"{name}_token"] = tokens[i]
+    return named
 
 
 def ends_of(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], int]:
@@ -225,9 +205,8 @@ def check_vocab(
             f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
             "use the model's own tokenizer"
         )
-    for token in stop:
-        if token >= decoder.vocab:
-            raise InputError(
-                f"sample.stop: {token} is none of the model's {decoder.vocab} token ids: mend it, "
-                "or leave it out"
-            )
+    if unknown := [token for token in stop if token >= decoder.vocab]:
+        raise InputError(
+            f"sample.stop: {unknown[0]} is none of the model's {decoder.vocab} token ids: mend it, "
+            "or leave it out"
+        )

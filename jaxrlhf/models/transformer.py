@@ -20,6 +20,7 @@ from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
+from jaxrlhf.models.attention import attend_before, attend_cached
 from jaxrlhf.models.layers import POLICIES, Block, Ends, adapters_of, positions, rotary_angles
 
 
@@ -31,13 +32,17 @@ class Cache:
     value_LBSKH: Array
     mask_BS: Array
     """1 where a slot holds a real token."""
-    index_B: Array
-    """int32, the slot that the row's next token goes to."""
+    index: Array
+    """int32, the slot that every row's next token goes to; [].
+
+    Rows of unequal length are padded on the left, and those that have ended go on with masked
+    tokens, so all are equally far."""
 
 
 _KEYS: Any = ("layers", "batch", "slots", "kv_heads", "head_dim")
-_ROWS: Any = (("batch", "slots"), ("batch",))
-CACHE_AXES = Cache(_KEYS, _KEYS, *_ROWS)
+_MASK: Any = ("batch", "slots")
+_INDEX: Any = ()
+CACHE_AXES = Cache(_KEYS, _KEYS, _MASK, _INDEX)
 """Its logical axes; it lies by the rules ``DECODE``."""
 
 
@@ -49,32 +54,35 @@ class Declared(NamedTuple):
     axes: Any
 
 
-def declare(make: Any) -> Declared:
-    """The structure of ``make(rngs)``, without computing a weight."""
+def declare(make: Any, layers: int | None = None) -> Declared:
+    """The structure of ``make(rngs)``, without computing a weight.
+
+    With ``layers``, shapes and axes are those of as many, stacked; the graph is that of one.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     axes = jax.tree.map(
         lambda v: v.get_metadata()["axes"], state, is_leaf=lambda v: isinstance(v, nnx.Variable)
     )
-    return Declared(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
+    shapes, axes = nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+    if layers is not None:
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((layers, *s.shape), s.dtype), shapes)
+        axes = jax.tree.map(
+            lambda names: ("layers", *names), axes, is_leaf=lambda names: isinstance(names, tuple)
+        )
+    return Declared(graph, shapes, axes)
 
 
+# Cached: steps that are traced again and again would otherwise build the modules each time.
 @functools.lru_cache(maxsize=64)
-def block(decoder: DecoderConfig, lora: LoraConfig | None) -> Declared:
-    """One layer, with or without adapters."""
-    return declare(lambda rngs: Block(decoder, rngs, lora))
+def blocks(decoder: DecoderConfig, lora: LoraConfig | None) -> Declared:
+    """The layers, with or without adapters."""
+    return declare(lambda rngs: Block(decoder, rngs, lora), decoder.layers)
 
 
 @functools.lru_cache(maxsize=64)
 def ends(decoder: DecoderConfig, head: bool) -> Declared:
     """Embedding, last norm, output projection, and the scalar head if asked for."""
     return declare(lambda rngs: Ends(decoder, rngs, head))
-
-
-def stacked(tree: Any, axes: bool, layers: int) -> Any:
-    """Put the layer axis in front of every shape (or tuple of axis names)."""
-    if axes:
-        return jax.tree.map(lambda a: ("layers", *a), tree, is_leaf=lambda a: isinstance(a, tuple))
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((layers, *s.shape), s.dtype), tree)
 
 
 def merge(left: Params, right: Params) -> Params:
@@ -103,12 +111,11 @@ class Model:
     def init_head(self, key: Array | None = None) -> Params:
         """A fresh scalar head: zeros for a critic; with a key, kernel ~ N(0, 1/(D+1)) for a reward
         model, whose trunk then learns from the first step (arXiv:2009.01325)."""
-        shapes = ends(self.decoder, True).shapes["head"]
-        head = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        if key is None:
-            return head
-        scale = (self.decoder.embed + 1) ** -0.5
-        return {**head, "kernel": scale * jax.random.normal(key, head["kernel"].shape)}
+        size = self.decoder.embed
+        kernel = jnp.zeros(size)
+        if key is not None:
+            kernel = (size + 1) ** -0.5 * jax.random.normal(key, (size,))
+        return {"kernel": kernel, "bias": jnp.zeros(())}
 
     def init_lora(self, key: Array) -> Params:
         """Fresh adapters, float32: A normal, B zero, so that they change nothing at first."""
@@ -122,23 +129,20 @@ class Model:
 
     def shapes(self, head: bool = False) -> Params:
         """The parameters as ShapeDtypeStructs."""
-        layers = stacked(block(self.decoder, None).shapes, False, self.decoder.layers)
+        layers = blocks(self.decoder, None).shapes
         return {**ends(self.decoder, head).shapes, "layers": layers}
 
     def lora_shapes(self) -> Params:
         """The adapters as ShapeDtypeStructs."""
-        return stacked(
-            adapters_of(block(self.decoder, self.lora).shapes), False, self.decoder.layers
-        )
+        return adapters_of(blocks(self.decoder, self.lora).shapes)
 
     def axes(self, head: bool = False) -> Any:
         """The parameters' logical axes: the same tree with tuples of names."""
-        layers = stacked(block(self.decoder, None).axes, True, 0)
-        return {**ends(self.decoder, head).axes, "layers": layers}
+        return {**ends(self.decoder, head).axes, "layers": blocks(self.decoder, None).axes}
 
     def lora_axes(self) -> Any:
         """The adapters' logical axes."""
-        return adapters_of(stacked(block(self.decoder, self.lora).axes, True, 0))
+        return adapters_of(blocks(self.decoder, self.lora).axes)
 
     def cast(self, params: Params) -> Params:
         """The parameters in the compute dtype; done once a step, master copies stay float32."""
@@ -152,7 +156,7 @@ class Model:
             key_LBSKH=jnp.zeros(shape, self.dtype),
             value_LBSKH=jnp.zeros(shape, self.dtype),
             mask_BS=jnp.zeros((rows, slots), jnp.int32),
-            index_B=jnp.zeros(rows, jnp.int32),
+            index=jnp.zeros((), jnp.int32),
         )
 
     def apply(
@@ -175,18 +179,18 @@ class Model:
           ValueError: if ``params`` or ``lora`` is not the tree that this model declares; the
             first difference is named.
         """
-        declared = block(self.decoder, self.lora if lora is not None else None)
+        declared = blocks(self.decoder, self.lora if lora is not None else None)
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
-        check_tree(layers, stacked(declared.shapes, False, self.decoder.layers), "layers")
+        check_tree(layers, declared.shapes, "layers")
         outer = self._ends(params)
-        rules = RULES if cache is None else DECODE
         x = outer.embed(token_BT, self.dtype)
+        rules = RULES if cache is None else DECODE
         x = constrain(x, ("batch", "length", "activation"), rules)
         layers = self.cast(layers)
         if cache is None:
-            x = self._run(declared, layers, x, attention_mask_BT, segment_BT)
+            x = self._run(declared.graph, layers, x, attention_mask_BT, segment_BT)
         else:
-            x, cache = self._run_cached(declared, layers, x, attention_mask_BT, cache)
+            x, cache = self._run_cached(declared.graph, layers, x, attention_mask_BT, cache)
         return outer.norm(x), cache
 
     def logits(self, params: Params, hidden: Array) -> Array:
@@ -210,49 +214,47 @@ class Model:
         return nnx.merge(declared.graph, outer)
 
     def _run(
-        self, declared: Declared, layers: Params, x: Array, mask_BT: Array, segment_BT: Array | None
+        self, graph: Any, layers: Params, x: Array, mask_BT: Array, segment_BT: Array | None
     ) -> Array:
         """All layers over whole rows."""
         angles = rotary_angles(positions(mask_BT, segment_BT), self.decoder)
 
+        def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+            return attend_before(query, key, value, mask_BT, segment_BT), None
+
         def layer(x: Array, weights: Params) -> tuple[Array, None]:
-            module = nnx.merge(declared.graph, weights)
-            return module.whole(x, angles, mask_BT, segment_BT), None
+            return nnx.merge(graph, weights)(x, angles, RULES, attend)
 
         return jax.lax.scan(POLICIES[self.remat](layer), x, layers)[0]
 
     def _run_cached(
-        self, declared: Declared, layers: Params, x: Array, mask_BT: Array, cache: Cache
+        self, graph: Any, layers: Params, x: Array, mask_BT: Array, cache: Cache
     ) -> tuple[Array, Cache]:
         """All layers over the next tokens of rows whose earlier ones are in the cache."""
-        width = x.shape[1]
-        slot_BT = cache.index_B[:, None] + jnp.arange(width)
-        mask_BS = write_rows(cache.mask_BS, mask_BT.astype(jnp.int32), cache.index_B)
-        seen_B = cache.mask_BS.sum(1, keepdims=True)
-        position = jnp.maximum(seen_B + jnp.cumsum(mask_BT, axis=1) - 1, 0)
-        angles = rotary_angles(position, self.decoder)
 
         def write(old: Array, new: Array) -> Array:
-            return write_rows(old, new, cache.index_B)
+            """The T new entries [B, T, …] in their slots of [B, S, …]."""
+            new = new.astype(old.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(old, new, cache.index, axis=1)
+
+        mask_BS = write(cache.mask_BS, mask_BT)
+        seen_B1 = cache.mask_BS.sum(1, keepdims=True)
+        position_BT = jnp.maximum(seen_B1 + jnp.cumsum(mask_BT, axis=1) - 1, 0)
+        angles = rotary_angles(position_BT, self.decoder)
 
         def layer(x: Array, item: Any) -> tuple[Array, Any]:
             weights, keys, values = item
-            module = nnx.merge(declared.graph, weights)
-            return module.cached(x, angles, write, (keys, values), slot_BT, mask_BS)
+
+            def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+                kept = write(keys, key), write(values, value)
+                return attend_cached(query, *kept, cache.index, mask_BS), kept
+
+            return nnx.merge(graph, weights)(x, angles, DECODE, attend)
 
         # The cache is scanned over, not carried: XLA copies a carried one whole in every layer.
         items = (layers, cache.key_LBSKH, cache.value_LBSKH)
         x, (keys, values) = jax.lax.scan(layer, x, items)
-        return x, Cache(keys, values, mask_BS, cache.index_B + width)
-
-
-def write_rows(old: Array, new: Array, index_B: Array) -> Array:
-    """Each row's T new entries [B, T, …] written into [B, S, …] at its own index."""
-
-    def row(old: Array, new: Array, index: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, 0)
-
-    return jax.vmap(row)(old, new, index_B)
+        return x, Cache(keys, values, mask_BS, cache.index + x.shape[1])
 
 
 def check_tree(params: Any, declared: Any, path: str) -> None:

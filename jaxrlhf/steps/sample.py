@@ -94,7 +94,7 @@ def _prefill(
         key_LBSKH=jnp.repeat(cache.key_LBSKH, copies, axis=1),
         value_LBSKH=jnp.repeat(cache.value_LBSKH, copies, axis=1),
         mask_BS=jnp.repeat(cache.mask_BS, copies, axis=0),
-        index_B=jnp.repeat(cache.index_B, copies, axis=0),
+        index=cache.index,
     )
     last_BD = constrain(last_BD, ("batch", "activation"), DECODE)
     return last_BD, constrain_tree(cache, CACHE_AXES, DECODE)

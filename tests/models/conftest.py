@@ -1,5 +1,6 @@
-"""A tiny decoder, random weights for any decoder, and a tokenizer."""
+"""A tiny decoder, random weights for any decoder, tokenizers, and GGUF files of them."""
 
+import gguf
 import numpy as np
 import pytest
 
@@ -31,3 +32,52 @@ def random_params():
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return load_tokenizer("words:" + " ".join(f"w{i}" for i in range(40)))
+
+
+def permute(matrix, heads):
+    """llama.cpp's reordering of query and key rows (convert_hf_to_gguf.py, LlamaModel.permute)."""
+    halves = matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, *matrix.shape[1:])
+    return halves.swapaxes(1, 2).reshape(matrix.shape)
+
+
+@pytest.fixture(scope="session")
+def write_gguf(random_params):
+    def write(path, decoder, fields=None, tensors=None, params=None):
+        """A GGUF file of a Llama model; ``fields`` and ``tensors`` are added, None drops one."""
+        kv = {
+            "llama.block_count": decoder.layers,
+            "llama.context_length": decoder.context,
+            "llama.embedding_length": decoder.embed,
+            "llama.feed_forward_length": decoder.mlp,
+            "llama.attention.head_count": decoder.heads,
+            "llama.attention.head_count_kv": decoder.kv_heads,
+            "llama.rope.freq_base": decoder.rope_theta,
+            "llama.attention.layer_norm_rms_epsilon": decoder.norm_eps,
+            "llama.vocab_size": decoder.vocab,
+            **(fields or {}),
+        }
+        leaves = names.flatten(decoder, params or random_params(decoder))
+        arrays = {}
+        for weight, layer in names.tensors(decoder):
+            array = names.stored(leaves, weight, layer)
+            if "attn_q.weight" in weight.gguf:
+                array = permute(array, decoder.heads)
+            if "attn_k.weight" in weight.gguf:
+                array = permute(array, decoder.kv_heads)
+            arrays[weight.gguf.format(layer)] = np.ascontiguousarray(array)
+        arrays |= tensors or {}
+        writer = gguf.GGUFWriter(path, kv.pop("general.architecture", "llama"))
+        add = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        for key, value in kv.items():
+            if value is not None:
+                getattr(writer, f"add_{add[type(value)]}")(key, value)
+        for name, array in arrays.items():
+            if array is not None:
+                writer.add_tensor(name, array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write

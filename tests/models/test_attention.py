@@ -1,4 +1,5 @@
-"""Attention by hand, in pieces, and with rows split over devices."""
+"""Attention equals its formula by hand: whole, in pieces, on meshes, and over a cache; a piece
+holds no more scores than it may."""
 
 import math
 import re
@@ -23,21 +24,24 @@ MASK[0, :3] = MASK[1, 9:] = 0  # padded on the left, on the right
 SEGMENT = jnp.array([[0] * 3 + [1] * 4 + [2] * 6, [1] * 2 + [2] * 7 + [0] * 4])
 
 
-def by_hand(segment):
-    """One query at a time, in float64; 0 where no real token asks."""
+def by_hand(query, key, value, seen):
+    """One query at a time, in float64, over the keys ``seen(b, t)``; 0 where no real token asks."""
     out = np.zeros((B, T, N, H))
     for b, t, n in np.ndindex(B, T, N):
-        seen = [
-            s
-            for s in range(t + 1)
-            if MASK[b, s] and (segment is None or segment[b, s] == segment[b, t])
-        ]
         if MASK[b, t]:
-            k = n // (N // K)
-            score = KEY[b, seen, k].astype(np.float64) @ QUERY[b, t, n] / np.sqrt(H)
+            at, k = seen(b, t), n // (N // K)
+            score = key[b, at, k].astype(np.float64) @ query[b, t, n] / np.sqrt(H)
             weight = np.exp(score - score.max())
-            out[b, t, n] = weight @ VALUE[b, seen, k] / weight.sum()
+            out[b, t, n] = weight @ value[b, at, k] / weight.sum()
     return out
+
+
+def most_scores(function, *given, keys):
+    """Of all arrays in the program whose last axis is that of the keys, the size of the largest."""
+    fresh = jax.jit(lambda *given: function(*given))  # else the trace of another number
+    text = fresh.lower(*given).as_text()
+    shapes = [tuple(map(int, x.split("x"))) for x in re.findall(r"tensor<([\dx]+)xf32>", text)]
+    return max(math.prod(shape) for shape in shapes if shape[-1] == keys)
 
 
 def with_gradients(segment):
@@ -54,7 +58,12 @@ def with_gradients(segment):
 
 @pytest.mark.parametrize("segment", [None, SEGMENT], ids=["rows", "segments"])
 def test_attend_before_by_hand(segment):
-    np.testing.assert_allclose(with_gradients(segment)[1], by_hand(segment), atol=1e-5)
+    def seen(b, t):
+        own = np.ones(T, bool) if segment is None else np.asarray(segment[b] == segment[b, t])
+        return np.flatnonzero(own & (MASK[b] != 0) & (np.arange(T) <= t))
+
+    found = with_gradients(segment)[1]
+    np.testing.assert_allclose(found, by_hand(QUERY, KEY, VALUE, seen), atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 1, 1, 8), (1, 2, 2, 2)], ids=str)
@@ -69,60 +78,41 @@ def test_attend_before_in_pieces_and_on_meshes(sizes, pieces, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), found, expected)
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_attend_before_holds_no_more_scores_than_it_may(pieces, monkeypatch):
-    monkeypatch.setattr(attention, "SCORES_A_DEVICE", math.ceil(B * N * T * T / pieces))
-    fresh = jax.jit(lambda *given: attend_before(*given))  # else the trace of another number
-    text = fresh.lower(QUERY, KEY, VALUE, MASK).as_text()
-    shapes = [tuple(map(int, x.split("x"))) for x in re.findall(r"tensor<([\dx]+)xf32>", text)]
-    scores = [math.prod(shape) for shape in shapes if shape[-1] == T]
-    assert max(scores) == B * N * T * -(-T // pieces)
-
-
 SLOTS = 17
-INDEX = np.array([2, 4])  # rows of which 2 and 4 slots are taken already
-
-
-def with_cache():
-    """The T tokens of each row in slots from INDEX on, before them real ones, after them none."""
-    slot_BT = INDEX[:, None] + np.arange(T)
-    rng = np.random.default_rng(1)
-    keys, values = (rng.standard_normal((B, SLOTS, K, H)).astype(np.float32) for _ in range(2))
-    mask_BS = np.zeros((B, SLOTS), np.int32)
-    for b in range(B):
-        keys[b, slot_BT[b]], values[b, slot_BT[b]] = KEY[b], VALUE[b]
-        mask_BS[b, : INDEX[b]] = 1
-        mask_BS[b, slot_BT[b]] = MASK[b]
-    found = jax.jit(lambda *given: attend_cached(*given))(QUERY, keys, values, slot_BT, mask_BS)
-    return np.where(MASK[..., None, None] != 0, found, 0), keys, values, mask_BS
+FIRST = 3  # slots that are taken already
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 1, 2, 1), (1, 2, 2, 1)], ids=str)
 @pytest.mark.parametrize("pieces", [1, 3, 100])
 def test_attend_cached_by_hand(sizes, pieces, monkeypatch):
+    """Real tokens before the T ones, in the first row but one; none after them."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     if sizes:
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:4])
     allowed = math.ceil(B * N * T * SLOTS / mesh.size / pieces)
     monkeypatch.setattr(attention, "SCORES_A_DEVICE", allowed)
+    rng = np.random.default_rng(1)
+    keys, values = (rng.standard_normal((B, SLOTS, K, H)).astype(np.float32) for _ in range(2))
+    keys[:, FIRST : FIRST + T], values[:, FIRST : FIRST + T] = KEY, VALUE
+    mask_BS = np.pad(MASK, ((0, 0), (FIRST, SLOTS - FIRST - T)))
+    mask_BS[0, 1:FIRST] = mask_BS[1, :FIRST] = 1
     with jax.set_mesh(mesh):
-        found, keys, values, mask_BS = with_cache()
-    for b, t, n in np.ndindex(B, T, N):
-        if MASK[b, t]:
-            seen = np.flatnonzero(mask_BS[b, : INDEX[b] + t + 1])
-            k = n // (N // K)
-            score = keys[b, seen, k].astype(np.float64) @ QUERY[b, t, n] / np.sqrt(H)
-            weight = np.exp(score - score.max())
-            expected = weight @ values[b, seen, k] / weight.sum()
-            np.testing.assert_allclose(found[b, t, n], expected, atol=1e-5)
+        run = jax.jit(lambda *given: attend_cached(*given))
+        found = run(QUERY, keys, values, jnp.array(FIRST), mask_BS)
+    found = np.where(MASK[..., None, None] != 0, found, 0)
+
+    def seen(b, t):
+        return np.flatnonzero(mask_BS[b, : FIRST + t + 1])
+
+    np.testing.assert_allclose(found, by_hand(QUERY, keys, values, seen), atol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 100])
-def test_attend_cached_holds_no_more_scores_than_it_may(pieces, monkeypatch):
+def test_no_more_scores_than_there_may_be(pieces, monkeypatch):
+    longest = -(-T // min(pieces, T))
+    monkeypatch.setattr(attention, "SCORES_A_DEVICE", math.ceil(B * N * T * T / pieces))
+    assert most_scores(attend_before, QUERY, KEY, VALUE, MASK, keys=T) == B * N * T * longest
     monkeypatch.setattr(attention, "SCORES_A_DEVICE", math.ceil(B * N * T * SLOTS / pieces))
-    keys = jnp.zeros((B, SLOTS, K, H))
-    given = (QUERY, keys, keys, jnp.zeros((B, T), jnp.int32), jnp.ones((B, SLOTS), jnp.int32))
-    text = jax.jit(lambda *given: attend_cached(*given)).lower(*given).as_text()
-    shapes = [tuple(map(int, x.split("x"))) for x in re.findall(r"tensor<([\dx]+)xf32>", text)]
-    scores = [math.prod(shape) for shape in shapes if shape[-1] == SLOTS]
-    assert max(scores) == B * N * SLOTS * -(-T // min(pieces, T))
+    keys, mask_BS = jnp.zeros((B, SLOTS, K, H)), jnp.ones((B, SLOTS), jnp.int32)
+    given = (QUERY, keys, keys, jnp.array(0), mask_BS)
+    assert most_scores(attend_cached, *given, keys=SLOTS) == B * N * SLOTS * longest

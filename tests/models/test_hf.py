@@ -1,6 +1,8 @@
-"""Import and export against transformers and torch, and what damaged folders say."""
+"""Hugging Face folders of language models and of reward models, read and written, compute what
+transformers and torch do; and what damaged folders say."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -12,6 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GemmaConfig,
     GenerationConfig,
@@ -24,6 +27,7 @@ from jaxrlhf.config import RopeScaling
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.hf import read_hf, write_hf
 from jaxrlhf.models.transformer import Model
+from jaxrlhf.steps.score import reward
 
 SHAPE = {
     "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -56,135 +60,201 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """Random tokens, left-padded by 0, 5 and 30 of 40."""
-    token_BT = np.random.default_rng(0).integers(0, 48, (3, 40))
-    mask_BT = (np.arange(40) >= np.array([[0], [5], [30]])).astype(np.int32)
-    return token_BT, mask_BT
+AUTO = {False: AutoModelForCausalLM, True: AutoModelForSequenceClassification}
+BIAS = 0.75
+HEADS = pytest.mark.parametrize("head", [False, True], ids=["logits", "score"])
 
 
-def torch_logits(model, rows):
-    token_BT, mask_BT = (torch.tensor(x) for x in rows)
-    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+def rows_of(head):
+    """Random tokens, 0, 5 and 30 of 40 padding: on the left for logits; 0, on the right, for a
+    score, whose place transformers finds by the padding's id."""
+    token_BT = np.random.default_rng(0).integers(int(head), 48, (3, 40))
+    padding = np.array([[0], [5], [30]])
+    mask_BT = np.arange(40) < 40 - padding if head else np.arange(40) >= padding
+    return token_BT * mask_BT if head else token_BT, mask_BT.astype(np.int32)
+
+
+def by_torch(model, head):
+    """Scores [B, 1], or the logits of real tokens [·, V]."""
+    token_BT, mask_BT = map(torch.tensor, rows_of(head))
+    position_BT = {} if head else {"position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0)}
     with torch.no_grad():
-        return model(token_BT, attention_mask=mask_BT, position_ids=position_BT).logits.numpy()
+        logits = model(token_BT, attention_mask=mask_BT, **position_BT).logits.numpy()
+    return logits if head else logits[mask_BT != 0]
 
 
-def our_logits(decoder, params, rows):
-    model = Model(decoder=decoder)
-    hidden_BTD, _ = model.apply(params, *(jnp.asarray(x) for x in rows))
-    return np.asarray(model.logits(params, hidden_BTD))
+def by_us(decoder, params, head):
+    model, (token_BT, mask_BT) = Model(decoder=decoder), map(jnp.asarray, rows_of(head))
+    if head:
+        return np.asarray(reward(model, params, token_BT, mask_BT))[:, None]
+    hidden_BTD, _ = model.apply(params, token_BT, mask_BT)
+    return np.asarray(model.logits(params, hidden_BTD))[mask_BT != 0]
 
 
-def assert_agree(ours_BTV, theirs_BTV, rows):
-    real = rows[1] != 0
-    assert np.abs(theirs_BTV[real]).max() > 1  # not a comparison of zeros
-    assert np.abs(ours_BTV - theirs_BTV)[real].max() < 1e-4
+def assert_agree(ours, theirs, head):
+    assert np.ptp(theirs) > (0.1 if head else 1)  # not a comparison of zeros
+    assert np.abs(ours - theirs).max() < 1e-4
 
 
+@pytest.fixture
+def write(tmp_path, tiny, random_params, tiny_tokenizer):
+    """Writes a language model, or a reward model with a bias; returns its folder and parameters."""
+
+    def make(decoder=tiny, head=False, name="out", **options):
+        params = random_params(decoder)
+        if head:
+            kernel = np.random.default_rng(1).standard_normal(decoder.embed, np.float32)
+            params["head"] = {"kernel": kernel, "bias": np.float32(BIAS)}
+        arrays = jax.tree.map(jnp.asarray, params)
+        write_hf(tmp_path / name, decoder, arrays, tiny_tokenizer, head=head, **options)
+        return tmp_path / name, params
+
+    return make
+
+
+@HEADS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_read_hf_logits_equal_torch(tmp_path, rows, family):
+def test_read_hf_computes_as_torch(tmp_path, family, head):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    config = FAMILIES[family]
+    if head:
+        config = config.__class__(**config.to_dict() | {"num_labels": 1, "pad_token_id": 0})
+    model = AUTO[head].from_config(config).eval()
     for weight in model.parameters():  # norms and biases too, which start at 1 and 0
         torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(tmp_path)
-    decoder, params = read_hf(tmp_path)
-    assert_agree(our_logits(decoder, params, rows), torch_logits(model, rows), rows)
+    decoder, params = read_hf(tmp_path, head)
+    if head:
+        assert params["head"]["bias"] == 0
+        assert "unembed" not in params
+    assert_agree(by_us(decoder, params, head), by_torch(model, head), head)
 
 
+@HEADS
 @pytest.mark.parametrize("features", FEATURES)
-def test_write_hf_is_loaded_by_transformers(
-    tmp_path, tiny, random_params, tiny_tokenizer, rows, features
-):
+def test_write_hf_is_loaded_by_transformers(tiny, write, features, head):
     decoder = replace(tiny, **FEATURES[features])
-    params = random_params(decoder)
-    write_hf(tmp_path / "out", decoder, params, tiny_tokenizer)
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    out, params = write(decoder, head)
+    model, info = AUTO[head].from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.float32
-    assert_agree(our_logits(decoder, params, rows), torch_logits(model, rows), rows)
+    assert_agree(by_us(decoder, params, head), by_torch(model, head) + BIAS * head, head)
 
 
-def test_write_hf_tokenizer_and_ids(tmp_path, tiny, random_params, tiny_tokenizer):
-    write_hf(tmp_path / "out", tiny, random_params(tiny), tiny_tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+def test_write_hf_tokenizer_and_ids(write, tiny_tokenizer):
+    out, _ = write()
+    tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer("w3 w1<eos>").input_ids == tiny_tokenizer("w3 w1<eos>").input_ids == [5, 3, 1]
-    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    generation = GenerationConfig.from_pretrained(out)
     assert (generation.eos_token_id, generation.pad_token_id) == (1, 0)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
     assert config["eos_token_id"] == 1
     assert "pad_token_id" not in config  # torch's embedding would not train that row
     # the name of the class that transformers 4 knows too
-    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    saved = json.loads((out / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-def test_write_hf_reads_back_bit_equal(
-    tmp_path, tiny, random_params, tiny_tokenizer, features, shard_bytes
-):
+@pytest.mark.parametrize(
+    ("shard_bytes", "head"), [(10**9, False), (20_000, False), (10**9, True)], ids=str
+)
+def test_write_hf_reads_back_bit_equal(tiny, write, features, shard_bytes, head):
     decoder = replace(tiny, **FEATURES[features])
-    params = random_params(decoder)
-    out = tmp_path / "out"
-    write_hf(
-        out, decoder, jax.tree.map(jnp.asarray, params), tiny_tokenizer, "float32", shard_bytes
-    )
+    out, params = write(decoder, head, shard_bytes=shard_bytes)
     assert (out / INDEX).exists() == (shard_bytes < 10**9)
     assert (out / WEIGHTS).exists() == (shard_bytes == 10**9)
-    read_decoder, read_params = read_hf(out)
+    read_decoder, read_params = read_hf(out, head)
+    if head:  # a reward model has no projection to the vocabulary
+        decoder = replace(decoder, tied=True)
+        params.pop("unembed", None)
     assert read_decoder == decoder
     jax.tree.map(np.testing.assert_array_equal, read_params, params)
     assert {x.dtype for x in jax.tree.leaves(read_params)} == {np.dtype(np.float32)}
 
 
-def test_write_hf_shards_load_in_transformers(tmp_path, tiny, random_params, tiny_tokenizer):
-    params = random_params(tiny)
-    write_hf(tmp_path / "out", tiny, params, tiny_tokenizer, shard_bytes=20_000)
-    state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+def test_write_hf_shards_load_in_transformers(write):
+    out, params = write(shard_bytes=20_000)
+    state = AutoModelForCausalLM.from_pretrained(out).state_dict()
     down = params["layers"]["mlp"]["down"]["kernel"][1]
     np.testing.assert_array_equal(state["model.layers.1.mlp.down_proj.weight"].numpy(), down.T)
 
 
-def test_write_hf_bfloat16(tmp_path, tiny, random_params, tiny_tokenizer):
-    params = random_params(tiny)
-    write_hf(tmp_path / "out", tiny, params, tiny_tokenizer, dtype="bfloat16")
+def test_write_hf_bfloat16(write):
+    out, params = write(dtype="bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
-    jax.tree.map(np.testing.assert_array_equal, read_hf(tmp_path / "out")[1], rounded)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, read_hf(out)[1], rounded)
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_write_hf_refuses_a_folder_in_use(tmp_path, tiny, random_params, tiny_tokenizer):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
-        write_hf(tmp_path, tiny, random_params(tiny), tiny_tokenizer)
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_write_hf_appears_whole_or_not_at_all(tmp_path, tiny, random_params):
+def test_write_hf_writes_all_or_nothing(tmp_path, tiny, random_params, tiny_tokenizer):
     class Broken:
         bos_token_id = eos_token_id = pad_token_id = None
 
         def save_pretrained(self, folder):
             raise OSError("disk full")
 
+    params = random_params(tiny)
     with pytest.raises(OSError, match="disk full"):
-        write_hf(tmp_path / "out", tiny, random_params(tiny), Broken())
+        write_hf(tmp_path / "out", tiny, params, Broken())
+    with pytest.raises(InputError, match="head is missing"):
+        write_hf(tmp_path / "out", tiny, params, tiny_tokenizer, head=True)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        write_hf(tmp_path, tiny, params, tiny_tokenizer)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# Reward models
+
+
+def test_write_reward_model_padding_is_not_its_end(write, tiny_tokenizer):
+    """transformers looks for the padding's id in front of which a score is read."""
+    out, _ = write(head=True)
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] == 0
+    tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
+    try:
+        out, _ = write(head=True, name="other")
+    finally:
+        tiny_tokenizer.pad_token = tiny_tokenizer.decode([0])
+    assert "pad_token_id" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "='LlamaForCausalLM'; give a …ForSeq"),
+        ({"score_bias": "1"}, "score_bias='1'; it must be a number"),
+        ({"score_bias": True}, "score_bias=True; it must be a number"),
+        ({"hidden_size": 64, "head_dim": 8}, "implies"),
+    ],
+)
+def test_read_reward_model_refuses(write, change, message):
+    out, _ = write(head=True)
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_hf(out, head=True)
+
+
+def test_read_reward_model_refuses_two_labels(tmp_path):
+    config = LlamaConfig(**FAMILIES["llama tied"].to_dict() | {"num_labels": 2})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"score\.weight has shape \[2, 32\].* implies \[1, 32\]"):
+        read_hf(tmp_path, head=True)
+
+
+# Damaged folders
 
 
 @pytest.fixture
-def folder(tmp_path, tiny, random_params, tiny_tokenizer):
-    write_hf(tmp_path / "model", tiny, random_params(tiny), tiny_tokenizer)
-    return tmp_path / "model"
+def folder(request, write):
+    """A model in one file, or in files of as many bytes as the test asks for."""
+    return write(shard_bytes=getattr(request, "param", 10**9))[0]
 
 
-@pytest.fixture
-def sharded(tmp_path, tiny, random_params, tiny_tokenizer):
-    write_hf(tmp_path / "model", tiny, random_params(tiny), tiny_tokenizer, shard_bytes=20_000)
-    return tmp_path / "model"
+sharded = pytest.mark.parametrize("folder", [20_000], indirect=True)
 
 
 def edit(folder, change):
@@ -208,29 +278,23 @@ def test_read_hf_float16_and_old_buffers(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "tensor", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing (1 in all)"),
-        (lambda t: t.update(score=np.zeros(3)), "tensor score has no place"),
+        ("model.norm.weight", None, "model.norm.weight is missing (1 in all)"),
+        ("score", np.zeros(3), "tensor score has no place"),
         (
-            lambda t: t.update({"model.norm.weight": np.zeros(31, np.float32)}),
+            "model.norm.weight",
+            np.zeros(31, np.float32),
             "model.norm.weight has shape [31], but config.json implies [32]",
         ),
-        (
-            lambda t: t.update({"model.norm.weight": np.zeros(32, np.int8)}),
-            "model.norm.weight has dtype I8",
-        ),
-        (
-            lambda t: t.update({"lm_head.weight": np.zeros((48, 32), np.float32)}),
-            "lm_head.weight differs from the embedding",
-        ),
+        ("model.norm.weight", np.zeros(32, np.int8), "model.norm.weight has dtype I8"),
+        ("lm_head.weight", np.zeros((48, 32), np.float32), "differs from the embedding"),
     ],
 )
-def test_read_hf_wrong_tensors(folder, change, message):
-    edit(folder, change)
-    with pytest.raises(InputError) as caught:
+def test_read_hf_wrong_tensors(folder, name, tensor, message):
+    edit(folder, lambda t: t.pop(name) if tensor is None else t.update({name: tensor}))
+    with pytest.raises(InputError, match=re.escape(message)):
         read_hf(folder)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -1])
@@ -250,31 +314,31 @@ def test_read_hf_refuses_pickle(folder):
         read_hf(folder)
 
 
+@sharded
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("place", "message"),
     [
-        (lambda m: m.update({"model.norm.weight": "../secret.safetensors"}), "'../secret"),
-        (lambda m: m.update({"model.norm.weight": "/etc/passwd"}), "'/etc/passwd'"),
-        (
-            lambda m: m.update({"model.norm.weight": "gone.safetensors"}),
-            "gone.safetensors: missing",
-        ),
-        (lambda m: m.update({"model.norm.weight": m["model.embed_tokens.weight"]}), "is not in"),
-        (lambda m: m.update({"model.norm.weight": 3}), "no readable weight_map"),
-        (lambda m: m.pop("model.norm.weight"), "model.norm.weight is missing"),
+        ("../secret.safetensors", "'../secret"),
+        ("/etc/passwd", "'/etc/passwd'"),
+        ("gone.safetensors", "gone.safetensors: missing"),
+        ("model.embed_tokens.weight", "is not in"),  # where that is
+        (3, "no readable weight_map"),
+        (None, "model.norm.weight is missing"),
     ],
 )
-def test_read_hf_wrong_index(sharded, change, message):
-    index = json.loads((sharded / INDEX).read_text())
-    change(index["weight_map"])
-    (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.raises(InputError) as caught:
-        read_hf(sharded)
-    assert message in str(caught.value)
+def test_read_hf_wrong_index(folder, place, message):
+    index = json.loads((folder / INDEX).read_text())
+    place = index["weight_map"].get(place, place)
+    places = index["weight_map"] | {"model.norm.weight": place}
+    places = {name: file for name, file in places.items() if file is not None}
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": places}))
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_hf(folder)
 
 
-def test_read_hf_malformed_index(sharded):
+@sharded
+def test_read_hf_malformed_index(folder):
     for text in ("{", "[]", "{}", '{"weight_map": []}'):
-        (sharded / INDEX).write_text(text)
+        (folder / INDEX).write_text(text)
         with pytest.raises(InputError, match="no readable weight_map"):
-            read_hf(sharded)
+            read_hf(folder)

@@ -1,4 +1,5 @@
-"""config.json of both generations of transformers, and what is refused."""
+"""config.json of both generations of transformers is read as they read it, written so that it reads
+back, and refused where the decoder does something else."""
 
 import json
 
@@ -41,17 +42,24 @@ def test_read_config_defaults_are_those_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "qkv_bias", "qk_norm"),
-    [("mistral", False, False), ("qwen2", True, False), ("qwen3", False, True)],
+    ("family", "own"),
+    [
+        ("mistral", {}),
+        ("qwen2", {"qkv_bias": True}),
+        ("qwen3", {"qk_norm": True}),
+        ("gemma", {"activation": "gelu", "norm_offset": True, "embed_scale": True}),
+    ],
 )
-def test_read_config_families(tmp_path, family, qkv_bias, qk_norm):
+def test_read_config_families(tmp_path, family, own):
     decoder = read(
         tmp_path, model_type=family, sliding_window=None, head_dim=16, tie_word_embeddings=True,
         num_key_value_heads=2, rms_norm_eps=1e-5, architectures=["AForCausalLM"],
+        **({"hidden_act": "gelu"} if family == "gemma" else {}),
     )  # fmt: skip
-    assert (decoder.qkv_bias, decoder.qk_norm) == (qkv_bias, qk_norm)
-    assert (decoder.head_dim, decoder.kv_heads, decoder.tied) == (16, 2, True)
-    assert decoder.norm_eps == 1e-5
+    assert decoder == DecoderConfig(
+        vocab=100, embed=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=64, context=512,
+        rope_theta=10_000.0, norm_eps=1e-5, tied=True, **own,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
@@ -61,7 +69,8 @@ def test_read_config_left_out(tmp_path, family):
     said |= {"num_hidden_layers": 2, "intermediate_size": 64}
     theirs = AutoConfig.for_model(family, **said)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": family, **said, "sliding_window": None}))
+    unsaid = {"sliding_window": None, "max_position_embeddings": None}
+    path.write_text(json.dumps({"model_type": family, **said, **unsaid}))
     decoder = read_config(path)
     assert decoder.kv_heads == theirs.num_key_value_heads
     assert decoder.head_dim == getattr(theirs, "head_dim", 256 // 64)
@@ -82,31 +91,18 @@ def test_read_config_key_heads(tmp_path):
         read(tmp_path, num_key_value_heads=3)
 
 
-def test_read_config_gemma(tmp_path):
-    decoder = read(
-        tmp_path, model_type="gemma", hidden_act="gelu", max_position_embeddings=None,
-        num_key_value_heads=1,
-    )  # fmt: skip
-    assert (decoder.activation, decoder.norm_offset, decoder.embed_scale) == ("gelu", True, True)
-    assert (decoder.head_dim, decoder.context, decoder.tied) == (256, 8192, True)
-
-
 @pytest.mark.parametrize(
-    "rope",
+    ("rope", "scaling"),
     [
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, SCALING),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}}, SCALING),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, SCALING),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500_000}}, None),
     ],
 )
-def test_read_config_rope_of_both_generations(tmp_path, rope):
+def test_read_config_rope_of_both_generations(tmp_path, rope, scaling):
     decoder = read(tmp_path, **rope)
-    assert (decoder.rope_theta, decoder.rope_scaling) == (5e5, SCALING)
-
-
-def test_read_config_rope_default(tmp_path):
-    decoder = read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 7})
-    assert (decoder.rope_theta, decoder.rope_scaling) == (7.0, None)
+    assert (decoder.rope_theta, decoder.rope_scaling) == (5e5, scaling)
 
 
 @pytest.mark.parametrize(
@@ -157,30 +153,32 @@ def test_read_config_malformed(tmp_path, text, message):
         read_config(path)
 
 
-@pytest.mark.parametrize(
-    "features",
-    [
-        {"tied": False, "rope_scaling": SCALING},
-        {"qkv_bias": True, "rope_theta": 1e6},
-        {"qk_norm": True, "head_dim": 16, "norm_eps": 1e-6},
-        {"activation": "gelu", "norm_offset": True, "embed_scale": True},
-    ],
-)
+SHAPE = {"vocab": 9, "layers": 1, "embed": 32, "heads": 4, "mlp": 8}
+FEATURES = [
+    {"tied": False, "rope_scaling": SCALING},
+    {"qkv_bias": True, "rope_theta": 1e6},
+    {"qk_norm": True, "head_dim": 16, "norm_eps": 1e-6},
+    {"activation": "gelu", "norm_offset": True, "embed_scale": True},
+]
+
+
+@pytest.mark.parametrize("features", FEATURES)
 def test_write_config_reads_back(tmp_path, features):
-    shape = {"vocab": 9, "embed": 32, "layers": 1, "heads": 4, "kv_heads": 2, "mlp": 8}
-    decoder = DecoderConfig(**{"head_dim": 8, **shape, **features})
+    decoder = DecoderConfig(**SHAPE | {"kv_heads": 2, "head_dim": 8} | features)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(write_config(decoder, "float32")))
     assert read_config(path) == decoder
 
 
-def test_write_config_refuses_what_transformers_cannot_hold():
-    shape = {"vocab": 9, "layers": 1, "kv_heads": 1, "mlp": 8, "head_dim": 8}
-    with pytest.raises(InputError, match="both qkv_bias and qk_norm"):
-        write_config(
-            DecoderConfig(embed=32, heads=4, qkv_bias=True, qk_norm=True, **shape), "float32"
-        )
-    with pytest.raises(InputError, match="norm_offset=False, embed_scale=False: no Hugging Face"):
-        write_config(DecoderConfig(embed=32, heads=4, activation="gelu", **shape), "float32")
-    with pytest.raises(InputError, match="embed=32 % heads=5"):
-        write_config(DecoderConfig(embed=32, heads=5, **shape), "float32")
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"qkv_bias": True, "qk_norm": True}, "both qkv_bias and qk_norm"),
+        ({"activation": "gelu"}, "norm_offset=False, embed_scale=False: no Hugging Face"),
+        ({"heads": 5}, "embed=32 % heads=5"),
+    ],
+)
+def test_write_config_refuses_what_transformers_cannot_hold(features, message):
+    decoder = DecoderConfig(**SHAPE | {"kv_heads": 1, "head_dim": 8} | features)
+    with pytest.raises(InputError, match=message):
+        write_config(decoder, "float32")

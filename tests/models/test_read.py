@@ -1,4 +1,5 @@
-"""Weights by path, read when they are asked for or begun before."""
+"""Weights by path are read once, when asked for or begun before, and wait for nobody; reading needs
+neither jax nor transformers."""
 
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_an_error_does_not_wait_for_weights():
     code = """
 import time
 from jaxrlhf.config import DecoderConfig, ModelConfig
-from jaxrlhf.models import names, reading
+from jaxrlhf.models import names, read as reading
 begun = []
 def read(weight, layer):
     begun.append(weight)

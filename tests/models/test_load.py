@@ -1,4 +1,5 @@
-"""A reward model leaves as a Hugging Face folder and is used as the run that it comes from."""
+"""A reward model that left as a Hugging Face folder is loaded, and used everywhere, as the run that
+it comes from."""
 
 from dataclasses import replace
 
@@ -6,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import runs
-from test_scorers import ROWS, TOKENIZER
 
 from jaxrlhf.apps import cli
 from jaxrlhf.apps.generate import complete
@@ -15,17 +15,19 @@ from jaxrlhf.config import (
     EvaluateConfig,
     LoraConfig,
     MeshConfig,
+    ProcessRewardModelConfig,
     RewardConfig,
     RewardModelConfig,
     SampleConfig,
+    save,
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader, load_model
 from jaxrlhf.rewards.functions import Asked
-from jaxrlhf.rewards.models import load_scorer
 from jaxrlhf.run import loop
 from jaxrlhf.run.setup import setup
+from jaxrlhf.steps.score import reward
 from jaxrlhf.study.evaluate import evaluate_model
 from jaxrlhf.study.plan.compiling import with_stand_ins
 
@@ -50,22 +52,21 @@ def pair(tmp_path_factory):
 
 
 def scores(path, mesh=MESH):
-    with jax.set_mesh(mesh):
-        scorer = load_scorer(RewardConfig(model=path), Loader(mesh), TOKENIZER, 16, "rewards[0]")
-        return np.asarray(scorer(ROWS))
+    """Of two rows, one padded."""
+    network = Loader(mesh).trained(path)
+    token_BT, mask_BT = np.array([[2, 3, 9, 14], [8, 15, 0, 0]]), np.array([[1] * 4, [1, 1, 0, 0]])
+    score = jax.jit(reward, static_argnums=0)
+    return np.asarray(score(network.model, network.params, token_BT, mask_BT, network.lora))
 
 
 def test_exported_reward_model_scores_as_its_run(pair):
     run, folder = map(scores, pair)
     assert np.ptp(run) > 0.01
     np.testing.assert_allclose(folder, run, rtol=1e-4, atol=1e-5)
-
-
-def test_exported_reward_model_is_sharded(pair):
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     kernel = Loader(mesh).trained(pair[1]).params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size / 8
-    np.testing.assert_allclose(scores(pair[1], mesh), scores(pair[0]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores(pair[1], mesh), run, rtol=1e-4, atol=1e-5)
 
 
 def test_export_says_what_transformers_leaves_out(pair, tmp_path, capsys):
@@ -78,7 +79,7 @@ def test_export_says_what_transformers_leaves_out(pair, tmp_path, capsys):
 def test_load_model_reads_an_exported_reward_model(pair):
     model, params, tokenizer = load_model(pair[1], MESH)
     assert params["head"]["kernel"].shape == (model.decoder.embed,)
-    assert tokenizer.encode("good") == TOKENIZER.encode("good")
+    assert tokenizer.encode("good") == [runs.WORDS.split().index("good") + 2]
 
 
 def test_serving_an_exported_reward_model(pair):
@@ -92,9 +93,11 @@ def test_serving_an_exported_reward_model(pair):
 
 
 def test_ppo_on_an_exported_reward_model(pair, tmp_path):
+    """Rewards of the run or of the folder are the same; the critic starts from the folder."""
     after = []
     for i, path in enumerate(pair):
-        config = runs.ppo(tmp_path, steps=1, rewards=(RewardConfig(model=path),))
+        critic = replace(runs.SEPARATE, path=pair[1])
+        config = runs.ppo(tmp_path, steps=1, rewards=(RewardConfig(model=path),), critic=critic)
         data = replace(config.data, eval=config.data.train)
         config = replace(config, data=data, output=str(tmp_path / str(i)))
         after.append(loop.train(config, MESH)["proxy_after"])
@@ -118,19 +121,21 @@ def test_a_critic_starts_from_an_exported_reward_model(lora, pair, tmp_path):
         run = setup(config, MESH)
         jax.tree.map(np.testing.assert_array_equal, run.states["critic"].params["head"], theirs)
         assert ("lora" in run.states["critic"].params) == (lora is not None)
-    loop.train(config, MESH)
 
 
 def test_a_reward_model_completes_nothing(pair, tmp_path):
     for path in pair:
-        with pytest.raises(InputError, match="a reward model, which completes nothing"):
+        refused = pytest.raises(InputError, match="a reward model, which completes nothing")
+        with refused:
             complete(path, ("the",), SampleConfig(max_new_tokens=2))
-        with pytest.raises(InputError, match="a reward model, which completes nothing"):
+        with refused:
             evaluate_model(EvaluateConfig(path, output=str(tmp_path)), MESH)
 
 
 def test_export_refuses_a_process_reward_model(tmp_path, capsys):
-    config = runs.of("process_reward_model", tmp_path, steps=1)
-    loop.train(config, MESH)
-    assert cli.main(["export", config.output, str(tmp_path / "out")]) == 2
+    config = replace(
+        runs.reward_model(tmp_path), algorithm=ProcessRewardModelConfig(separator="the")
+    )
+    save(config, tmp_path / "config.yaml")
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "a process reward model; transformers has no such class" in capsys.readouterr().err

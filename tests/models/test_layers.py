@@ -1,0 +1,111 @@
+"""The embedding and its gradient, where positions start, and what remat keeps: the same loss and
+gradient, from less."""
+
+from dataclasses import replace
+from functools import cache
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig
+from jaxrlhf.config.model import Remat
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.layers import POLICIES, look_up, positions
+from jaxrlhf.models.transformer import Model
+
+V, D = 32, 8
+TABLE = np.random.default_rng(0).standard_normal((V, D)).astype(np.float32)
+TOKEN = np.random.default_rng(1).integers(0, V, (4, 6))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_look_up_by_hand(dtype):
+    found = look_up(V, dtype, jnp.asarray(TABLE), jnp.asarray(TOKEN))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, jnp.asarray(TABLE[TOKEN], dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_look_up_gradient_of_a_frequent_token(dtype):
+    """8,192 times 1e-3: in bfloat16 the sum would stop at 0.5."""
+    token = jnp.zeros((8, 1024), jnp.int32).at[0, 0].set(3)
+
+    def total(table):
+        return (1e-3 * look_up(V, dtype, table, token)).sum(dtype=jnp.float32)
+
+    found = np.asarray(jax.jit(jax.grad(total))(jnp.asarray(TABLE)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[0], 8191e-3, rtol=5e-3)
+    np.testing.assert_allclose(found[3], 1e-3, rtol=5e-3)
+    assert (found[[1, 2, *range(4, V)]] == 0).all()
+
+
+def test_look_up_gradient_is_that_of_indexing_on_a_mesh():
+    def total(table, read):
+        return jnp.sin(read(table)).sum()
+
+    expected = jax.grad(total)(jnp.asarray(TABLE), lambda table: table[TOKEN])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(total), static_argnums=1)(
+            jnp.asarray(TABLE), lambda table: look_up(V, "float32", table, jnp.asarray(TOKEN))
+        )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_positions_start_anew_in_each_segment():
+    """Rotations only see differences of positions, so this shows in no logit of a short row."""
+    segment = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
+    real = (segment != 0).astype(jnp.int32)
+    expected = [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 0]]
+    np.testing.assert_array_equal(positions(real, segment), expected)
+    padded = jnp.array([[0, 0, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(positions(padded), [[0, 0, 0, 1, 2, 2]])
+
+
+# Remat
+
+DECODER = DecoderConfig(
+    vocab=64, embed=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp=64, context=128
+)
+MODEL = Model(DECODER, lora=LoraConfig(rank=4, alpha=8))
+ROWS = jnp.array(np.random.default_rng(0).integers(0, 64, (4, 128)), jnp.int32)
+
+
+@cache
+def program(remat):
+    """Loss and gradient by weights and adapters, compiled, and what it is called with."""
+    model = replace(MODEL, remat=remat)
+
+    def loss(params, lora):
+        hidden, _ = model.apply(params, ROWS, jnp.ones_like(ROWS), lora)
+        return (model.logits(params, hidden) ** 2).mean()
+
+    @jax.jit
+    def start(key):
+        lora = jax.tree.map(lambda x: x + 0.1, model.init_lora(key))
+        return model.init(key), lora
+
+    given = start(jax.random.key(0))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*given).compile(), given
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_policies_change_no_loss_and_no_gradient(remat):
+    (plain, given), (other, _) = program("none"), program(remat)
+    for a, b in zip(*map(jax.tree.leaves, (plain(*given), other(*given))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_policies_keep_ever_less():
+    sizes = [program(x)[0].memory_analysis().temp_size_in_bytes for x in get_args(Remat)]
+    none, dots, full = sizes
+    assert dots < 0.7 * none
+    assert full < 0.7 * dots
+
+
+def test_policies_are_those_of_the_config():
+    assert set(POLICIES) == set(get_args(Remat))
