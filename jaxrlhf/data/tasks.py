@@ -1,11 +1,10 @@
-"""Verifiable tasks of reasoning-gym (arXiv:2505.24760) as rows of data.
+"""Tasks whose answers can be checked, as rows: reasoning-gym's (arXiv:2505.24760), and sums in steps.
 
-A row has what a run needs to sample and to check: ``prompt``; ``answer``; ``task``, ``question``
-and ``metadata``, which the task's own checker reads (``verifier: reasoning_gym``); and
-``completion``, a right answer to imitate, if wanted.
-
-
-Chains of additions, some with a mistake: data for a process reward model."""
+A row of reasoning-gym has what a run needs to sample and to check: ``prompt``; ``answer``;
+``task``, ``question`` and ``metadata``, which the task's own checker reads (``verifier:
+reasoning_gym``); and ``completion``, a right answer to imitate, if wanted. Sums, some with a
+mistake, are what a process reward model can learn from.
+"""
 
 import ast
 import difflib
@@ -19,6 +18,7 @@ import yaml
 from tyro.conf import Positional, arg
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.rows import write_rows
 
 
 def task_rows(
@@ -84,6 +84,7 @@ def task_rows(
 def _kept(metadata: Mapping[str, Any]) -> Any:
     """Metadata without its difficulty, which no checker reads, so that a file keeps it."""
     metadata = {name: value for name, value in metadata.items() if name != "difficulty"}
+    # JSON makes lists of tuples and text of keys that are numbers: then Python's own literal is kept.
     plain = json.loads(json.dumps(metadata, default=str))
     if plain == metadata:
         return plain
@@ -91,19 +92,6 @@ def _kept(metadata: Mapping[str, Any]) -> Any:
         return repr(metadata) if ast.literal_eval(repr(metadata)) == metadata else plain
     except (ValueError, SyntaxError):  # dates and the like
         return plain
-
-
-def write_tasks(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSONL, UTF-8.
-
-    Raises:
-      InputError: the file cannot be written.
-    """
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
-        Path(path).write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
 
 
 def write_task_files(
@@ -138,6 +126,7 @@ def write_task_files(
     """
     text = completion if warm_start else ""
     rows = task_rows(task, train + held_out, seed, options, prompt, text, chat)
+    # The first row of each question, in the order of the draw.
     distinct = {row["question"]: row for row in reversed(rows)}
     kept_out = dict(list(reversed(distinct.items()))[:held_out])
     rest = [row for row in rows if row["question"] not in kept_out]
@@ -147,12 +136,13 @@ def write_task_files(
             f"which leaves {len(rest)} rows to learn from: lower it, or give other options"
         )
     imitated = [{name: row[name] for name in ("prompt", "completion")} for row in rest[:warm_start]]
+    # Prompts do without the right answer in words, which would reach reward functions.
     for row in rows:
         row.pop("completion", None)
     files = {"prompts": rest, "held_out": list(kept_out.values()), "warm_start": imitated}
     for name, part in files.items():
         if part:
-            write_tasks(folder / f"{name}.jsonl", part)
+            write_rows(folder / f"{name}.jsonl", part)
 
 
 def tasks(
@@ -178,11 +168,12 @@ def tasks(
       chat: write chats of one turn.
     """
     options = dict(map(_option, option))
-    write_tasks(out, task_rows(task, size, seed, options, prompt, completion, chat))
+    write_rows(out, task_rows(task, size, seed, options, prompt, completion, chat))
 
 
 def _option(word: str) -> tuple[str, Any]:
     """name=value, the value as YAML has it."""
+    # YAML's value, so that 2 is a number and [1, 2] a list, as in a pipeline's file.
     name, equals, value = word.partition("=")
     if not equals:
         raise InputError(f"--option {word}: give name=value")
@@ -202,13 +193,13 @@ def write_sums(folder: Path, seed: int, rows: int = 1000) -> None:
     generator = np.random.default_rng(seed)
     files = {"steps.jsonl": rows, "steps_held_out.jsonl": rows // 5}
     for name, count in files.items():
-        lines = [json.dumps(_chain(generator)) + "\n" for _ in range(count)]
-        (folder / name).write_text("".join(lines))
+        write_rows(folder / name, [_sum(generator) for _ in range(count)])
 
 
-def _chain(generator: np.random.Generator) -> dict[str, Any]:
+def _sum(generator: np.random.Generator) -> dict[str, Any]:
     numbers = generator.integers(1, 10, generator.integers(3, 6)).tolist()
     wrong = int(generator.integers(1, len(numbers))) if generator.random() < 0.5 else len(numbers)
+    # The mistake stays in the total, so all that follows it builds on a wrong number.
     total, steps = numbers[0], []
     for place, number in enumerate(numbers[1:], 1):
         slip = int(generator.choice([-2, -1, 1, 2, 10])) if place == wrong else 0

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import is_on_policy
-from jaxrlhf.data.batches import order
-from jaxrlhf.data.packing import packed_batch, packing
+from jaxrlhf.data.batches import order, packed_batch
+from jaxrlhf.data.packing import packing
 from jaxrlhf.data.text import MARKS, show_batch, show_example
 from jaxrlhf.run.setup import Run, host_batch
 

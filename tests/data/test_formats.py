@@ -3,6 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.chat import render
 from jaxrlhf.data.formats import (
     Completion,
     Pair,
@@ -10,7 +11,6 @@ from jaxrlhf.data.formats import (
     read_completions,
     read_pairs,
     read_prompts,
-    render,
     stack_columns,
 )
 from jaxrlhf.data.rows import read_rows

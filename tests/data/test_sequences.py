@@ -5,8 +5,9 @@ import pytest
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data import packing as sequences
+from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.formats import Completion
-from jaxrlhf.data.packing import first_fit_decreasing, packed_batch, packing
+from jaxrlhf.data.packing import first_fit_decreasing, packing
 from jaxrlhf.data.tokens import Encoded
 
 LENGTHS = np.random.default_rng(0).integers(2, 17, 60)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxrlhf.data.formats import mark_step_ends, step_ends
+from jaxrlhf.data.text import mark_step_ends, step_ends
 
 
 class Letters:

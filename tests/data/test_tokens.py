@@ -11,6 +11,7 @@ import pytest
 from jaxrlhf.core import masked
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import preference_batch, token_batch
+from jaxrlhf.data.chat import render
 from jaxrlhf.data.formats import (
     Completion,
     Pair,
@@ -19,7 +20,6 @@ from jaxrlhf.data.formats import (
     read_labelled,
     read_pairs,
     read_prompts,
-    render,
 )
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.tokens import (
