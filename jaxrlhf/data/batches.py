@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import PreferenceBatch, TokenBatch
-from jaxrlhf.data.tokens import Encoded, Ids, imitated, right_pad
+from jaxrlhf.data.tokens import Encoded, Ids, imitated, pad_rows
 
 
 def order(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -120,7 +120,7 @@ def packed_batch(bins: Sequence[Sequence[Encoded]], width: int, pad: int) -> Tok
     """
     rows = [[i for row in packed for i in (*row.prompt, *row.answers[0])] for packed in bins]
     where = [packed[0].source.where for packed in bins]
-    token_BT, mask_BT = right_pad(rows, width, pad, where)
+    token_BT, mask_BT = pad_rows(rows, width, pad, where)
     segment_BT, learn_BT = np.zeros_like(mask_BT), np.zeros_like(mask_BT)
     for b, packed in enumerate(bins):
         learn = [imitated(row) for row in packed]
@@ -136,7 +136,7 @@ def packed_batch(bins: Sequence[Sequence[Encoded]], width: int, pad: int) -> Tok
     return TokenBatch(**arrays)
 
 
-def answers_batch(
+def preference_batch(
     rows: Sequence[Encoded],
     width: int,
     pad: int,
@@ -160,7 +160,7 @@ def answers_batch(
         row.prompt + answer for row, given in zip(rows, answers, strict=True) for answer in given
     ]
     where = [row.source.where for row in rows for _ in range(count)]
-    token_RT, real_RT = right_pad(flat, width, pad, where)
+    token_RT, real_RT = pad_rows(flat, width, pad, where)
     # Log-probs of the prompt are the same for all answers: losses leave them out.
     prompt_R = np.repeat([len(row.prompt) for row in rows], count)
     mask_RT = real_RT * (np.arange(width) >= prompt_R[:, None])
@@ -169,7 +169,7 @@ def answers_batch(
         "token_BCT": token_RT.reshape(shape),
         "attention_mask_BCT": real_RT.reshape(shape),
         "mask_BCT": mask_RT.reshape(shape).astype(np.float32),
-        "margin_B": np.zeros(len(rows), np.float32),
+        "margin_B": np.array([getattr(row.source, "margin", 0) for row in rows], np.float32),
         "weight_B": mean_weights(np.ones(len(rows)) if real_B is None else real_B),
         **more,
     }
@@ -178,19 +178,11 @@ def answers_batch(
     return PreferenceBatch(**arrays)
 
 
-scored_batch = partial(answers_batch, label="score")
+scored_batch = partial(preference_batch, label="score")
 """Answers with their score; C = 1."""
 
-judged_batch = partial(answers_batch, label="label")
+judged_batch = partial(preference_batch, label="label")
 """Answers that are right or wrong; C = 1."""
-
-
-def preference_batch(
-    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
-) -> PreferenceBatch:
-    """Pairs with their margins, C = 2; arguments as for ``answers_batch``."""
-    margins = [getattr(row.source, "margin", 0.0) for row in rows]
-    return answers_batch(rows, width, pad, real_B, margin_B=np.array(margins, np.float32))
 
 
 def ranked_batch(
@@ -200,24 +192,30 @@ def ranked_batch(
     real_B: np.ndarray | None = None,
     candidates: int = 2,
 ) -> PreferenceBatch:
-    """Rankings, with C = ``candidates``; other arguments as for ``answers_batch``.
+    """Rankings, with C = ``candidates``; other arguments as for ``preference_batch``.
 
     A row with fewer responses is filled up with its first, where ``candidate_mask_BC`` is 0.
     """
     ranks: Any = [row.source.ranks for row in rows]  # type: ignore[union-attr]
     short = [candidates - len(row.answers) for row in rows]
     answers = [row.answers + row.answers[:1] * more for row, more in zip(rows, short, strict=True)]
-    rank_BC = [(*rank, *[0.0] * more) for rank, more in zip(ranks, short, strict=True)]
+    rank_BC = np.array([(*rank, *[0] * more) for rank, more in zip(ranks, short, strict=True)])
     mask_BC = np.arange(candidates) < np.array([[len(row.answers)] for row in rows])
-    arrays = {"rank_BC": np.array(rank_BC), "candidate_mask_BC": mask_BC}
-    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return answers_batch(rows, width, pad, real_B, answers, **arrays)
+    return preference_batch(
+        rows,
+        width,
+        pad,
+        real_B,
+        answers,
+        rank_BC=rank_BC.astype(np.float32),
+        candidate_mask_BC=mask_BC.astype(np.float32),
+    )
 
 
 def steps_batch(
     rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
 ) -> PreferenceBatch:
-    """Stepwise answers, C = 1; arguments as for ``answers_batch``.
+    """Stepwise answers, C = 1; arguments as for ``preference_batch``.
 
     ``step_mask_BCT`` is 1 at the last token of every step, and ``label_BCT`` there its label.
     """
@@ -228,14 +226,13 @@ def steps_batch(
         labels: Any = row.source.labels  # type: ignore[union-attr]
         step_BCT[index, 0, at] = 1
         label_BCT[index, 0, at] = labels[: len(at)]
-    more = {"step_mask_BCT": step_BCT, "label_BCT": label_BCT}
-    return answers_batch(rows, width, pad, real_B, **more)
+    return preference_batch(rows, width, pad, real_B, step_mask_BCT=step_BCT, label_BCT=label_BCT)
 
 
 def labelled_batch(
     rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
 ) -> PreferenceBatch:
-    """Labelled answers beside others, C = 2; arguments as for ``answers_batch``.
+    """Labelled answers beside others, C = 2; arguments as for ``preference_batch``.
 
     Candidate 0 is the row's answer and ``label_B`` its label; candidate 1 is the answer to another
     prompt, of the next row that has one, cut where it would be too long: what KTO estimates a KL
@@ -254,7 +251,7 @@ def labelled_batch(
                 f"{len(rows)} rows have this one: raise data.batch_size, or give more prompts"
             )
         answers.append((row.answers[0], other[: width - len(row.prompt)]))
-    return answers_batch(rows, width, pad, real_B, answers, "label")
+    return preference_batch(rows, width, pad, real_B, answers, "label")
 
 
 def mean_weights(mask: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ def _apply(tokenizer: Tokenizer, chat: list[Message], where: str, open_turn: boo
     """A chat as its template writes it; ``open_turn`` adds the header of an assistant's turn."""
     if not tokenizer.chat_template:
         raise InputError(f"{where}: a chat, and the tokenizer has no chat template; use plain text")
-    options = {"tokenize": False, "add_generation_prompt": open_turn}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": open_turn}
     try:
         return str(tokenizer.apply_chat_template(chat, **options))
     # Templates index and join what is in the row, which fails with errors of Python's own too.
@@ -89,7 +89,6 @@ def cut_turns(
     Args:
       chat: its last turn is an assistant's.
       first: turns before this one count as the prompt's.
-      where: the row's place, for errors.
 
     Returns:
       (prompt, pieces): the text up to and including the header of the first assistant's turn from

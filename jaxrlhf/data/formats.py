@@ -25,10 +25,10 @@ Every reader raises InputError on the first bad row, or leaves it out under ``sk
 says so in ``Rows.skipped``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -49,7 +49,7 @@ from jaxrlhf.data.rows import (
     transform,
 )
 
-ANSWERS = ("chosen", "rejected")
+T = TypeVar("T")
 ENDS = ("chosen_ended", "rejected_ended")
 """Columns that say whether the answers of a pair were finished, and not cut off."""
 
@@ -125,36 +125,18 @@ def stack_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
-def read_prompts(
-    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False
-) -> Rows[Prompt]:
-    """Prompts alone, whatever else is in the row."""
-    return transform(rows, partial(_prompt, tokenizer=tokenizer), skip_bad_rows)
-
-
 def _prompt(row: Row, tokenizer: Tokenizer) -> Prompt:
     text, _ = render(tokenizer, text_of(row, "prompt"), (), row.where)
     return Prompt(text, columns_of(row, "prompt"), row.where)
 
 
-def read_completions(
-    rows: Rows[Row],
-    tokenizer: Tokenizer,
-    skip_bad_rows: bool = False,
-    train_on: Literal["completion", "assistant"] = "completion",
-) -> Rows[Completion]:
-    """Prompts with an answer.
+def _completion(row: Row, tokenizer: Tokenizer, train_on: str = "completion") -> Completion:
+    """A prompt with an answer, or with several turns of the assistant's if it is a chat.
 
     Args:
-      train_on: of a chat, imitate the assistant's turns of the completion (of ``messages``: the
-        last turn), or those of the prompt too; plain text has the completion alone.
+      train_on: "completion": imitate those of the completion (of ``messages``: the last turn).
+        "assistant": those of the prompt too. "one turn": of an answer that is compared or labelled.
     """
-    read = partial(_completion, tokenizer=tokenizer, train_on=train_on)
-    return transform(rows, read, skip_bad_rows)
-
-
-def _completion(row: Row, tokenizer: Tokenizer, train_on: str = "one turn") -> Completion:
-    """A completion; under ``train_on`` that of a chat may have several turns to imitate."""
     if row.has("messages") and not row.has("prompt"):
         chat = text_of(row, "messages")
         if isinstance(chat, str) or len(chat) < 2:
@@ -174,40 +156,8 @@ def _completion(row: Row, tokenizer: Tokenizer, train_on: str = "one turn") -> C
     return Completion(text, "".join(pieces), columns, row.where, kept)
 
 
-def read_labelled(
-    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False
-) -> Rows[Completion]:
-    """As ``read_completions``, with a column ``label``: true if the answer is as it should be.
-
-    A row with chosen and rejected becomes two, chosen with label true and rejected with false.
-    """
-    read = transform(rows, partial(_labelled, tokenizer=tokenizer), skip_bad_rows)
-    return replace(read, items=tuple(row for answers in read.items for row in answers))
-
-
-def _labelled(row: Row, tokenizer: Tokenizer) -> tuple[Completion, ...]:
-    """A labelled answer, or both answers of a pair."""
-    if row.has(*ANSWERS):
-        pair = _pair(row, tokenizer)
-        rest = {key: x for key, x in pair.columns.items() if key not in ENDS}
-        told = (
-            {**rest, "label": key == "chosen", "ended": pair.columns.get(end, True)}
-            for key, end in zip(ANSWERS, ENDS, strict=True)
-        )
-        answers = zip((pair.chosen, pair.rejected), told, strict=True)
-        return tuple(Completion(pair.prompt, text, said, row.where) for text, said in answers)
-    label = row.values.get("label")
-    if not isinstance(label, bool):
-        raise InputError(f"{row.where}: label={shown(label)}: give true or false")
-    return (_completion(row, tokenizer),)
-
-
-def read_pairs(rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False) -> Rows[Pair]:
-    """Two answers to a prompt, chosen and rejected; both differ, as the model sees them."""
-    return transform(rows, partial(_pair, tokenizer=tokenizer), skip_bad_rows)
-
-
 def _pair(row: Row, tokenizer: Tokenizer) -> Pair:
+    """Two answers that differ, in the row and as the template writes them."""
     where = row.where
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if chosen == rejected:
@@ -239,16 +189,48 @@ def _shared(chosen: list[Message], rejected: list[Message], where: str) -> int:
     return shared
 
 
-def read_ranked(rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False) -> Rows[Ranked]:
-    """Rankings of two or more different responses, with as many ranks.
+def _labelled(row: Row, tokenizer: Tokenizer) -> tuple[Completion, ...]:
+    """A labelled answer, or both answers of a pair."""
+    if row.has("chosen", "rejected"):
+        pair = _pair(row, tokenizer)
+        rest = {key: x for key, x in pair.columns.items() if key not in ENDS}
+        answers = zip((pair.chosen, pair.rejected), (True, False), ENDS, strict=True)
+        return tuple(
+            Completion(
+                pair.prompt,
+                text,
+                {**rest, "label": label, "ended": pair.columns.get(end, True)},
+                row.where,
+            )
+            for text, label, end in answers
+        )
+    label = row.values.get("label")
+    if not isinstance(label, bool):
+        raise InputError(f"{row.where}: label={shown(label)}: give true or false")
+    return (_completion(row, tokenizer, "one turn"),)
 
-    A column ``ended``, a list of true and false, says which responses were not cut off. A row with
-    ``chosen`` and ``rejected`` is read as a ranking of two.
-    """
-    return transform(rows, partial(_ranked, tokenizer=tokenizer), skip_bad_rows)
+
+def _flags(given: Any, count: int, where: str) -> tuple[bool, ...]:
+    """``count`` times true or false."""
+    good = isinstance(given, list) and all(isinstance(flag, bool) for flag in given)
+    if not good or len(given) != count:
+        raise InputError(f"{where}: ended={shown(given)}: true or false for each response")
+    return tuple(given)
+
+
+def _numbers(row: Row, key: str, count: int, of: str, bools: bool = False) -> tuple[float, ...]:
+    """``count`` finite numbers in a column; true and false as 1 and 0 if ``bools``."""
+    given = list_of(row, key)
+    if len(given) != count:
+        raise InputError(f"{row.where}: {len(given)} {key} for {count} {of}; give one for each")
+    return tuple(
+        float(x) if bools and isinstance(x, bool) else as_number(x, f"{key}[{i}]", row.where)
+        for i, x in enumerate(given)
+    )
 
 
 def _ranked(row: Row, tokenizer: Tokenizer) -> Ranked:
+    """Two or more responses that differ; a list ``ended`` says which were not cut off."""
     where = row.where
     if row.has("chosen") and not row.has("responses"):
         pair = _pair(row, tokenizer)
@@ -277,38 +259,8 @@ def _ranked(row: Row, tokenizer: Tokenizer) -> Ranked:
     return Ranked(prompt, texts, tuple(place[rank] for rank in ranks), ended, columns, where)
 
 
-def _flags(given: Any, count: int, where: str) -> tuple[bool, ...]:
-    """``count`` times true or false."""
-    good = isinstance(given, list) and all(isinstance(flag, bool) for flag in given)
-    if not good or len(given) != count:
-        raise InputError(f"{where}: ended={shown(given)}: true or false for each response")
-    return tuple(given)
-
-
-def _numbers(row: Row, key: str, count: int, of: str, bools: bool = False) -> tuple[float, ...]:
-    """``count`` finite numbers in a column; true and false as 1 and 0 if ``bools``."""
-    given = list_of(row, key)
-    if len(given) != count:
-        raise InputError(f"{row.where}: {len(given)} {key} for {count} {of}; give one for each")
-    return tuple(
-        float(x) if bools and isinstance(x, bool) else as_number(x, f"{key}[{i}]", row.where)
-        for i, x in enumerate(given)
-    )
-
-
-def read_scored(
-    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False, binary: bool = False
-) -> Rows[Completion]:
-    """Prompts with an answer and its score, a finite float in the column ``score``.
-
-    Args:
-      binary: scores are probabilities in [0, 1]; a ``label``, true or false, may stand in for one.
-    """
-    completions = read_completions(rows, tokenizer, skip_bad_rows)
-    return transform(completions, partial(_scored, binary=binary), skip_bad_rows)
-
-
 def _scored(row: Completion, binary: bool) -> Completion:
+    """A completion with a number as its ``score``, under ``binary`` a probability."""
     score, label = row.columns.get("score"), row.columns.get("label")
     if binary and score is None and isinstance(label, bool):
         score = float(label)
@@ -321,19 +273,8 @@ def _scored(row: Completion, binary: bool) -> Completion:
     return replace(row, columns={**row.columns, "score": number})
 
 
-def read_steps(
-    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False, separator: str = "\n"
-) -> Rows[Stepwise]:
-    """Answers in steps, each with a label: true, false, or a probability that it is right.
-
-    Args:
-      separator: what the steps, which are plain text, are joined with; none may hold it.
-    """
-    read = partial(_steps, tokenizer=tokenizer, separator=separator)
-    return transform(rows, read, skip_bad_rows)
-
-
-def _steps(row: Row, tokenizer: Tokenizer, separator: str) -> Stepwise:
+def _steps(row: Row, tokenizer: Tokenizer, separator: str = "\n") -> Stepwise:
+    """Steps, plain text joined with ``separator``, and how probably each is right."""
     where = row.where
     name = "completions" if row.has("completions") and not row.has("steps") else "steps"
     given = list_of(row, name)
@@ -356,3 +297,50 @@ def _steps(row: Row, tokenizer: Tokenizer, separator: str) -> Stepwise:
     text, (answer,) = render(tokenizer, prompt, (whole,), where)
     columns = columns_of(row, "prompt", name, "labels")
     return Stepwise(text, answer, separator, labels, columns, where)
+
+
+def _reader(of_row: Callable[..., T]) -> Callable[..., Rows[T]]:
+    """A reader of a file's rows, out of one of a single row: (row, tokenizer, options) → T."""
+
+    def read(
+        rows: Rows[Any], tokenizer: Tokenizer, skip_bad_rows: bool = False, **options: Any
+    ) -> Rows[T]:
+        return transform(rows, partial(of_row, tokenizer=tokenizer, **options), skip_bad_rows)
+
+    return read
+
+
+read_prompts = _reader(_prompt)
+read_completions = _reader(_completion)
+read_pairs = _reader(_pair)
+read_ranked = _reader(_ranked)
+read_steps = _reader(_steps)
+
+
+def read_labelled(
+    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False
+) -> Rows[Completion]:
+    """Labelled answers; a pair becomes two rows, the first labelled true."""
+    read = _reader(_labelled)(rows, tokenizer, skip_bad_rows)
+    return Rows(tuple(row for answers in read.items for row in answers), read.path, read.skipped)
+
+
+def read_scored(
+    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False, binary: bool = False
+) -> Rows[Completion]:
+    """Answers with a number in the column ``score``; under ``binary`` a probability in [0, 1], for
+    which a ``label``, true or false, may stand in."""
+    completions = read_completions(rows, tokenizer, skip_bad_rows)
+    return transform(completions, partial(_scored, binary=binary), skip_bad_rows)
+
+
+READERS = {
+    "pairs": read_pairs,
+    "completions": read_completions,
+    "labelled": read_labelled,
+    "judged": read_labelled,
+    "ranked": read_ranked,
+    "scored": read_scored,
+    "steps": read_steps,
+}
+"""How the rows of a file are read, by what they are to hold."""

@@ -1,4 +1,4 @@
-"""Rows of a .jsonl or .parquet file, each with its place, and what stands in their columns, checked.
+"""Rows of a .jsonl or .parquet file, each with its place; and what is in their columns, checked.
 
 Whatever is wrong with a row is an InputError that begins with ``path:line``. ``transform`` takes
 rows from stage to stage, and stops at the first bad one or leaves it out.
@@ -84,34 +84,30 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
         raise InputError(f"{path}: unknown extension {suffix!r}; give a .jsonl or .parquet file")
     try:
         with source.open("rb") as file:
-            return _collect(readers[suffix](file, path), _parse, path, (), skip_bad_rows)
+            # Read while they are parsed: a file's raw rows are never all in memory.
+            raw: Any = readers[suffix](file, path)
+            return transform(Rows(raw, path), _parse, skip_bad_rows)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = False) -> Rows[T]:
     """``function`` of every row; a row it raises InputError for stops all, or is skipped."""
-    return _collect(rows.items, function, rows.path, rows.skipped, skip_bad_rows)
-
-
-def _collect(
-    items: Iterable[S], function: Callable[[S], T], path: str, skipped: tuple[str, ...], skip: bool
-) -> Rows[T]:
     kept: list[T] = []
-    bad = list(skipped)
-    for item in items:
+    bad = list(rows.skipped)
+    for item in rows.items:
         try:
             kept.append(function(item))
         except InputError as error:
-            if not skip:
+            if not skip_bad_rows:
                 raise
             bad.append(str(error))
     # Skipping may thin a data set out, but never empty it: that is a wrong file, not a bad row.
     if not kept and bad:
-        raise InputError(f"{path}: none of its {len(bad)} rows is usable; the first: {bad[0]}")
+        raise InputError(f"{rows.path}: none of its {len(bad)} rows is usable; the first: {bad[0]}")
     if not kept:
-        raise InputError(f"{path}: no rows; give a file with at least one")
-    return Rows(tuple(kept), path, tuple(bad))
+        raise InputError(f"{rows.path}: no rows; give a file with at least one")
+    return Rows(tuple(kept), rows.path, tuple(bad))
 
 
 def locate(path: str) -> Traversable:

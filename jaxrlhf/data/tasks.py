@@ -1,9 +1,9 @@
-"""Tasks whose answers can be checked, as rows: reasoning-gym's (arXiv:2505.24760), and sums in steps.
+"""Tasks with answers that can be checked, as rows: reasoning-gym's (arXiv:2505.24760), and sums.
 
 A row of reasoning-gym has what a run needs to sample and to check: ``prompt``; ``answer``;
 ``task``, ``question`` and ``metadata``, which the task's own checker reads (``verifier:
-reasoning_gym``); and ``completion``, a right answer to imitate, if wanted. Sums, some with a
-mistake, are what a process reward model can learn from.
+reasoning_gym``); and ``completion``, a right answer to imitate, if wanted. Sums in steps, some with
+a mistake, are for process reward models.
 """
 
 import ast
@@ -21,6 +21,45 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.rows import write_rows
 
 
+def tasks(
+    task: Annotated[Positional[str], arg(metavar="TASK")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    size: int = 500,
+    seed: int = 0,
+    option: tuple[str, ...] = (),
+    prompt: str = "{question}",
+    completion: str = "",
+    chat: bool = False,
+) -> None:
+    """Write tasks of reasoning-gym as a JSONL file of prompts, for verifier: reasoning_gym.
+
+    Args:
+      task: its name in reasoning-gym, such as chain_sum.
+      out: the .jsonl file.
+      size: rows.
+      seed: another seed gives other tasks.
+      option: options of the task, such as min_terms=2.
+      prompt: the prompt's text, {question} in it.
+      completion: also write right completions to imitate: their text, {answer} in it.
+      chat: write chats of one turn.
+    """
+    options = dict(map(_option, option))
+    write_rows(out, task_rows(task, size, seed, options, prompt, completion, chat))
+
+
+def _option(word: str) -> tuple[str, Any]:
+    """name=value, the value as YAML has it."""
+    # YAML's value, so that 2 is a number and [1, 2] a list, as in a pipeline's file.
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise InputError(f"--option {word}: give name=value")
+    try:
+        return name, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"--option {word!r:.80}: the value is not YAML: {problem}") from None
+
+
 def task_rows(
     task: str,
     size: int,
@@ -36,13 +75,10 @@ def task_rows(
     where JSON would change it.
 
     Args:
-      task: its name in reasoning-gym, such as chain_sum.
       size: rows; the n-th does not depend on it.
-      seed: another seed gives other tasks.
       options: of the task, by its names, such as ``{"min_terms": 2}``.
-      prompt: the prompt's text; {question} stands for the task's.
-      completion: a right completion's text, {answer} in it; empty leaves the column out.
-      chat: make the prompt, and the completion, chats of one turn.
+      completion: empty leaves the column out.
+      task, seed, prompt, chat: as for ``tasks``.
 
     Raises:
       InputError: reasoning-gym is missing, has no such task, or refuses the options.
@@ -84,7 +120,7 @@ def task_rows(
 def _kept(metadata: Mapping[str, Any]) -> Any:
     """Metadata without its difficulty, which no checker reads, so that a file keeps it."""
     metadata = {name: value for name, value in metadata.items() if name != "difficulty"}
-    # JSON makes lists of tuples and text of keys that are numbers: then Python's own literal is kept.
+    # JSON makes lists of tuples, and text of keys that are numbers; a Python literal does not.
     plain = json.loads(json.dumps(metadata, default=str))
     if plain == metadata:
         return plain
@@ -112,14 +148,11 @@ def write_task_files(
     question of held_out.jsonl stands there twice, or in another of the files.
 
     Args:
-      folder: where to.
-      seed: of the draw.
-      task, options, prompt, chat: as for ``task_rows``.
       train: rows drawn for prompts.jsonl; those with a question that is held out are left out.
       held_out: rows of held_out.jsonl.
       warm_start: rows of warm_start.jsonl: the first of prompts.jsonl, each with a right completion
         to imitate; 0 writes none.
-      completion: a right completion's text, {answer} in it.
+      task, options, prompt, completion, chat: as for ``task_rows``.
 
     Raises:
       InputError: as ``task_rows``, or too few questions differ.
@@ -136,52 +169,13 @@ def write_task_files(
             f"which leaves {len(rest)} rows to learn from: lower it, or give other options"
         )
     imitated = [{name: row[name] for name in ("prompt", "completion")} for row in rest[:warm_start]]
-    # Prompts do without the right answer in words, which would reach reward functions.
+    # Now that they are copied: columns of the prompts would reach the reward functions.
     for row in rows:
         row.pop("completion", None)
     files = {"prompts": rest, "held_out": list(kept_out.values()), "warm_start": imitated}
     for name, part in files.items():
         if part:
             write_rows(folder / f"{name}.jsonl", part)
-
-
-def tasks(
-    task: Annotated[Positional[str], arg(metavar="TASK")],
-    out: Annotated[Positional[Path], arg(metavar="OUT")],
-    size: int = 500,
-    seed: int = 0,
-    option: tuple[str, ...] = (),
-    prompt: str = "{question}",
-    completion: str = "",
-    chat: bool = False,
-) -> None:
-    """Write tasks of reasoning-gym as a JSONL file of prompts, for verifier: reasoning_gym.
-
-    Args:
-      task: its name in reasoning-gym, such as chain_sum.
-      out: the .jsonl file.
-      size: rows.
-      seed: another seed gives other tasks.
-      option: options of the task, such as min_terms=2.
-      prompt: the prompt's text, {question} in it.
-      completion: also write right completions to imitate: their text, {answer} in it.
-      chat: write chats of one turn.
-    """
-    options = dict(map(_option, option))
-    write_rows(out, task_rows(task, size, seed, options, prompt, completion, chat))
-
-
-def _option(word: str) -> tuple[str, Any]:
-    """name=value, the value as YAML has it."""
-    # YAML's value, so that 2 is a number and [1, 2] a list, as in a pipeline's file.
-    name, equals, value = word.partition("=")
-    if not equals:
-        raise InputError(f"--option {word}: give name=value")
-    try:
-        return name, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"--option {word!r:.80}: the value is not YAML: {problem}") from None
 
 
 def write_sums(folder: Path, seed: int, rows: int = 1000) -> None:

@@ -18,7 +18,7 @@ def repeat(values: Sequence[T], n: int) -> list[T]:
     return [value for value in values for _ in range(n)]
 
 
-def _text(tokenizer: Tokenizer, ids: Sequence[int], special: bool = False) -> str:
+def _text(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
     """The text of ids as they are; of special tokens only where asked for."""
     # Cleaning up drops the space before a full stop, and a reward would read other text.
     options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}

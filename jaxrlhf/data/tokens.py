@@ -37,18 +37,14 @@ from jaxrlhf.config import (
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.formats import (
     ENDS,
+    READERS,
     Completion,
     Pair,
     Prompt,
     Ranked,
     Stepwise,
     read_completions,
-    read_labelled,
-    read_pairs,
     read_prompts,
-    read_ranked,
-    read_scored,
-    read_steps,
 )
 from jaxrlhf.data.rows import Rows, read_rows, shown, transform
 from jaxrlhf.data.text import step_ends
@@ -57,17 +53,6 @@ Ids = list[int]
 Source = Prompt | Completion | Pair | Ranked | Stepwise
 Span = tuple[int, int]
 """From where, and to before where."""
-
-READERS = {
-    "pairs": read_pairs,
-    "completions": read_completions,
-    "labelled": read_labelled,
-    "judged": read_labelled,
-    "ranked": read_ranked,
-    "scored": read_scored,
-    "steps": read_steps,
-}
-"""How the rows of a file are read, by what they are to hold."""
 
 NORMALISED = 128
 """Answers that a normalisation is measured on, at most: its mean is then right to a tenth of the
@@ -218,8 +203,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, where: str) -> Ids:
     # A chat template may have written the token already; that the tokenizer adds one shows on "".
     if bos is not None and ids[:1] != [bos] and (not ids or tokenizer.encode("")[:1] == [bos]):
         ids = [bos, *ids]
-    if not ids:
-        raise InputError(f"{where}: prompt {shown(text)} has no token; fill it or drop the row")
+    _check_some(ids, "prompt", text, where)
     return ids
 
 
@@ -240,8 +224,7 @@ def encode_answer(
     end = _end_of_turn(tokenizer, ids, stop)
     if end:
         ids = ids[: end if ended else end - 1]
-    if not ids:
-        raise InputError(f"{where}: answer {shown(text)} has no token; fill it or drop the row")
+    _check_some(ids, "answer", text, where)
     eos: Any = tokenizer.eos_token_id
     return ids if end or not ended or eos is None else [*ids, eos]
 
@@ -276,9 +259,7 @@ def encode_turns(
             end = _end_of_turn(tokenizer, turn, stop) or len(turn)
         if index % 2 == 0:
             spans.append((len(ids), len(ids) + end))
-            if not turn:
-                what = f"turn {shown(text)} has no token"
-                raise InputError(f"{where}: {what}; fill it or drop the row")
+            _check_some(turn, "turn", text, where)
         ids += turn
     return ids, tuple(spans)
 
@@ -298,6 +279,11 @@ def _ids(tokenizer: Tokenizer, text: str, where: str) -> Ids:
             f"{where}: {shown(word)} is not in the tokenizer's vocabulary, which has no token for "
             "unknown words: add it to model.tokenizer, or drop the row"
         ) from None
+
+
+def _check_some(ids: Ids, what: str, text: str, where: str) -> None:
+    if not ids:
+        raise InputError(f"{where}: {what} {shown(text)} has no token; fill it or drop the row")
 
 
 def _end_of_turn(tokenizer: Tokenizer, ids: Ids, stop: Sequence[int]) -> int:
@@ -354,40 +340,27 @@ def longest(rows: Sequence[Encoded], multiple: int = 1) -> int:
 
 def prompt_arrays(rows: Sequence[Encoded], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """token_QP and mask_QP of Prompt rows, left-padded to P = ``width``; int32."""
-    return left_pad([row.prompt for row in rows], width, pad, [row.source.where for row in rows])
+    where = [row.source.where for row in rows]
+    return pad_rows([row.prompt for row in rows], width, pad, where, left=True)
 
 
-def left_pad(
-    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
+def pad_rows(
+    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str], left: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts, padded on the left: what is sampled next follows each without a gap.
+    """Lists of ids as one array, padded on the right or on the left.
 
     Args:
-      rows: Q lists of ids.
-      width: P, data.max_prompt_tokens.
+      rows: B whole rows; prompts for ``left``, so that what is sampled follows without a gap.
+      width: T, data.max_tokens; of prompts data.max_prompt_tokens.
       pad: id to fill with.
       where: the place of each row.
 
     Returns:
-      token_QP int32 and mask_QP int32, 1 on real tokens.
+      token_BT int32 and mask_BT int32, 1 on real tokens.
 
     Raises:
       InputError: a row longer than ``width``.
     """
-    return _pad(rows, width, pad, where, left=True)
-
-
-def right_pad(
-    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whole rows, padded on the right: token_BT and mask_BT, int32. As ``left_pad``, but T =
-    ``width`` is data.max_tokens."""
-    return _pad(rows, width, pad, where, left=False)
-
-
-def _pad(
-    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str], left: bool
-) -> tuple[np.ndarray, np.ndarray]:
     field = "data.max_prompt_tokens" if left else "data.max_tokens"
     token_BT = np.full((len(rows), width), pad, np.int32)
     mask_BT = np.zeros((len(rows), width), np.int32)

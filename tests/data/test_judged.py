@@ -142,8 +142,10 @@ def test_encode_rows_rankings_and_steps(tokenizer, jsonl):
     assert (row.prompt, row.answers) == ([a], ([b, 0], [c], [d, 0]))
     with pytest.raises(InputError, match=r"rows.jsonl:1: 3 tokens, and data.max_tokens is 2"):
         encode_rows(rows, tokenizer, 20, 2)
-    rows = read_steps(read_rows(jsonl({**STEPS, "steps": ["b c ", " d "]})), tokenizer, False, "e")
+    rows = read_steps(
+        read_rows(jsonl({**STEPS, "steps": ["b c ", " d "]})), tokenizer, separator="e"
+    )
     assert encode_rows(rows, tokenizer, 20, 9).items[0].ends == (2, 4)
-    glued = read_steps(read_rows(jsonl({**STEPS, "steps": ["b c", "d"]})), tokenizer, False, "e")
+    glued = read_steps(read_rows(jsonl({**STEPS, "steps": ["b c", "d"]})), tokenizer, separator="e")
     with pytest.raises(InputError, match="2 labels, and in its tokens the separator 'e' ends 1"):
         encode_rows(glued, tokenizer, 20, 9)

@@ -7,7 +7,6 @@ import pytest
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import (
-    answers_batch,
     judged_batch,
     labelled_batch,
     preference_batch,
@@ -122,10 +121,10 @@ def test_scored_batch_has_scores_as_labels(tmp_path):
     np.testing.assert_array_equal(batch.weight_B, [1, 0])
 
 
-def test_answers_batch_reads_no_score(tmp_path):
+def test_preference_batch_reads_no_score(tmp_path):
     row = {"prompt": "a", "completion": "b"}
     found = encoded(tmp_path, read_completions, row, {**row, "score": "great"})
-    batch = answers_batch(found, 5, 0, np.array([True, False]))
+    batch = preference_batch(found, 5, 0, np.array([True, False]))
     assert batch.label_B is None
     np.testing.assert_array_equal(batch.token_BCT[:, 0, :3], [[2, 3, 1]] * 2)  # a b <eos>
     np.testing.assert_array_equal(batch.weight_B, [1, 0])

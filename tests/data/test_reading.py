@@ -14,7 +14,8 @@ from jaxrlhf.config import (
     normalise_path,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.tokens import READERS, load_data, load_normalise_rows
+from jaxrlhf.data.formats import READERS
+from jaxrlhf.data.tokens import load_data, load_normalise_rows
 from jaxrlhf.models.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(f"words:{runs.WORDS}")
