@@ -117,20 +117,16 @@ def test_token_batch_weighs_completions_with_their_eos():
     assert batch.weight_BT.dtype == np.float32
 
 
-def test_token_batch_rows_that_only_fill_weigh_nothing():
+def test_token_batch_weights_are_those_of_masked_over_real_rows():
     rows = [completion([A, B], [C, EOS]), completion([A], [EOS])]
     batch = token_batch(rows, 4, EOS, ONE_OF_TWO)
     np.testing.assert_allclose(batch.weight_BT, [[0, 0, 0.5, 0.5], [0, 0, 0, 0]])
     assert batch.attention_mask_BT[1].sum() == 2
     nothing = token_batch(rows, 4, EOS, np.array([False, False]))
     np.testing.assert_array_equal(nothing.weight_BT, 0)
-
-
-def test_token_batch_weights_are_those_of_masked():
     rows = [completion([A] * i, [B] * (7 - i)) for i in range(1, 7)]
-    batch = token_batch(rows, 8, EOS)
-    expected = masked.weights(jnp.asarray(batch.weight_BT != 0))
-    np.testing.assert_array_equal(batch.weight_BT, expected)
+    weight_BT = token_batch(rows, 8, EOS).weight_BT
+    np.testing.assert_array_equal(weight_BT, masked.weights(jnp.asarray(weight_BT != 0)))
 
 
 def test_packed_batch_by_hand():
@@ -151,9 +147,6 @@ def test_packed_batch_by_hand():
     np.testing.assert_allclose(batch.weight_BT, learn / 5, rtol=1e-6)
     assert batch.segment_BT.dtype == np.int32
     assert batch.weight_BT.dtype == np.float32
-
-
-def test_packed_batch_too_long():
     with pytest.raises(InputError, match=r"x:1: 6 tokens, and data\.max_tokens is 5"):
         packed_batch([[completion([1], [2, 3]), completion([4], [5, 6])]], 5, 0)
 
@@ -174,11 +167,8 @@ def test_preference_batch_by_hand():
     np.testing.assert_array_equal(batch.mask_BCT[0], [[0, 1, 1, 0], [0, 1, 1, 1]])
     assert batch.token_BCT.dtype == np.int32
     assert batch.margin_B.dtype == batch.weight_B.dtype == np.float32
-
-
-def test_preference_batch_weights_are_means():
-    batch = preference_batch([pair([A], [B], [C])] * 4, 3, EOS)
-    np.testing.assert_array_equal(batch.weight_B, [0.25] * 4)
+    whole = preference_batch([pair([A], [B], [C])] * 4, 3, EOS)
+    np.testing.assert_array_equal(whole.weight_B, [0.25] * 4)
 
 
 def test_ranked_batch_fills_short_rows_with_their_first_response():

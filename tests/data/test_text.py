@@ -43,26 +43,19 @@ def test_decode_rollout_reads_the_response_alone(spaced):
     assert texts == [" b .", " b b b b"]
 
 
-def test_decode_rollout_follows_gaps_in_the_mask(spaced):
-    token_BT = np.array([[1, 2, 3, 1, 2]])
-    assert decode_rollout(spaced, token_BT, np.array([[0, 1, 0, 0, 1]]), ["p"]) == [" b b"]
+def test_decode_rollout_empty_responses_and_gaps_in_the_mask(spaced):
+    token_BT = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [1, 4, 2, 0], [1, 2, 1, 2]])
+    mask_BT = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]])
+    assert decode_rollout(spaced, token_BT, mask_BT, list("pqrs")) == ["", "", " b", " b b"]
 
 
-def test_decode_rollout_empty_responses(spaced):
-    token_BT = np.array([[1, 0, 0], [1, 0, 0], [1, 4, 2]])
-    mask_BT = np.array([[0, 1, 0], [0, 0, 0], [0, 1, 1]])
-    assert decode_rollout(spaced, token_BT, mask_BT, list("pqr")) == ["", "", " b"]
-
-
-def test_decode_rollout_shapes_that_differ(spaced):
+def test_decode_rollout_shapes_that_differ_and_repeat_of_prompts(spaced):
     token_BT = np.zeros((2, 3), int)
     with pytest.raises(ValueError, match="1 prompts differ"):
         decode_rollout(spaced, token_BT, token_BT, ["p"])
     with pytest.raises(ValueError, match="differ"):
         decode_rollout(spaced, token_BT, token_BT[:, :2], ["p", "q"])
 
-
-def test_repeat_is_prompt_major():
     assert repeat(["a", "b"], 2) == ["a", "a", "b", "b"]
 
 
@@ -114,6 +107,8 @@ def test_show_example_marks_what_is_trained_on():
     assert show_example(WORDS, [A, B], [0, 0]) == "a b"
     assert show_example(WORDS, [A, B], [1, 1]) == "⟦a b⟧"
     assert show_example(WORDS, [], []) == ""
+    with pytest.raises(ValueError, match="2 tokens and 1 weights"):
+        show_example(WORDS, [A, B], [1])
 
 
 def test_show_example_of_a_chat_and_cut_through_a_character():
@@ -128,11 +123,6 @@ def test_show_example_of_a_chat_and_cut_through_a_character():
     text = show_example(tokenizer, ids, [0] + [1] * (len(ids) - 1))
     assert text.endswith("⟧")
     assert text.count("⟦") == 1
-
-
-def test_show_example_lengths_differ():
-    with pytest.raises(ValueError, match="2 tokens and 1 weights"):
-        show_example(WORDS, [A, B], [1])
 
 
 def test_show_batch_rows_and_segments():
