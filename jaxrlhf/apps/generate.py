@@ -20,7 +20,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Params, Rollout
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
-from jaxrlhf.data.tokens import encode_prompt, left_pad
+from jaxrlhf.data.tokens import encode_prompt, pad_rows
 from jaxrlhf.mesh.sharding import make_mesh, put_rows
 from jaxrlhf.models.load import Loader, load_model, scores_texts
 from jaxrlhf.models.tokenizer import ends_of
@@ -118,7 +118,7 @@ def _draw(
     if width + config.max_new_tokens > context:
         tokens = width + config.max_new_tokens
         raise InputError(f"{tokens} tokens, and the model's context is {context}: ask for fewer")
-    arrays = put_rows(left_pad(ids, width, pad, places), mesh)
+    arrays = put_rows(pad_rows(ids, width, pad, places, left=True), mesh)
     return jax.jit(sample, static_argnums=(0, 5))(model, params, *arrays, key, config)
 
 

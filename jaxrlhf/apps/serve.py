@@ -19,7 +19,7 @@ from jaxrlhf.config import MeshConfig, RewardConfig
 from jaxrlhf.config.checks import below_least
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Rollout
-from jaxrlhf.data.tokens import encode_answer, encode_prompt, right_pad
+from jaxrlhf.data.tokens import encode_answer, encode_prompt, pad_rows
 from jaxrlhf.mesh.sharding import make_mesh, put_rows
 from jaxrlhf.models.load import Loader, is_run, tokenizer_path
 from jaxrlhf.models.read import is_reward_folder, read_decoder
@@ -238,7 +238,7 @@ def model_source(
     def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
         texts = [prompt + answer for prompt, answer in filled]
-        token_BT, real_BT = right_pad(texts, width, pad, [""] * batch_size)
+        token_BT, real_BT = pad_rows(texts, width, pad, [""] * batch_size)
         starts_B = np.array([len(prompt) for prompt, _ in filled])
         mask_BT = (real_BT * (np.arange(width) >= starts_B[:, None])).astype(np.float32)
         zero_BT = np.zeros(token_BT.shape, np.float32)

@@ -1,16 +1,18 @@
-"""Which rows make up which batch: pure functions of seed and step, with nothing to save.
+"""One batch of a run on rows: which rows are in it, and their arrays; numpy out.
 
-Token ids of rows to learn from → one batch of padded arrays; numpy in, numpy out."""
+Which ones follows from seed and step, so there is nothing to save. Packers take the whole batch, of
+all hosts, because weights are over all of it; slice afterwards.
+"""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import PreferenceBatch, TokenBatch
-from jaxrlhf.data.tokens import Encoded, Ids, imitated, right_pad
+from jaxrlhf.data.tokens import Encoded, Ids, imitated, pad_rows
 
 
 def order(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -23,9 +25,7 @@ def order(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
 
     Args:
       count: rows of the dataset.
-      batch_size: rows a step.
-      seed: of the run, 0 or more.
-      step: steps taken before this one, 0 or more.
+      step: steps taken before this one.
 
     Returns:
       int64 [batch_size], each in [0, count).
@@ -39,11 +39,22 @@ def order(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
         raise InputError(f"seed={seed}: give 0 or more")
     if step < 0:
         raise ValueError(f"step={step} is negative")
+    # Places in the endless row of epochs; a batch may lie in two epochs, or in more.
     place = np.arange(step * batch_size, (step + 1) * batch_size)
     epoch, offset = np.divmod(place, count)
     return np.array(
         [permutation(count, seed, int(e))[o] for e, o in zip(epoch, offset, strict=True)]
     )
+
+
+# Callers ask row by row, for epochs that follow one another: drawn once, it is looked up.
+@lru_cache(maxsize=4)
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's rows in its order, drawn from (seed, epoch); read-only, shared by all callers."""
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    drawn = generator.permutation(count)
+    drawn.setflags(write=False)
+    return drawn
 
 
 def held_out_batches(
@@ -65,6 +76,7 @@ def held_out_batches(
       InputError: no rows, or a batch of no rows.
     """
     _check(count, batch_size)
+    # −(−a // b) is a / b, rounded up.
     batches = -(-count // (-(-batch_size // multiple) * multiple))
     size = -(-count // (batches * multiple)) * multiple
     index = np.arange(batches * size).reshape(batches, size)
@@ -79,15 +91,6 @@ def _check(count: int, batch_size: int) -> None:
         raise InputError(f"batch_size={batch_size}: give at least 1 row a batch")
 
 
-@lru_cache(maxsize=4)
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """An epoch's rows in its order, drawn from (seed, epoch); read-only, shared by all callers."""
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    drawn = generator.permutation(count)
-    drawn.setflags(write=False)
-    return drawn
-
-
 def token_batch(
     rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
 ) -> TokenBatch:
@@ -96,37 +99,90 @@ def token_batch(
     weight_BT is 1/n on the n tokens to imitate, stop tokens included, 0 elsewhere.
 
     Args:
-      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
       real_B: False on rows that only fill the batch; they get weight 0.
     """
-    where = [row.source.where for row in rows]
-    token_BT, mask_BT = right_pad([row.prompt + row.answers[0] for row in rows], width, pad, where)
-    learn_BT = np.zeros_like(mask_BT)
-    for index, row in enumerate(rows):
-        learn = imitated(row)
-        learn_BT[index, : len(learn)] = learn
+    batch = packed_batch([[row] for row in rows], width, pad)
+    weight_BT: Any = batch.weight_BT
+    # Over the real rows alone, whose weights then sum to 1.
     if real_B is not None:
-        learn_BT = learn_BT * real_B[:, None]
+        weight_BT = mean_weights(weight_BT * real_B[:, None])
+    return batch.replace(weight_BT=weight_BT, segment_BT=None)  # type: ignore[attr-defined]
+
+
+def packed_batch(bins: Sequence[Sequence[Encoded]], width: int, pad: int) -> TokenBatch:
+    """Completion rows as a TokenBatch of numpy arrays, several in one row of T = ``width``.
+
+    ``segment_BT`` counts the rows of a packed row from 1, and is 0 on padding; weight_BT is 1/n on
+    the n tokens to imitate of the whole batch.
+
+    Raises:
+      InputError: rows that do not fit into ``width`` together.
+    """
+    rows = [[i for row in packed for i in (*row.prompt, *row.answers[0])] for packed in bins]
+    where = [packed[0].source.where for packed in bins]
+    token_BT, mask_BT = pad_rows(rows, width, pad, where)
+    segment_BT, learn_BT = np.zeros_like(mask_BT), np.zeros_like(mask_BT)
+    for b, packed in enumerate(bins):
+        learn = [imitated(row) for row in packed]
+        real, lengths = slice(len(rows[b])), [len(x) for x in learn]
+        segment_BT[b, real] = np.repeat(np.arange(1, len(packed) + 1), lengths)
+        learn_BT[b, real] = np.concatenate(learn)
     arrays: dict[str, Any] = {
         "token_BT": token_BT,
         "attention_mask_BT": mask_BT,
         "weight_BT": mean_weights(learn_BT),
+        "segment_BT": segment_BT,
     }
     return TokenBatch(**arrays)
 
 
 def preference_batch(
-    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
+    rows: Sequence[Encoded],
+    width: int,
+    pad: int,
+    real_B: np.ndarray | None = None,
+    answers: Sequence[Sequence[Ids]] | None = None,
+    label: str = "",
+    **more: np.ndarray,
 ) -> PreferenceBatch:
-    """Pair rows as a PreferenceBatch of numpy arrays, right-padded to T = ``width``; C = 2.
+    """Prompts with C answers each as a PreferenceBatch, right-padded to T = ``width``.
 
     Args:
-      rows: the whole batch, of all hosts: the weights are over all of it. Slice afterwards.
       real_B: False on rows that only fill the batch; they get weight 0.
+      answers: C of them a row; None: the row's own.
+      label: column that becomes ``label_B``: a number, or true and false as 1 and 0.
+      more: further arrays of the batch, by their names in it.
     """
-    answers = [row.answers for row in rows]
-    margin_B = np.array([getattr(row.source, "margin", 0.0) for row in rows], np.float32)
-    return _candidates(rows, answers, width, pad, real_B, margin_B=margin_B)
+    answers = [row.answers for row in rows] if answers is None else answers
+    count = len(answers[0])
+    # R = B·C rows, the answers to one prompt next to each other.
+    flat = [
+        row.prompt + answer for row, given in zip(rows, answers, strict=True) for answer in given
+    ]
+    where = [row.source.where for row in rows for _ in range(count)]
+    token_RT, real_RT = pad_rows(flat, width, pad, where)
+    # Log-probs of the prompt are the same for all answers: losses leave them out.
+    prompt_R = np.repeat([len(row.prompt) for row in rows], count)
+    mask_RT = real_RT * (np.arange(width) >= prompt_R[:, None])
+    shape = (len(rows), count, width)
+    arrays: dict[str, Any] = {
+        "token_BCT": token_RT.reshape(shape),
+        "attention_mask_BCT": real_RT.reshape(shape),
+        "mask_BCT": mask_RT.reshape(shape).astype(np.float32),
+        "margin_B": np.array([getattr(row.source, "margin", 0) for row in rows], np.float32),
+        "weight_B": mean_weights(np.ones(len(rows)) if real_B is None else real_B),
+        **more,
+    }
+    if label:
+        arrays["label_B"] = np.array([row.source.columns[label] for row in rows], np.float32)
+    return PreferenceBatch(**arrays)
+
+
+scored_batch = partial(preference_batch, label="score")
+"""Answers with their score; C = 1."""
+
+judged_batch = partial(preference_batch, label="label")
+"""Answers that are right or wrong; C = 1."""
 
 
 def ranked_batch(
@@ -136,49 +192,30 @@ def ranked_batch(
     real_B: np.ndarray | None = None,
     candidates: int = 2,
 ) -> PreferenceBatch:
-    """Rankings as a PreferenceBatch with C = ``candidates``; arguments as for ``preference_batch``.
+    """Rankings, with C = ``candidates``; other arguments as for ``preference_batch``.
 
     A row with fewer responses is filled up with its first, where ``candidate_mask_BC`` is 0.
     """
+    ranks: Any = [row.source.ranks for row in rows]  # type: ignore[union-attr]
     short = [candidates - len(row.answers) for row in rows]
     answers = [row.answers + row.answers[:1] * more for row, more in zip(rows, short, strict=True)]
-    ranks: Any = [row.source.ranks for row in rows]  # type: ignore[union-attr]
-    rank_BC = [(*rank, *[0.0] * more) for rank, more in zip(ranks, short, strict=True)]
+    rank_BC = np.array([(*rank, *[0] * more) for rank, more in zip(ranks, short, strict=True)])
     mask_BC = np.arange(candidates) < np.array([[len(row.answers)] for row in rows])
-    return _candidates(
+    return preference_batch(
         rows,
-        answers,
         width,
         pad,
         real_B,
-        rank_BC=np.array(rank_BC, np.float32),
+        answers,
+        rank_BC=rank_BC.astype(np.float32),
         candidate_mask_BC=mask_BC.astype(np.float32),
     )
-
-
-def scored_batch(
-    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
-) -> PreferenceBatch:
-    """Answers as a PreferenceBatch with C = 1; arguments as for ``preference_batch``.
-
-    ``label_B`` is the column ``score``.
-    """
-    scores = [row.source.columns["score"] for row in rows]
-    answers = [row.answers for row in rows]
-    return _candidates(rows, answers, width, pad, real_B, label_B=np.array(scores, np.float32))
-
-
-def answers_batch(
-    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
-) -> PreferenceBatch:
-    """As ``scored_batch`` without labels, whatever the columns hold: only for being scored."""
-    return _candidates(rows, [row.answers for row in rows], width, pad, real_B)
 
 
 def steps_batch(
     rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
 ) -> PreferenceBatch:
-    """Stepwise answers as a PreferenceBatch with C = 1; arguments as for ``preference_batch``.
+    """Stepwise answers, C = 1; arguments as for ``preference_batch``.
 
     ``step_mask_BCT`` is 1 at the last token of every step, and ``label_BCT`` there its label.
     """
@@ -189,24 +226,13 @@ def steps_batch(
         labels: Any = row.source.labels  # type: ignore[union-attr]
         step_BCT[index, 0, at] = 1
         label_BCT[index, 0, at] = labels[: len(at)]
-    answers = [row.answers for row in rows]
-    more = {"step_mask_BCT": step_BCT, "label_BCT": label_BCT}
-    return _candidates(rows, answers, width, pad, real_B, **more)
-
-
-def judged_batch(
-    rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
-) -> PreferenceBatch:
-    """Labelled rows as a PreferenceBatch with C = 1; arguments as for ``preference_batch``."""
-    return _candidates(
-        rows, [row.answers for row in rows], width, pad, real_B, label_B=_labels(rows)
-    )
+    return preference_batch(rows, width, pad, real_B, step_mask_BCT=step_BCT, label_BCT=label_BCT)
 
 
 def labelled_batch(
     rows: Sequence[Encoded], width: int, pad: int, real_B: np.ndarray | None = None
 ) -> PreferenceBatch:
-    """Labelled rows as a PreferenceBatch; arguments as for ``preference_batch``.
+    """Labelled answers beside others, C = 2; arguments as for ``preference_batch``.
 
     Candidate 0 is the row's answer and ``label_B`` its label; candidate 1 is the answer to another
     prompt, of the next row that has one, cut where it would be too long: what KTO estimates a KL
@@ -225,41 +251,7 @@ def labelled_batch(
                 f"{len(rows)} rows have this one: raise data.batch_size, or give more prompts"
             )
         answers.append((row.answers[0], other[: width - len(row.prompt)]))
-    return _candidates(rows, answers, width, pad, real_B, label_B=_labels(rows))
-
-
-def _labels(rows: Sequence[Encoded]) -> np.ndarray:
-    """1 for true, 0 for false; float32."""
-    return np.array([row.source.columns["label"] for row in rows], np.float32)
-
-
-def _candidates(
-    rows: Sequence[Encoded],
-    answers: Sequence[Sequence[Ids]],
-    width: int,
-    pad: int,
-    real_B: np.ndarray | None,
-    **more: np.ndarray,
-) -> PreferenceBatch:
-    """C answers to each row's prompt."""
-    count = len(answers[0])
-    flat = [
-        row.prompt + answer for row, given in zip(rows, answers, strict=True) for answer in given
-    ]
-    where = [row.source.where for row in rows for _ in range(count)]
-    token_RT, real_RT = right_pad(flat, width, pad, where)
-    prompt_R = np.repeat([len(row.prompt) for row in rows], count)
-    mask_RT = real_RT * (np.arange(width) >= prompt_R[:, None])
-    shape = (len(rows), count, width)
-    arrays: dict[str, Any] = {
-        "token_BCT": token_RT.reshape(shape),
-        "attention_mask_BCT": real_RT.reshape(shape),
-        "mask_BCT": mask_RT.reshape(shape).astype(np.float32),
-        "margin_B": np.zeros(len(rows), np.float32),
-        "weight_B": mean_weights(np.ones(len(rows)) if real_B is None else real_B),
-        **more,
-    }
-    return PreferenceBatch(**arrays)
+    return preference_batch(rows, width, pad, real_B, answers, "label")
 
 
 def mean_weights(mask: np.ndarray) -> np.ndarray:

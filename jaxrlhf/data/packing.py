@@ -1,18 +1,18 @@
-"""Several short rows in one row of a batch, told apart by segment numbers; numpy in, numpy out."""
+"""Which short rows share a row of a batch: first-fit-decreasing, as a function of the step alone.
 
-from collections.abc import Callable, Sequence
+``batches.packed_batch`` makes the arrays, in which rows are told apart by segment numbers.
+"""
+
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.types import TokenBatch
-from jaxrlhf.data.batches import mean_weights, permutation
-from jaxrlhf.data.tokens import Encoded, imitated, right_pad
+from jaxrlhf.data.batches import permutation
 
 WINDOW = 1024
-"""Rows of an epoch's order that are packed together."""
+"""Rows of an epoch's order that are packed together: enough to leave little room empty."""
 
 Bins = tuple[tuple[int, ...], ...]
 """The rows (their numbers in the dataset) of each packed row."""
@@ -33,7 +33,6 @@ def packing(
       length_R: tokens of each row of the dataset.
       width: tokens of a packed row (data.max_tokens).
       batch_size: packed rows a step.
-      seed: of the run, 0 or more.
 
     Returns:
       Steps taken before this one → ``batch_size`` tuples of numbers in [0, R).
@@ -47,9 +46,11 @@ def packing(
             f"data.max_tokens={width}: the longest of {len(length_R)} rows has {longest} tokens; "
             "raise it, or give rows"
         )
+    # Bytes can be hashed, so that epochs are packed once and kept by their lengths.
     key = np.asarray(length_R, np.int64).tobytes()
 
     def rows_of(step: int) -> list[tuple[int, ...]]:
+        # Epochs pack into different numbers of rows, so those before this one are counted off.
         skip, epoch = step * batch_size, 0
         while (count := _count(key, width, seed, epoch)) <= skip:
             skip, epoch = skip - count, epoch + 1
@@ -71,39 +72,13 @@ def first_fit_decreasing(length_N: np.ndarray, width: int) -> list[list[int]]:
     bins: list[list[int]] = []
     room = np.full(len(length_N), width)
     for item in np.argsort(-length_N, kind="stable").tolist():
+        # The first with room; ``room`` has an empty bin for every item, so there is one.
         target = int(np.argmax(room >= length_N[item]))
         if target == len(bins):
             bins.append([])
         bins[target].append(item)
         room[target] -= length_N[item]
     return bins
-
-
-def packed_batch(bins: Sequence[Sequence[Encoded]], width: int, pad: int) -> TokenBatch:
-    """Completion rows as a TokenBatch of numpy arrays, several in one row of T = ``width``.
-
-    ``segment_BT`` counts the rows of a packed row from 1, and is 0 on padding; weight_BT is 1/n on
-    the n tokens to imitate of the whole batch.
-
-    Raises:
-      InputError: rows that do not fit into ``width`` together.
-    """
-    rows = [[i for row in packed for i in (*row.prompt, *row.answers[0])] for packed in bins]
-    where = [packed[0].source.where for packed in bins]
-    token_BT, mask_BT = right_pad(rows, width, pad, where)
-    segment_BT, learn_BT = np.zeros_like(mask_BT), np.zeros_like(mask_BT)
-    for b, packed in enumerate(bins):
-        learn = [imitated(row) for row in packed]
-        real, lengths = slice(len(rows[b])), [len(x) for x in learn]
-        segment_BT[b, real] = np.repeat(np.arange(1, len(packed) + 1), lengths)
-        learn_BT[b, real] = np.concatenate(learn)
-    arrays: dict[str, Any] = {
-        "token_BT": token_BT,
-        "attention_mask_BT": mask_BT,
-        "weight_BT": mean_weights(learn_BT),
-        "segment_BT": segment_BT,
-    }
-    return TokenBatch(**arrays)
 
 
 @lru_cache(maxsize=2)
@@ -116,11 +91,13 @@ def _epoch(key: bytes, width: int, seed: int, epoch: int) -> Bins:
         window = order[start : start + WINDOW]
         packed = first_fit_decreasing(length_R[window], width)
         bins += [tuple(window[items].tolist()) for items in packed]
+    # Shuffled, since the first packed rows of a window hold its longest rows. The 2 makes another
+    # stream than that of the rows' order.
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 2])))
     return tuple(bins[i] for i in generator.permutation(len(bins)))
 
 
+# Kept for far more epochs than the packed rows themselves: numbers are small, packing is slow.
 @lru_cache(maxsize=4096)
 def _count(key: bytes, width: int, seed: int, epoch: int) -> int:
-    """The packed rows of an epoch."""
     return len(_epoch(key, width, seed, epoch))

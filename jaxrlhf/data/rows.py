@@ -1,15 +1,18 @@
-"""Read rows from .jsonl and .parquet files, and remember where each one came from.
+"""Rows of a .jsonl or .parquet file, each with its place; and what is in their columns, checked.
 
-The values of a row's columns, checked: text, chats, numbers, lists."""
+Whatever is wrong with a row is an InputError that begins with ``path:line``. ``transform`` takes
+rows from stage to stage, and stops at the first bad one or leaves it out.
+"""
 
 import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
@@ -20,6 +23,9 @@ from jaxrlhf.core.errors import InputError
 
 S = TypeVar("S")
 T = TypeVar("T")
+Message = dict[str, Any]
+Text = str | list[Message]
+"""Plain text or a chat."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class Row:
     values: dict[str, Any]
     where: str
     """``path:line`` counted from 1; the row's number in Parquet."""
+
+    def has(self, *keys: str) -> bool:
+        """Whether all of these columns are filled: Parquet has a cell, if null, in every row."""
+        return all(self.values.get(key) is not None for key in keys)
 
 
 @dataclass(frozen=True)
@@ -74,38 +84,59 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
         raise InputError(f"{path}: unknown extension {suffix!r}; give a .jsonl or .parquet file")
     try:
         with source.open("rb") as file:
-            return _collect(readers[suffix](file, path), _parse, path, (), skip_bad_rows)
+            # Read while they are parsed: a file's raw rows are never all in memory.
+            raw: Any = readers[suffix](file, path)
+            return transform(Rows(raw, path), _parse, skip_bad_rows)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = False) -> Rows[T]:
     """``function`` of every row; a row it raises InputError for stops all, or is skipped."""
-    return _collect(rows.items, function, rows.path, rows.skipped, skip_bad_rows)
+    kept: list[T] = []
+    bad = list(rows.skipped)
+    for item in rows.items:
+        try:
+            kept.append(function(item))
+        except InputError as error:
+            if not skip_bad_rows:
+                raise
+            bad.append(str(error))
+    # Skipping may thin a data set out, but never empty it: that is a wrong file, not a bad row.
+    if not kept and bad:
+        raise InputError(f"{rows.path}: none of its {len(bad)} rows is usable; the first: {bad[0]}")
+    if not kept:
+        raise InputError(f"{rows.path}: no rows; give a file with at least one")
+    return Rows(tuple(kept), rows.path, tuple(bad))
 
 
 def locate(path: str) -> Traversable:
-    """The file that ``path`` or ``package:relative/path`` names.
-
-    Raises:
-      InputError: there is none.
-    """
+    """The file that ``path`` or ``package:relative/path`` names; InputError if there is none."""
     file = Path(path).expanduser()
     match = re.fullmatch(r"([A-Za-z_][\w.]+):(.+)", path)
+    found: Traversable = file
+    # A file of that very name goes first.
     if match and not file.exists():
         package, relative = match.groups()
         try:
-            root = resources.files(package)
             # The files that this package ships lie in data/.
-            found = root.joinpath("data" if package == "jaxrlhf" else "", relative)
+            inside = "data" if package == "jaxrlhf" else ""
+            found = resources.files(package).joinpath(inside, relative)
         except ImportError as error:
             message = f"{path}: no package {package!r} is installed; install it or give a file"
             raise InputError(message) from error
-    else:
-        found = file
     if not found.is_file():
         raise InputError(f"{path}: no such file; check the path")
     return found
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSONL, UTF-8; InputError if the file cannot be written."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        Path(path).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
 
 
 def shown(value: Any, limit: int = 60) -> str:
@@ -122,30 +153,26 @@ def one_line(error: BaseException) -> str:
 def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(file, 1):
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        # A blank line is no row, but counts as a line of the file.
         if text.strip():
             yield f"{path}:{number}", text
 
 
 def _read_parquet(file: IO[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for batch in pq.ParquetFile(file).iter_batches():
-        for values in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", values
+    batches = pq.ParquetFile(file).iter_batches()
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    return ((f"{path}:{number}", values) for number, values in enumerate(rows, 1))
 
 
 class _TwiceError(ValueError):
-    def __init__(self, key: str):
-        super().__init__(key)
-        self.key = key
+    """A key that stands twice in one object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: of two alike, the first would go unseen."""
     values = dict(pairs)
+    # Of two keys alike, json would keep the last, and the first would go unseen.
     if len(values) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise _TwiceError(key)
+        raise _TwiceError(Counter(key for key, _ in pairs).most_common(1)[0][0])
     return values
 
 
@@ -159,19 +186,19 @@ def _parse(raw: tuple[str, bytes | dict[str, Any]]) -> Row:
         _check_text(values, where)
     except InputError:
         raise
-    except UnicodeDecodeError as error:
-        message = f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-        raise InputError(message) from error
-    except json.JSONDecodeError as error:
-        message = f"{where}: not JSON ({error.msg} at character {error.pos + 1}); mend or drop it"
-        raise InputError(message) from error
-    except _TwiceError as error:
-        message = f"{where}: key {shown(error.key)} stands twice in one object; keep one"
-        raise InputError(message) from error
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({one_line(error)}); mend or drop it") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: nested too deeply; mend or drop it") from error
+    except (ValueError, RecursionError) as error:
+        match error:
+            case UnicodeDecodeError():
+                what = f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+            case json.JSONDecodeError():
+                what = f"not JSON ({error.msg} at character {error.pos + 1}); mend or drop it"
+            case _TwiceError():
+                what = f"key {shown(error.args[0])} stands twice in one object; keep one"
+            case RecursionError():
+                what = "nested too deeply; mend or drop it"
+            case _:  # a number of more digits than Python reads
+                what = f"not JSON ({one_line(error)}); mend or drop it"
+        raise InputError(f"{where}: {what}") from error
     if not isinstance(values, dict):
         raise InputError(f"{where}: {shown(values)} is no object; a row is {{column: value, …}}")
     return Row(values, where)
@@ -179,68 +206,14 @@ def _parse(raw: tuple[str, bytes | dict[str, Any]]) -> Row:
 
 def _check_text(value: Any, where: str) -> None:
     """Raise InputError if a string anywhere in ``value`` holds NUL or a lone surrogate."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_text(key, where)
-            _check_text(item, where)
-    elif isinstance(value, list):
-        for item in value:
-            _check_text(item, where)
-    elif isinstance(value, str):
-        found = re.search(r"[\0\ud800-\udfff]", value)
-        if found:
+    if isinstance(value, str):
+        if found := re.search(r"[\0\ud800-\udfff]", value):
             kind = "a NUL" if found[0] == "\0" else f"a lone surrogate {found[0]!r}"
             message = f"{where}: {kind} at character {found.start() + 1} of {shown(value)}"
             raise InputError(f"{message}; remove it")
-
-
-def _collect(
-    items: Iterable[S],
-    function: Callable[[S], T],
-    path: str,
-    skipped: tuple[str, ...],
-    skip_bad_rows: bool,
-) -> Rows[T]:
-    kept: list[T] = []
-    bad = list(skipped)
-    for item in items:
-        try:
-            kept.append(function(item))
-        except InputError as error:
-            if not skip_bad_rows:
-                raise
-            bad.append(str(error))
-    if not kept and bad:
-        raise InputError(f"{path}: none of its {len(bad)} rows is usable; the first: {bad[0]}")
-    if not kept:
-        raise InputError(f"{path}: no rows; give a file with at least one")
-    return Rows(tuple(kept), path, tuple(bad))
-
-
-Message = dict[str, Any]
-Text = str | list[Message]
-"""Plain text or a chat."""
-
-
-def text_of(row: Row, key: str) -> Text:
-    """The plain text or chat in a column.
-
-    Raises:
-      InputError: no such column, or something else in it.
-    """
-    return as_text(value_of(row, key), key, row.where)
-
-
-def list_of(row: Row, key: str) -> list[Any]:
-    """The list in a column, as it stands there.
-
-    Raises:
-      InputError: no such column, or something else in it.
-    """
-    value = value_of(row, key)
-    if not isinstance(value, list):
-        raise InputError(f"{row.where}: {key}={shown(value)} is {type(value).__name__}, not a list")
-    return value
+    elif isinstance(value, dict | list):
+        for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
+            _check_text(item, where)
 
 
 def value_of(row: Row, key: str) -> Any:
@@ -251,42 +224,43 @@ def value_of(row: Row, key: str) -> Any:
     return row.values[key]
 
 
-def as_text(value: Any, name: str, where: str) -> Text:
-    """``value`` if it is plain text that is not blank, or a chat; ``name`` is for the error."""
-    if isinstance(value, list):
-        return _chat(value, name, where)
-    return as_string(value, name, where)
+def text_of(row: Row, key: str) -> Text:
+    """The plain text or chat in a column; InputError if there is none."""
+    return as_text(value_of(row, key), key, row.where)
 
 
-def as_number(value: Any, name: str, where: str) -> float:
-    """``value`` if it is a finite number, and no bool."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) < 1e38:  # the comparison is False for NaN too
-        raise InputError(f"{where}: {name}={shown(value)}: give a finite number, or drop the row")
-    return float(value)
+def list_of(row: Row, key: str) -> list[Any]:
+    """The list in a column, as it stands there; InputError if there is none."""
+    value = value_of(row, key)
+    if not isinstance(value, list):
+        raise InputError(f"{row.where}: {key}={shown(value)} is {type(value).__name__}, not a list")
+    return value
 
 
 def columns_of(row: Row, *used: str) -> dict[str, Any]:
     """The columns besides ``used``, which reward functions get by name."""
     arguments = {"prompts", "completions"} - set(used)
     for name in arguments:
-        if row.values.get(name) is not None:
+        if row.has(name):
             raise InputError(f"{row.where}: column {name!r} is the name of an argument; rename it")
     return {name: x for name, x in row.values.items() if name not in arguments.union(used)}
 
 
-def _chat(value: list[Any], key: str, where: str) -> list[Message]:
+def as_text(value: Any, name: str, where: str) -> Text:
+    """``value`` if it is plain text that is not blank, or a chat; ``name`` is for the error."""
+    if not isinstance(value, list):
+        return as_string(value, name, where)
     if not value:
-        raise InputError(f"{where}: {key} is an empty list; give messages or drop the row")
+        raise InputError(f"{where}: {name} is an empty list; give messages or drop the row")
     chat = []
     for index, message in enumerate(value):
-        name = f"{key}[{index}]"
+        turn = f"{name}[{index}]"
         if not isinstance(message, dict):
-            raise InputError(f"{where}: {name}={shown(message)}: a message is {{role, content}}")
+            raise InputError(f"{where}: {turn}={shown(message)}: a message is {{role, content}}")
         for part in ("role", "content"):
-            as_string(message.get(part), f"{name}.{part}", where)
+            as_string(message.get(part), f"{turn}.{part}", where)
         # Parquet writes a null for every field that some other message has.
-        chat.append({name: part for name, part in message.items() if part is not None})
+        chat.append({field: part for field, part in message.items() if part is not None})
     return chat
 
 
@@ -299,3 +273,12 @@ def as_string(value: Any, name: str, where: str) -> str:
     if not value.strip():
         raise InputError(f"{where}: {name}={shown(value)} is empty; fill it or drop the row")
     return value
+
+
+def as_number(value: Any, name: str, where: str, remedy: str = ", or drop the row") -> float:
+    """``value`` if it is a finite number, and no bool."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Arrays are float32, which ends at 3.4e38. The comparison is False for NaN too.
+    if not number or not abs(value) < 1e38:
+        raise InputError(f"{where}: {name}={shown(value)}: give a finite number{remedy}")
+    return float(value)

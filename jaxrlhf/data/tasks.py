@@ -1,11 +1,10 @@
-"""Verifiable tasks of reasoning-gym (arXiv:2505.24760) as rows of data.
+"""Tasks with answers that can be checked, as rows: reasoning-gym's (arXiv:2505.24760), and sums.
 
-A row has what a run needs to sample and to check: ``prompt``; ``answer``; ``task``, ``question``
-and ``metadata``, which the task's own checker reads (``verifier: reasoning_gym``); and
-``completion``, a right answer to imitate, if wanted.
-
-
-Chains of additions, some with a mistake: data for a process reward model."""
+A row of reasoning-gym has what a run needs to sample and to check: ``prompt``; ``answer``;
+``task``, ``question`` and ``metadata``, which the task's own checker reads (``verifier:
+reasoning_gym``); and ``completion``, a right answer to imitate, if wanted. Sums in steps, some with
+a mistake, are for process reward models.
+"""
 
 import ast
 import difflib
@@ -19,6 +18,46 @@ import yaml
 from tyro.conf import Positional, arg
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.rows import write_rows
+
+
+def tasks(
+    task: Annotated[Positional[str], arg(metavar="TASK")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    size: int = 500,
+    seed: int = 0,
+    option: tuple[str, ...] = (),
+    prompt: str = "{question}",
+    completion: str = "",
+    chat: bool = False,
+) -> None:
+    """Write tasks of reasoning-gym as a JSONL file of prompts, for verifier: reasoning_gym.
+
+    Args:
+      task: its name in reasoning-gym, such as chain_sum.
+      out: the .jsonl file.
+      size: rows.
+      seed: another seed gives other tasks.
+      option: options of the task, such as min_terms=2.
+      prompt: the prompt's text, {question} in it.
+      completion: also write right completions to imitate: their text, {answer} in it.
+      chat: write chats of one turn.
+    """
+    options = dict(map(_option, option))
+    write_rows(out, task_rows(task, size, seed, options, prompt, completion, chat))
+
+
+def _option(word: str) -> tuple[str, Any]:
+    """name=value, the value as YAML has it."""
+    # YAML's value, so that 2 is a number and [1, 2] a list, as in a pipeline's file.
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise InputError(f"--option {word}: give name=value")
+    try:
+        return name, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"--option {word!r:.80}: the value is not YAML: {problem}") from None
 
 
 def task_rows(
@@ -36,13 +75,10 @@ def task_rows(
     where JSON would change it.
 
     Args:
-      task: its name in reasoning-gym, such as chain_sum.
       size: rows; the n-th does not depend on it.
-      seed: another seed gives other tasks.
       options: of the task, by its names, such as ``{"min_terms": 2}``.
-      prompt: the prompt's text; {question} stands for the task's.
-      completion: a right completion's text, {answer} in it; empty leaves the column out.
-      chat: make the prompt, and the completion, chats of one turn.
+      completion: empty leaves the column out.
+      task, seed, prompt, chat: as for ``tasks``.
 
     Raises:
       InputError: reasoning-gym is missing, has no such task, or refuses the options.
@@ -84,6 +120,7 @@ def task_rows(
 def _kept(metadata: Mapping[str, Any]) -> Any:
     """Metadata without its difficulty, which no checker reads, so that a file keeps it."""
     metadata = {name: value for name, value in metadata.items() if name != "difficulty"}
+    # JSON makes lists of tuples, and text of keys that are numbers; a Python literal does not.
     plain = json.loads(json.dumps(metadata, default=str))
     if plain == metadata:
         return plain
@@ -91,19 +128,6 @@ def _kept(metadata: Mapping[str, Any]) -> Any:
         return repr(metadata) if ast.literal_eval(repr(metadata)) == metadata else plain
     except (ValueError, SyntaxError):  # dates and the like
         return plain
-
-
-def write_tasks(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSONL, UTF-8.
-
-    Raises:
-      InputError: the file cannot be written.
-    """
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
-        Path(path).write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
 
 
 def write_task_files(
@@ -124,20 +148,18 @@ def write_task_files(
     question of held_out.jsonl stands there twice, or in another of the files.
 
     Args:
-      folder: where to.
-      seed: of the draw.
-      task, options, prompt, chat: as for ``task_rows``.
       train: rows drawn for prompts.jsonl; those with a question that is held out are left out.
       held_out: rows of held_out.jsonl.
       warm_start: rows of warm_start.jsonl: the first of prompts.jsonl, each with a right completion
         to imitate; 0 writes none.
-      completion: a right completion's text, {answer} in it.
+      task, options, prompt, completion, chat: as for ``task_rows``.
 
     Raises:
       InputError: as ``task_rows``, or too few questions differ.
     """
     text = completion if warm_start else ""
     rows = task_rows(task, train + held_out, seed, options, prompt, text, chat)
+    # The first row of each question, in the order of the draw.
     distinct = {row["question"]: row for row in reversed(rows)}
     kept_out = dict(list(reversed(distinct.items()))[:held_out])
     rest = [row for row in rows if row["question"] not in kept_out]
@@ -147,50 +169,13 @@ def write_task_files(
             f"which leaves {len(rest)} rows to learn from: lower it, or give other options"
         )
     imitated = [{name: row[name] for name in ("prompt", "completion")} for row in rest[:warm_start]]
+    # Now that they are copied: columns of the prompts would reach the reward functions.
     for row in rows:
         row.pop("completion", None)
     files = {"prompts": rest, "held_out": list(kept_out.values()), "warm_start": imitated}
     for name, part in files.items():
         if part:
-            write_tasks(folder / f"{name}.jsonl", part)
-
-
-def tasks(
-    task: Annotated[Positional[str], arg(metavar="TASK")],
-    out: Annotated[Positional[Path], arg(metavar="OUT")],
-    size: int = 500,
-    seed: int = 0,
-    option: tuple[str, ...] = (),
-    prompt: str = "{question}",
-    completion: str = "",
-    chat: bool = False,
-) -> None:
-    """Write tasks of reasoning-gym as a JSONL file of prompts, for verifier: reasoning_gym.
-
-    Args:
-      task: its name in reasoning-gym, such as chain_sum.
-      out: the .jsonl file.
-      size: rows.
-      seed: another seed gives other tasks.
-      option: options of the task, such as min_terms=2.
-      prompt: the prompt's text, {question} in it.
-      completion: also write right completions to imitate: their text, {answer} in it.
-      chat: write chats of one turn.
-    """
-    options = dict(map(_option, option))
-    write_tasks(out, task_rows(task, size, seed, options, prompt, completion, chat))
-
-
-def _option(word: str) -> tuple[str, Any]:
-    """name=value, the value as YAML has it."""
-    name, equals, value = word.partition("=")
-    if not equals:
-        raise InputError(f"--option {word}: give name=value")
-    try:
-        return name, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"--option {word!r:.80}: the value is not YAML: {problem}") from None
+            write_rows(folder / f"{name}.jsonl", part)
 
 
 def write_sums(folder: Path, seed: int, rows: int = 1000) -> None:
@@ -202,13 +187,13 @@ def write_sums(folder: Path, seed: int, rows: int = 1000) -> None:
     generator = np.random.default_rng(seed)
     files = {"steps.jsonl": rows, "steps_held_out.jsonl": rows // 5}
     for name, count in files.items():
-        lines = [json.dumps(_chain(generator)) + "\n" for _ in range(count)]
-        (folder / name).write_text("".join(lines))
+        write_rows(folder / name, [_sum(generator) for _ in range(count)])
 
 
-def _chain(generator: np.random.Generator) -> dict[str, Any]:
+def _sum(generator: np.random.Generator) -> dict[str, Any]:
     numbers = generator.integers(1, 10, generator.integers(3, 6)).tolist()
     wrong = int(generator.integers(1, len(numbers))) if generator.random() < 0.5 else len(numbers)
+    # The mistake stays in the total, so all that follows it builds on a wrong number.
     total, steps = numbers[0], []
     for place, number in enumerate(numbers[1:], 1):
         slip = int(generator.choice([-2, -1, 1, 2, 10])) if place == wrong else 0

@@ -1,15 +1,16 @@
-"""From sampled tokens to the text that reward functions read.
-
-A row as it is learnt from, for people to read."""
+"""Tokens back to text: what reward functions read, where steps end, and what people are shown."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 T = TypeVar("T")
+MARKS = "⟦", "⟧"
+"""What stands before and after text that is trained on."""
 
 
 def repeat(values: Sequence[T], n: int) -> list[T]:
@@ -17,11 +18,15 @@ def repeat(values: Sequence[T], n: int) -> list[T]:
     return [value for value in values for _ in range(n)]
 
 
+def _text(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
+    """The text of ids as they are; of special tokens only where asked for."""
+    # Cleaning up drops the space before a full stop, and a reward would read other text.
+    options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(ids, **options))
+
+
 def decode_rollout(
-    tokenizer: PreTrainedTokenizerFast,
-    token_BT: np.ndarray,
-    mask_BT: np.ndarray,
-    prompts: Sequence[str],
+    tokenizer: Tokenizer, token_BT: np.ndarray, mask_BT: np.ndarray, prompts: Sequence[str]
 ) -> list[str]:
     """The text of each response, special tokens removed.
 
@@ -37,13 +42,60 @@ def decode_rollout(
         raise ValueError(
             f"tokens {token_BT.shape}, mask {mask_BT.shape} and {len(prompts)} prompts differ"
         )
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     responses = [token_T[mask_T != 0] for token_T, mask_T in zip(token_BT, mask_BT, strict=True)]
-    return [str(tokenizer.decode(ids.tolist(), **options)) for ids in responses]
+    return [_text(tokenizer, ids.tolist()) for ids in responses]
 
 
-MARKS = "⟦", "⟧"
-"""What stands before and after text that is trained on."""
+def step_ends(ids: Sequence[int], tokenizer: Tokenizer, separator: str) -> list[int]:
+    """The place of each step's last token: one rule, for training and for scoring.
+
+    A step ends with the token that completes the separator; the last one with the answer's last
+    token, its stop token if it has one. Nothing but white space between two separators, or after
+    the last of them, is no step. An answer without any text is one step.
+
+    Special tokens have no text. A separator may be part of a token, or several tokens; of two steps
+    that would end in one token, the second counts alone.
+
+    Args:
+      ids: of the answer, at least one.
+      separator: not empty.
+
+    Returns:
+      Ascending indices into ``ids``, at least one.
+    """
+    ends: list[int] = []
+    text, start = "", 0
+    # Token by token, since the text of a whole answer does not say which token wrote what.
+    for at, token in enumerate(ids):
+        text += _piece(tokenizer, int(token))
+        while (found := text.find(separator, start)) >= 0:
+            if text[start:found].strip():
+                ends.append(at)
+            start = found + len(separator)
+    if text[start:].strip() or not ends:
+        ends.append(len(ids) - 1)
+    return sorted(set(ends))
+
+
+# Answers repeat a few thousand tokens, and a tokenizer takes long for a single one.
+@lru_cache(maxsize=2**18)
+def _piece(tokenizer: Tokenizer, token: int) -> str:
+    return _text(tokenizer, [token])
+
+
+def mark_step_ends(
+    token_BT: np.ndarray, mask_BT: np.ndarray, tokenizer: Tokenizer, separator: str
+) -> np.ndarray:
+    """float32 [B, T], 1 at the last token of every step of a response, 0 elsewhere.
+
+    Arrays are as for ``decode_rollout``.
+    """
+    end_BT = np.zeros(token_BT.shape, np.float32)
+    for row, (token_T, mask_T) in enumerate(zip(token_BT, mask_BT, strict=True)):
+        (place,) = np.nonzero(mask_T)
+        if len(place):
+            end_BT[row, place[step_ends(token_T[place].tolist(), tokenizer, separator)]] = 1
+    return end_BT
 
 
 def show_example(tokenizer: Any, token_T: Sequence[int], weight_T: Sequence[float]) -> str:
@@ -60,19 +112,16 @@ def show_example(tokenizer: Any, token_T: Sequence[int], weight_T: Sequence[floa
     """
     if len(token_T) != len(weight_T):
         raise ValueError(f"{len(token_T)} tokens and {len(weight_T)} weights")
-    ids = [int(token) for token in token_T]
-
-    def text(end: int) -> str:
-        return tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-
-    parts = []
-    for learnt, places in groupby(range(len(ids)), lambda at: bool(weight_T[at] != 0)):
-        run = list(places)
-        before, upto = text(run[0]), text(run[-1] + 1)
-        if upto.startswith(before):  # so that a space before a word is where the row has it
-            part = upto[len(before) :]
-        else:  # the cut goes through a character
-            part = tokenizer.decode([ids[at] for at in run], clean_up_tokenization_spaces=False)
+    parts: list[str] = []
+    done: list[int] = []
+    for learnt, places in groupby(range(len(token_T)), lambda at: bool(weight_T[at] != 0)):
+        run = [int(token_T[at]) for at in places]
+        before, upto = (_text(tokenizer, ids, special=True) for ids in (done, done + run))
+        done += run
+        # Cut out of the whole, so that a space before a word is where the row has it; alone where
+        # the cut goes through a character.
+        whole = upto.startswith(before)
+        part = upto[len(before) :] if whole else _text(tokenizer, run, special=True)
         parts.append(part.join(MARKS) if learnt else part)
     return "".join(parts)
 
@@ -94,6 +143,7 @@ def show_batch(tokenizer: Any, batch: Any) -> str:
     names = [str(c + 1) for c in range(len(token_CT))]
     if batch.label_B is not None:
         names = ["true" if batch.label_B[0] else "false"]
+    # Not strict: one name for two answers leaves out the other prompt's, which has no label.
     return "\n".join(
         f"[{name}] {show_example(tokenizer, token_T[real], mask_T[real])}"
         for name, token_T, mask_T, real in zip(names, token_CT, mask_CT, real_CT, strict=False)

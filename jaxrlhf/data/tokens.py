@@ -1,6 +1,4 @@
-"""Token ids → padded arrays; numpy out. Masks follow lengths, never ``token != pad``.
-
-Text → token ids → padded arrays, on the host: numpy in, numpy out.
+"""Text → token ids → padded arrays, on the host; numpy out.
 
 Prompt and answer are tokenised apart, in training as in sampling, where the prompt stands alone:
 a training row's first ids are exactly what the sampler would have been given. Of an answer with
@@ -15,11 +13,7 @@ none: one that the template has written, and what follows it, is cut. Reward mod
 in training what they see in scoring.
 
 Masks follow lengths, never ``token != pad``: padding and end-of-sequence may share an id.
-
-
-Whether rows are the rows that they were: a digest of what is learnt from them.
-
-The rows of a file as a run's algorithm reads them, tokenised and checked."""
+"""
 
 import hashlib
 from array import array
@@ -29,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jaxrlhf.config import (
     Config,
@@ -41,74 +35,27 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.formats import (
+    ENDS,
+    READERS,
     Completion,
     Pair,
     Prompt,
     Ranked,
     Stepwise,
-    ends_by_label,
     read_completions,
-    read_labelled,
-    read_pairs,
     read_prompts,
-    read_ranked,
-    read_scored,
-    read_steps,
 )
 from jaxrlhf.data.rows import Rows, read_rows, shown, transform
+from jaxrlhf.data.text import step_ends
 
 Ids = list[int]
+Source = Prompt | Completion | Pair | Ranked | Stepwise
+Span = tuple[int, int]
+"""From where, and to before where."""
 
-
-def left_pad(
-    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts, padded on the left.
-
-    Args:
-      rows: Q lists of ids.
-      width: P, data.max_prompt_tokens.
-      pad: id to fill with.
-      where: the place of each row.
-
-    Returns:
-      token_QP int32 and mask_QP int32, 1 on real tokens.
-
-    Raises:
-      InputError: a row longer than ``width``.
-    """
-    for ids, place in zip(rows, where, strict=True):
-        check_length(len(ids), width, "data.max_prompt_tokens", place)
-    return _pad(rows, width, pad, left=True)
-
-
-def right_pad(
-    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whole rows, padded on the right: token_BT and mask_BT, int32. As ``left_pad``, but T =
-    ``width`` is data.max_tokens."""
-    for ids, place in zip(rows, where, strict=True):
-        check_length(len(ids), width, "data.max_tokens", place)
-    return _pad(rows, width, pad, left=False)
-
-
-def check_length(length: int, limit: int, field: str, where: str) -> None:
-    """Raise InputError if a row of ``length`` tokens exceeds the field that limits it."""
-    if length > limit:
-        raise InputError(
-            f"{where}: {length} tokens, and {field} is {limit}; "
-            "raise it, shorten the row, or set data.skip_bad_rows"
-        )
-
-
-def _pad(rows: Sequence[Ids], width: int, pad: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    token_BT = np.full((len(rows), width), pad, np.int32)
-    mask_BT = np.zeros((len(rows), width), np.int32)
-    for index, ids in enumerate(rows):
-        real = slice(width - len(ids), width) if left else slice(len(ids))
-        token_BT[index, real] = ids
-        mask_BT[index, real] = 1
-    return token_BT, mask_BT
+NORMALISED = 128
+"""Answers that a normalisation is measured on, at most: its mean is then right to a tenth of the
+standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -119,279 +66,11 @@ class Encoded:
     answers: tuple[Ids, ...]
     """None for a prompt, the completion, chosen and rejected, or all that are ranked; each ends in
     its stop token."""
-    source: Prompt | Completion | Pair | Ranked | Stepwise
+    source: Source
     ends: tuple[int, ...] = ()
     """The last token of each step of the answer, counted from its first."""
-    spans: tuple[tuple[int, int], ...] | None = None
-    """From where to where in the completion the assistant's tokens are; None: all of it."""
-
-
-def encode_rows(
-    rows: Rows[Any],
-    tokenizer: PreTrainedTokenizerFast,
-    vocab: int,
-    limit: int,
-    stop: Sequence[int] = (),
-    skip_bad_rows: bool = False,
-) -> Rows[Encoded]:
-    """The token ids of rows that were read, checked.
-
-    Args:
-      vocab: rows of the model's embedding table.
-      limit: most tokens: of the prompt (data.max_prompt_tokens) for Prompt rows, of prompt and
-        answer together (data.max_tokens) for the others.
-      stop: ids that end a response besides the tokenizer's end-of-sequence.
-      skip_bad_rows: leave out rows that are too long or do not tokenise, and say so in
-        ``Rows.skipped``.
-
-    Raises:
-      InputError: such a row, with ``path:line``, length and limit, or the word that has no token;
-        or an id outside ``vocab``, which no choice of rows can mend.
-    """
-    encode = partial(_encode_row, tokenizer=tokenizer, limit=limit, stop=tuple(stop))
-    encoded = transform(rows, encode, skip_bad_rows)
-    for row in encoded.items:
-        for ids in (row.prompt, *row.answers):
-            check_ids(ids, vocab, row.source.where)
-    return encoded
-
-
-def longest(rows: Sequence[Encoded], multiple: int = 1) -> int:
-    """Tokens of the longest row, prompt and answer, rounded up to a multiple."""
-    tokens = max(len(row.prompt) + max(map(len, row.answers), default=0) for row in rows)
-    return -(-tokens // multiple) * multiple
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> Ids:
-    """Ids of a rendered prompt.
-
-    It starts with the beginning-of-sequence token, once, if the tokenizer is one that adds it or
-    if the text has no token of its own.
-
-    Raises:
-      InputError: no token, and no beginning-of-sequence token to stand in.
-    """
-    ids = _ids(tokenizer, text, where)
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos] and (not ids or tokenizer.encode("")[:1] == [bos]):
-        ids = [bos, *ids]
-    if not ids:
-        raise InputError(f"{where}: prompt {shown(text)} has no token; fill it or drop the row")
-    return ids
-
-
-def encode_answer(
-    tokenizer: PreTrainedTokenizerFast,
-    text: str,
-    where: str,
-    stop: Sequence[int] = (),
-    ended: bool = True,
-) -> Ids:
-    """Ids of a rendered answer, with the stop token that a finished response carries.
-
-    Args:
-      stop: ids that end a response besides the tokenizer's end-of-sequence.
-      ended: False for a response that was cut off, which carries none: stop tokens at its end,
-        which a chat template writes after any answer, are cut, and what follows them.
-
-    Raises:
-      InputError: the text has no token.
-    """
-    ids = _ids(tokenizer, text, where)
-    end = _end_of_turn(tokenizer, ids, stop)
-    if end:
-        ids = ids[: end if ended else end - 1]
-    if not ids:
-        raise InputError(f"{where}: answer {shown(text)} has no token; fill it or drop the row")
-    if end or not ended:
-        return ids
-    eos: Any = tokenizer.eos_token_id
-    return ids if eos is None else [*ids, eos]
-
-
-def encode_turns(
-    tokenizer: PreTrainedTokenizerFast,
-    pieces: Sequence[str],
-    where: str,
-    stop: Sequence[int] = (),
-    ended: bool = True,
-) -> tuple[Ids, tuple[tuple[int, int], ...]]:
-    """Ids of an answer of several turns, and the span of each turn of the assistant's in them.
-
-    A turn's span ends with its stop token; what the template writes after it belongs to others.
-
-    Args:
-      pieces: by turns the assistant's and others' (``Completion.pieces``).
-      stop: as for ``encode_answer``, which the last turn is encoded by.
-      ended: as there, of the last turn.
-
-    Raises:
-      InputError: a turn of the assistant's has no token.
-    """
-    ids: Ids = []
-    spans: list[tuple[int, int]] = []
-    for index, text in enumerate(pieces):
-        start = len(ids)
-        if index == len(pieces) - 1:
-            turn = encode_answer(tokenizer, text, where, stop, ended)
-            end = len(turn)
-        else:
-            turn = _ids(tokenizer, text, where)
-            end = _end_of_turn(tokenizer, turn, stop) or len(turn)
-        ids += turn
-        if index % 2:
-            continue
-        if not turn:
-            raise InputError(f"{where}: turn {shown(text)} has no token; fill it or drop the row")
-        spans.append((start, start + end))
-    return ids, tuple(spans)
-
-
-def imitated(row: Encoded) -> np.ndarray:
-    """True on the tokens of prompt and completion that are to be imitated; bool [n]."""
-    learn = np.zeros(len(row.prompt) + len(row.answers[0]), bool)
-    for start, end in row.spans or ((0, len(row.answers[0])),):
-        learn[len(row.prompt) + start : len(row.prompt) + end] = True
-    return learn
-
-
-def _ids(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> Ids:
-    """The ids of ``text``, or an InputError that names the first word that has none."""
-    try:
-        return tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # the Rust tokenizer raises bare Exception
-        split = tokenizer.backend_tokenizer.pre_tokenizer
-        pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]
-        known = tokenizer.get_vocab()
-        word = next((piece for piece in pieces if piece not in known), None)
-        if word is None:
-            raise InputError(f"{where}: {shown(text)} cannot be tokenised: {error}") from None
-        raise InputError(
-            f"{where}: {shown(word)} is not in the tokenizer's vocabulary, which has no token for "
-            "unknown words: add it to model.tokenizer, or drop the row"
-        ) from None
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast, ids: Ids, stop: Sequence[int]) -> int:
-    """Where the first of the stop tokens that end a turn has passed; 0 if none ends it."""
-    eos: Any = tokenizer.eos_token_id
-    stops = {*stop, eos} - {None}
-    last = max((at for at, token in enumerate(ids) if token in stops), default=-1)
-    if last < 0 or str(tokenizer.decode(ids[last + 1 :])).strip():
-        return 0
-    while last > 0 and ids[last - 1] in stops:
-        last -= 1
-    return last + 1
-
-
-def check_ids(ids: Sequence[int], vocab: int, where: str) -> None:
-    """Raise InputError unless 0 ≤ id < ``vocab`` for every id.
-
-    On the host, because a device would not complain: an index past the end reads NaN or another
-    row, −1 the last row.
-    """
-    for at, token in enumerate(ids):
-        if not 0 <= token < vocab:
-            raise InputError(
-                f"{where}: token {at} has id {token}, outside the model's vocabulary of {vocab}; "
-                "use the tokenizer that belongs to the model"
-            )
-
-
-def prompt_arrays(rows: Sequence[Encoded], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """token_QP and mask_QP of Prompt rows, left-padded to P = ``width``; int32."""
-    return left_pad([row.prompt for row in rows], width, pad, [row.source.where for row in rows])
-
-
-def _encode_row(
-    row: Prompt | Completion | Pair | Ranked | Stepwise,
-    tokenizer: PreTrainedTokenizerFast,
-    limit: int,
-    stop: tuple[int, ...],
-) -> Encoded:
-    field, ended = "data.max_tokens", (True,)
-    match row:
-        case Prompt():
-            text, texts, field, ended = row.text, (), "data.max_prompt_tokens", ()
-        case Completion():
-            text, texts, ended = row.prompt, (row.completion,), (_ended(row, "ended"),)
-        case Pair():
-            text, texts = row.prompt, (row.chosen, row.rejected)
-            ended = tuple(_ended(row, f"{name}_ended") for name in ("chosen", "rejected"))
-        case Ranked():
-            text, texts, ended = row.prompt, row.responses, row.ended
-        case Stepwise():
-            text, texts = row.prompt, (row.answer,)
-    prompt = encode_prompt(tokenizer, text, row.where)
-    spans = None
-    if isinstance(row, Completion) and row.pieces:
-        ids, spans = encode_turns(tokenizer, row.pieces, row.where, stop, _ended(row, "ended"))
-        answers = tuple([ids])
-    else:
-        answers = tuple(
-            encode_answer(tokenizer, answer, row.where, stop, whole)
-            for answer, whole in zip(texts, ended, strict=True)
-        )
-    longest = len(prompt) + max(map(len, answers), default=0)
-    check_length(longest, limit, field, row.where)
-    if isinstance(row, Pair) and answers[0] == answers[1]:
-        message = f"{row.where}: chosen and rejected have the same tokens; drop the row"
-        raise InputError(message)
-    if isinstance(row, Ranked) and len(set(map(tuple, answers))) < len(answers):
-        raise InputError(f"{row.where}: two of the responses have the same tokens; drop one")
-    ends = ends_by_label(row, answers[0], tokenizer) if isinstance(row, Stepwise) else ()
-    return Encoded(prompt, answers, row, ends, spans)
-
-
-def _ended(row: Completion | Pair, name: str) -> bool:
-    value = row.columns.get(name)
-    if value is None:
-        return True
-    if not isinstance(value, bool):
-        raise InputError(f"{row.where}: {name}={shown(value)}: true, false, or leave it out")
-    return value
-
-
-def contents(rows: Sequence[Encoded]) -> str:
-    """A digest of rows, in hex: of token ids, of what is said of the answers, and of their order.
-
-    Of prompts all columns count, which rewards may read. Neither the file's name nor its format
-    do, nor where in it a row stands.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        ids = [len(row.prompt), *row.prompt]
-        for answer in row.answers:
-            ids += [len(answer), *answer]
-        digest.update(array("q", [len(ids), *ids]).tobytes())
-        digest.update(f"{row.ends} {row.spans} {_said(row.source)}\n".encode())
-    return digest.hexdigest()
-
-
-def _said(source: Any) -> Any:
-    """What a row says besides its texts that is learnt from."""
-    match source:
-        case Pair():
-            return source.margin
-        case Ranked():
-            return source.ranks
-        case Stepwise():
-            return source.labels
-    columns = source.columns
-    names = sorted(columns) if isinstance(source, Prompt) else ("label", "score")
-    return [(name, columns[name]) for name in names if columns.get(name) is not None]
-
-
-READERS = {
-    "pairs": read_pairs,
-    "completions": read_completions,
-    "labelled": read_labelled,
-    "judged": read_labelled,
-    "ranked": read_ranked,
-    "scored": read_scored,
-    "steps": read_steps,
-}
-"""How the rows of a file are read, by what they are to hold."""
+    spans: tuple[Span, ...] | None = None
+    """Where in the completion the assistant's tokens are; None: all of it."""
 
 
 def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Encoded]:
@@ -414,11 +93,6 @@ def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Enc
     return encode_rows(rows, tokenizer, vocab, limit, config.sample.stop, skip)
 
 
-NORMALISED = 128
-"""Answers that a normalisation is measured on, at most: its mean is then right to a tenth of the
-standard deviation."""
-
-
 def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Encoded] | None:
     """The answers that a reward model's scores are normalised on; None if they are not.
 
@@ -433,3 +107,294 @@ def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Enco
     if len(rows) < 2:
         raise InputError(f"algorithm.normalise_on={path}: one row has no spread; give more")
     return replace(rows, items=rows.items[:NORMALISED])
+
+
+def encode_rows(
+    rows: Rows[Any],
+    tokenizer: Tokenizer,
+    vocab: int,
+    limit: int,
+    stop: Sequence[int] = (),
+    skip_bad_rows: bool = False,
+) -> Rows[Encoded]:
+    """The token ids of rows that were read, checked.
+
+    Args:
+      vocab: rows of the model's embedding table.
+      limit: most tokens: of the prompt (data.max_prompt_tokens) for Prompt rows, of prompt and
+        answer together (data.max_tokens) for the others.
+      stop: ids that end a response besides the tokenizer's end-of-sequence.
+      skip_bad_rows: leave out rows that are too long or do not tokenise, and say so in
+        ``Rows.skipped``.
+
+    Raises:
+      InputError: such a row, with ``path:line``, length and limit, or the word that has no token;
+        or an id outside ``vocab``, which no choice of rows can mend.
+    """
+    encode = partial(_encode_row, tokenizer=tokenizer, limit=limit, stop=tuple(stop))
+    encoded = transform(rows, encode, skip_bad_rows)
+    # After the rows that are skipped: a tokenizer of another model is not to be skipped over.
+    for row in encoded.items:
+        for ids in (row.prompt, *row.answers):
+            check_ids(ids, vocab, row.source.where)
+    return encoded
+
+
+def _encode_row(row: Source, tokenizer: Tokenizer, limit: int, stop: tuple[int, ...]) -> Encoded:
+    where, ended = row.where, (True,)
+    match row:
+        case Prompt():
+            texts = ended = ()
+        case Completion():
+            texts, ended = (row.completion,), (_ended(row, "ended"),)
+        case Pair():
+            texts, ended = (row.chosen, row.rejected), tuple(_ended(row, name) for name in ENDS)
+        case Ranked():
+            texts, ended = row.responses, row.ended
+        case Stepwise():
+            texts = (row.answer,)
+    prompt = encode_prompt(tokenizer, row.text if isinstance(row, Prompt) else row.prompt, where)
+    spans, ends = None, ()
+    if isinstance(row, Completion) and row.pieces:
+        ids, spans = encode_turns(tokenizer, row.pieces, where, stop, *ended)
+        answers: tuple[Ids, ...] = (ids,)
+    else:
+        answers = tuple(
+            encode_answer(tokenizer, answer, where, stop, whole)
+            for answer, whole in zip(texts, ended, strict=True)
+        )
+    field = "data.max_prompt_tokens" if isinstance(row, Prompt) else "data.max_tokens"
+    check_length(len(prompt) + max(map(len, answers), default=0), limit, field, where)
+    # Answers that differ as text may be the same to a model, whose vocabulary is coarser.
+    if len(set(map(tuple, answers))) < len(answers):
+        what = "chosen and rejected" if isinstance(row, Pair) else "two of the responses"
+        remedy = "the row" if isinstance(row, Pair) else "one"
+        raise InputError(f"{where}: {what} have the same tokens; drop {remedy}")
+    if isinstance(row, Stepwise):
+        ends = tuple(step_ends(answers[0], tokenizer, row.separator))
+        if len(ends) != len(row.labels):
+            raise InputError(
+                f"{where}: {len(row.labels)} labels, and in its tokens the separator "
+                f"{row.separator!r} ends {len(ends)} steps; choose an algorithm.separator that the "
+                "tokenizer keeps"
+            )
+    return Encoded(prompt, answers, row, ends, spans)
+
+
+def _ended(row: Completion | Pair, name: str) -> bool:
+    value = row.columns.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{row.where}: {name}={shown(value)}: true, false, or leave it out")
+    return value is not False
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, where: str) -> Ids:
+    """Ids of a rendered prompt.
+
+    It starts with the beginning-of-sequence token, once, if the tokenizer is one that adds it or
+    if the text has no token of its own.
+
+    Raises:
+      InputError: no token, and no beginning-of-sequence token to stand in.
+    """
+    ids = _ids(tokenizer, text, where)
+    bos = tokenizer.bos_token_id
+    # A chat template may have written the token already; that the tokenizer adds one shows on "".
+    if bos is not None and ids[:1] != [bos] and (not ids or tokenizer.encode("")[:1] == [bos]):
+        ids = [bos, *ids]
+    _check_some(ids, "prompt", text, where)
+    return ids
+
+
+def encode_answer(
+    tokenizer: Tokenizer, text: str, where: str, stop: Sequence[int] = (), ended: bool = True
+) -> Ids:
+    """Ids of a rendered answer, with the stop token that a finished response carries.
+
+    Args:
+      stop: ids that end a response besides the tokenizer's end-of-sequence.
+      ended: False for a response that was cut off, which carries none: stop tokens at its end,
+        which a chat template writes after any answer, are cut, and what follows them.
+
+    Raises:
+      InputError: the text has no token.
+    """
+    ids = _ids(tokenizer, text, where)
+    end = _end_of_turn(tokenizer, ids, stop)
+    if end:
+        ids = ids[: end if ended else end - 1]
+    _check_some(ids, "answer", text, where)
+    eos: Any = tokenizer.eos_token_id
+    return ids if end or not ended or eos is None else [*ids, eos]
+
+
+def encode_turns(
+    tokenizer: Tokenizer,
+    pieces: Sequence[str],
+    where: str,
+    stop: Sequence[int] = (),
+    ended: bool = True,
+) -> tuple[Ids, tuple[Span, ...]]:
+    """Ids of an answer of several turns, and the span of each turn of the assistant's in them.
+
+    A turn's span ends with its stop token; what the template writes after it belongs to others.
+
+    Args:
+      pieces: by turns the assistant's and others' (``Completion.pieces``).
+      stop, ended: of the last turn, as for ``encode_answer``.
+
+    Raises:
+      InputError: a turn of the assistant's has no token.
+    """
+    ids: Ids = []
+    spans: list[Span] = []
+    for index, text in enumerate(pieces):
+        # Only the last turn ends the row, or was cut off.
+        if index == len(pieces) - 1:
+            turn = encode_answer(tokenizer, text, where, stop, ended)
+            end = len(turn)
+        else:
+            turn = _ids(tokenizer, text, where)
+            end = _end_of_turn(tokenizer, turn, stop) or len(turn)
+        if index % 2 == 0:
+            spans.append((len(ids), len(ids) + end))
+            _check_some(turn, "turn", text, where)
+        ids += turn
+    return ids, tuple(spans)
+
+
+def _ids(tokenizer: Tokenizer, text: str, where: str) -> Ids:
+    """The ids of ``text``, or an InputError that names the first word that has none."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the Rust tokenizer raises bare Exception
+        split = tokenizer.backend_tokenizer.pre_tokenizer
+        pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]
+        known = tokenizer.get_vocab()
+        word = next((piece for piece in pieces if piece not in known), None)
+        if word is None:
+            raise InputError(f"{where}: {shown(text)} cannot be tokenised: {error}") from None
+        raise InputError(
+            f"{where}: {shown(word)} is not in the tokenizer's vocabulary, which has no token for "
+            "unknown words: add it to model.tokenizer, or drop the row"
+        ) from None
+
+
+def _check_some(ids: Ids, what: str, text: str, where: str) -> None:
+    if not ids:
+        raise InputError(f"{where}: {what} {shown(text)} has no token; fill it or drop the row")
+
+
+def _end_of_turn(tokenizer: Tokenizer, ids: Ids, stop: Sequence[int]) -> int:
+    """Where the first of the stop tokens that end a turn has passed; 0 if none ends it."""
+    eos: Any = tokenizer.eos_token_id
+    stops = {*stop, eos} - {None}
+    last = max((at for at, token in enumerate(ids) if token in stops), default=-1)
+    # One with text after it stands inside the turn: the answer's own.
+    if last < 0 or str(tokenizer.decode(ids[last + 1 :])).strip():
+        return 0
+    # Of several in a row the sampler would have stopped at the first.
+    while last > 0 and ids[last - 1] in stops:
+        last -= 1
+    return last + 1
+
+
+def check_ids(ids: Sequence[int], vocab: int, where: str) -> None:
+    """Raise InputError unless 0 ≤ id < ``vocab`` for every id.
+
+    On the host, because a device would not complain: an index past the end reads NaN or another
+    row, −1 the last row.
+    """
+    for at, token in enumerate(ids):
+        if not 0 <= token < vocab:
+            raise InputError(
+                f"{where}: token {at} has id {token}, outside the model's vocabulary of {vocab}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+
+def check_length(length: int, limit: int, field: str, where: str) -> None:
+    """Raise InputError if a row of ``length`` tokens exceeds the field that limits it."""
+    if length > limit:
+        raise InputError(
+            f"{where}: {length} tokens, and {field} is {limit}; "
+            "raise it, shorten the row, or set data.skip_bad_rows"
+        )
+
+
+def imitated(row: Encoded) -> np.ndarray:
+    """True on the tokens of prompt and completion that are to be imitated; bool [n]."""
+    start = len(row.prompt)
+    learn = np.zeros(start + len(row.answers[0]), bool)
+    for begin, end in row.spans or ((0, len(row.answers[0])),):
+        learn[start + begin : start + end] = True
+    return learn
+
+
+def longest(rows: Sequence[Encoded], multiple: int = 1) -> int:
+    """Tokens of the longest row, prompt and answer, rounded up to a multiple."""
+    tokens = max(len(row.prompt) + max(map(len, row.answers), default=0) for row in rows)
+    return -(-tokens // multiple) * multiple
+
+
+def prompt_arrays(rows: Sequence[Encoded], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """token_QP and mask_QP of Prompt rows, left-padded to P = ``width``; int32."""
+    where = [row.source.where for row in rows]
+    return pad_rows([row.prompt for row in rows], width, pad, where, left=True)
+
+
+def pad_rows(
+    rows: Sequence[Ids], width: int, pad: int, where: Sequence[str], left: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of ids as one array, padded on the right or on the left.
+
+    Args:
+      rows: B whole rows; prompts for ``left``, so that what is sampled follows without a gap.
+      width: T, data.max_tokens; of prompts data.max_prompt_tokens.
+      pad: id to fill with.
+      where: the place of each row.
+
+    Returns:
+      token_BT int32 and mask_BT int32, 1 on real tokens.
+
+    Raises:
+      InputError: a row longer than ``width``.
+    """
+    field = "data.max_prompt_tokens" if left else "data.max_tokens"
+    token_BT = np.full((len(rows), width), pad, np.int32)
+    mask_BT = np.zeros((len(rows), width), np.int32)
+    for index, (ids, place) in enumerate(zip(rows, where, strict=True)):
+        check_length(len(ids), width, field, place)
+        real = slice(width - len(ids), width) if left else slice(len(ids))
+        token_BT[index, real] = ids
+        mask_BT[index, real] = 1
+    return token_BT, mask_BT
+
+
+def contents(rows: Sequence[Encoded]) -> str:
+    """A digest of rows, in hex: of token ids, of what is said of the answers, and of their order.
+
+    Of prompts all columns count, which rewards may read. Neither the file's name nor its format
+    do, nor where in it a row stands: a file that was moved or converted is the same data.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        # Every list goes in after its length, so that no two rows run into one another alike.
+        ids = [x for part in (row.prompt, *row.answers) for x in (len(part), *part)]
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+        digest.update(f"{row.ends} {row.spans} {_said(row.source)}\n".encode())
+    return digest.hexdigest()
+
+
+def _said(source: Any) -> Any:
+    """What a row says besides its texts that is learnt from."""
+    match source:
+        case Pair():
+            return source.margin
+        case Ranked():
+            return source.ranks
+        case Stepwise():
+            return source.labels
+    columns = source.columns
+    names = sorted(columns) if isinstance(source, Prompt) else ("label", "score")
+    return [(name, columns[name]) for name in names if columns.get(name) is not None]

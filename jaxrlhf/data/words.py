@@ -1,11 +1,12 @@
 """A language of fourteen words, some good and some bad: data and gold reward of the tiny demo."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxrlhf.data.rows import write_rows
 
 STEP_END = "the"
 """What ends a step in ``steps.jsonl``."""
@@ -19,12 +20,9 @@ WORDS = GOOD + BAD + OTHER
 def goodness(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
     """(good words − bad words) / words of each completion; 0 for an empty one."""
     del prompts
-    scores = []
-    for completion in completions:
-        words = completion.split()
-        balance = sum(word in GOOD for word in words) - sum(word in BAD for word in words)
-        scores.append(balance / max(len(words), 1))
-    return scores
+    words = [completion.split() for completion in completions]
+    balance = [sum((word in GOOD) - (word in BAD) for word in said) for said in words]
+    return [total / max(len(said), 1) for total, said in zip(balance, words, strict=True)]
 
 
 def hackable(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -52,6 +50,7 @@ def write_corpus(folder: Path, seed: int, rows: int = 2048) -> None:
         }
         for _ in range(rows)
     ]
+    # All 196 prompts that there are, so that none is held out and learnt from.
     pairs = [f"{first} {second}" for first in WORDS for second in WORDS]
     generator.shuffle(pairs)
     files = {
@@ -62,11 +61,12 @@ def write_corpus(folder: Path, seed: int, rows: int = 2048) -> None:
     steps = [_in_steps(generator) for _ in range(1200)]
     files |= {"steps.jsonl": steps[:1000], "steps_held_out.jsonl": steps[1000:]}
     for name, lines in files.items():
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(folder / name, lines)
 
 
 def _in_steps(generator: np.random.Generator) -> dict[str, Any]:
     """A row of two to four steps of one to three words; white space keeps STEP_END a word."""
+    # Good words are three times as likely, so that 58 % of the steps are without a bad one.
     words = [
         generator.choice(GOOD + BAD, generator.integers(1, 4), p=[3 / 24] * 6 + [1 / 24] * 6)
         for _ in range(generator.integers(2, 5))

@@ -13,7 +13,7 @@ from jaxrlhf.algorithms import aggregate_steps, ensemble_score
 from jaxrlhf.config import ProcessRewardModelConfig, RewardConfig, is_reward_model
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Rollout
-from jaxrlhf.data.formats import mark_step_ends
+from jaxrlhf.data.text import mark_step_ends
 from jaxrlhf.mesh.processes import fetch
 from jaxrlhf.mesh.sharding import at_hand, on_host, put_rows
 from jaxrlhf.models.load import Loader, Network, offloaded

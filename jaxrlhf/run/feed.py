@@ -11,13 +11,14 @@ from jaxrlhf.data.batches import (
     judged_batch,
     labelled_batch,
     order,
+    packed_batch,
     preference_batch,
     ranked_batch,
     scored_batch,
     steps_batch,
     token_batch,
 )
-from jaxrlhf.data.packing import packed_batch, packing
+from jaxrlhf.data.packing import packing
 from jaxrlhf.data.text import MARKS, show_batch, show_example
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import at_hand, put_rows

@@ -27,7 +27,7 @@ from jaxrlhf.core.stats import (
     sigmoid,
 )
 from jaxrlhf.core.types import Params, Rollout, TokenBatch
-from jaxrlhf.data.batches import answers_batch, held_out_batches
+from jaxrlhf.data.batches import held_out_batches, preference_batch
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import Encoded, imitated, prompt_arrays
 from jaxrlhf.mesh.processes import fetch
@@ -354,7 +354,7 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
     seen = []
     for row_B, real_B in batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
-        batch = answers_batch(picked, run.width, run.config.sample.pad, real_B)
+        batch = preference_batch(picked, run.width, run.config.sample.pad, real_B)
         score_BC = run.programs.scores(params, run.frozen["policy"], put_rows(batch, run.mesh))
         seen.append(np.asarray(fetch(score_BC), np.float64)[real_B, 0])
     score_N = np.concatenate(seen)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxrlhf.steps.iteration import cut
 
 from jaxrlhf.algorithms import reweight, sft
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.core import masked
 from jaxrlhf.core.types import Batch, Outputs, PreferenceBatch, TokenBatch
-from jaxrlhf.steps.iteration import cut
 
 MASK = jnp.array([[1.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])
 

@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chats import CHAT_TEMPLATE
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -13,10 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<eos>", "<bos>", "<unk>", "<stop>"]
 WORDS = [*SPECIAL, "user", "assistant", "system", ":", *"abcde", "good", "bad", "hello"]
-CHAT = (
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def tokenizer(make_tokenizer):
 @pytest.fixture
 def chat_tokenizer(make_tokenizer):
     """A turn is ``role : content <eos>\\n``; pad == eos == 0."""
-    return make_tokenizer(CHAT)
+    return make_tokenizer(CHAT_TEMPLATE)
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Which text of a chat is the assistant's; and that training sees no other."""
 
+from itertools import groupby
+
 import pytest
+from chats import CHAT_TEMPLATE, assistant, user
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import token_batch
@@ -24,14 +27,7 @@ FORGETFUL = (
 """Drops what the assistant said before, as templates of thinking models drop thoughts."""
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
+TWO_TURNS = [user("a"), assistant("b"), user("c"), assistant("d")]
 CHAT = [
     {"role": "system", "content": "Be brief."},
     user("What is 2 + 2?"),
@@ -51,30 +47,40 @@ def trained_texts(tokenizer, path, train_on):
     rows = read_completions(read_rows(path), tokenizer, train_on=train_on)
     encoded = encode_rows(rows, tokenizer, 10**6, 200).items
     batch = token_batch(encoded, 200, 0)
-    found = []
-    for token_T, weight_T in zip(batch.token_BT, batch.weight_BT, strict=True):
-        stretches, last = [], -2
-        for at in weight_T.nonzero()[0]:
-            if at != last + 1:
-                stretches.append([])
-            stretches[-1].append(int(token_T[at]))
-            last = at
-        found.append([tokenizer.decode(ids) for ids in stretches])
-    return found
+    return [
+        [
+            tokenizer.decode(token_T[list(places)])
+            for learnt, places in groupby(range(200), lambda at, x=weight_T: x[at] != 0)
+            if learnt
+        ]
+        for token_T, weight_T in zip(batch.token_BT, batch.weight_BT, strict=True)
+    ]
 
 
-def test_render_takes_one_turn_an_answer(chat_tokenizer):
-    with pytest.raises(InputError, match="x:1: the answer has 3 turns, and only one can be comp"):
-        render(chat_tokenizer, [user("a")], ([assistant("b"), user("c"), assistant("d")],), "x:1")
+@pytest.mark.parametrize(
+    ("template", "answers", "message"),
+    [
+        (CHAT_TEMPLATE, [[assistant("b"), user("c"), assistant("d")]], "the answer has 3 turns"),
+        ("{{ messages | length }}xx", [[assistant("b")]], "the chat template renders the prompt"),
+        (None, [], "a chat, and the tokenizer has no chat template"),
+        ("{{ raise_exception('no role') }}", [], r"the chat template failed \(no role\)"),
+    ],
+)  # fmt: skip
+def test_render_refuses(template, answers, message, make_tokenizer):
+    with pytest.raises(InputError, match=f"x:1: {message}"):
+        render(make_tokenizer(template), [user("a")], answers, "x:1")
+
+
+def test_render_plain_text_is_left_as_it_is(chat_tokenizer):
+    assert render(chat_tokenizer, " a\n", (" b ", "c"), "x:1") == (" a\n", (" b ", "c"))
 
 
 def test_cut_turns_by_hand(chat_tokenizer):
-    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
     end, between = " <eos>\n", "user : c <eos>\nassistant : "
-    prompt, pieces = cut_turns(chat_tokenizer, chat, 0, "x:1")
+    prompt, pieces = cut_turns(chat_tokenizer, TWO_TURNS, 0, "x:1")
     assert prompt == "user : a <eos>\nassistant : "
     assert pieces == ("b" + end, between, "d" + end)
-    later, last = cut_turns(chat_tokenizer, chat, 2, "x:1")
+    later, last = cut_turns(chat_tokenizer, TWO_TURNS, 2, "x:1")
     assert later == prompt + "b" + end + between
     assert last == ("d" + end,)
 
@@ -93,8 +99,7 @@ def test_cut_turns_refuses(chat, message, chat_tokenizer):
 
 
 def test_cut_turns_refuses_a_template_that_is_not_stable(make_tokenizer):
-    tokenizer = make_tokenizer(FORGETFUL)
-    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
+    tokenizer, chat = make_tokenizer(FORGETFUL), TWO_TURNS
     message = r"x:1: the chat template renders messages\[:2\] otherwise once others follow.*; use"
     with pytest.raises(InputError, match=message):
         cut_turns(tokenizer, chat, 0, "x:1")

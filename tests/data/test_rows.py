@@ -1,3 +1,7 @@
+"""Rows of files: each with its place, whatever is wrong with one said there; and the prompts of the
+demo, which the package ships."""
+
+import difflib
 import json
 
 import pyarrow as pa
@@ -6,6 +10,7 @@ import pytest
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.rows import Row, Rows, locate, read_rows, shown, transform
+from jaxrlhf.rewards.functions import resolve
 
 GOOD = {"prompt": "a"}
 
@@ -20,15 +25,17 @@ def test_read_rows_jsonl_keeps_line_numbers(jsonl):
     assert rows.skipped == ()
 
 
-def test_read_rows_accepts_bom_and_crlf(jsonl):
-    path = jsonl(b'\xef\xbb\xbf{"prompt": "a"}\r', b'{"prompt": "b"}\r')
-    assert [row.values["prompt"] for row in read_rows(path).items] == ["a", "b"]
-
-
-def test_read_rows_last_line_without_line_end(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}')
-    assert len(read_rows(str(path))) == 2
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n',  # a byte-order mark, CRLF
+        b'{"prompt": "a"}\n{"prompt": "b"}',  # no last line end
+    ],
+)
+def test_read_rows_accepts_other_line_ends(content, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    rows = read_rows(str(tmp_path / "x.jsonl"))
+    assert [row.values["prompt"] for row in rows.items] == ["a", "b"]
 
 
 def test_read_rows_parquet_counts_rows_over_row_groups(tmp_path):
@@ -39,11 +46,6 @@ def test_read_rows_parquet_counts_rows_over_row_groups(tmp_path):
     rows = read_rows(path)
     assert [row.where for row in rows.items] == [f"{path}:{i}" for i in range(1, 6)]
     assert rows.items[3].values == {"prompt": [{"role": "user", "content": "3"}], "n": 3}
-
-
-def test_read_rows_inside_a_package():
-    rows = read_rows("jaxrlhf:demo/openings_eval.jsonl")
-    assert rows.items[1].where == "jaxrlhf:demo/openings_eval.jsonl:2"
 
 
 BAD_LINES = {
@@ -79,43 +81,34 @@ def test_read_rows_bad_line_names_its_place(jsonl, name):
     assert message in text
     assert "\n" not in text
     assert len(text) < 300
-
-
-def test_read_rows_skips_and_counts_bad_lines(jsonl):
-    path = jsonl(*(line for line, _ in BAD_LINES.values()), GOOD)
     rows = read_rows(path, skip_bad_rows=True)
-    assert [row.where for row in rows.items] == [f"{path}:{len(BAD_LINES) + 1}"]
-    assert len(rows.skipped) == len(BAD_LINES)
-    assert rows.skipped[1].startswith(f"{path}:2: ")
+    assert [row.where for row in rows.items] == [f"{path}:1", f"{path}:3"]
+    assert rows.skipped == (text,)
 
 
-def test_read_rows_a_pair_of_surrogates_is_a_character(jsonl):
-    rows = read_rows(jsonl(b'{"prompt": "\\ud83d\\ude00"}'))
-    assert rows.items[0].values == {"prompt": "😀"}
+def test_read_rows_pair_of_surrogates_and_ten_megabytes(jsonl):
+    path = jsonl(b'{"prompt": "\\ud83d\\ude00"}', {"prompt": "a " * 5_000_000})
+    first, second = (row.values["prompt"] for row in read_rows(path).items)
+    assert (first, len(second)) == ("😀", 10_000_000)
 
 
-def test_read_rows_ten_megabyte_row(jsonl):
-    rows = read_rows(jsonl({"prompt": "a " * 5_000_000}))
-    assert len(rows.items[0].values["prompt"]) == 10_000_000
+BAD_FILES = {
+    b"": "no rows; give a file",
+    b"\n\n": "no rows",
+    b"\xef\xbb\xbf": "no rows",
+    b"{\n[\n": "none of its 2 rows is usable; the first: .*:1: not JSON",
+}
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
-def test_read_rows_empty_dataset(tmp_path, content):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"x\.jsonl: no rows"):
-        read_rows(str(path))
+@pytest.mark.parametrize("content", BAD_FILES)
+def test_read_rows_no_row_is_an_error_even_when_skipping(tmp_path, content):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=rf"x\.jsonl: {BAD_FILES[content]}"):
+        read_rows(str(tmp_path / "x.jsonl"), skip_bad_rows=True)
 
 
-def test_read_rows_all_bad_is_an_error_even_when_skipping(jsonl):
-    path = jsonl(b"{", b"[")
-    with pytest.raises(
-        InputError, match=r"none of its 2 rows is usable; the first: .*:1: not JSON"
-    ):
-        read_rows(path, skip_bad_rows=True)
-
-
-def test_read_rows_files_that_are_none(tmp_path):
+def test_read_rows_files_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "x.csv").write_text("prompt\na\n")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
@@ -124,19 +117,14 @@ def test_read_rows_files_that_are_none(tmp_path):
         "folder.jsonl": "no such file",
         "x.csv": r"unknown extension '\.csv'; give a \.jsonl or \.parquet file",
         "x.parquet": "cannot be read",
+        "jaxrlhf:demo/absent.jsonl": "no such file",
+        "jaxrlhg:demo/x.jsonl": "no package 'jaxrlhg' is installed",
     }
     for name, message in cases.items():
         with pytest.raises(InputError, match=message) as caught:
-            read_rows(str(tmp_path / name), skip_bad_rows=True)
-        assert name in str(caught.value)
+            read_rows(name, skip_bad_rows=True)
+        assert str(caught.value).startswith(f"{name}: ")
         assert "\n" not in str(caught.value)
-
-
-def test_locate_package_that_is_none():
-    with pytest.raises(InputError, match="no package 'jaxrlhg' is installed"):
-        locate("jaxrlhg:demo/x.jsonl")
-    with pytest.raises(InputError, match="no such file"):
-        locate("jaxrlhf:demo/absent.jsonl")
 
 
 def test_locate_prefers_a_file_of_that_name(tmp_path, monkeypatch):
@@ -160,3 +148,29 @@ def test_transform_adds_to_what_was_skipped():
 def test_shown_is_one_short_line():
     assert shown("a\nb") == r"'a\nb'"
     assert len(shown("x" * 1000)) == 60
+
+
+def openings(split):
+    rows = read_rows(f"jaxrlhf:demo/openings_{split}.jsonl").items
+    assert rows[1].where == f"jaxrlhf:demo/openings_{split}.jsonl:2"
+    assert all(row.values.keys() == {"prompt"} for row in rows)
+    return [row.values["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize(("split", "least"), [("train", 160), ("eval", 40)])
+def test_openings_are_neutral_and_short(split, least):
+    prompts = openings(split)
+    assert len(prompts) >= least
+    assert resolve("sentiment")([""] * len(prompts), prompts) == [0.0] * len(prompts)
+    assert all(4 <= len(prompt.split()) <= 12 for prompt in prompts)
+    assert all(prompt == prompt.strip() and prompt[-1].isalpha() for prompt in prompts)
+
+
+def test_openings_are_distinct_across_the_split():
+    train, held_out = openings("train"), openings("eval")
+    assert len(set(train + held_out)) == len(train) + len(held_out)
+    for prompt in held_out:
+        matcher = difflib.SequenceMatcher(b=prompt.split())
+        for other in train:
+            matcher.set_seq1(other.split())
+            assert matcher.ratio() < 0.75, (prompt, other)

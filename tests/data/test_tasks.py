@@ -6,8 +6,8 @@ import pytest
 
 from jaxrlhf.apps import cli
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.rows import read_rows
-from jaxrlhf.data.tasks import task_rows, write_task_files, write_tasks
+from jaxrlhf.data.rows import read_rows, write_rows
+from jaxrlhf.data.tasks import task_rows, write_task_files
 from jaxrlhf.rewards.verifiers import make, verify
 
 pytest.importorskip("reasoning_gym")
@@ -16,7 +16,7 @@ pytest.importorskip("reasoning_gym")
 def test_rows_that_are_written_are_checked_as_they_were(tmp_path):
     for task in ("chain_sum", "letter_counting", "rearc"):  # the last has tuples in its metadata
         rows = task_rows(task, 4, completion=" {answer}")
-        write_tasks(tmp_path / "tasks.jsonl", rows)
+        write_rows(tmp_path / "tasks.jsonl", rows)
         read = [row.values for row in read_rows(str(tmp_path / "tasks.jsonl")).items]
         columns = {name: [row[name] for row in read] for name in read[0]}
         assert verify(make("reasoning_gym"), columns["completion"], columns) == [1.0] * 4

@@ -37,9 +37,8 @@ from jaxrlhf.mesh.sharding import (
     train_state_shardings,
     with_layout,
 )
-from jaxrlhf.steps.update import policy_loss
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.update import make_optimizer, make_update
+from jaxrlhf.steps.update import make_optimizer, make_update, policy_loss
 from jaxrlhf.study.plan.hlo import parse, visits
 
 

@@ -19,9 +19,8 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core import masked
 from jaxrlhf.core.types import PreferenceBatch, TokenBatch, TrainState
-from jaxrlhf.data.batches import token_batch
+from jaxrlhf.data.batches import packed_batch, token_batch
 from jaxrlhf.data.formats import Completion
-from jaxrlhf.data.packing import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings, train_state_shardings
 from jaxrlhf.steps.score import reward, score

@@ -16,9 +16,9 @@ from jaxrlhf.config import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.formats import Prompt, read_prompts
+from jaxrlhf.data.formats import READERS, Prompt, read_prompts
 from jaxrlhf.data.rows import Rows, read_rows
-from jaxrlhf.data.tokens import READERS, Encoded, encode_rows
+from jaxrlhf.data.tokens import Encoded, encode_rows
 from jaxrlhf.models.load import Loader, Network, is_run, run_config, scores_texts, tokenizer_path
 from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
 from jaxrlhf.rewards.judge import Judge, make_judge

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf.data.packing import packed_batch
+from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import few_rows_layout
 from jaxrlhf.run.setup import Run, host_batch
