@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tup
 
 
 def check_truths(rewards: Sequence[Reward], rows: Sequence[Any]) -> None:
-    """Refuse Prompts that a verifier could not judge, before a run: an InputError with the place."""
+    """Refuse Prompts that a verifier could not judge: an InputError that names the place."""
     for reward in rewards:
         for row in rows if reward.truth else ():
             try:
@@ -115,7 +114,7 @@ def fold(
     scores: Sequence[Any],
     weights: Sequence[float],
     gates: Sequence[GateConfig | None],
-    xp: ModuleType,
+    xp: Any,
 ) -> Any:
     """The gated sum of ``combine``, of numpy's or jax's arrays; ``xp`` is the one or the other."""
     sources = list(zip(scores, weights, gates, strict=True))
