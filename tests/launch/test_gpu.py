@@ -13,7 +13,7 @@ def test_gpu_trains(workshop):
     )
     assert (done.returncode, done.stdout) == (
         0,
-        "cuda,cpu .9 -m jaxrlhf.apps.cli train x.yaml --steps 3\n",
+        "cuda,cpu .9 -m jaxrlhf train x.yaml --steps 3\n",
     )
 
 

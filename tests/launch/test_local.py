@@ -32,7 +32,7 @@ def test_local_runs_the_command(workshop):
     done = workshop.run(
         "local.sh", "-n", "1", "-p", "1", "train", "x.yaml", "--steps", "3", PYTHON=python
     )
-    assert done.stdout == "[0] -m jaxrlhf.apps.cli train x.yaml --steps 3\n"
+    assert done.stdout == "[0] -m jaxrlhf train x.yaml --steps 3\n"
 
 
 def test_local_one_failure_ends_all(workshop):

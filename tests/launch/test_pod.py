@@ -8,7 +8,7 @@ import pytest
 def test_pod_runs_the_command(workshop):
     python = workshop.fake("python", '#!/bin/bash\necho "$JAX_PLATFORMS $*"\nexit 5\n')
     done = workshop.run("pod.sh", "train", "x.yaml", DEVICE="cpu", PYTHON=python)
-    assert (done.returncode, done.stdout) == (5, "cpu -m jaxrlhf.apps.cli train x.yaml\n")
+    assert (done.returncode, done.stdout) == (5, "cpu -m jaxrlhf train x.yaml\n")
 
 
 @pytest.mark.parametrize(("status", "expected"), [(0, 143), (13, 13)])

@@ -18,7 +18,7 @@ def test_xpk_creates_a_workload(workshop):
     assert call == [
         "xpk", "workload", "create", "--cluster=c", "--workload=n", "--tpu-type=v5litepod-256",
         "--num-slices=2", "--docker-image=r.dev/i:1", "--project=p", "--zone=z",
-        r"--command=. launch/env.sh tpu && python -m jaxrlhf.apps.cli train c.yaml --output a\ b",
+        r"--command=. launch/env.sh tpu && python -m jaxrlhf train c.yaml --output a\ b",
     ]  # fmt: skip
 
 

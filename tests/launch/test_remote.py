@@ -38,7 +38,7 @@ def wait_for(path, text):
 def test_start_and_stop(workshop, host):
     script = host / "launch" / "remote.sh"
     assert ": started, pid " in workshop.run(script, "start", "c.yaml", "--output", "a b").stdout
-    wait_for(host / "run.log", "--known -m jaxrlhf.apps.cli train c.yaml --output a b\n")
+    wait_for(host / "run.log", "--known -m jaxrlhf train c.yaml --output a b\n")
     done = workshop.run(script, "start", "c.yaml")
     assert done.returncode == 2
     assert "a run is in progress" in done.stderr

@@ -56,9 +56,9 @@ def test_slurm_task_trains(workshop):
     )
     one = {"CUDA_VISIBLE_DEVICES": "0", "PYTHON": python}
     done = workshop.run("slurm.sbatch", "x.yaml", **JOB, **one)
-    assert done.stdout == "all by Slurm -m jaxrlhf.apps.cli train x.yaml\n"
+    assert done.stdout == "all by Slurm -m jaxrlhf train x.yaml\n"
     done = workshop.run("slurm.sbatch", "x.yaml", **JOB | {"SLURM_NTASKS_PER_NODE": "1"}, **one)
-    assert done.stdout == "0,1,2,3,4,5,6,7 -m jaxrlhf.apps.cli train x.yaml\n"
+    assert done.stdout == "0,1,2,3,4,5,6,7 -m jaxrlhf train x.yaml\n"
 
 
 def test_slurm_failure_is_not_queued_again(workshop):
