@@ -1,3 +1,5 @@
+"""Tokens of a rollout back to text: the response alone, whatever the mask leaves out."""
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders
