@@ -14,19 +14,19 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.run import loop
 
 GROUP = Group("a", ("b", "c", " ", "b"), (0.5, 0.9, 2.0, 0.5), (True, False, True, True))
-WISH = PreferencesConfig("x", "f", "t", "e", max_prompt_tokens=1, max_new_tokens=1, min_gap=0.3)
+WISH = PreferencesConfig("x", "f", "t", "e", max_prompt_tokens=1, max_new_tokens=1)
 
 
 def test_pairs_of_a_group_with_an_unknown_score():
     scores = (0.0, float("nan"), 2.0, 1.0)
     group = Group("p", ("a", "b", "c", "d"), scores, (True,) * 4)
-    (row,) = pairs_of(group, replace(WISH, n=4))
+    (row,) = pairs_of(group, 0.3)
     assert (row["chosen"], row["rejected"], row["gap"]) == ("c", "a", 2.0)
 
 
 def test_pairs_of_the_best_with_the_worst():
     """Of 2.0, 0.9, 0.5, 0.5 the first is blank; 0.9 with 0.5 is left."""
-    (row,) = pairs_of(GROUP, WISH)
+    (row,) = pairs_of(GROUP, 0.3)
     assert row == {
         "prompt": "a",
         "chosen": "c",
@@ -37,18 +37,15 @@ def test_pairs_of_the_best_with_the_worst():
     }
 
 
-def test_ranking_of_each_text_once():
-    (row,) = ranking_of(GROUP, WISH)
+def test_rankings_and_answers_of_each_text_once():
+    (row,) = ranking_of(GROUP)
     assert (row["responses"], row["ranks"], row["scores"]) == (["b", "c"], [2, 1], [0.5, 0.9])
     assert row["ended"] == [True, False]
     tied = Group("a", ("b", "c", "d", "e"), (1.0, 0.0, 0.0, float("nan")), (True,) * 4)
-    (row,) = ranking_of(tied, WISH)
+    (row,) = ranking_of(tied)
     assert row["ranks"] == [1, 2, 2]
-    assert list(ranking_of(Group("a", ("b", "b"), (1.0, 1.0), (True,) * 2), WISH)) == []
-
-
-def test_answers_of_each_text_once():
-    assert [row["score"] for row in answers_of(GROUP, WISH)] == [0.5, 0.9]
+    assert list(ranking_of(Group("a", ("b", "b"), (1.0, 1.0), (True,) * 2))) == []
+    assert [row["score"] for row in answers_of(GROUP)] == [0.5, 0.9]
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.config import GateConfig, IsolateConfig, LengthConfig, RewardConfig, ServiceConfig
+from jaxrlhf.config import GateConfig, LengthConfig, RewardConfig, ServiceConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.rewards.combine import check_truths, combine, fold, load_rewards
-from jaxrlhf.rewards.functions import Asked
-from jaxrlhf.rewards.isolation import Isolated
 
 nan = np.nan
 
@@ -40,14 +38,6 @@ def test_load_rewards_names_are_unique_and_without_query():
     configs += [RewardConfig(service=ServiceConfig(f"{url}?key={i}#there")) for i in range(2)]
     names = ["length", "length#2", "length#3", url, f"{url}#2"]
     assert [reward.name for reward in load_rewards(configs)] == names
-
-
-def test_load_rewards_isolated():
-    (reward,) = load_rewards((RewardConfig(verifier="exact", isolate=IsolateConfig()),))
-    assert isinstance(reward.ask, Isolated)
-    asked = Asked(["p", "p"], ["a", "b"], {"answer": ["a", "a"]}, [True, True])
-    assert reward.ask(asked).score_B.tolist() == [1.0, 0.0]
-    reward.ask.close()
 
 
 @pytest.mark.parametrize(
