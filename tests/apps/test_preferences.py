@@ -1,4 +1,5 @@
-"""What becomes of the completions of a prompt once they are judged."""
+"""What becomes of the completions of a prompt once they are judged, and that a draw does not depend
+on its batch."""
 
 import json
 from dataclasses import replace
@@ -11,7 +12,6 @@ from runs import one_device
 from jaxrlhf.apps.preferences import Group, answers_of, pairs_of, ranking_of, write_pairs
 from jaxrlhf.config import PreferencesConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.run import loop
 
 GROUP = Group("a", ("b", "c", " ", "b"), (0.5, 0.9, 2.0, 0.5), (True, False, True, True))
 WISH = PreferencesConfig("x", "f", "t", "e", max_prompt_tokens=1, max_new_tokens=1)
@@ -48,15 +48,12 @@ def test_rankings_and_answers_of_each_text_once():
     assert [row["score"] for row in answers_of(GROUP)] == [0.5, 0.9]
 
 
-@pytest.fixture(scope="module")
-def wish(tmp_path_factory):
-    """Pairs of a policy that has learnt nothing, on three prompts."""
-    folder = tmp_path_factory.mktemp("policy")
-    run = runs.sft(folder, steps=1)
-    loop.train(run, one_device())
-    prompts = runs.write(folder / "prompts.jsonl", [{"prompt": "the good"}] * 3)
+@pytest.fixture
+def wish(policy, tmp_path):
+    """Pairs of that policy, on three prompts."""
+    prompts = runs.write(tmp_path / "prompts.jsonl", [{"prompt": "the good"}] * 3)
     return replace(
-        WISH, model=run.output, judge="jaxrlhf.data.words:goodness", max_prompt_tokens=2,
+        WISH, model=policy, judge="jaxrlhf.data.words:goodness", max_prompt_tokens=2,
         max_new_tokens=6, n=2, train_rounds=2, min_gap=0.0, train=prompts, eval=prompts,
     )  # fmt: skip
 
@@ -78,10 +75,11 @@ def test_write_pairs_draws_the_same_in_any_batch(wish, tmp_path):
 
 
 def test_write_pairs_refuses_to_write_none(wish, tmp_path):
+    (out := tmp_path / "out").mkdir()
     with jax.set_mesh(one_device()), pytest.raises(InputError) as error:
-        write_pairs(replace(wish, min_gap=100.0), tmp_path, 0, one_device())
+        write_pairs(replace(wish, min_gap=100.0), out, 0, one_device())
     assert str(error.value) == (
         "preferences.train: no pairs: of 12 completions, n=2 a prompt, jaxrlhf.data.words:goodness "
         "scored 12, and no two with words lie min_gap=100 apart: lower min_gap, or raise n"
     )
-    assert not list(tmp_path.iterdir())
+    assert not list(out.iterdir())
