@@ -17,6 +17,71 @@ from tyro.conf import Positional, arg
 
 from jaxrlhf.core.errors import InputError
 
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+      words: the command line without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+      The exit status: 0, 2 after bad input (one line ``error: …`` on stderr), 130 after Ctrl-C.
+    """
+    # In a test, or another program, the interpreter is not this command's to change.
+    if words is None:
+        settle()
+        words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    try:
+        if (name := words[0]) not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            known = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
+            raise InputError(f"{name}: unknown command ({known})")
+        COMMANDS[name][1](list(words[1:]))
+    except (InputError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """The help of the command as a whole."""
+    width = max(map(len, COMMANDS)) + 4
+    lines = (f"  {name:<{width}}{text}" for name, (text, _) in COMMANDS.items())
+    return (
+        "usage: jaxrlhf COMMAND …\n\nReinforcement learning from human feedback in JAX.\n\n"
+        + "\n".join(lines)
+        + "\n\njaxrlhf COMMAND --help lists what a command takes."
+    )
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {}
+"""Name → (what the help says of it, a function of the words after it), as the help lists them."""
+
+
+def command(name: str, text: str, raw: bool = False) -> Callable[[Callable], Callable]:
+    """Enter what it decorates in COMMANDS: a function of words if ``raw``, else ``typed``."""
+
+    def enter(function: Callable) -> Callable:
+        COMMANDS[name] = (text, function if raw else typed(function))
+        return function
+
+    return enter
+
+
+def typed(function: Callable[..., None]) -> Callable[[list[str]], None]:
+    """A function of words that parses them by a signature and its docstring."""
+
+    def run(words: list[str]) -> None:
+        tyro.cli(function, prog=f"jaxrlhf {function.__name__}", args=words)
+
+    return run
+
+
 TURN = 5e-4
 """Seconds that a thread may keep the interpreter while another waits for it; Python's: 5e-3."""
 
@@ -25,19 +90,18 @@ YOUNG = 100_000
 
 
 def settle() -> None:
-    """Interpreter settings for a process that is this command's alone: its start is shorter.
-
-    Weights are read while modules are imported and programs traced; reading gives the interpreter
-    away at each call into numpy, and would have it back 5 ms later. What is imported and traced
-    stays, and the collector would go through all of it again and again.
-    """
+    """Interpreter settings for a process that is this command's alone: its start is shorter."""
+    # Weights are read while modules are imported and programs traced; reading gives the interpreter
+    # away at each call into numpy, and would have it back 5 ms later.
     sys.setswitchinterval(TURN)
+    # What is imported and traced stays: the collector would go through it again and again.
     gc.set_threshold(YOUNG, 10, 10)
 
 
 def prepare_jax() -> None:
     """Environment variables that JAX reads when it is imported; what the user has set stays."""
     defaults = {
+        # Every program is kept, however small and quick to compile: a start has many of those.
         "JAX_COMPILATION_CACHE_DIR": str(compile_cache()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -50,14 +114,12 @@ def prepare_jax() -> None:
 
 
 def compile_cache() -> Path:
-    """Where compiled programs are kept: a folder a jaxlib version and processor.
-
-    Code compiled for one processor may use instructions that another lacks.
-    """
+    """Where compiled programs are kept: a folder a jaxlib version and processor."""
     import hashlib
     import platform
     from importlib.metadata import version
 
+    # Code compiled for one processor may use instructions that another lacks.
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     kind = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
@@ -66,33 +128,30 @@ def compile_cache() -> Path:
     return Path.home() / ".cache" / "jaxrlhf" / "xla" / f"{version('jaxlib')}-{cpu}"
 
 
-def env() -> None:
-    """Print the versions that matter in a bug report, and the devices."""
+@command("train", "train as a YAML file says: train CONFIG [--dotted.key value …]", raw=True)
+def train(words: list[str]) -> None:
+    """Load CONFIG, change it by the words after it, check it, train."""
+    from jaxrlhf.config import Config, check, load, override
+
+    if words[:1] in (["-h"], ["--help"]):
+        override(Config(), ["--help"])
+    if not words or words[0].startswith("-"):
+        raise InputError("train: CONFIG, the path of a YAML file, comes first")
+    config = load(words[0], words[1:])
+    check(config)
     prepare_jax()
-    import platform
-    from importlib.metadata import version
+    from jaxrlhf.models.read import read_ahead
 
-    import jax
+    # The disk reads weights while the modules below are imported and programs traced.
+    read_ahead(config.model)
+    from jaxrlhf.mesh import processes as distributed
+    from jaxrlhf.run import loop
 
-    print(f"{'python':<18}{platform.python_version()}")
-    for name in (
-        "jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
-    ):  # fmt: skip
-        print(f"{name:<18}{version(name)}")
-    kinds = [device.device_kind for device in jax.devices()]
-    count = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
-    print(f"{'devices':<18}{count} ({jax.default_backend()}, {jax.process_count()} process)")
+    with distributed.together(config.distributed) as watchdog:
+        loop.train(distributed.placeless(config), feed=watchdog.feed)
 
 
-def typed(command: Callable[..., None]) -> Callable[[list[str]], None]:
-    """A function of words that parses them by the signature and docstring of ``command``."""
-
-    def run(words: list[str]) -> None:
-        tyro.cli(command, prog=f"jaxrlhf {command.__name__}", args=words)
-
-    return run
-
-
+@command("plan", "what a run takes, on devices not at hand: plan CONFIG --topology NAME", raw=True)
 def plan(words: list[str]) -> None:
     """Load CONFIG, change it by the words after it, and say what it would take on a topology."""
     import argparse
@@ -118,6 +177,7 @@ def plan(words: list[str]) -> None:
     parser.add_argument("--memory", type=float, metavar="GIB", help="of a device, if not its own")
     parser.add_argument("--search", action="store_true", help="rank other meshes, microbatches")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    # What is left over are changes of the config, which its loader reads.
     given, changes = parser.parse_known_args(words)
     from jaxrlhf.study.plan.topology import environment, parse
 
@@ -135,6 +195,7 @@ def plan(words: list[str]) -> None:
     mean, most = given.mean_length, config.sample.max_new_tokens
     if mean is not None and is_on_policy(config) and mean > most:
         raise InputError(f"--mean-length {mean:g}: above sample.max_new_tokens={most}: lower it")
+    # Fake devices are asked for by variables, which jax reads when it is imported.
     os.environ.update(environment(topology, os.environ.get("XLA_FLAGS", "")))
     prepare_jax()
     from jaxrlhf.study.plan.command import run
@@ -142,68 +203,7 @@ def plan(words: list[str]) -> None:
     run(config, topology, given.mean_length, given.memory, given.search, not given.json)
 
 
-def report(
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN…")],
-    output: str = "",
-) -> None:
-    """Write one page about a run, or about several side by side, that needs no network to be read.
-
-    Args:
-      runs: output folders of runs.
-      output: the .html file; report.html in the folder of a single run, if empty.
-    """
-    from jaxrlhf.run.report import write_report
-
-    print(write_report(runs, output))
-
-
-def diagnose(
-    run: Annotated[Positional[str], arg(metavar="RUN")], json: bool = False, strict: bool = False
-) -> None:
-    """Say what is wrong with a run, finished or not, by what it has written down.
-
-    Prints each finding with its evidence and remedy, and writes them to RUN/diagnosis.json.
-
-    Args:
-      run: the output folder of a run.
-      json: print the contents of diagnosis.json instead.
-      strict: exit with status 1 if there is a problem; warnings are none.
-    """
-    from jaxrlhf.study.diagnose import examine, read_history
-    from jaxrlhf.study.diagnose.show import save, show, to_json
-
-    history = read_history(run)
-    findings = examine(history)
-    if json:
-        print(to_json(history, findings))
-    else:
-        show(run, history, findings)
-    save(run, history, findings)
-    if strict and any(finding.severity == "problem" for finding in findings):
-        raise SystemExit(1)
-
-
-def train(words: list[str]) -> None:
-    """Load CONFIG, change it by the words after it, check it, train."""
-    from jaxrlhf.config import Config, check, load, override
-
-    if words[:1] in (["-h"], ["--help"]):
-        override(Config(), ["--help"])
-    if not words or words[0].startswith("-"):
-        raise InputError("train: CONFIG, the path of a YAML file, comes first")
-    config = load(words[0], words[1:])
-    check(config)
-    prepare_jax()
-    from jaxrlhf.models.read import read_ahead
-
-    read_ahead(config.model)
-    from jaxrlhf.mesh import processes as distributed
-    from jaxrlhf.run import loop
-
-    with distributed.together(config.distributed) as watchdog:
-        loop.train(distributed.placeless(config), feed=watchdog.feed)
-
-
+@command("demo", "a whole training run in minutes, on a CPU too: demo [--tiny]")
 def demo(output: str = "", tiny: bool = False, seed: int = 0) -> None:
     """Train a small model from sampling to evaluation, and show what it has learnt.
 
@@ -218,6 +218,7 @@ def demo(output: str = "", tiny: bool = False, seed: int = 0) -> None:
     run(output, tiny, seed)
 
 
+@command("pipeline", "several runs, one after the other, as a YAML file says")
 def pipeline(
     config: Annotated[Positional[str], arg(metavar="CONFIG")],
     output: str = "",
@@ -241,6 +242,7 @@ def pipeline(
     run_pipeline(stages)
 
 
+@command("generate", "complete prompts: generate MODEL --prompt TEXT")
 def generate(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     prompt: tuple[str, ...] = (),
@@ -285,6 +287,7 @@ def generate(
             print(text if score is None else f"{score:.3f}\t{text}")
 
 
+@command("eval", "held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", raw=True)
 def evaluate(words: list[str]) -> None:
     """Measure MODEL on held-out prompts, beside what it must beat, and print the figures."""
     from jaxrlhf.config import parse_evaluate
@@ -296,6 +299,23 @@ def evaluate(words: list[str]) -> None:
     print(table(evaluate_model(wish)))
 
 
+@command("report", "a page about a run, or several compared: report RUN…")
+def report(
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN…")],
+    output: str = "",
+) -> None:
+    """Write one page about a run, or about several side by side, that needs no network to be read.
+
+    Args:
+      runs: output folders of runs.
+      output: the .html file; report.html in the folder of a single run, if empty.
+    """
+    from jaxrlhf.run.report import write_report
+
+    print(write_report(runs, output))
+
+
+@command("export", "a run's policy as a Hugging Face folder: export RUN OUT")
 def export(
     run: Annotated[Positional[str], arg(metavar="RUN")],
     out: Annotated[Positional[str], arg(metavar="OUT")],
@@ -319,7 +339,8 @@ def export(
         raise InputError(f"{run}: a process reward model; transformers has no such class")
     check_new(out)
     model, params, tokenizer = load_model(run)
-    if not scores:  # a head would be a critic's
+    # A policy's head is its critic's, and no part of what transformers loads.
+    if not scores:
         params = {name: part for name, part in params.items() if name != "head"}
     with writing(out):
         write_hf(out, model.decoder, params, tokenizer, head=scores)
@@ -327,6 +348,34 @@ def export(
         print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
 
 
+@command("diagnose", "what is wrong with a run, why, and what to do: diagnose RUN")
+def diagnose(
+    run: Annotated[Positional[str], arg(metavar="RUN")], json: bool = False, strict: bool = False
+) -> None:
+    """Say what is wrong with a run, finished or not, by what it has written down.
+
+    Prints each finding with its evidence and remedy, and writes them to RUN/diagnosis.json.
+
+    Args:
+      run: the output folder of a run.
+      json: print the contents of diagnosis.json instead.
+      strict: exit with status 1 if there is a problem; warnings are none.
+    """
+    from jaxrlhf.study.diagnose import examine, read_history
+    from jaxrlhf.study.diagnose.show import save, show, to_json
+
+    history = read_history(run)
+    findings = examine(history)
+    if json:
+        print(to_json(history, findings))
+    else:
+        show(run, history, findings)
+    save(run, history, findings)
+    if strict and any(finding.severity == "problem" for finding in findings):
+        raise SystemExit(1)
+
+
+@command("serve", "rewards by HTTP: serve RUN|package.module:function")
 def serve(
     what: Annotated[Positional[str], arg(metavar="RUN|FUNCTION")],
     host: str = "127.0.0.1",
@@ -358,6 +407,7 @@ def serve(
         server.serve_forever()
 
 
+@command("tasks", "tasks of reasoning-gym as rows of data: tasks TASK OUT", raw=True)
 def tasks(words: list[str]) -> None:
     """Write tasks of reasoning-gym as rows of data."""
     from jaxrlhf.data import tasks
@@ -365,68 +415,20 @@ def tasks(words: list[str]) -> None:
     typed(tasks.tasks)(words)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run one subcommand.
+@command("env", "versions and devices")
+def env() -> None:
+    """Print the versions that matter in a bug report, and the devices."""
+    prepare_jax()
+    import platform
+    from importlib.metadata import version
 
-    Args:
-      words: the command line without the program's name; ``sys.argv[1:]`` if None.
+    import jax
 
-    Returns:
-      The exit status: 0, 2 after bad input (one line ``error: …`` on stderr), 130 after Ctrl-C.
-    """
-    if words is None:  # the process is ours
-        settle()
-        words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(usage(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    try:
-        find(words[0])(list(words[1:]))
-    except (InputError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def usage() -> str:
-    """The help of the command as a whole."""
-    width = max(map(len, COMMANDS)) + 4
-    lines = (f"  {name:<{width}}{text}" for name, (text, _) in COMMANDS.items())
-    return "\n".join(
-        [
-            "usage: jaxrlhf COMMAND …",
-            "",
-            "Reinforcement learning from human feedback in JAX.",
-            "",
-            *lines,
-            "",
-            "jaxrlhf COMMAND --help lists what a command takes.",
-        ]
-    )
-
-
-def find(name: str) -> Callable[[list[str]], None]:
-    """The subcommand called ``name``, a function of the words after it."""
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        known = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
-        raise InputError(f"{name}: unknown command ({known})")
-    return COMMANDS[name][1]
-
-
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
-    "train": ("train as a YAML file says: train CONFIG [--dotted.key value …]", train),
-    "plan": ("what a run takes, on devices not at hand: plan CONFIG --topology NAME", plan),
-    "demo": ("a whole training run in minutes, on a CPU too: demo [--tiny]", typed(demo)),
-    "pipeline": ("several runs, one after the other, as a YAML file says", typed(pipeline)),
-    "generate": ("complete prompts: generate MODEL --prompt TEXT", typed(generate)),
-    "eval": ("held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", evaluate),
-    "report": ("a page about a run, or several compared: report RUN…", typed(report)),
-    "export": ("a run's policy as a Hugging Face folder: export RUN OUT", typed(export)),
-    "diagnose": ("what is wrong with a run, why, and what to do: diagnose RUN", typed(diagnose)),
-    "serve": ("rewards by HTTP: serve RUN|package.module:function", typed(serve)),
-    "tasks": ("tasks of reasoning-gym as rows of data: tasks TASK OUT", tasks),
-    "env": ("versions and devices", typed(env)),
-}
+    print(f"{'python':<18}{platform.python_version()}")
+    for name in (
+        "jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
+    ):  # fmt: skip
+        print(f"{name:<18}{version(name)}")
+    kinds = [device.device_kind for device in jax.devices()]
+    count = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
+    print(f"{'devices':<18}{count} ({jax.default_backend()}, {jax.process_count()} process)")

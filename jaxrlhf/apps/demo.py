@@ -1,11 +1,11 @@
-"""What a demo shows at its end: the same held-out prompts before and after, and the figures.
+"""RLHF from beginning to end in one command: a pipeline, and what it came to.
 
-RLHF from beginning to end in one command: a pipeline, and what it came to; see ``run``."""
+At its end it shows the same held-out prompts before and after, and the main figures.
+"""
 
 import json
 import time
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +19,7 @@ from jaxrlhf.config.load import packaged
 from jaxrlhf.core.files import write_atomic
 
 SHOWN = 6
-
-
-def before_and_after(folder: Path, summary: dict[str, Any], width: int = 100) -> str:
-    """Completions of the first held-out prompts from both ends of a run, and its main figures."""
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row.get("split") == "eval"]
-    last = max(row["step"] for row in rows)
-    ends = [{}, {}]
-    for row in rows:
-        if row["step"] in (0, last):
-            ends[int(row["step"] != 0)].setdefault(row["prompt"], row)
-    table = Table(title="Held-out prompts, the same draws before and after", show_lines=True)
-    for name in ("prompt", "before", "after"):
-        table.add_column(name, ratio=1)
-    for prompt in list(ends[0])[:SHOWN]:
-        cells = [f"{end[prompt]['completion']} ({end[prompt]['gold']:+.2f})" for end in ends]
-        table.add_row(*(Text(text) for text in (prompt, *cells)))
-    out = StringIO()
-    console = Console(file=out, width=width, color_system=None)
-    console.print(table)
-    for line in figures(summary):
-        console.print(Text(line))
-    return out.getvalue()
-
-
-def figures(summary: dict[str, Any]) -> list[str]:
-    """The main figures of a demo, a line each."""
-    s = summary
-    return [
-        f"gold measure   {s['gold_before']:.3f} → {s['gold_after']:.3f}  "
-        f"(rise {s['gold_rise']:.3f} ± {s['gold_rise_ci']:.3f})",
-        f"reward model   {s['proxy_before']:.3f} → {s['proxy_after']:.3f}  "
-        f"(accuracy on held-out pairs {s['reward_model_accuracy']:.3f})",
-        f"KL(π‖π_ref)    {s['kl_nats']:.2f} nats a sequence",
-        f"length         {s['length_before']:.1f} → {s['length_after']:.1f} tokens",
-        f"distinct-2     {s['distinct_2_before']:.3f} → {s['distinct_2_after']:.3f}",
-        f"peak memory    {s['peak_memory_gib']:.2f} GiB     time {s['minutes']:.1f} min",
-    ]
-
-
-OPENINGS = "jaxrlhf:demo/openings_train.jsonl"
-HELD_OUT = "jaxrlhf:demo/openings_eval.jsonl"
+"""Prompts in the table at the end."""
 
 
 def run(output: str = "", tiny: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -73,7 +32,6 @@ def run(output: str = "", tiny: bool = False, seed: int = 0) -> dict[str, Any]:
 
     Args:
       output: folder of the stages; that of the pipeline's file if empty.
-      seed: every draw follows from it.
 
     Returns:
       What ``summary.json`` in ``output`` holds.
@@ -86,7 +44,7 @@ def run(output: str = "", tiny: bool = False, seed: int = 0) -> dict[str, Any]:
     summary = flat(stages) | {"minutes": (time.perf_counter() - began) / 60}
     folder = Path(config.output)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(before_and_after(folder / "ppo", summary))
+    show(folder / "ppo", summary)
     return summary
 
 
@@ -102,3 +60,35 @@ def flat(stages: dict[str, Any]) -> dict[str, Any]:
         **stages["ppo"],
         "seconds": seconds,
     }
+
+
+def show(folder: Path, summary: dict[str, Any]) -> None:
+    """Print completions of the first held-out prompts from both ends of a run, and its figures."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("split") == "eval"]
+    last = max(row["step"] for row in rows)
+    # Prompt → its first row, of step 0 and of the last step.
+    ends = [{}, {}]
+    for row in rows:
+        if row["step"] in (0, last):
+            ends[int(row["step"] != 0)].setdefault(row["prompt"], row)
+    table = Table(title="Held-out prompts, the same draws before and after", show_lines=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name, ratio=1)
+    for prompt in list(ends[0])[:SHOWN]:
+        cells = [f"{end[prompt]['completion']} ({end[prompt]['gold']:+.2f})" for end in ends]
+        # Text, not markup: a completion may hold brackets.
+        table.add_row(*(Text(text) for text in (prompt, *cells)))
+    console, s = Console(width=100, color_system=None), summary
+    console.print(table)
+    for line in (
+        f"gold measure   {s['gold_before']:.3f} → {s['gold_after']:.3f}  "
+        f"(rise {s['gold_rise']:.3f} ± {s['gold_rise_ci']:.3f})",
+        f"reward model   {s['proxy_before']:.3f} → {s['proxy_after']:.3f}  "
+        f"(accuracy on held-out pairs {s['reward_model_accuracy']:.3f})",
+        f"KL(π‖π_ref)    {s['kl_nats']:.2f} nats a sequence",
+        f"length         {s['length_before']:.1f} → {s['length_after']:.1f} tokens",
+        f"distinct-2     {s['distinct_2_before']:.3f} → {s['distinct_2_after']:.3f}",
+        f"peak memory    {s['peak_memory_gib']:.2f} GiB     time {s['minutes']:.1f} min\n",
+    ):
+        console.print(Text(line))

@@ -5,7 +5,7 @@ Best-of-n keeps the sample with the highest reward: KL(π‖π_ref) ≤ log n �
 the optimum π* of the KL-regularised objective itself (``importance_resample``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -60,9 +60,6 @@ def complete(
       keep: all of a prompt's samples, the one with the highest reward, or one drawn ∝ exp(r/β).
       beta: β of that draw, reward units a nat.
 
-    Returns:
-      A list a prompt.
-
     Raises:
       InputError: a number out of its range, a reward model in place of a policy, a prompt without
         a token, one that is too long, ``keep`` without a reward, or a prompt none of whose
@@ -74,6 +71,7 @@ def complete(
         raise InputError(f"keep={keep}: needs a reward: give a function or a reward model")
     if keep != "all" and config.n < 2:
         raise InputError(f"keep={keep}: n={config.n} leaves nothing to choose from: raise n")
+    # Not "beta <= 0", which NaN passes.
     if not beta > 0:
         raise InputError(f"beta={beta:g}: must be above 0")
     if keep != "resample" and beta != 1:
@@ -89,11 +87,10 @@ def complete(
         host = jax.device_get(rollout)
         text_B = decode_rollout(tokenizer, host.token_BT, host.mask_BT, [""] * len(host.token_BT))
         if reward is None:
-            return _split([Completed(text, None) for text in text_B], n)
+            return _split((Completed(text, None) for text in text_B), n)
         judge = make_judge((reward,), Loader(mesh), tokenizer, model.decoder.vocab, "reward")
         reward_B = np.asarray(judge(rollout, sources).reward_B, np.float32)
-    both = zip(text_B, reward_B.tolist(), strict=True)
-    rows = _split([Completed(text, score) for text, score in both], n)
+    rows = _split(map(Completed, text_B, reward_B.tolist()), n)
     if keep == "all":
         return rows
     kept_Q = choose(reward_B.reshape(-1, n), keep, beta, jax.random.fold_in(key, CHOICE))
@@ -125,7 +122,7 @@ def _draw(
 def choose(
     reward_QN: np.ndarray, keep: Literal["best", "resample"], beta: float, key: jax.Array
 ) -> np.ndarray:
-    """The sample of each prompt that is kept, [Q]; NaN is a reward that is unknown."""
+    """The sample of each prompt that is kept, [Q]; NaN is an unknown reward, which none wins by."""
     lost_Q = ~np.isfinite(reward_QN).any(1)
     if lost_Q.any():
         raise InputError(f"prompt {np.argmax(lost_Q) + 1}: no completion got a reward")
@@ -134,6 +131,7 @@ def choose(
     return np.asarray(importance_resample(key, jnp.asarray(reward_QN), beta, 1))[:, 0]
 
 
-def _split(items: list[Completed], n: int) -> list[list[Completed]]:
+def _split(rows: Iterable[Completed], n: int) -> list[list[Completed]]:
     """Prompt-major rows, a list a prompt."""
+    items = list(rows)
     return [items[i : i + n] for i in range(0, len(items), n)]

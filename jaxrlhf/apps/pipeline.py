@@ -1,15 +1,12 @@
-"""What the stages of a pipeline name, looked for before the first stage begins.
-
-What an earlier stage is still to make is taken on trust, but for the shape of a model, which the
-stage's own start has.
-
-
-From data to evidence in one command: the stages of a pipeline, each done once.
+"""From data to evidence in one command: the stages of a pipeline, each done once.
 
 A stage's folder holds ``stage.json``: what it was made from and, once it is done, what came out. A
 stage that is done is skipped, one that was interrupted goes on (a run from its checkpoint, the
 others from their start), and one whose settings or inputs have changed since is refused, unless it
 had made nothing yet: nothing stale is used, and nothing is thrown away.
+
+What the stages name is looked for before the first one begins. What an earlier stage is still to
+make is taken on trust, but for the shape of a model, which the stage's own start has.
 """
 
 import dataclasses
@@ -32,7 +29,6 @@ from jaxrlhf.config import (
     MeshConfig,
     PipelineConfig,
     PreferencesConfig,
-    RewardConfig,
     StageConfig,
     check,
     stage_evaluation,
@@ -54,107 +50,6 @@ from jaxrlhf.run.session import lock
 from jaxrlhf.study.diagnose import examine, read_history
 from jaxrlhf.study.diagnose.show import save
 from jaxrlhf.study.evaluate import evaluate_model
-
-Shapes = dict[Path, DecoderConfig | None]
-"""By the folders of stages to come, the shape of the model that each trains, if it does."""
-
-
-def check_stages(config: PipelineConfig, done: Collection[str] = ()) -> None:
-    """Refuse files, models and functions that are not there and that no earlier stage makes.
-
-    Args:
-      done: names of stages that are done: what they have made must be there, and what they were
-        made from need not be.
-
-    Raises:
-      InputError: the first that cannot be had, with its stage; tokens that exceed a context.
-    """
-    shapes: Shapes = {}
-    for stage in config.stages:
-        if stage.name in done:
-            continue
-        folder = Path(config.output) / stage.name
-        shape = None
-        try:
-            if stage.preferences:
-                _preferences(stage.preferences, shapes)
-            elif stage.train:
-                shape = _run(stage, shapes)
-            elif stage.evaluate:
-                _evaluation(stage, shapes)
-        except InputError as error:
-            raise InputError(f"stage {stage.name}: {error}") from error
-        shapes[folder] = shape
-
-
-def _preferences(wish: PreferencesConfig, shapes: Shapes) -> None:
-    resolve(wish.judge)
-    _files((wish.train, wish.eval), shapes)
-    shape = _shape(wish.model, shapes)
-    tokens = wish.max_prompt_tokens + wish.max_new_tokens
-    if shape is not None and tokens > shape.context:
-        raise InputError(
-            f"max_prompt_tokens + max_new_tokens = {tokens} tokens exceed the context of "
-            f"{wish.model}, {shape.context}: lower them"
-        )
-
-
-def _run(stage: StageConfig, shapes: Shapes) -> DecoderConfig | None:
-    """The shape of the model that the stage trains."""
-    run = stage_run(stage, "", 0)
-    _files((run.data.train, run.data.eval, run.algorithm.normalise_on), shapes)
-    for reward in (*run.rewards, *run.eval.gold):
-        _reward(reward, shapes)
-    for path in (run.reference.path, run.critic.path):
-        _shape(path, shapes)
-    shape = run.model.decoder or _shape(run.model.path, shapes)
-    if shape is not None:
-        check_context(run, Model(shape))
-    return shape
-
-
-def _evaluation(stage: StageConfig, shapes: Shapes) -> None:
-    wish = stage_evaluation(stage, "", 0)
-    _files((wish.data,), shapes)
-    if wish.reward:
-        resolve(wish.reward)
-    _reward_models((wish.reward_model,), shapes)
-    for path in (wish.model, wish.reference, wish.against):
-        _shape(path, shapes)
-
-
-def _reward(reward: RewardConfig, shapes: Shapes) -> None:
-    if (reward.function or reward.verifier) and not reward.isolate:
-        host_function(reward)
-    _reward_models(reward.ensemble or (reward.model,), shapes)
-
-
-def _reward_models(paths: Sequence[str], shapes: Shapes) -> None:
-    for path in paths:
-        if path and not _makers(path, shapes) and not scores_texts(path):
-            raise InputError(f"{path}: no reward model: give its run's folder, or a classifier's")
-
-
-def _files(paths: Sequence[str], shapes: Shapes) -> None:
-    for path in paths:
-        if path and not _makers(path, shapes):
-            locate(path)
-
-
-def _shape(path: str, shapes: Shapes) -> DecoderConfig | None:
-    """The shape of a model; None where there is none to have, or a stage makes it otherwise."""
-    if not path:
-        return None
-    if makers := _makers(path, shapes):
-        return shapes[makers[0]]
-    return read_decoder(path)
-
-
-def _makers(path: str, shapes: Shapes) -> list[Path]:
-    """The folder that ``path`` is or lies in, of those of stages to come."""
-    here = Path(path).absolute()
-    return [x for x in shapes if here.is_relative_to(x.absolute())]
-
 
 RECORD = "stage.json"
 
@@ -178,9 +73,9 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
       InputError: a stage cannot be used, or is not the one that its folder was made by.
     """
     settings = {stage.name: _settings(stage, config) for stage in config.stages}
-    folders = {stage.name: Path(config.output) / stage.name for stage in config.stages}
-    check_stages(config, [name for name, x in folders.items() if "result" in _read(x / RECORD)])
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    output = Path(config.output)
+    check_stages(config, [x for x in settings if "result" in _read(output / x / RECORD)])
+    output.mkdir(parents=True, exist_ok=True)
     with lock(config.output):
         return _carry_out(config, settings, mesh)
 
@@ -190,14 +85,21 @@ def _carry_out(
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
     ids: dict[str, str] = {}
+    output = Path(config.output)
     for number, stage in enumerate(config.stages, 1):
-        folder = Path(config.output) / stage.name
+        folder = output / stage.name
         folder.mkdir(parents=True, exist_ok=True)
+        # Any text among the settings may be a path: of an earlier stage's work, known by the id of
+        # the making, or of a file, known by its digest.
         texts = set(_texts(settings[stage.name]))
         made_from = {
             "settings": settings[stage.name],
-            "inputs": {name: x for name, x in ids.items() if _below(config, name, texts)},
-            "files": {text: _digest(text) for text in sorted(texts) if Path(text).is_file()},
+            "inputs": {
+                name: x
+                for name, x in ids.items()
+                if any(Path(text).is_relative_to(output / name) for text in texts)
+            },
+            "files": {x: _digest(x) for x in sorted(texts) if Path(x).is_file()},
         }
         record = _record(folder, made_from)
         title = f"stage {number} of {len(config.stages)}: {stage.name}"
@@ -206,21 +108,46 @@ def _carry_out(
         else:
             print(title)
             began = time.perf_counter()
-            result = _run_stage(stage, folder, config.seed, mesh)
+            try:
+                result = _run_stage(stage, folder, config.seed, mesh)
+            except SystemExit as stopped:  # a run that was asked to stop has; its stages have not
+                raise SystemExit(stopped.code or STOPPED) from stopped
             result = plain({**result, "stage_seconds": time.perf_counter() - began})
             record = {**made_from, "id": uuid.uuid4().hex, "result": result}
             write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
         ids[stage.name], results[stage.name] = record["id"], record["result"]
-    write_atomic(Path(config.output) / "summary.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(output / "summary.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
 def _run_stage(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    kind = next(kind for kind in STAGES if getattr(stage, kind))
+    if stage.make:
+        _maker(stage)(folder, seed, **stage.set)
+        return {}
+    if stage.preferences:
+        mesh = mesh or make_mesh(MeshConfig())
+        with jax.set_mesh(mesh):
+            return write_pairs(stage.preferences, folder, seed, mesh)
+    if stage.train:
+        return train(stage_run(stage, str(folder), seed), mesh)
+    found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
+    # A run also gets evaluation, diagnosis and page in its own folder.
+    if is_run(model := stage.evaluate):
+        shutil.copy(folder / "evaluation.json", Path(model) / "evaluation.json")
+        history = read_history(model)
+        save(model, history, examine(history))
+        write_report([model])
+    return {name: x for name, x in found.items() if name not in ("completions", "best_of_n")}
+
+
+def _maker(stage: StageConfig) -> Callable[..., Any]:
+    """The function of a ``make`` stage; an InputError if it does not take what ``set`` gives."""
+    function: Callable[..., Any] = resolve(stage.make)
     try:
-        return STAGES[kind](stage, folder, seed, mesh)
-    except SystemExit as stopped:  # a run that was asked to stop has done so, its stages have not
-        raise SystemExit(stopped.code or STOPPED) from stopped
+        inspect.signature(function).bind(Path(), 0, **stage.set)
+    except TypeError as error:
+        raise InputError(f"{stage.name}.set: {stage.make}: {error}: mend the names") from None
+    return function
 
 
 def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
@@ -228,7 +155,7 @@ def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
     folder = str(Path(config.output) / stage.name)
     content = dataclasses.asdict(stage) | {"seed": config.seed}
     if stage.make:
-        maker(stage)
+        _maker(stage)
     if stage.train:
         run = stage_run(stage, folder, config.seed)
         check(run)
@@ -239,11 +166,29 @@ def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
     return json.loads(json.dumps(content))
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a piece of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     """The record of a folder, signed now if it has none; refused if it was made otherwise."""
     path = folder / RECORD
     record = _read(path)
-    changes = {part: _changed(record.get(part, {}), now) for part, now in made_from.items()}
+    changes = {}
+    for part, now in made_from.items():
+        before = record.get(part, {})
+        changes[part] = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
+    # Nothing was made yet: what interrupted the stage may be what its new settings mend.
     if not record or (any(changes.values()) and not _has_made(folder, record, made_from)):
         write_atomic(path, json.dumps(made_from, indent=2) + "\n")
         return made_from
@@ -271,89 +216,107 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
-
-
 def _has_made(folder: Path, record: dict[str, Any], made_from: dict[str, Any]) -> bool:
     """Whether the stage of a record has made what would be lost; a run has with a checkpoint."""
     if "run" in record["settings"] and "run" in made_from["settings"]:
-        return "result" in record or any(folder.glob("checkpoints/[0-9]*"))
-    return "result" in record or any(
-        path.name not in (RECORD, ".lock") for path in folder.iterdir()
-    )
+        made = any(folder.glob("checkpoints/[0-9]*"))
+    else:
+        made = any(path.name not in (RECORD, ".lock") for path in folder.iterdir())
+    return made or "result" in record
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a piece of JSON."""
-    if isinstance(value, str):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value:
-        if isinstance(item, str | dict | list) and item != value:
-            yield from _texts(item)
+Shapes = dict[Path, DecoderConfig | None]
+"""By the folders of stages to come, the shape of the model that each trains, if it does."""
 
 
-def _below(config: PipelineConfig, name: str, texts: set[str]) -> bool:
-    """Whether a text is the folder of an earlier stage, or something in it."""
-    folder = Path(config.output) / name
-    return any(folder == Path(text) or folder in Path(text).parents for text in texts)
+def check_stages(config: PipelineConfig, done: Collection[str] = ()) -> None:
+    """Refuse files, models and functions that are not there and that no earlier stage makes.
 
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def maker(stage: StageConfig) -> Callable[..., Any]:
-    """The function of a ``make`` stage.
+    Args:
+      done: names of stages that are done: what they have made must be there, and what they were
+        made from need not be.
 
     Raises:
-      InputError: there is none, or it does not take the arguments that ``set`` gives.
+      InputError: the first that cannot be had, with its stage; tokens that exceed a context.
     """
-    function: Callable[..., Any] = resolve(stage.make)
-    try:
-        inspect.signature(function).bind(Path(), 0, **stage.set)
-    except TypeError as error:
-        raise InputError(f"{stage.name}.set: {stage.make}: {error}: mend the names") from None
-    return function
+    shapes: Shapes = {}
+    for stage in config.stages:
+        if stage.name in done:
+            continue
+        shape = None
+        try:
+            if stage.preferences:
+                _preferences(stage.preferences, shapes)
+            elif stage.train:
+                shape = _run(stage, shapes)
+            elif stage.evaluate:
+                _evaluation(stage, shapes)
+        except InputError as error:
+            raise InputError(f"stage {stage.name}: {error}") from error
+        shapes[Path(config.output) / stage.name] = shape
 
 
-def make(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Call a function (folder, seed, **set) that writes files."""
-    del mesh
-    maker(stage)(folder, seed, **stage.set)
-    return {}
+def _preferences(wish: PreferencesConfig, shapes: Shapes) -> None:
+    resolve(wish.judge)
+    _files((wish.train, wish.eval), shapes)
+    shape = _shape(wish.model, shapes)
+    tokens = wish.max_prompt_tokens + wish.max_new_tokens
+    if shape is not None and tokens > shape.context:
+        raise InputError(
+            f"max_prompt_tokens + max_new_tokens = {tokens} tokens exceed the context of "
+            f"{wish.model}, {shape.context}: lower them"
+        )
 
 
-def preferences(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Write train.jsonl and eval.jsonl of preference pairs."""
-    assert stage.preferences is not None
-    mesh = mesh or make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        return write_pairs(stage.preferences, folder, seed, mesh)
+def _run(stage: StageConfig, shapes: Shapes) -> DecoderConfig | None:
+    """The shape of the model that the stage trains."""
+    run = stage_run(stage, "", 0)
+    _files((run.data.train, run.data.eval, run.algorithm.normalise_on), shapes)
+    for reward in (*run.rewards, *run.eval.gold):
+        # An isolated function may not even be importable in this process.
+        if (reward.function or reward.verifier) and not reward.isolate:
+            host_function(reward)
+        _reward_models(reward.ensemble or (reward.model,), shapes)
+    for path in (run.reference.path, run.critic.path):
+        _shape(path, shapes)
+    shape = run.model.decoder or _shape(run.model.path, shapes)
+    if shape is not None:
+        check_context(run, Model(shape))
+    return shape
 
 
-def trained(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Carry out a run, or go on with it."""
-    return train(stage_run(stage, str(folder), seed), mesh)
+def _evaluation(stage: StageConfig, shapes: Shapes) -> None:
+    wish = stage_evaluation(stage, "", 0)
+    _files((wish.data,), shapes)
+    if wish.reward:
+        resolve(wish.reward)
+    _reward_models((wish.reward_model,), shapes)
+    for path in (wish.model, wish.reference, wish.against):
+        _shape(path, shapes)
 
 
-def evaluated(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Evaluate a model; a run also gets evaluation, diagnosis and page in its own folder."""
-    model = stage.evaluate
-    found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
-    if is_run(model):
-        shutil.copy(folder / "evaluation.json", Path(model) / "evaluation.json")
-        history = read_history(model)
-        save(model, history, examine(history))
-        write_report([model])
-    return {name: x for name, x in found.items() if name not in ("completions", "best_of_n")}
+def _reward_models(paths: Sequence[str], shapes: Shapes) -> None:
+    for path in paths:
+        if path and not _makers(path, shapes) and not scores_texts(path):
+            raise InputError(f"{path}: no reward model: give its run's folder, or a classifier's")
 
 
-STAGES: dict[str, Callable[[StageConfig, Path, int, Mesh | None], dict[str, Any]]] = {
-    "make": make,
-    "preferences": preferences,
-    "train": trained,
-    "evaluate": evaluated,
-}
-"""What carries out a stage, by the field that makes it one."""
+def _files(paths: Sequence[str], shapes: Shapes) -> None:
+    for path in paths:
+        if path and not _makers(path, shapes):
+            locate(path)
+
+
+def _shape(path: str, shapes: Shapes) -> DecoderConfig | None:
+    """The shape of a model; None where there is none to have, or a stage makes it otherwise."""
+    if not path:
+        return None
+    if makers := _makers(path, shapes):
+        return shapes[makers[0]]
+    return read_decoder(path)
+
+
+def _makers(path: str, shapes: Shapes) -> list[Path]:
+    """The folder that ``path`` is or lies in, of those of stages to come."""
+    here = Path(path).absolute()
+    return [x for x in shapes if here.is_relative_to(x.absolute())]

@@ -29,6 +29,27 @@ STREAM = 2**24
 """Numbers of completions that one file has to itself."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """The completions of a prompt."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    scores: tuple[float, ...]
+    """The judge's; NaN where it has none."""
+    ended: tuple[bool, ...]
+    """False for a completion that was cut at its last token."""
+
+    def usable(self) -> list[int]:
+        """The completions with words and a score, each text once."""
+        kept: list[int] = []
+        for i, text in enumerate(self.completions):
+            new = text not in [self.completions[other] for other in kept]
+            if new and text.strip() and math.isfinite(self.scores[i]):
+                kept.append(i)
+        return kept
+
+
 def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -> dict[str, int]:
     """Write train.jsonl and eval.jsonl, and return how many pairs each holds.
 
@@ -50,6 +71,7 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     settings = SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, stop=stop, pad=pad)
     draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
     judge = resolve(config.judge)
+    # Each completion has a number, and by it a key of its own: batches do not change what is drawn.
     groups: dict[str, list[Group]] = {"train": [], "eval": []}
     drawn: list[tuple[str, Encoded, int]] = []  # file, prompt, number of its first completion
     jobs = {"train": (config.train, config.train_rounds), "eval": (config.eval, config.eval_rounds)}
@@ -66,25 +88,28 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
         made = judged(config, judge, tokenizer, prompts, host, int(real_Q.sum()))
         for name, group in zip(names, made, strict=False):
             groups[name].append(group)
-    counts = {name: _count(name, some, config) for name, some in groups.items()}
+    rows_of = {"": partial(pairs_of, min_gap=config.min_gap)} | ROWS
+    rows = {
+        f"{name}{end}": [row for group in some for row in made_of(group)]
+        for name, some in groups.items()
+        for end, made_of in rows_of.items()
+    }
+    # All are made before one is written: a file without pairs must not leave the others behind.
     for name, some in groups.items():
-        for end, rows_of in ROWS.items():
-            lines = [line for group in some for line in rows_of(group, config)]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_atomic(folder / f"{name}{end}.jsonl", text)
-    return {f"{name}_pairs": count for name, count in counts.items()}
+        if not rows[name]:
+            raise _no_pairs(name, some, config)
+    for name, lines in rows.items():
+        write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
+    return {f"{name}_pairs": len(rows[name]) for name in groups}
 
 
-@dataclass(frozen=True)
-class Group:
-    """The completions of a prompt."""
-
-    prompt: str
-    completions: tuple[str, ...]
-    scores: tuple[float, ...]
-    """The judge's; NaN where it has none."""
-    ended: tuple[bool, ...]
-    """False for a completion that was cut at its last token."""
+def _no_pairs(name: str, groups: Sequence[Group], config: PreferencesConfig) -> InputError:
+    score_B = np.array([score for group in groups for score in group.scores])
+    return InputError(
+        f"preferences.{name}: no pairs: of {score_B.size} completions, n={config.n} a prompt, "
+        f"{config.judge} scored {np.isfinite(score_B).sum()}, and no two with words lie "
+        f"min_gap={config.min_gap:g} apart: lower min_gap, or raise n"
+    )
 
 
 def judged(
@@ -109,44 +134,29 @@ def judged(
         )
 
 
-def pairs_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+def pairs_of(group: Group, min_gap: float) -> Iterator[dict[str, Any]]:
     """``{prompt, chosen, rejected, gap, chosen_ended, rejected_ended}``: the best with the worst,
     the second with the second worst; ``gap`` is the judge's difference."""
-    known = [i for i in range(config.n) if math.isfinite(group.scores[i])]
+    known = [i for i in range(len(group.scores)) if math.isfinite(group.scores[i])]
+    # Sorting is stable: of equal scores, the one that was drawn first is the better.
     order = sorted(known, key=lambda i: -group.scores[i])
     for best, worst in zip(order[: len(order) // 2], order[::-1], strict=False):
         gap = group.scores[best] - group.scores[worst]
-        if not gap >= config.min_gap:
-            continue
-        if not (group.completions[best].strip() and group.completions[worst].strip()):
-            continue
-        yield {
-            "prompt": group.prompt,
-            "chosen": group.completions[best],
-            "rejected": group.completions[worst],
-            "gap": round(gap, 4),
-            "chosen_ended": group.ended[best],
-            "rejected_ended": group.ended[worst],
-        }
+        chosen, rejected = group.completions[best], group.completions[worst]
+        if gap >= min_gap and chosen.strip() and rejected.strip():
+            yield {
+                "prompt": group.prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "gap": round(gap, 4),
+                "chosen_ended": group.ended[best],
+                "rejected_ended": group.ended[worst],
+            }
 
 
-def _count(name: str, groups: Sequence[Group], config: PreferencesConfig) -> int:
-    """How many pairs there are; an InputError if there is none."""
-    count = sum(1 for group in groups for _ in pairs_of(group, config))
-    if count:
-        return count
-    score_B = np.array([score for group in groups for score in group.scores])
-    raise InputError(
-        f"preferences.{name}: no pairs: of {score_B.size} completions, n={config.n} a prompt, "
-        f"{config.judge} scored {np.isfinite(score_B).sum()}, and no two with words lie "
-        f"min_gap={config.min_gap:g} apart: lower min_gap, or raise n"
-    )
-
-
-def ranking_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+def ranking_of(group: Group) -> Iterator[dict[str, Any]]:
     """``{prompt, responses, ranks, scores, ended}``; equal scores tie."""
-    del config
-    kept = usable(group)
+    kept = group.usable()
     if len(kept) < 2:
         return
     scores = [group.scores[i] for i in kept]
@@ -159,10 +169,9 @@ def ranking_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, An
     }
 
 
-def answers_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, Any]]:
+def answers_of(group: Group) -> Iterator[dict[str, Any]]:
     """``{prompt, completion, score, ended}``."""
-    del config
-    for i in usable(group):
+    for i in group.usable():
         yield {
             "prompt": group.prompt,
             "completion": group.completions[i],
@@ -171,15 +180,5 @@ def answers_of(group: Group, config: PreferencesConfig) -> Iterator[dict[str, An
         }
 
 
-def usable(group: Group) -> list[int]:
-    """The completions with words and a score, each text once."""
-    kept: list[int] = []
-    for i, text in enumerate(group.completions):
-        new = text not in [group.completions[other] for other in kept]
-        if new and text.strip() and math.isfinite(group.scores[i]):
-            kept.append(i)
-    return kept
-
-
-ROWS = {"": pairs_of, "_ranked": ranking_of, "_scored": answers_of}
-"""What the rows of a file are, by the end of its name."""
+ROWS = {"_ranked": ranking_of, "_scored": answers_of}
+"""By the end of a file's name, what its rows are, beside the pairs."""

@@ -1,6 +1,4 @@
-"""The reference server of the protocol in docs/reward_service.md: any source of reward, by HTTP.
-
-Serving a reward model, or a reward function, to others (``rewards.server``)."""
+"""Rewards by HTTP: a reward model or a function behind the protocol of docs/reward_service.md."""
 
 import hmac
 import json
@@ -24,12 +22,117 @@ from jaxrlhf.mesh.sharding import make_mesh, put_rows
 from jaxrlhf.models.load import Loader, is_run, tokenizer_path
 from jaxrlhf.models.read import is_reward_folder, read_decoder
 from jaxrlhf.models.tokenizer import ends_of, load_tokenizer
-from jaxrlhf.rewards import isolation as local
 from jaxrlhf.rewards.functions import Asked, Scored, Source, describe
+from jaxrlhf.rewards.isolation import host_source
 from jaxrlhf.rewards.models import load_scorer
 
 MAX_BYTES = 64 * 2**20
 """Most bytes of a request."""
+
+LEAST = {"batch_size": 1, "concurrency": 1, "max_tokens": 2}
+"""What these must at least be; a row has a token of a prompt and one of an answer."""
+
+
+def serve(
+    what: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch_size: int = 32,
+    concurrency: int = 1,
+    header_env: str = "",
+    max_tokens: int | None = None,
+) -> "Server":
+    """A server of rewards, ready for ``serve_forever()``.
+
+    The arguments are those of ``jaxrlhf serve``; an InputError if one of them cannot be used.
+    """
+    given = {"batch_size": batch_size, "concurrency": concurrency, "max_tokens": max_tokens}
+    for problem in below_least(given, LEAST):
+        raise InputError(problem)
+    secret = os.environ.get(header_env, "") if header_env else ""
+    if header_env and not secret:
+        raise InputError(f"header_env={header_env}: this environment variable is unset or empty")
+    if is_run(what) or is_reward_folder(what):
+        # The device takes one batch at a time, whoever asks.
+        source, concurrency = model_source(what, batch_size, max_tokens=max_tokens), 1
+    else:
+        source = host_source(RewardConfig(function=what))
+    return Server(source, host, port, concurrency, secret=secret)
+
+
+def model_source(
+    folder: str, batch_size: int = 32, mesh: Mesh | None = None, max_tokens: int | None = None
+) -> Source:
+    """A reward model as a source of text's rewards.
+
+    Rows are padded to ``max_tokens`` and batches to ``batch_size``: one shape, which is compiled
+    once. A row that does not fit or has no token gets no reward.
+
+    Args:
+      mesh: where it lies (default: on the first device).
+      max_tokens: default: ``data.max_tokens`` of the reward model's run; 1,024, or its context if
+        that is less, where it is a Hugging Face folder.
+
+    Raises:
+      InputError: not the folder of a reward model; ``max_tokens`` exceed its context.
+    """
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    loader = Loader(mesh)
+    config = loader.config_of(folder)
+    width = max_tokens or config.data.max_tokens
+    context = read_decoder(folder, head=is_reward_folder(folder)).context
+    if width > context:
+        raise InputError(f"max_tokens={width}: exceed the context of {folder}, {context}: lower it")
+    tokenizer = load_tokenizer(tokenizer_path(config.model))
+    # No policy is there whose vocabulary the model would have to share.
+    with jax.set_mesh(mesh):
+        score = load_scorer(RewardConfig(model=folder), loader, tokenizer, None, "serve")
+    stop, pad = ends_of(tokenizer)
+
+    def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
+        # Rows that fill a batch up are the first again, and their scores are not read.
+        filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
+        texts = [prompt + answer for prompt, answer in filled]
+        token_BT, real_BT = pad_rows(texts, width, pad, [""] * batch_size)
+        starts_B = np.array([len(prompt) for prompt, _ in filled])
+        mask_BT = (real_BT * (np.arange(width) >= starts_B[:, None])).astype(np.float32)
+        zero_BT = np.zeros(token_BT.shape, np.float32)
+        ended_B = np.ones(batch_size, bool)
+        with jax.set_mesh(mesh):
+            arrays = put_rows((token_BT, real_BT, mask_BT, zero_BT, zero_BT, ended_B), mesh)
+            return np.asarray(score(Rollout(*arrays)), np.float64)[: len(rows)]
+
+    def ask(asked: Asked) -> Scored:
+        ids, problem = {}, ""
+        for b, row in enumerate(zip(asked.prompts, asked.completions, asked.ended, strict=True)):
+            try:
+                ids[b] = _encode(tokenizer, stop, width, *row)
+            except InputError as error:
+                problem = str(error)
+        score_B = np.full(len(asked), np.nan)
+        places = np.array(list(ids), int)
+        for start in range(0, len(places), batch_size):
+            some = places[start : start + batch_size]
+            score_B[some] = batch([ids[b] for b in some])
+        return Scored(score_B, problem)
+
+    batch([([pad], [pad])])  # compiles, before anybody waits
+    return ask
+
+
+def _encode(
+    tokenizer: Any, stop: Sequence[int], width: int, prompt: str, completion: str, ended: bool
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of its completion, which is closed by a stop token if it ``ended``."""
+    ids = encode_prompt(tokenizer, prompt, "prompt")
+    # An empty completion is an answer where it ended at once: its stop token is scored.
+    answer = list(stop[:1])
+    if completion or not ended:
+        answer = encode_answer(tokenizer, completion, "completion", stop, ended)
+    tokens = len(ids) + len(answer)
+    if tokens > width:
+        raise InputError(f"{tokens} tokens, and the reward model reads max_tokens={width}")
+    return ids, answer
 
 
 class BadRequestError(Exception):
@@ -69,13 +172,10 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
         return f"http://{self.server_address[0]}:{self.server_port}"
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
     protocol_version = "HTTP/1.1"
     timeout = 60
     server: Server
@@ -86,10 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         size = self.headers.get("Content-Length", "")
         if not size.isascii() or not size.isdigit() or int(size) > MAX_BYTES:
+            # The body stays unread: what follows on this connection would be taken for a request.
             self.close_connection = True
             self._say(413, {"error": f"Content-Length={size!r:.40}: at most {MAX_BYTES} bytes"})
             return
         body = self.rfile.read(int(size))
+        # Compared in a time that does not tell how much of it is right.
         given, secret = self.headers.get(self.server.header, ""), self.server.secret
         if secret and not hmac.compare_digest(given.encode(), secret.encode()):
             self._say(401, {"error": f"the header {self.server.header} is missing or wrong"})
@@ -117,11 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def reply(body: bytes, source: Source) -> dict[str, Any]:
-    """The answer to a request: the source's scores, null with a reason where it has none.
-
-    Raises:
-      BadRequestError: a body that is no request.
-    """
+    """The answer to a request: the source's scores, null with a reason where it has none; a
+    BadRequestError where the body is no request."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -134,6 +233,7 @@ def reply(body: bytes, source: Source) -> dict[str, Any]:
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):
         raise BadRequestError("two rows with one id")
+    # A column that only some rows have is None in the others.
     names = dict.fromkeys(name for row in rows for name in row.get("columns", {}))
     scored = source(
         Asked(
@@ -154,7 +254,6 @@ def reply(body: bytes, source: Source) -> dict[str, Any]:
 
 
 def _check(row: Any, where: str) -> None:
-    """Raise BadRequestError unless the row is one."""
     if not isinstance(row, dict):
         raise BadRequestError(f"{where}: not an object")
     for name in ("id", "prompt", "completion"):
@@ -164,117 +263,3 @@ def _check(row: Any, where: str) -> None:
         raise BadRequestError(f"{where}.ended: neither true nor false")
     if not isinstance(row.get("columns", {}), dict):
         raise BadRequestError(f"{where}.columns: not an object")
-
-
-LEAST = {"batch_size": 1, "concurrency": 1, "max_tokens": 2}
-"""What these must at least be; a row has a token of a prompt and one of an answer."""
-
-
-def serve(
-    what: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    batch_size: int = 32,
-    concurrency: int = 1,
-    header_env: str = "",
-    max_tokens: int | None = None,
-) -> Server:
-    """A server of rewards, ready for ``serve_forever()``.
-
-    Args:
-      what: a reward model (the output folder of its run, or the Hugging Face folder of a
-        …ForSequenceClassification), or a function: a built-in or package.module:function.
-      host, port: where to listen; port 0 takes a free one.
-      batch_size: rows that the reward model scores at once.
-      concurrency: requests that a function is asked at once, from as many threads.
-      header_env: environment variable with the value that requests must have in their header
-        Authorization; empty lets everybody in.
-      max_tokens: most tokens of a row that a reward model scores; see ``model_source``.
-
-    Raises:
-      InputError: one of these cannot be used.
-    """
-    given = {"batch_size": batch_size, "concurrency": concurrency, "max_tokens": max_tokens}
-    for problem in below_least(given, LEAST):
-        raise InputError(problem)
-    secret = os.environ.get(header_env, "") if header_env else ""
-    if header_env and not secret:
-        raise InputError(f"header_env={header_env}: this environment variable is unset or empty")
-    if is_run(what) or is_reward_folder(what):
-        source, concurrency = model_source(what, batch_size, max_tokens=max_tokens), 1
-    else:
-        source = local.make(RewardConfig(function=what))
-    return Server(source, host, port, concurrency, secret=secret)
-
-
-def model_source(
-    folder: str, batch_size: int = 32, mesh: Mesh | None = None, max_tokens: int | None = None
-) -> Source:
-    """A reward model as a source of text's rewards.
-
-    Rows are padded to ``max_tokens`` and batches to ``batch_size``: one shape, which is compiled
-    once. A row that does not fit or has no token gets no reward.
-
-    Args:
-      mesh: where it lies (default: on the first device).
-      max_tokens: default: ``data.max_tokens`` of the reward model's run; 1,024, or its context if
-        that is less, where it is a Hugging Face folder.
-
-    Raises:
-      InputError: not the folder of a reward model; ``max_tokens`` exceed its context.
-    """
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    loader = Loader(mesh)
-    config = loader.config_of(folder)
-    width = max_tokens or config.data.max_tokens
-    context = read_decoder(folder, head=is_reward_folder(folder)).context
-    if width > context:
-        raise InputError(f"max_tokens={width}: exceed the context of {folder}, {context}: lower it")
-    tokenizer = load_tokenizer(tokenizer_path(config.model))
-    with jax.set_mesh(mesh):
-        score = load_scorer(RewardConfig(model=folder), loader, tokenizer, None, "serve")
-    stop, pad = ends_of(tokenizer)
-
-    def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
-        filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
-        texts = [prompt + answer for prompt, answer in filled]
-        token_BT, real_BT = pad_rows(texts, width, pad, [""] * batch_size)
-        starts_B = np.array([len(prompt) for prompt, _ in filled])
-        mask_BT = (real_BT * (np.arange(width) >= starts_B[:, None])).astype(np.float32)
-        zero_BT = np.zeros(token_BT.shape, np.float32)
-        ended_B = np.ones(batch_size, bool)
-        with jax.set_mesh(mesh):
-            arrays = put_rows((token_BT, real_BT, mask_BT, zero_BT, zero_BT, ended_B), mesh)
-            return np.asarray(score(Rollout(*arrays)), np.float64)[: len(rows)]
-
-    def ask(asked: Asked) -> Scored:
-        ids, problem = {}, ""
-        rows = zip(asked.prompts, asked.completions, asked.ended, strict=True)
-        for b, row in enumerate(rows):
-            try:
-                ids[b] = _encode(tokenizer, stop, width, *row)
-            except InputError as error:
-                problem = str(error)
-        score_B = np.full(len(asked), np.nan)
-        places = np.array(list(ids), int)
-        for start in range(0, len(places), batch_size):
-            some = places[start : start + batch_size]
-            score_B[some] = batch([ids[b] for b in some])
-        return Scored(score_B, problem)
-
-    batch([([pad], [pad])])  # compiles, before anybody waits
-    return ask
-
-
-def _encode(
-    tokenizer: Any, stop: Sequence[int], width: int, prompt: str, completion: str, ended: bool
-) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of its completion, which is closed by a stop token if it ``ended``."""
-    ids = encode_prompt(tokenizer, prompt, "prompt")
-    answer = list(stop[:1])  # where it ended at once
-    if completion or not ended:
-        answer = encode_answer(tokenizer, completion, "completion", stop, ended)
-    tokens = len(ids) + len(answer)
-    if tokens > width:
-        raise InputError(f"{tokens} tokens, and the reward model reads max_tokens={width}")
-    return ids, answer

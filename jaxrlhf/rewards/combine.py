@@ -1,20 +1,75 @@
-"""Several scores a row → one reward, and which rows have one.
-
-The sources of reward that a config lists, ready to be asked."""
+"""The sources of reward that a config lists, and their scores summed behind gates."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import GateConfig, LengthConfig, RewardConfig, kind_of, name_of, reward_problems
+from jaxrlhf.config import GateConfig, LengthConfig, RewardConfig, name_of, reward_problems
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.rewards import isolation as local
 from jaxrlhf.rewards import service, verifiers
 from jaxrlhf.rewards.functions import Source
-from jaxrlhf.rewards.isolation import Isolated
+from jaxrlhf.rewards.isolation import host_source
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One source of a run's reward."""
+
+    name: str
+    """The function's, verifier's or service's as configured, or the path of the model; numbered
+    where several have the same."""
+    weight: float
+    gate: GateConfig | None
+    """What makes it a gate; None where it is part of the sum."""
+    ask: Source | None
+    """None where the source is computed from the rollout's arrays: a reward model or a length."""
+    length: LengthConfig | None = None
+    truth: Callable[[Mapping[str, Any]], Any] | None = None
+    """Raises ValueError for a row (its columns) that a verifier could not judge."""
+    answer: Callable[[str], Hashable | None] | None = None
+    """A verifier's: completion → what it answers."""
+
+
+def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tuple[Reward, ...]:
+    """The sources of reward that a config names, in its order; an InputError if one cannot be had,
+    or there is none."""
+    if not configs:
+        raise InputError(f"{field}: none given; add one, such as [{{function: sentiment}}]")
+    for problem in reward_problems(field, configs):
+        raise InputError(problem)
+    names = [name_of(config) for config in configs]
+    rewards = []
+    for index, config in enumerate(configs):
+        again = names[:index].count(names[index])
+        name = f"{names[index]}#{again + 1}" if again else names[index]
+        ask = truth = answer = None
+        try:
+            if config.service is not None:
+                ask = service.make(config.service)
+            elif config.function or config.verifier:
+                ask = host_source(config)
+        except InputError as error:
+            raise InputError(f"{field}.{index}: {error}") from error
+        # Truths are read in this process even where answers are judged in others: before a run.
+        if config.verifier:
+            verifier = verifiers.make(config.verifier, config.answer, config.pattern)
+            truth, answer = verifier.truth, verifier.answer
+        rewards.append(Reward(name, config.weight, config.gate, ask, config.length, truth, answer))
+    return tuple(rewards)
+
+
+def check_truths(rewards: Sequence[Reward], rows: Sequence[Any]) -> None:
+    """Refuse Prompts that a verifier could not judge: an InputError that names the place."""
+    for reward in rewards:
+        for row in rows if reward.truth else ():
+            try:
+                reward.truth(row.columns)  # type: ignore[misc]
+            except ValueError as error:
+                raise InputError(
+                    f"{row.where}: verifier {reward.name}: {error}: mend or drop the row"
+                ) from error
 
 
 def combine(
@@ -48,6 +103,7 @@ def combine(
     if len(lengths) > 1 or any(p.ndim != 1 or p.shape != parts[0].shape for p in parts):
         shapes = [p.shape for p in parts]
         raise ValueError(f"scores of shapes {shapes} with {len(weights)} weights do not combine")
+    # A sum beyond float32 becomes infinite, and so no reward, without a warning.
     with np.errstate(over="ignore", invalid="ignore"):
         reward_B = fold(parts, weights, gates, np).astype(np.float32)
     valid_B = np.isfinite(reward_B)
@@ -58,86 +114,14 @@ def fold(
     scores: Sequence[Any],
     weights: Sequence[float],
     gates: Sequence[GateConfig | None],
-    xp: ModuleType,
+    xp: Any,
 ) -> Any:
     """The gated sum of ``combine``, of numpy's or jax's arrays; ``xp`` is the one or the other."""
     sources = list(zip(scores, weights, gates, strict=True))
     reward_B = xp.stack([w * score_B for score_B, w, gate in sources if gate is None]).sum(0)
+    # From the last gate to the first: what is written last, the first gate's word, stands.
     for score_B, _, gate in reversed(sources):
         if gate is not None:
             reward_B = xp.where(score_B >= gate.at_least, reward_B, gate.otherwise)
             reward_B = xp.where(xp.isfinite(score_B), reward_B, xp.nan)
     return reward_B
-
-
-@dataclass(frozen=True)
-class Reward:
-    """One source of a run's reward."""
-
-    name: str
-    """The function's, verifier's or service's as configured, or the path of the model; numbered
-    where several have the same."""
-    weight: float
-    gate: GateConfig | None
-    """What makes it a gate; None where it is part of the sum."""
-    ask: Source | None
-    """None where the source is computed from the rollout's arrays: a reward model or a length."""
-    length: LengthConfig | None = None
-    truth: Callable[[Mapping[str, Any]], Any] | None = None
-    """Raises ValueError for a row (its columns) that a verifier could not judge."""
-    answer: Callable[[str], Hashable | None] | None = None
-    """A verifier's: completion → what it answers."""
-
-
-def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tuple[Reward, ...]:
-    """The sources of reward that a config names, in its order.
-
-    Raises:
-      InputError: none at all, one whose fields do not go together, or one that cannot be had.
-    """
-    if not configs:
-        raise InputError(f"{field}: none given; add one, such as [{{function: sentiment}}]")
-    for problem in reward_problems(field, configs):
-        raise InputError(problem)
-    names = [name_of(config) for config in configs]
-    rewards = []
-    for index, config in enumerate(configs):
-        again = names[:index].count(names[index])
-        name = f"{names[index]}#{again + 1}" if again else names[index]
-        try:
-            ask = _source(config)
-        except InputError as error:
-            raise InputError(f"{field}.{index}: {error}") from error
-        truth = answer = None
-        if config.verifier:
-            verifier = verifiers.make(config.verifier, config.answer, config.pattern)
-            truth, answer = verifier.truth, verifier.answer
-        rewards.append(Reward(name, config.weight, config.gate, ask, config.length, truth, answer))
-    return tuple(rewards)
-
-
-def check_truths(rewards: Sequence[Reward], rows: Sequence[Any]) -> None:
-    """Refuse rows that a verifier could not judge, before a run.
-
-    Args:
-      rows: Prompts, of which the columns and the place are read.
-
-    Raises:
-      InputError: a row without a usable truth; the message names its place.
-    """
-    for reward in rewards:
-        for row in rows if reward.truth else ():
-            try:
-                reward.truth(row.columns)  # type: ignore[misc]
-            except ValueError as error:
-                raise InputError(
-                    f"{row.where}: verifier {reward.name}: {error}: mend or drop the row"
-                ) from error
-
-
-def _source(config: RewardConfig) -> Source | None:
-    if config.service is not None:
-        return service.make(config.service)
-    if kind_of(config) not in ("function", "verifier"):
-        return None
-    return Isolated(config) if config.isolate else local.make(config)

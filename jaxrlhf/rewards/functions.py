@@ -1,17 +1,12 @@
-"""What a source of reward is asked on the host, and what it answers.
+"""What a source of reward on the host is asked and answers, and reward functions, found and called.
 
-One event loop for all that is asynchronous, in a thread of its own.
-
-How kind a text is, by a lexicon: a reward that needs no model, no network and no labels.
-
-Reward functions: ``(prompts, completions, **columns) → list of floats``, one a completion.
-
-They may be asynchronous (``async def``); all of those run in one event loop (``background``).
-
+A reward function is ``(prompts, completions, **columns) → list of floats``, one a completion.
 ``prompts`` and ``completions`` are lists of text, special tokens removed; each further column of
 the data arrives as a list under its own name, so a function names those it wants and takes the
 rest as ``**columns``. A score that is not a finite number (None, a string, NaN, inf) says "no
 reward for this row": the row is then left out of learning. It is never read as 0.
+
+Functions may be asynchronous (``async def``); all of those run in one event loop.
 """
 
 import asyncio
@@ -25,7 +20,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from traceback import walk_tb
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -52,7 +47,6 @@ class Asked:
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def rows(self, which: slice) -> "Asked":
-        """Some of the rows."""
         columns = {name: values[which] for name, values in self.columns.items()}
         return Asked(self.prompts[which], self.completions[which], columns, self.ended[which])
 
@@ -65,41 +59,18 @@ class Scored(NamedTuple):
     problem: str = ""
     """Why it has none, of the last row or request without; empty if all went well."""
 
+    @staticmethod
+    def join(parts: Sequence["Scored"]) -> "Scored":
+        """What was said of the pieces of ``Asked.split``, as one."""
+        problems = [part.problem for part in parts if part.problem]
+        return Scored(np.concatenate([part.score_B for part in parts]), (problems or [""])[-1])
+
 
 Source = Callable[[Asked], Scored]
+RewardFunction = Callable[..., Sequence[float]]
 
 
-T = TypeVar("T")
-
-
-def finish(awaitable: Awaitable[T]) -> T:
-    """The result of an awaitable, waited for; also where the caller is in an event loop itself.
-
-    All of them run in one loop, which lives as long as the process: what an async function keeps
-    open from one call to the next (a client, its connections) stays usable.
-
-    Raises:
-      RuntimeError: the awaitable tried to end the process; its SystemExit is the cause.
-    """
-
-    async def wait() -> T:
-        try:
-            return await awaitable
-        except SystemExit as error:  # would end the loop, and leave all who wait on it waiting
-            ended = RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__)
-            raise ended from error
-
-    return asyncio.run_coroutine_threadsafe(wait(), _loop()).result()
-
-
-@functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
-    return loop
-
-
-def make_sentiment() -> Callable[..., list[float]]:
+def make_sentiment() -> RewardFunction:
     """A reward function: VADER's compound score of each completion.
 
     s/√(s² + 15) of the summed valences s, in [−1, 1]: −1 most negative, 0 neutral or empty
@@ -114,6 +85,7 @@ def make_sentiment() -> Callable[..., list[float]]:
         raise InputError(
             "reward function 'sentiment' needs nltk-vader-sentiment; pip install jaxrlhf[demo]"
         ) from error
+    # Made once: it reads its lexicon from a file.
     analyzer = SentimentIntensityAnalyzer()
 
     def sentiment(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -122,11 +94,8 @@ def make_sentiment() -> Callable[..., list[float]]:
     return sentiment
 
 
-RewardFunction = Callable[..., Sequence[float]]
-
 BUILTIN: dict[str, Callable[[], RewardFunction]] = {"sentiment": make_sentiment}
 """Name → maker of the function."""
-
 
 MOVED = {"jaxrlhf.demo.words": "jaxrlhf.data.words", "jaxrlhf.demo.sums": "jaxrlhf.data.tasks"}
 """Modules that the configs of older runs name, and where their functions are now."""
@@ -146,6 +115,7 @@ def resolve(dotted: str) -> RewardFunction:
             f"reward function {dotted!r} is unknown{_suggest(dotted, BUILTIN)}; "
             f"choose {', '.join(BUILTIN)} or give package.module:function"
         )
+    # A module of the user's may raise anything while it is imported.
     try:
         module = importlib.import_module(MOVED.get(module_name, module_name))
     except Exception as error:
@@ -163,6 +133,11 @@ def resolve(dotted: str) -> RewardFunction:
     return cast(RewardFunction, function)
 
 
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known))
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
 def call(
     name: str,
     function: RewardFunction,
@@ -170,15 +145,7 @@ def call(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> np.ndarray:
-    """Scores of a batch, checked.
-
-    Args:
-      name: of the function, for errors.
-      prompts, completions: B texts.
-      columns: B values each.
-
-    Returns:
-      float64 [B], in reward units; NaN where the function gave no finite number.
+    """The checked scores of B rows: float64 [B], reward units; NaN where one is no finite number.
 
     Raises:
       InputError: the result is not a list of B scores, or the function raised; its error is then
@@ -195,9 +162,10 @@ def call(
             f"reward function {name!r} raised {describe(error)}{_place(error)}; mend it, or, in a "
             "run, set isolate, which leaves out the rows concerned"
         ) from error
+    # A text or a dict of the right length would pass for a list of scores.
     is_list = hasattr(result, "__len__") and not isinstance(result, str | bytes | Mapping)
-    got = f"{len(result)} scores" if is_list else type(result).__name__
     if not is_list or len(result) != len(completions):
+        got = f"{len(result)} scores" if is_list else type(result).__name__
         raise InputError(
             f"reward function {name!r} returned {got} for {len(completions)} completions; "
             "return a list with one number for each"
@@ -213,7 +181,7 @@ def number(score: Any) -> float:
         return math.nan
     try:
         value = float(score)
-    except OverflowError:
+    except OverflowError:  # an int beyond float64
         return math.nan
     return value if math.isfinite(value) else math.nan
 
@@ -221,17 +189,41 @@ def number(score: Any) -> float:
 def _place(error: BaseException) -> str:
     """Where in its own file the function that ``call`` called was; empty if it was not entered."""
     frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    # Frames of this file come first, those of the event loop between them.
     while any(file == __file__ for file, _ in frames):
         frames = frames[1:]
+    # The innermost of the function's own file: a library that it calls says nothing to its author.
     inside = [line for file, line in frames if file == frames[0][0]]
     return f" at {frames[0][0]}:{inside[-1]}" if inside else ""
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known))
-    return f": did you mean {' or '.join(close)}?" if close else ""
 
 
 def describe(error: BaseException) -> str:
     """An error's type and message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def finish(awaitable: Awaitable[Any]) -> Any:
+    """The result of an awaitable, waited for; also where the caller is in an event loop itself.
+
+    All of them run in one loop, which lives as long as the process: what an async function keeps
+    open from one call to the next (a client, its connections) stays usable.
+
+    Raises:
+      RuntimeError: the awaitable tried to end the process; its SystemExit is the cause.
+    """
+
+    async def wait() -> Any:
+        try:
+            return await awaitable
+        except SystemExit as error:  # would end the loop, and leave all who wait on it waiting
+            ended = RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__)
+            raise ended from error
+
+    return asyncio.run_coroutine_threadsafe(wait(), _loop()).result()
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop

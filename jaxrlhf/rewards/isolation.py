@@ -1,17 +1,13 @@
-"""Sources of reward that are Python on the host: functions and verifiers.
-
-Reward functions in processes of their own, with limits on time and memory.
+"""Functions and verifiers as sources: called in this process, or in others under limits.
 
 A call that raises, exits, never returns or takes too much memory costs the rows of that call. The
-processes are started afresh, never forked: a fork of a process with JAX's threads can hang.
+processes are started afresh, never forked: a fork of a process with JAX's threads can hang. Each
+runs ``main`` of this file, which imports neither jax nor transformers: it is ready soon.
 
-
-A process that calls one reward function under limits; ``isolation`` starts and asks it.
-
-Over its connection it gets (source, bytes of address space, id of the process that started it),
-and says ("ready", "") or ("unusable", why). Then for each batch (prompts, completions, columns) it
-says ("scores", list of B floats) or ("problem", why); if it says nothing, the function has ended
-the process, or never returns.
+Over its connection a worker gets (source, bytes of address space, id of the process that started
+it), and says ("ready", "") or ("unusable", why). Then for each batch (prompts, completions,
+columns) it says ("scores", list of B floats) or ("problem", why); if it says nothing, the function
+has ended the process, or never returns.
 """
 
 import contextlib
@@ -37,20 +33,14 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.rewards import verifiers
 from jaxrlhf.rewards.functions import Asked, RewardFunction, Scored, Source, call, describe, resolve
 
-
-def host_function(config: RewardConfig) -> RewardFunction:
-    """The function that a source with ``function`` or ``verifier`` names.
-
-    Raises:
-      InputError: it cannot be had.
-    """
-    if config.function:
-        return resolve(config.function)
-    return verifiers.function_of(verifiers.make(config.verifier, config.answer, config.pattern))
+START_SECONDS = 120.0
+"""Seconds that a process may take to import the function."""
 
 
-def make(config: RewardConfig) -> Source:
-    """A source that calls the function in this process: what it raises ends the run."""
+def host_source(config: RewardConfig) -> Source:
+    """What asks ``host_function``; without ``isolate``, what the function raises ends the run."""
+    if config.isolate:
+        return Isolated(config)
     function, name = host_function(config), name_of(config)
 
     def ask(asked: Asked) -> Scored:
@@ -59,8 +49,13 @@ def make(config: RewardConfig) -> Source:
     return ask
 
 
-START_SECONDS = 120.0
-"""Seconds that a process may take to import the function."""
+def host_function(config: RewardConfig) -> RewardFunction:
+    """The function that a config names, or its verifier as one; an InputError if it is not to be
+    had."""
+    if config.function:
+        return resolve(config.function)
+    verifier = verifiers.make(config.verifier, config.answer, config.pattern)
+    return lambda prompts, completions, **columns: verifiers.verify(verifier, completions, columns)
 
 
 class Isolated:
@@ -82,22 +77,23 @@ class Isolated:
         for slot in range(self._limits.workers):
             self._free.put(slot)
         self._workers[0] = _Worker(config, self._limits)
+        # Of the list and not of self: a finalizer that holds its object never runs.
         self.close = weakref.finalize(self, _stop, self._workers)
 
     def __call__(self, asked: Asked) -> Scored:
-        """The scores of all rows, in calls of ``chunk``, ``workers`` of them at once."""
+        # Calls of ``chunk`` rows, ``workers`` of them at once.
         with ThreadPoolExecutor(self._limits.workers) as threads:
-            parts = list(threads.map(self._call, asked.split(self._limits.chunk)))
-        problems = [part.problem for part in parts if part.problem]
-        return Scored(np.concatenate([part.score_B for part in parts]), (problems or [""])[-1])
+            return Scored.join(list(threads.map(self._call, asked.split(self._limits.chunk))))
 
     def _call(self, asked: Asked) -> Scored:
+        columns = {name: list(values) for name, values in asked.columns.items()}
+        rows = (list(asked.prompts), list(asked.completions), columns)
         slot = self._free.get()
         try:
             worker = self._workers[slot]
             if worker is None or worker.process.poll() is not None:
                 worker = self._workers[slot] = _Worker(self._config, self._limits)
-            kind, said = worker.ask(asked, self._limits.timeout)
+            kind, said = worker.exchange(rows, self._limits.timeout)
         except (InputError, OSError) as error:  # the next call tries again to start one
             kind, said = "problem", f"its process could not be started: {error}"
         finally:
@@ -113,6 +109,7 @@ class _Worker:
     def __init__(self, config: RewardConfig, limits: IsolateConfig):
         ours, theirs = Pipe()
         self.connection = ours
+        # It imports from where this process does, and, by -P, from nowhere else.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "jaxrlhf.rewards.isolation", str(theirs.fileno())],
@@ -120,24 +117,19 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
-            stdout=2,
-            start_new_session=True,
+            stdout=2,  # what a function prints is no output of this process
+            start_new_session=True,  # so that one kill reaches all that it starts
         )
-        theirs.close()
+        theirs.close()  # only then is the end of the process the end of the connection
         size = int(limits.memory_gib * 2**30)
-        kind, said = self._exchange((config, size, os.getpid()), START_SECONDS)
+        kind, said = self.exchange((config, size, os.getpid()), START_SECONDS)
         if kind != "ready":
             self.stop()
             what = said if kind == "unusable" else f"{name_of(config)}: importing it {said}"
             raise InputError(f"{what} (in a process with memory_gib={limits.memory_gib:g})")
 
-    def ask(self, asked: Asked, seconds: float) -> tuple[str, Any]:
-        """("scores", list of floats) or ("problem", why)."""
-        columns = {name: list(values) for name, values in asked.columns.items()}
-        return self._exchange((list(asked.prompts), list(asked.completions), columns), seconds)
-
-    def _exchange(self, message: Any, seconds: float) -> tuple[str, Any]:
-        """Send, and wait for the answer; both together take at most this long."""
+    def exchange(self, message: Any, seconds: float) -> tuple[str, Any]:
+        """Send, and wait for what it says; both together take at most this long."""
         late = threading.Event()
 
         def cut() -> None:
@@ -190,6 +182,7 @@ def main(handle: int) -> None:
     connection = Connection(handle)
     source, size, parent = connection.recv()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # The function's import counts too, and runs under the limit.
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     try:
         function = host_function(source)

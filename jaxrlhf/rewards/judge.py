@@ -1,9 +1,7 @@
-"""A penalty on length, in tokens, as a source of reward.
-
-A run's rewards: reward models on the mesh, all else on the host, summed behind their gates."""
+"""A run's rewards: reward models on the mesh, all else on the host, summed behind their gates."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,24 +21,6 @@ from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards.combine import Reward, combine, fold, load_rewards
 from jaxrlhf.rewards.functions import Asked, Scored, Source
 from jaxrlhf.rewards.models import Scorer, load_scorer
-
-
-def length_penalty(mask_BT: Array, start: int, end: int) -> Array:
-    """−clip((n − start)/(end − start), 0, 1) of responses of n tokens.
-
-    0 up to ``start`` tokens, falling linearly to −1 at ``end``; that of DAPO (arXiv:2503.14476,
-    equation 13) has ``end`` at the longest response that can be sampled.
-
-    Args:
-      mask_BT: [B, T], 1 on the response's tokens, stop token included.
-      start, end: tokens, start < end.
-
-    Returns:
-      float32 [B], from −1 to 0, reward units.
-    """
-    chex.assert_rank(mask_BT, 2)
-    count_B = (mask_BT != 0).sum(1).astype(jnp.float32)
-    return -jnp.clip((count_B - start) / (end - start), 0, 1)
 
 
 class Judgement(NamedTuple):
@@ -65,56 +45,51 @@ class Judge:
     """Share of the rows that may go without a reward."""
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Judgement:
-        """Score every row. Arrays stay on their devices where no source is on the host.
-
-        Args:
-          rollout: B = Q·G rows.
-          prompts: the Q prompts.
+        """Score the Q·G rows of Q prompts; on the devices alone where no source is on the host.
 
         Raises:
           InputError: more than ``max_excluded`` of the rows have no reward.
         """
         asked = None
-        scores: list[Any] = []
-        problems = []
+        parts: dict[str, Any] = {}
+        problems: dict[str, str] = {}
         for source, scorer in zip(self.sources, self.scorers, strict=True):
-            problem = ""
             if scorer is not None:
-                scores.append(scorer(rollout))
+                parts[source.name] = scorer(rollout)
             elif source.length is not None:
-                scores.append(_length(rollout.mask_BT, source.length.start, source.length.end))
+                start, end = source.length.start, source.length.end
+                parts[source.name] = _length(rollout.mask_BT, start, end)
             else:
-                asked = asked or self._asked(rollout, prompts)
                 assert source.ask is not None
-                score_B, problem = ask_together(source.ask, asked, len(prompts))
-                scores.append(score_B)
-            problems.append(problem)
-        parts = dict(zip([source.name for source in self.sources], scores, strict=True))
-        judgement = Judgement(*self._combined(scores), parts)
-        self._refuse_too_few(judgement, problems)
+                # Decoded once, and not at all where no source reads text.
+                asked = asked or self._asked(rollout, prompts)
+                parts[source.name], problems[source.name] = ask_together(
+                    source.ask, asked, len(prompts)
+                )
+        judgement = Judgement(*self._combined(list(parts.values())), parts)
+        if self.max_excluded < 1:
+            self._refuse_too_few(judgement, problems)
         return judgement
 
     def _combined(self, scores: Sequence[Any]) -> tuple[Array, Array]:
         weights = [source.weight for source in self.sources]
         gates = [source.gate for source in self.sources]
-        if all(isinstance(x, jax.Array) for x in scores):
-            reward_B = fold(scores, weights, gates, jnp)
-            known_B = jnp.isfinite(reward_B)
-            return jnp.where(known_B, reward_B, jnp.nan), known_B
-        return put_rows(combine(fetch(scores), weights, gates), self.mesh)
+        # Summed on the host, in float64, as soon as one source is there.
+        if not all(isinstance(x, jax.Array) for x in scores):
+            return put_rows(combine(fetch(scores), weights, gates), self.mesh)
+        reward_B = fold(scores, weights, gates, jnp)
+        known_B = jnp.isfinite(reward_B)
+        return jnp.where(known_B, reward_B, jnp.nan), known_B
 
-    def _refuse_too_few(self, judgement: Judgement, problems: Sequence[str]) -> None:
-        if self.max_excluded >= 1:
-            return
+    def _refuse_too_few(self, judgement: Judgement, problems: Mapping[str, str]) -> None:
         valid_B, parts = fetch((judgement.valid_B, judgement.parts))
         lost, rows = int((~valid_B).sum()), len(valid_B)
         if lost <= self.max_excluded * rows:
             return
         said = []
-        for (name, score_B), problem in zip(parts.items(), problems, strict=True):
-            without = int((~np.isfinite(score_B)).sum())
-            if without:
-                why = f", the last because: {problem}" if problem else ""
+        for name, score_B in parts.items():
+            if without := int((~np.isfinite(score_B)).sum()):
+                why = f", the last because: {problems[name]}" if problems.get(name) else ""
                 said.append(f"{name} has none for {without}{why}")
         raise InputError(
             f"rewards: {lost} of {rows} completions got none, and max_excluded="
@@ -132,6 +107,30 @@ class Judge:
         return Asked(texts, completions, columns, ended_B.tolist())
 
 
+def make_judge(
+    configs: Sequence[RewardConfig],
+    loader: Loader,
+    tokenizer: Any,
+    vocab: int,
+    field: str,
+    max_excluded: float = 1.0,
+    sources: tuple[Reward, ...] | None = None,
+) -> Judge:
+    """The judge that a list of reward configs describes; an InputError where one cannot be had.
+
+    Args:
+      sources: ``load_rewards(configs, field)``, where that is done.
+    """
+    sources = sources or load_rewards(configs, field)
+    scorers = [
+        load_scorer(config, loader, tokenizer, vocab, f"{field}[{index}]")
+        if config.model or config.ensemble
+        else None
+        for index, config in enumerate(configs)
+    ]
+    return Judge(sources, tuple(scorers), tokenizer, loader.mesh, max_excluded)
+
+
 def ask_together(source: Source, asked: Asked, prompts: int) -> Scored:
     """What a source on the host says of all rows, each asked about by one process alone.
 
@@ -145,6 +144,7 @@ def ask_together(source: Source, asked: Asked, prompts: int) -> Scored:
     share, each = own_share(prompts), len(asked) // prompts
     rows = slice(share.start * each, share.stop * each)
     own = asked.rows(rows)
+    # With fewer prompts than processes, one of them may have nothing to ask about.
     score_R, problem = source(own) if len(own) else Scored(np.zeros(0))
     return Scored(assemble(score_R, rows, len(asked)), problem)
 
@@ -166,31 +166,22 @@ def measures(judgement: Judgement) -> dict[str, float]:
     return metrics
 
 
-def make_judge(
-    configs: Sequence[RewardConfig],
-    loader: Loader,
-    tokenizer: Any,
-    vocab: int,
-    field: str,
-    max_excluded: float = 1.0,
-    sources: tuple[Reward, ...] | None = None,
-) -> Judge:
-    """The judge that a list of reward configs describes.
+def length_penalty(mask_BT: Array, start: int, end: int) -> Array:
+    """−clip((n − start)/(end − start), 0, 1) of responses of n tokens.
+
+    0 up to ``start`` tokens, falling linearly to −1 at ``end``; that of DAPO (arXiv:2503.14476,
+    equation 13) has ``end`` at the longest response that can be sampled.
 
     Args:
-      sources: ``load_rewards(configs, field)``, where that is done.
+      mask_BT: [B, T], 1 on the response's tokens, stop token included.
+      start, end: tokens, start < end.
 
-    Raises:
-      InputError: none given, one that cannot be had, or a reward model with another vocabulary.
+    Returns:
+      float32 [B], from −1 to 0, reward units.
     """
-    sources = sources or load_rewards(configs, field)
-    scorers = [
-        load_scorer(config, loader, tokenizer, vocab, f"{field}[{index}]")
-        if config.model or config.ensemble
-        else None
-        for index, config in enumerate(configs)
-    ]
-    return Judge(sources, tuple(scorers), tokenizer, loader.mesh, max_excluded)
+    chex.assert_rank(mask_BT, 2)
+    count_B = (mask_BT != 0).sum(1).astype(jnp.float32)
+    return -jnp.clip((count_B - start) / (end - start), 0, 1)
 
 
 _length: Callable[..., Array] = jax.jit(length_penalty, static_argnums=(1, 2))

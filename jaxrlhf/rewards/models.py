@@ -62,11 +62,14 @@ class Scorer:
         if process is None:
             score_B = _reward(*rows, network.lora)
         else:
-            end_BT = step_ends_of(rollout, self.tokenizer, process.separator, self.mesh)
-            score_BT = _token_scores(*rows, network.lora)
-            score_B = _aggregate(score_BT, end_BT, process.aggregate)
+            # Steps end where the separator does, which is found in the text, on the host.
+            token_BT, mask_BT = fetch((rollout.token_BT, rollout.mask_BT))
+            end_BT = mark_step_ends(token_BT, mask_BT, self.tokenizer, process.separator)
+            end_BT = put_rows(end_BT, self.mesh)
+            score_B = _aggregate(_token_scores(*rows, network.lora), end_BT, process.aggregate)
+        # Offloaded weights: their copy on the device goes before the next member's comes.
         if any(map(on_host, jax.tree.leaves(network.params))):
-            jax.block_until_ready(score_B)  # one copy goes before the next member's comes
+            jax.block_until_ready(score_B)
         return score_B
 
 
@@ -98,6 +101,7 @@ def load_scorer(
         if config.offload:
             network = offloaded(network, loader.mesh, f"{field}.offload")
         theirs = network.model.decoder.vocab
+        # Rollouts are judged as tokens: the same numbers must mean the same text.
         if theirs != (vocab or theirs):
             raise InputError(
                 f"{field}.{name}={folder}: its vocabulary has {theirs} tokens, the "
@@ -114,15 +118,6 @@ def load_scorer(
             )
     combine = jax.jit(partial(ensemble_score, combine=config.combine, k=config.k))
     return Scorer(tuple(members), tokenizer, loader.mesh, combine)
-
-
-def step_ends_of(rollout: Rollout, tokenizer: Any, separator: str, mesh: Mesh) -> Array:
-    """1 at the last token of every step of the responses, [B, T]; see ``data.steps``.
-
-    The separator is found in the text of the tokens, on the host.
-    """
-    token_BT, mask_BT = fetch((rollout.token_BT, rollout.mask_BT))
-    return put_rows(mark_step_ends(token_BT, mask_BT, tokenizer, separator), mesh)
 
 
 _reward: Callable[..., Array] = jax.jit(reward, static_argnums=0)

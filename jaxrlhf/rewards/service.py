@@ -39,8 +39,6 @@ class NoAnswerError(Exception):
 def make(config: ServiceConfig) -> Source:
     """A source that asks the service.
 
-    No request of another source, run or process has the id of one of its.
-
     Raises:
       InputError: the environment variable that authenticates is unset or cannot be a header.
     """
@@ -54,6 +52,8 @@ def make(config: ServiceConfig) -> Source:
                 f"set it to the value of the header {config.header}"
             )
         headers[config.header] = value
+    # No request of another source, run or process has the id of one of these: a server may keep
+    # answers by it.
     source, calls = uuid.uuid4().hex, itertools.count()
 
     def ask(asked: Asked) -> Scored:
@@ -68,7 +68,7 @@ async def _ask_all(
     """All rows, in requests of ``batch_size``, ``concurrency`` of them at once."""
     turn = asyncio.Semaphore(config.concurrency)
     timeout = httpx2.Timeout(config.timeout, connect=config.connect_timeout)
-    # trust_env: no proxies and passwords out of the environment.
+    # trust_env=False: no proxies and passwords out of the environment.
     async with httpx2.AsyncClient(headers=headers, timeout=timeout, trust_env=False) as client:
 
         async def one(piece: Asked, name: str) -> Scored:
@@ -77,8 +77,7 @@ async def _ask_all(
 
         pieces = asked.split(config.batch_size)
         scored = await asyncio.gather(*(one(p, f"{call}-{i}") for i, p in enumerate(pieces)))
-    problems = [part.problem for part in scored if part.problem]
-    return Scored(np.concatenate([part.score_B for part in scored]), (problems or [""])[-1])
+    return Scored.join(scored)
 
 
 async def _ask(
@@ -86,7 +85,8 @@ async def _ask(
 ) -> Scored:
     """One request, attempted until it is answered, at most ``1 + retries`` times."""
     body = question(asked, name)
-    draws = random.Random(name)  # requests that fail together do not come back together
+    # Requests that fail together do not come back together.
+    draws = random.Random(name)
     for attempt in range(config.retries + 1):
         try:
             return read_answer(await _attempt(client, config, body), name, len(asked))
@@ -94,6 +94,7 @@ async def _ask(
             problem = str(error)
             if error.final or attempt == config.retries:
                 break
+        # backoff · 2^attempt seconds, and of that a share drawn from [½, 1].
         pause = min(config.backoff * 2**attempt, LONGEST_PAUSE)
         await asyncio.sleep(pause * draws.uniform(0.5, 1.0))
     return Scored(np.full(len(asked), np.nan), problem)
@@ -102,6 +103,7 @@ async def _ask(
 async def _attempt(client: httpx2.AsyncClient, config: ServiceConfig, body: bytes) -> bytes:
     """The body of an answer with status 200."""
     content = bytearray()
+    # The client's own timeout is one a read: a server that drips would never be late.
     try:
         async with (
             asyncio.timeout(config.timeout),
@@ -112,6 +114,7 @@ async def _attempt(client: httpx2.AsyncClient, config: ServiceConfig, body: byte
                 raise NoAnswerError(f"HTTP {status}", final=status < 500 and status not in AGAIN)
             async for part in response.aiter_bytes():
                 content += part
+                # No length is believed that the server has stated.
                 if len(content) > config.max_bytes:
                     raise NoAnswerError(f"an answer of more than max_bytes={config.max_bytes}")
     except TimeoutError:
@@ -168,6 +171,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
         raise NoAnswerError(f"an answer without a list of rewards: {body[:40]!r}")
     if answer.get("id", name) != name:
         raise NoAnswerError(f"an answer to another request: id={answer['id']!r:.40}")
+    # By id alone: rows may come back in any order.
     score_B, seen_B, problem = np.full(rows, np.nan), np.zeros(rows, int), ""
     places = {str(b): b for b in range(rows)}
     for item in rewards:
@@ -178,10 +182,12 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
         b = places[given]
         seen_B[b] += 1
         reward = item.get("reward")
+        # In Python, True is the number 1; a service that says so means something else.
         score_B[b] = math.nan if isinstance(reward, bool) else number(reward)
         if not math.isfinite(score_B[b]):
             said = item.get("error") or f"reward={reward!r}"
             problem = f"row {given}: {' '.join(str(said).split()):.80}"
+    # Two numbers for a row, and no saying which is meant: it gets neither.
     if (seen_B > 1).any():
         problem = f"row {int(np.argmax(seen_B > 1))} has several rewards"
     if (seen_B == 0).any():

@@ -1,6 +1,4 @@
-"""What a completion gives as its answer, by rules that verifiers share.
-
-Verifiers: is the answer right? 1.0 if it is, 0.0 if not, by rules that need no model.
+"""Verifiers: is the answer right? 1.0 if it is, 0.0 if not, by rules that need no model.
 
     exact          the answer is the truth, or one of a list of them, after ``normalise``
     number         the last number of the answer equals that of the truth, as exact fractions
@@ -9,16 +7,17 @@ Verifiers: is the answer right? 1.0 if it is, 0.0 if not, by rules that need no 
     math           math-verify finds answer and truth equal: LaTeX, sets, intervals, equations
     reasoning_gym  the score, from 0 to 1, that a task of reasoning-gym gives the answer
 
-``answers`` says what counts as the answer of a completion. The truth stands in the data's column
-``answer``, or another that the config names; a task of reasoning-gym whose checker reads none needs
-none. Otherwise there is no score without a truth: NaN here, and a run refuses such a row, by its
-place, before it starts.
+``final_answer`` says what counts as the answer of a completion. The truth stands in the data's
+column ``answer``, or another that the config names; a task of reasoning-gym whose checker reads
+none needs none. Otherwise there is no score without a truth: NaN here, and a run refuses such a
+row, by its place, before it starts.
 """
 
 import ast
 import functools
 import itertools
 import math
+import operator
 import re
 import string
 import threading
@@ -33,8 +32,84 @@ import regex
 
 from jaxrlhf.core.errors import InputError
 
+MATH_SECONDS = 5
+"""Seconds that math-verify may take to read a text, and to compare two expressions; the row then
+has no reward. It has no limit outside the main thread."""
+
+PATTERN_SECONDS = 1.0
+"""Seconds that a pattern may take on a completion; the row then has no reward."""
+
+EXTRA = "needs math-verify and reasoning-gym: pip install 'jaxrlhf[verifiers]'"
+
+Columns = Mapping[str, Any]
+"""The columns of one row."""
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A rule for right and wrong, in two parts, so that bad rows are found before a run."""
+
+    truth: Callable[[Columns], Any]
+    """A row's truth, ready to compare with. Raises ValueError where it has none."""
+    score: Callable[[str, Any], float]
+    """(completion, truth) → score."""
+    answer: Callable[[str], Hashable | None]
+    """What a completion answers, for a vote among several; None where it has no answer."""
+
+
+def make(name: str, answer: str = "answer", pattern: str = "") -> Verifier:
+    """The verifier called ``name``.
+
+    Args:
+      answer: the column that holds the truth.
+      pattern: of regex; the truth of every row if given.
+
+    Raises:
+      InputError: an optional package is missing, or the pattern is not one.
+    """
+    if name == "reasoning_gym":
+        return _reasoning_gym(answer)
+    said = _said
+    if name in COMPARED:
+        truth, said, agrees = COMPARED[name]
+        score = functools.partial(_compare, said, agrees)
+    else:
+        truth, score = _math() if name == "math" else (_pattern, _regex)
+    if not pattern:
+        return Verifier(lambda columns: truth(_value(columns, answer)), score, said)
+    try:
+        fixed = _pattern(pattern)
+    except ValueError as error:
+        raise InputError(f"pattern={pattern!r:.80}: {error}") from error
+    return Verifier(lambda _: fixed, score, said)
+
+
+def _value(columns: Columns, name: str) -> Any:
+    value = columns.get(name)
+    if value is None:
+        raise ValueError(f"the row has no {name!r}")
+    return value
+
+
+def verify(verifier: Verifier, completions: Sequence[str], columns: Mapping[str, Any]) -> list:
+    """The scores of B completions; NaN where a row has no truth. ``columns``: B values each."""
+
+    def score(index: int, completion: str) -> float:
+        try:
+            truth = verifier.truth({name: values[index] for name, values in columns.items()})
+        except ValueError:
+            return math.nan
+        return verifier.score(completion, truth)
+
+    return [score(index, completion) for index, completion in enumerate(completions)]
+
+
+# "Answer: 5", "the answer is: 5" and "#### 5" (GSM8K); what follows, to the end of the line.
 _SAYS = re.compile(r"\banswer(?: ?(?:is|:|=))+[ \t]*(\S[^\n]*)|^####[ \t]*(\S[^\n]*)", re.I | re.M)
+# Commas only between groups of three; else they stand between numbers, as in "1,2,3".
 _DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,20}(?!,?\d)|\d+)(?:\.\d+)?|\.\d+"
+# A minus after a word, a bracket or a point subtracts; digits inside a word ("x2") are no number.
+# Counts are bounded, here and above: completions of any length are read in linear time.
 _NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}.])[-+−])?(?<!\w)(?<!\d\.)((?:{_DIGITS})(?:[eE][-+]?\d{{1,3}}(?!\d))?)"
     rf"(?:\s?/\s?({_DIGITS}))?"
@@ -115,6 +190,8 @@ def _last(pattern: re.Pattern, text: str) -> re.Match | None:
 
 def _boxed(text: str) -> str | None:
     r"""The content of the ``\boxed{…}`` that closes last."""
+    # Open braces, each with the start of its content where it is a box's, so that
+    # "\boxed{\frac{1}{2}}" is found whole; a regular expression cannot count them.
     opened: list[int | None] = []
     found, at = None, 0
     while at < len(text):
@@ -131,85 +208,12 @@ def _boxed(text: str) -> str | None:
     return found
 
 
-MATH_SECONDS = 5
-"""Seconds that math-verify may take to read a text, and to compare two expressions; the row then
-has no reward. It has no limit outside the main thread."""
-
-PATTERN_SECONDS = 1.0
-"""Seconds that a pattern may take on a completion; the row then has no reward."""
-
-EXTRA = "needs math-verify and reasoning-gym: pip install 'jaxrlhf[verifiers]'"
-
-Columns = Mapping[str, Any]
-"""The columns of one row."""
+def _said(completion: str) -> str | None:
+    return normalise(final_answer(completion)) or None
 
 
-@dataclass(frozen=True)
-class Verifier:
-    """A rule for right and wrong, in two parts, so that bad rows are found before a run."""
-
-    truth: Callable[[Columns], Any]
-    """A row's truth, ready to compare with. Raises ValueError where it has none."""
-    score: Callable[[str, Any], float]
-    """(completion, truth) → score."""
-    answer: Callable[[str], Hashable | None]
-    """What a completion answers, for a vote among several; None where it has no answer."""
-
-
-def make(name: str, answer: str = "answer", pattern: str = "") -> Verifier:
-    """The verifier called ``name``.
-
-    Args:
-      answer: the column that holds the truth.
-      pattern: of regex; the truth of every row if given.
-
-    Raises:
-      InputError: an optional package is missing, or the pattern is not one.
-    """
-    if name == "reasoning_gym":
-        return _reasoning_gym(answer)
-    truth, score = {"math": _math}[name]() if name == "math" else CORE[name]
-    if pattern:
-        try:
-            fixed = _pattern(pattern)
-        except ValueError as error:
-            raise InputError(f"pattern={pattern!r:.80}: {error}") from error
-        return Verifier(lambda _: fixed, score, _said)
-    said = ANSWERS.get(name, _said)
-    return Verifier(lambda columns: truth(_value(columns, answer)), score, said)
-
-
-def verify(verifier: Verifier, completions: Sequence[str], columns: Mapping[str, Any]) -> list:
-    """The scores of B completions; NaN where a row has no truth.
-
-    Args:
-      columns: by name, B values each.
-    """
-    scores = []
-    for index, completion in enumerate(completions):
-        try:
-            truth = verifier.truth({name: values[index] for name, values in columns.items()})
-        except ValueError:
-            scores.append(math.nan)
-        else:
-            scores.append(verifier.score(completion, truth))
-    return scores
-
-
-def function_of(verifier: Verifier) -> Callable[..., list]:
-    """The verifier as a reward function."""
-
-    def function(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list:
-        return verify(verifier, completions, columns)
-
-    return function
-
-
-def _value(columns: Columns, name: str) -> Any:
-    value = columns.get(name)
-    if value is None:
-        raise ValueError(f"the row has no {name!r}")
-    return value
+def _number(text: str) -> Fraction | None:
+    return last_number(final_answer(text))
 
 
 def _texts(value: Any) -> frozenset[str]:
@@ -222,19 +226,12 @@ def _texts(value: Any) -> frozenset[str]:
     return normal
 
 
-def _exact(completion: str, truth: frozenset[str]) -> float:
-    return float(normalise(final_answer(completion)) in truth)
-
-
-def _number_of(value: Any) -> Any:
-    number = last_number(final_answer(str(value))) if _is_scalar(value) else None
+def _number_of(value: Any) -> Fraction:
+    # Worked solutions are truths too: "3 + 997\n#### 1000".
+    number = _number(str(value)) if _is_scalar(value) else None
     if number is None:
         raise ValueError("the truth holds no number")
     return number
-
-
-def _number(completion: str, truth: Any) -> float:
-    return float(last_number(final_answer(completion)) == truth)
 
 
 def _letter_of(value: Any) -> str:
@@ -246,8 +243,22 @@ def _letter_of(value: Any) -> str:
     return letter
 
 
-def _choice(completion: str, truth: str) -> float:
-    return float(choice_letter(completion) == truth)
+def _is_scalar(value: Any) -> bool:
+    # In Python, True is the number 1; in data it is no answer.
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+COMPARED: dict[str, tuple[Callable, Callable[[str], Hashable | None], Callable]] = {
+    "exact": (_texts, _said, operator.contains),
+    "number": (_number_of, _number, operator.eq),
+    "choice": (_letter_of, choice_letter, operator.eq),
+}
+"""(the column's value → the truth, completion → its answer, (truth, answer) → whether it is right)
+of those that compare an answer."""
+
+
+def _compare(said: Callable, agrees: Callable, completion: str, truth: Any) -> float:
+    return float(agrees(truth, said(completion)))
 
 
 def _pattern(value: Any) -> Any:
@@ -260,6 +271,7 @@ def _pattern(value: Any) -> Any:
 
 
 def _regex(completion: str, truth: Any) -> float:
+    # ``regex`` and not ``re``: it can be stopped where a pattern backtracks without end.
     try:
         return float(truth.search(completion, timeout=PATTERN_SECONDS) is not None)
     except TimeoutError:
@@ -276,6 +288,7 @@ def _math() -> tuple[Callable[[Any], Any], Callable[[str, Any], float]]:
     def truth(value: Any) -> Any:
         text, seconds = str(value) if _is_scalar(value) else "", _alarm_seconds()
         parsed = math_verify.parse(text, parsing_timeout=seconds)
+        # Data often holds LaTeX without the dollars that mark it.
         parsed = parsed or math_verify.parse(f"${text}$", parsing_timeout=seconds)
         if not parsed:
             raise ValueError("the truth is nothing that math-verify can read")
@@ -287,6 +300,8 @@ def _math() -> tuple[Callable[[Any], Any], Callable[[str, Any], float]]:
             read = math_verify.parse(completion, parsing_timeout=seconds, raise_on_error=True)
         except (Exception, TimeoutException):
             return math.nan
+        # Each may be read in several ways: one match is enough, and only if all could be compared
+        # is there none.
         for pair in itertools.product(truth, read):
             try:
                 if math_verify.verify(*pair, timeout_seconds=seconds, raise_on_error=True):
@@ -319,6 +334,7 @@ def _reasoning_gym(answer: str) -> Verifier:
             if entry["answer"] is None:
                 return False
             hidden = {**entry, "answer": None}
+            # A right, a wrong and an empty answer: each must be judged as before.
             said = (entry["answer"], "0", "")
             return any(tasks.score_answer(x, hidden) != tasks.score_answer(x, entry) for x in said)
         except Exception:
@@ -352,26 +368,3 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError("metadata is text, and no Python literal") from error
-
-
-def _said(completion: str) -> str | None:
-    return normalise(final_answer(completion)) or None
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
-CORE: dict[str, tuple[Callable[[Any], Any], Callable[[str, Any], float]]] = {
-    "exact": (_texts, _exact),
-    "number": (_number_of, _number),
-    "choice": (_letter_of, _choice),
-    "regex": (_pattern, _regex),
-}
-"""(the column's value → the truth, (completion, truth) → score) of those that need no extra."""
-
-ANSWERS: dict[str, Callable[[str], Hashable | None]] = {
-    "number": lambda completion: last_number(final_answer(completion)),
-    "choice": choice_letter,
-}
-"""What a completion answers, where that is not the text of its answer, ``normalise``d."""

@@ -16,7 +16,6 @@ from jaxrlhf.config import (
     OfflineConfig,
     PointwiseRewardModelConfig,
     RewardModelConfig,
-    normalise_path,
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.chat import render
@@ -268,7 +267,7 @@ def test_load_normalise_rows_takes_the_first_128(tmp_path):
     found = load_normalise_rows(config, TOKENIZER, 16)
     assert [row.source.prompt for row in found.items] == [row["prompt"] for row in rows[:128]]
     for config in (runs.sft(tmp_path), runs.of("process_reward_model", tmp_path)):  # no scores
-        assert normalise_path(config) == ""
+        assert config.algorithm.normalise_on == ""
 
 
 PROMPT = Encoded([8, 9], (), Prompt("", {"answer": 3, "id": None}, "x:1"))

@@ -1,12 +1,16 @@
+"""Reward functions: found by name, called with text and columns, and their scores checked: what is
+no finite number is NaN, never 0. Async ones share a loop; what they raise names its place."""
+
 import asyncio
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import vader
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.rewards.functions import call, resolve
+from jaxrlhf.rewards.functions import call, make_sentiment, resolve
 
 MODULE = """
 constant = 3
@@ -32,60 +36,41 @@ def score(function, completions=("a", "b"), columns=None):
     return call("own", function, ["p"] * len(completions), list(completions), columns or {})
 
 
-def test_resolve_dotted(module):
-    function = resolve(f"{module('own_rewards', MODULE)}:length")
-    assert function(["p"], ["abc"]) == [3]
-
-
 def test_resolve_unknown_name_suggests():
     message = r"'sentimnet' is unknown: did you mean sentiment\?; choose sentiment or give package"
     with pytest.raises(InputError, match=message):
         resolve("sentimnet")
 
 
-def test_resolve_missing_module_keeps_the_cause():
-    with pytest.raises(
-        InputError, match=r"importing 'absent_module' raised Module.*PYTHONPATH"
-    ) as e:
-        resolve("absent_module:f")
-    assert isinstance(e.value.__cause__, ModuleNotFoundError)
-
-
-def test_resolve_module_that_raises(module):
+def test_resolve_module_that_cannot_be_imported(module):
+    with pytest.raises(InputError, match=r"importing 'absent' raised Module.*PYTHONPATH") as error:
+        resolve("absent:f")
+    assert isinstance(error.value.__cause__, ModuleNotFoundError)
     with pytest.raises(InputError, match="raised ZeroDivisionError"):
         resolve(f"{module('broken_rewards', '1 / 0')}:f")
 
 
-def test_resolve_missing_function_suggests(module):
-    name = module("own_rewards_2", MODULE)
+def test_resolve_finds_a_function_or_suggests_one(module):
+    name = module("own_rewards", MODULE)
+    assert resolve(f"{name}:length")(["p"], ["abc"]) == [3]
     with pytest.raises(InputError, match=r"no function 'lenght': did you mean length\?"):
         resolve(f"{name}:lenght")
-    with pytest.raises(InputError, match="no function 'constant'"):
-        resolve(f"{name}:constant")
-    with pytest.raises(InputError, match="no function ''"):
-        resolve(f"{name}:")
+    for other in ("constant", ""):
+        with pytest.raises(InputError, match=f"no function '{other}'"):
+            resolve(f"{name}:{other}")
 
 
-def test_call_passes_prompts_completions_and_columns():
-    seen = []
+def test_call_passes_copies_of_prompts_completions_and_columns():
+    seen, completions = [], ["a", "b"]
 
     def function(prompts, completions, answer, **columns):
-        seen.append((prompts, completions, answer, columns))
+        seen.append((prompts, completions[:], answer, columns))
+        completions.clear()
         return [0.7, 1]
 
-    scores = call("own", function, ("p", "q"), ("a", "b"), {"answer": [1, 2], "id": [3, 4]})
+    scores = call("own", function, ("p", "q"), completions, {"answer": [1, 2], "id": [3, 4]})
     assert seen == [(["p", "q"], ["a", "b"], [1, 2], {"id": [3, 4]})]
     np.testing.assert_array_equal(scores, [0.7, 1.0])
-
-
-def test_call_arguments_are_copies():
-    completions = ["a", "b"]
-
-    def function(prompts, completions):
-        completions.clear()
-        return [1.0, 2.0]
-
-    call("own", function, ["p", "q"], completions, {})
     assert completions == ["a", "b"]
 
 
@@ -164,10 +149,6 @@ def test_call_of_a_function_that_takes_other_arguments():
         score(lambda prompts, completions: [], columns={"answer": [1, 2]})
 
 
-def test_call_empty_completions_are_scored():
-    np.testing.assert_array_equal(score(resolve("sentiment"), ["", "good"])[0], 0.0)
-
-
 def test_call_async_functions_share_a_loop_that_stays():
     loops = []
 
@@ -201,3 +182,36 @@ def test_call_async_inside_an_event_loop():
         return score(function)
 
     np.testing.assert_array_equal(asyncio.run(inside()), [1.0, 2.0])
+
+
+def test_sentiment_is_compound_and_bounded():
+    function = make_sentiment()
+    texts = ["The meal was good.", "The meal was terrible!", "The meal was on a table.", ""]
+    good, bad, neutral, empty = function([""] * 4, texts)
+    assert good == vader.polarity_scores(texts[0])["compound"] > 0.4
+    assert bad < -0.4
+    assert neutral == empty == 0.0
+    assert 0.99 < function([""], ["excellent wonderful " * 200])[0] <= 1.0
+    # The prompt is not scored.
+    assert function(["terrible"], ["good"], topic=["x"]) == function([""], ["good"])
+
+
+def test_sentiment_creates_the_analyzer_once(monkeypatch):
+    made = []
+
+    class Counted(vader.SentimentIntensityAnalyzer):
+        def __init__(self):
+            made.append(self)
+            super().__init__()
+
+    monkeypatch.setattr(vader, "SentimentIntensityAnalyzer", Counted)
+    function = make_sentiment()
+    function(["", ""], ["good", "bad"])
+    function([""], ["good"])
+    assert len(made) == 1
+
+
+def test_sentiment_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vader", None)
+    with pytest.raises(InputError, match=r"pip install jaxrlhf\[demo\]"):
+        make_sentiment()

@@ -43,24 +43,15 @@ def test_rows_arrive_whole_and_come_back_in_their_places():
     }
 
 
-def test_answers_out_of_order_are_put_right_by_their_ids():
-    def reversed_(handler, request):
-        rewards = [{"id": row["id"], "reward": length(row)} for row in request["rows"]]
-        say(handler, {"rewards": rewards[::-1]})
-
-    with service(reversed_) as server:
-        scored = ask(server.url)
-    np.testing.assert_array_equal(scored.score_B, [1, 2, 3, 4, 5])
-
-
 def test_requests_that_overtake_each_other():
-    """The first request is answered only after the second is."""
+    """The first request is answered only after the second is; and their rows are out of order."""
     second = threading.Event()
 
     def behave(handler, request):
         if request["rows"][0]["completion"] == "a":
             assert second.wait(10)
-        honest(handler, request)
+        rewards = [{"id": row["id"], "reward": length(row)} for row in request["rows"]]
+        say(handler, {"rewards": rewards[::-1]})
         second.set()
 
     with service(behave) as server:
@@ -93,15 +84,11 @@ def test_read_answer_row_by_row(rewards, scores, problem):
     assert scored.problem.startswith(problem)
 
 
-def test_read_answer_rows_that_are_no_objects_are_passed_over():
+def test_read_answer_passes_over_what_is_no_row_and_says_what_the_server_says():
     body = b'{"rewards": [1, null, [], {"id": [0]}, {"id": "0", "reward": 2}]}'
-    scored = read_answer(body, "7", 1)
-    np.testing.assert_array_equal(scored.score_B, [2])
-
-
-def test_read_answer_says_what_the_server_says():
-    body = {"rewards": [{"id": "0", "reward": None, "error": "too\nlong"}]}
-    assert read_answer(json.dumps(body).encode(), "7", 1).problem == "row 0: too long"
+    np.testing.assert_array_equal(read_answer(body, "7", 1).score_B, [2])
+    body = b'{"rewards": [{"id": "0", "reward": null, "error": "too\\nlong"}]}'
+    assert read_answer(body, "7", 1).problem == "row 0: too long"
 
 
 @pytest.mark.parametrize(
@@ -193,28 +180,21 @@ def test_connection_that_is_refused():
     assert scored.problem.startswith("ConnectError")
 
 
-def test_only_the_rows_of_the_request_that_fails_are_lost():
+@pytest.mark.parametrize(
+    ("well_again", "scores", "problem"),
+    [(math.inf, [1, 2, NAN, NAN, 5], "HTTP 500"), (4, [1, 2, 3, 4, 5], "")],
+)
+def test_only_the_rows_of_the_request_that_fails_are_lost(well_again, scores, problem):
+    """And none where it recovers."""
+
     def behave(handler, request):
-        if any(row["completion"] == "ccc" for row in request["rows"]):
-            fails(handler, request)
-        else:
-            honest(handler, request)
+        bad = any(row["completion"] == "ccc" for row in request["rows"])
+        (fails if bad and len(handler.server.seen) < well_again else honest)(handler, request)
 
     with service(behave) as server:
-        scored = ask(server.url, batch_size=2, retries=1)
-    np.testing.assert_array_equal(scored.score_B, [1, 2, NAN, NAN, 5])
-    assert scored.problem == "HTTP 500"
-
-
-def test_service_that_recovers_loses_nothing():
-    def behave(handler, request):
-        good = len(handler.server.seen) > 2
-        (honest if good else fails)(handler, request)
-
-    with service(behave) as server:
-        scored = ask(server.url, retries=2)
-    np.testing.assert_array_equal(scored.score_B, [1, 2, 3, 4, 5])
-    assert scored.problem == ""
+        scored = ask(server.url, batch_size=2, retries=2, concurrency=1)
+    np.testing.assert_array_equal(scored.score_B, scores)
+    assert scored.problem == problem
 
 
 def test_pauses_double_and_are_bounded_and_drawn_by_the_request(monkeypatch):
@@ -288,18 +268,14 @@ def test_header_that_cannot_be_sent(value, what, monkeypatch):
         make(ServiceConfig("http://127.0.0.1:1", header_env="REWARD_KEY"))
 
 
-def test_proxies_of_the_environment_are_not_read(monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    with service(honest) as server:
-        np.testing.assert_array_equal(ask(server.url).score_B, [1, 2, 3, 4, 5])
-
-
 def test_question_with_a_number_that_json_has_not():
     with pytest.raises(InputError, match="a column of the data holds NaN"):
         question(asked(["a"], gap=[NAN]), "0")
 
 
-def test_make_works_inside_an_event_loop():
+def test_make_works_inside_an_event_loop_and_reads_no_proxies(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+
     async def inside(url):
         return ask(url)
 

@@ -1,14 +1,111 @@
+"""What a completion gives as its answer, and the score of it against a truth; a truth that is none,
+or a comparison that is not decided, gives no score, never 0."""
+
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
-import numpy as np
 import pytest
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.rewards import verifiers
-from jaxrlhf.rewards.functions import call
-from jaxrlhf.rewards.verifiers import function_of, make, verify
+from jaxrlhf.rewards.verifiers import (
+    choice_letter,
+    final_answer,
+    last_number,
+    make,
+    marked_answer,
+    normalise,
+    verify,
+)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "found"),
+    [
+        (marked_answer, r"so \boxed{4} or \boxed{5}.", "5"),
+        (marked_answer, r"\boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
+        (marked_answer, r"\boxed{a \boxed{b} c}", r"a \boxed{b} c"),
+        (marked_answer, r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (marked_answer, r"\boxed{4} and then \boxed{5", "4"),
+        (marked_answer, "<answer>4</answer> no, <answer> 5 </answer> done", "5"),
+        (marked_answer, "<answer>4 <answer>5</answer> <answer>6", "5"),
+        (marked_answer, "The answer is 4.\nAnswer: 5 apples\nGood.", "5 apples"),
+        (marked_answer, "**Final answer:** 7", "** 7"),
+        (marked_answer, "the answer is: x = 3", "x = 3"),
+        (marked_answer, "2 + 2\n#### 4", "4"),
+        (marked_answer, r"Answer: 1 \boxed{2} <answer>3</answer>", "2"),
+        (marked_answer, "Answer: 1 <answer>3</answer>", "3"),
+        (marked_answer, "no mark at all, 5", None),
+        (marked_answer, "answering 5", None),
+        (marked_answer, "</answer>5", None),
+        (marked_answer, "", None),
+        (final_answer, " Paris \n", "Paris"),
+        (final_answer, "It is big. Answer: Paris", "Paris"),
+        (normalise, "  The  Eiffel\nTower. ", "the eiffel tower"),
+        (normalise, "**Paris**", "paris"),
+        (normalise, "ＰＡＲＩＳ", "paris"),
+        (normalise, "Straße", "strasse"),
+        (normalise, "it's 3.5", "it's 3.5"),
+        (normalise, " . ", ""),
+        (last_number, "5 apples, then 7", 7),
+        (last_number, "costs $1,234.50 in all", Fraction("1234.5")),
+        (last_number, "1,2,3", 3),
+        (last_number, "12,345,678", 12345678),
+        (last_number, "1,2345", 2345),
+        (last_number, ".5", Fraction(1, 2)),
+        (last_number, "-.5", Fraction(-1, 2)),
+        (last_number, "x = -3", -3),
+        (last_number, "x=−3", -3),
+        (last_number, "5-3", 3),
+        (last_number, "(5)-3", 3),
+        (last_number, "3 - 4", 4),
+        (last_number, "about 1e-3", Fraction(1, 1000)),
+        (last_number, "3/4 of it", Fraction(3, 4)),
+        (last_number, r"\frac{3}{4}", Fraction(3, 4)),
+        (last_number, r"\dfrac{-3}{4}", Fraction(-3, 4)),
+        (last_number, "50%", 50),
+        (last_number, "It is 5.", 5),
+        (last_number, "x2 and 4kg", 4),
+        (last_number, "none", None),
+        (last_number, "1/0", None),
+        (last_number, "9" * 5000, None),
+        (last_number, "", None),
+        (choice_letter, "B", "B"),
+        (choice_letter, " (b). ", "B"),
+        (choice_letter, "Answer: (c) the moon", "C"),
+        (choice_letter, "Answer: B.", "B"),
+        (choice_letter, "the answer is b", "B"),
+        (choice_letter, r"\boxed{\text{D}}", "D"),
+        (choice_letter, "First (A) looks right, but (C) is.", "C"),
+        (choice_letter, "A cat sat on B", None),
+        (choice_letter, "Answer: the moon", None),
+        (choice_letter, "", None),
+    ],
+)
+def test_reading_of_a_completion(read, text, found):
+    assert read(text) == found
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 20_000,
+        "<answer>" * 20_000,
+        "answer" + " " * 100_000,
+        "1," * 50_000,
+        "123," * 25_000,
+        "1" * 100_000,
+        "answer is is is" * 10_000,
+        "\\frac{" * 20_000,
+    ],
+    ids=lambda text: text[:8],
+)
+def test_long_completions_take_no_time(text):
+    for function in (marked_answer, last_number, choice_letter, normalise):
+        function(text)
 
 
 def score(name, completion, answer, **options):
@@ -66,11 +163,8 @@ def test_truth_that_is_none_has_no_score(name, answer, message):
         make(name).truth({"answer": answer})
 
 
-def test_make_other_column():
+def test_make_other_column_or_a_fixed_pattern():
     assert verify(make("exact", "truth"), ["a", "a"], {"truth": ["a", "b"]}) == [1.0, 0.0]
-
-
-def test_make_fixed_pattern_needs_no_column():
     verifier = make("regex", pattern=r"(?s)<think>.*</think>")
     assert verify(verifier, ["<think>\n</think> 5", "5"], {}) == [1.0, 0.0]
     with pytest.raises(InputError, match=r"pattern='\(': no pattern"):
@@ -81,12 +175,6 @@ def test_make_fixed_pattern_needs_no_column():
 def test_regex_that_takes_too_long_has_no_score(monkeypatch):
     monkeypatch.setattr(verifiers, "PATTERN_SECONDS", 0.05)
     assert math.isnan(score("regex", "a" * 40 + "b", r"(a|aa)+(?<!b)$"))
-
-
-def test_function_of_is_a_reward_function():
-    function = function_of(make("number"))
-    scores = call("number", function, ["p"] * 3, ["1", "2", "3"], {"answer": [1, 1, None]})
-    np.testing.assert_array_equal(scores, [1.0, 0.0, np.nan])
 
 
 def test_math():
@@ -124,35 +212,6 @@ def test_math_outside_the_main_thread():
     assert got == [1.0, 0.0]
 
 
-def test_reasoning_gym():
-    reasoning_gym = pytest.importorskip("reasoning_gym")
-    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)[0]
-    columns = {name: [entry[name]] * 3 for name in ("question", "answer", "metadata")}
-    columns["task"] = ["chain_sum"] * 3
-    right, verifier = entry["answer"], make("reasoning_gym")
-    said = [f"<answer>{right}</answer>", f"{right}", f"Answer: {int(right) + 1}"]
-    scores = verify(verifier, said, columns)
-    assert scores[:2] == [1.0, 1.0]
-    assert scores[2] < 0.1
-    with pytest.raises(ValueError, match="has no 'task'"):
-        verifier.truth({"answer": right})
-    with pytest.raises(ValueError, match="none of reasoning-gym's"):
-        verifier.truth({name: "x" for name in ("question", "answer", "metadata", "task")})
-
-
-def test_reasoning_gym_makes_a_checker_once(monkeypatch):
-    """Some read a book for it."""
-    reasoning_gym = pytest.importorskip("reasoning_gym")
-    made, make_checker = [], reasoning_gym.get_score_answer_fn
-    monkeypatch.setattr(
-        reasoning_gym, "get_score_answer_fn", lambda task: made.append(task) or make_checker(task)
-    )
-    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)[0]
-    columns = {name: [entry[name]] * 3 for name in ("question", "answer", "metadata")}
-    verify(make("reasoning_gym"), ["1", "2", "3"], {**columns, "task": ["chain_sum"] * 3})
-    assert made == ["chain_sum"]
-
-
 @pytest.mark.parametrize(
     ("name", "same", "other", "without"),
     [
@@ -171,33 +230,49 @@ def test_answer_of_verifiers(name, same, other, without):
     assert answer(without) is None
 
 
-def columns_of(task):
+def entry_of(task):
+    """A row of one of reasoning-gym's tasks, and its right answer."""
     reasoning_gym = pytest.importorskip("reasoning_gym")
     entry = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
-    return {"task": task, "question": entry["question"], "metadata": entry["metadata"]}, entry
+    row = {"task": task, "question": entry["question"], "metadata": entry["metadata"]}
+    return row, entry["answer"]
 
 
-def test_reasoning_gym_reads_the_column_that_is_named():
-    columns, entry = columns_of("chain_sum")
+def test_reasoning_gym(monkeypatch):
+    """A checker is made once: some read a book for it."""
+    row, right = entry_of("chain_sum")
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    made, make_checker = [], reasoning_gym.get_score_answer_fn
+    monkeypatch.setattr(
+        reasoning_gym, "get_score_answer_fn", lambda task: made.append(task) or make_checker(task)
+    )
     verifier = make("reasoning_gym", "truth")
-    truth = verifier.truth({**columns, "truth": entry["answer"], "answer": "no"})
-    assert verifier.score(entry["answer"], truth) == 1.0
+    said = [f"<answer>{right}</answer>", f"{right}", f"Answer: {int(right) + 1}"]
+    columns = {name: [x] * 3 for name, x in {**row, "truth": right, "answer": "no"}.items()}
+    scores = verify(verifier, said, columns)
+    assert scores[:2] == [1.0, 1.0]
+    assert scores[2] < 0.1
+    assert made == ["chain_sum"]
+    with pytest.raises(ValueError, match="has no 'task'"):
+        verifier.truth({"truth": right})
+    with pytest.raises(ValueError, match="none of reasoning-gym's"):
+        verifier.truth({**row, "task": "x"})
 
 
 def test_reasoning_gym_without_a_truth():
     """Refused before a run, unless the checker does not read it."""
     verifier = make("reasoning_gym", "truth")
     for task in ("chain_sum", "base_conversion"):
-        columns, _ = columns_of(task)
+        row, _ = entry_of(task)
         with pytest.raises(ValueError, match="the row has no 'truth'"):
-            verifier.truth({**columns, "answer": "5"})
-    columns, entry = columns_of("countdown")
-    assert verifier.score(entry["answer"], verifier.truth(columns)) == 1.0
+            verifier.truth({**row, "answer": "5"})
+    row, right = entry_of("countdown")
+    assert verifier.score(right, verifier.truth(row)) == 1.0
 
 
 def test_reasoning_gym_checker_that_fails_gives_no_score():
-    columns, entry = columns_of("boxnet")
-    assert entry["answer"] is None
+    row, right = entry_of("boxnet")
+    assert right is None
     verifier = make("reasoning_gym")
-    assert verifier.score("no JSON", verifier.truth(columns)) == 0.0
-    assert math.isnan(verifier.score("42", verifier.truth(columns)))
+    assert verifier.score("no JSON", verifier.truth(row)) == 0.0
+    assert math.isnan(verifier.score("42", verifier.truth(row)))

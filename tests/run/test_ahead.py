@@ -115,7 +115,7 @@ def test_a_process_that_has_nothing_to_do_ends_well(tmp_path):
     cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
     def train(*words):
-        command = [sys.executable, "-m", "jaxrlhf.apps.cli", "train", str(path), *words]
+        command = [sys.executable, "-m", "jaxrlhf", "train", str(path), *words]
         return subprocess.run(
             command, env={**os.environ, **cache}, capture_output=True, text=True, check=False
         )

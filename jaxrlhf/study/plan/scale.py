@@ -119,7 +119,7 @@ def plan_of(job: Job, folder: Path, cached: bool = False) -> Plan | None:
         began = time.perf_counter()
         words = ["plan", str(job.config), "--topology", job.topology, "--json", *job.changes]
         done = subprocess.run(
-            [sys.executable, "-m", "jaxrlhf.apps.cli", *words],
+            [sys.executable, "-m", "jaxrlhf", *words],
             stdout=subprocess.PIPE,
             text=True,
             check=False,

@@ -1,4 +1,5 @@
-"""Reward models that judge rollouts: normalised, by steps, and several together."""
+"""Reward models that judge rollouts, alone, by steps and several together; and their normalisation,
+which lies in the checkpoint and survives whatever interrupts it."""
 
 import json
 from dataclasses import replace
@@ -13,16 +14,15 @@ from jaxrlhf.apps.generate import complete
 from jaxrlhf.config import (
     ListwiseRewardModelConfig,
     LoraConfig,
-    MeshConfig,
     RewardConfig,
     RewardModelConfig,
     load,
+    save,
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.mesh.checkpoint import seal, unseal
-from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader
 from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.rewards.judge import make_judge
@@ -30,7 +30,7 @@ from jaxrlhf.rewards.models import load_scorer
 from jaxrlhf.run import loop
 from jaxrlhf.steps.score import reward, token_scores
 
-MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+MESH = runs.one_device()
 TOKENIZER = load_tokenizer(f"words:{runs.WORDS}")
 PROMPTS = [Prompt("the good", {}, "x:1"), Prompt("and", {}, "x:2")]
 
@@ -65,19 +65,23 @@ def members(tmp_path_factory):
     normalise_on = runs.write(folder / "samples.jsonl", samples)
     base = runs.reward_model(folder)
     base = replace(base, model=replace(base.model, lora=LoraConfig(rank=2, alpha=4)), steps=2)
-    algorithms = [RewardModelConfig(), RewardModelConfig(), RewardModelConfig()]
-    algorithms[1] = replace(algorithms[1], centre_coef=0.5)
-    algorithms[2] = replace(algorithms[2], normalise_on=normalise_on)
+    changes = ({}, {"centre_coef": 0.5}, {"normalise_on": normalise_on})
     return [
-        trained(folder / str(i), replace(base, algorithm=algorithm))
-        for i, algorithm in enumerate(algorithms)
+        trained(folder / str(i), replace(base, algorithm=RewardModelConfig(**change)))
+        for i, change in enumerate(changes)
     ]
 
 
-def scores(config, loader=None):
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("process")
+    return trained(folder / "a", runs.of("process_reward_model", folder, steps=2))[1]
+
+
+def scores(config, loader=None, rows=ROWS, vocab=16):
     with jax.set_mesh(MESH):
-        scorer = load_scorer(config, loader or Loader(MESH), TOKENIZER, 16, "rewards[0]")
-        return np.asarray(scorer(ROWS))
+        scorer = load_scorer(config, loader or Loader(MESH), TOKENIZER, vocab, "rewards[0]")
+        return np.asarray(scorer(rows))
 
 
 def test_scorer_is_the_reward_of_the_network(members):
@@ -103,15 +107,13 @@ def test_normalisation_is_of_its_rows(members):
     config = load(Path(members[2][1]) / "config.yaml")
     lines = Path(config.algorithm.normalise_on).read_text().splitlines()
     texts = [f"{json.loads(line)['prompt']} {json.loads(line)['completion']}" for line in lines]
-    with jax.set_mesh(MESH):
-        config = RewardConfig(model=members[2][1])
-        got = np.asarray(load_scorer(config, Loader(MESH), TOKENIZER, 16, "x")(rollout(*texts)))
+    got = scores(RewardConfig(model=members[2][1]), rows=rollout(*texts))
     assert got.mean() == pytest.approx(0, abs=1e-4)
     assert got.std() == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize(("combine", "k"), [("mean", 1.0), ("min", 1.0), ("lcb", 0.5)])
-def test_scorer_ensemble(combine, k, members):
+def test_scorer_ensemble(members):
+    """The members share their trunk: weights are read once."""
     folders = tuple(folder for _, folder in members)
     one_MB = np.stack([scores(RewardConfig(model=folder)) for folder in folders])
     wanted = {
@@ -119,13 +121,11 @@ def test_scorer_ensemble(combine, k, members):
         "min": one_MB.min(0),
         "lcb": one_MB.mean(0) - 0.5 * one_MB.std(0),
     }
-    got = scores(RewardConfig(ensemble=folders, combine=combine, k=k))
-    np.testing.assert_allclose(got, wanted[combine], rtol=1e-5, atol=1e-6)
-
-
-def test_scorer_ensemble_shares_the_trunk(members):
     loader = Loader(MESH)
-    scores(RewardConfig(ensemble=tuple(folder for _, folder in members)), loader)
+    for combine, wanted_B in wanted.items():
+        k = 0.5 if combine == "lcb" else 1.0
+        got = scores(RewardConfig(ensemble=folders, combine=combine, k=k), loader)
+        np.testing.assert_allclose(got, wanted_B, rtol=1e-5, atol=1e-6, err_msg=combine)
     assert len(loader.weights) == 1
 
 
@@ -149,12 +149,6 @@ def test_complete_with_a_normalised_reward_model(members, tmp_path):
     np.testing.assert_allclose([r for _, r in got[0]], wanted, rtol=1e-3, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("process")
-    return trained(folder / "a", runs.of("process_reward_model", folder, steps=2))[1]
-
-
 def test_scorer_reads_a_process_at_its_steps(process):
     loader = Loader(MESH)
     got = scores(RewardConfig(model=process), loader)
@@ -170,10 +164,9 @@ def test_scorer_reads_a_process_at_its_steps(process):
 
 
 def test_load_scorer_refuses_what_is_no_reward_model(tmp_path):
-    config = runs.sft(tmp_path, steps=1)
-    loop.train(config, MESH)
+    save(runs.sft(tmp_path), tmp_path / "config.yaml")
     with pytest.raises(InputError, match=r"rewards\[0\]\.model=.*: a run of sft: give the folder"):
-        scores(RewardConfig(model=config.output))
+        scores(RewardConfig(model=str(tmp_path)))
 
 
 def test_load_scorer_refuses_an_ensemble_of_two_kinds(members, process):
@@ -186,8 +179,8 @@ def test_load_scorer_refuses_an_ensemble_of_two_kinds(members, process):
 
 
 def test_load_scorer_refuses_another_vocabulary(process):
-    with pytest.raises(InputError, match=r"x\.ensemble=.*: its vocabulary has 16 tokens, the pol"):
-        load_scorer(RewardConfig(ensemble=(process,) * 2), Loader(MESH), TOKENIZER, 17, "x")
+    with pytest.raises(InputError, match=r"\.ensemble=.*: its vocabulary has 16 tokens, the pol"):
+        scores(RewardConfig(ensemble=(process,) * 2), vocab=17)
 
 
 def normalised(folder, **changes):
@@ -198,36 +191,24 @@ def normalised(folder, **changes):
     return runs.of("listwise_reward_model", folder, algorithm=algorithm, **changes)
 
 
-def test_normalisation_survives_resume_and_is_renewed(tmp_path, monkeypatch):
-    """It lies in the checkpoint: one that has it is not measured again."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    once = loop.train(normalised(whole, steps=4), MESH)
-    config = normalised(tmp_path, steps=2)
-    first = loop.train(config, MESH)
-    monkeypatch.delattr(loop, "measure_normalisation")
-    assert loop.train(config, MESH)["normalisation"] == first["normalisation"]  # nothing to do
-    (Path(config.output) / "summary.json").unlink()  # killed before it was written
-    assert loop.train(config, MESH)["normalisation"] == first["normalisation"]
-    monkeypatch.undo()
-    longer = loop.train(replace(config, steps=4), MESH)
-    assert longer["normalisation"] == once["normalisation"] != first["normalisation"]
-    assert json.loads((Path(config.output) / "summary.json").read_text())["normalisation"]
-
-
 def head_of(config):
     with jax.set_mesh(MESH):
         return Loader(MESH).trained(config.output).params["head"]
 
 
-def test_normalisation_is_read_from_the_checkpoint_alone(tmp_path):
-    """Whatever becomes of the summary; and a checkpoint without it is completed."""
+def test_normalisation_lies_in_the_checkpoint(tmp_path, monkeypatch):
+    """One that has it is not measured again, whatever becomes of the summary; one without it is
+    completed; and a longer run measures anew, as if it had not been interrupted."""
     config = normalised(tmp_path, steps=2)
     summary, saved = Path(config.output) / "summary.json", Path(config.output) / "checkpoints"
-    measured = loop.train(config, MESH)["normalisation"]
-    head = head_of(config)
-    summary.unlink()
+    measured, head = loop.train(config, MESH)["normalisation"], head_of(config)
+    monkeypatch.delattr(loop, "measure_normalisation")
+    assert loop.train(config, MESH)["normalisation"] == measured  # nothing to do
+    summary.unlink()  # killed before it was written
     jax.tree.map(np.testing.assert_array_equal, head_of(config), head)
+    assert loop.train(config, MESH)["normalisation"] == measured
+    monkeypatch.undo()
+
     path = saved / "2" / "host" / "metadata"
     note = unseal(json.loads(path.read_text()))
     assert note["host"].pop("normalisation") == measured
@@ -237,6 +218,13 @@ def test_normalisation_is_read_from_the_checkpoint_alone(tmp_path):
         head_of(config)
     assert loop.train(config, MESH)["normalisation"] == measured
     jax.tree.map(np.testing.assert_array_equal, head_of(config), head)
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    once = loop.train(normalised(whole, steps=4), MESH)
+    longer = loop.train(replace(config, steps=4), MESH)
+    assert longer["normalisation"] == once["normalisation"] != measured
+    assert json.loads(summary.read_text())["normalisation"]
 
 
 def test_normalisation_that_fails_loses_no_training(tmp_path):

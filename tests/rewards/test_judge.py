@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from runs import one_device
 from servers import fails, say, service
-from test_loop import one_device
 
 from jaxrlhf.config import (
     GateConfig,
     IsolateConfig,
     LengthConfig,
-    MeshConfig,
     RewardConfig,
     SampleConfig,
     ServiceConfig,
@@ -25,12 +24,11 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.words import goodness
-from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader
 from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.rewards.combine import Reward
 from jaxrlhf.rewards.functions import Scored
-from jaxrlhf.rewards.judge import Judge, make_judge, measures
+from jaxrlhf.rewards.judge import Judge, length_penalty, make_judge, measures
 from jaxrlhf.run import loop
 
 TOKENIZER = f"words:{runs.WORDS}"
@@ -56,15 +54,14 @@ def rollout():
 
 
 def judge(*configs, **options):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return make_judge(configs, Loader(mesh), load_tokenizer(TOKENIZER), 16, "rewards", **options)
+    tokenizer = load_tokenizer(TOKENIZER)
+    return make_judge(configs, Loader(one_device()), tokenizer, 16, "rewards", **options)
 
 
 def told(score_B, problem="", **changes):
     """A judge whose one source says so."""
     source = Reward("told", 1.0, None, lambda _: Scored(np.array(score_B, float), problem))
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Judge((source,), (None,), load_tokenizer(TOKENIZER), mesh, **changes)
+    return Judge((source,), (None,), load_tokenizer(TOKENIZER), one_device(), **changes)
 
 
 def test_judge_asks_for_text_columns_and_ends(rollout):
@@ -99,11 +96,8 @@ def test_judge_row_without_a_truth_is_left_out(rollout):
     judgement = judge(RewardConfig(verifier="exact"))(rollout, PROMPTS)
     np.testing.assert_array_equal(judgement.reward_B, [1, 0, np.nan, np.nan])
     np.testing.assert_array_equal(judgement.valid_B, [True, True, False, False])
-    assert measures(judgement) == {
-        "reward/excluded": 0.5,
-        "reward/exact": 0.5,
-        "excluded/exact": 0.5,
-    }
+    wanted = {"reward/excluded": 0.5, "reward/exact": 0.5, "excluded/exact": 0.5}
+    assert measures(judgement) == wanted
 
 
 def test_judge_of_arrays_alone_stays_on_the_device(rollout):
@@ -117,7 +111,9 @@ def test_judge_of_arrays_alone_stays_on_the_device(rollout):
 def test_judge_refuses_more_excluded_rows_than_allowed(rollout):
     nan = math.nan
     told([nan, nan, 1, 1], max_excluded=0.5)(rollout, PROMPTS)
-    told([nan] * 4)(rollout, PROMPTS)
+    measured = measures(told([nan] * 4)(rollout, PROMPTS))
+    assert math.isnan(measured.pop("reward/told"))
+    assert measured == {"reward/excluded": 1.0, "excluded/told": 1.0}
     message = (
         r"rewards: 3 of 4 completions got none, and max_excluded=0\.5 of them may: told has none "
         r"for 3, the last because: HTTP 500: mend the source, or raise max_excluded"
@@ -126,10 +122,16 @@ def test_judge_refuses_more_excluded_rows_than_allowed(rollout):
         told([nan, nan, nan, 1], "HTTP 500", max_excluded=0.5)(rollout, PROMPTS)
 
 
-def test_measures_of_a_source_that_never_answers(rollout):
-    measured = measures(told([math.nan] * 4)(rollout, PROMPTS))
-    assert math.isnan(measured.pop("reward/told"))
-    assert measured == {"reward/excluded": 1.0, "excluded/told": 1.0}
+def test_length_penalty_by_hand():
+    """Responses of 0, 2, 3, 4 and 6 tokens, padded: 0 up to 2, −1 from 4; a gap (the tokens of a
+    tool) is not counted."""
+    mask_BT = np.zeros((5, 10), np.float32)
+    for row, count in enumerate((0, 2, 3, 4, 6)):
+        mask_BT[row, 2 : 2 + count] = 1
+    penalty_B = length_penalty(mask_BT, 2, 4)
+    np.testing.assert_allclose(penalty_B, [0, 0, -0.5, -1, -1])
+    assert penalty_B.dtype == np.float32
+    np.testing.assert_allclose(length_penalty(np.array([[0, 1, 0, 1, 1]]), 0, 6), [-0.5])
 
 
 def choosy(prompts, completions, **_):
@@ -167,7 +169,7 @@ def test_run_goes_on_with_the_right_rows(tmp_path):
         asked = ServiceConfig(server.url, batch_size=5, retries=1, backoff=0.001)
         for name, reward in [
             ("service", RewardConfig(service=asked)),
-            ("function", RewardConfig(function="test_judging:choosy", isolate=IsolateConfig())),
+            ("function", RewardConfig(function="test_judge:choosy", isolate=IsolateConfig())),
         ]:
             (tmp_path / name).mkdir()
             config = runs.of("rloo", tmp_path / name, rewards=(reward,), sample=sample, steps=2)
@@ -189,9 +191,8 @@ def test_run_stops_where_too_many_rows_have_no_reward(tmp_path):
         config = runs.ppo(tmp_path, rewards=(RewardConfig(service=asked), runs.GOODNESS))
         with pytest.raises(InputError) as error:
             loop.train(config, one_device())
-    assert f"16 of 16 completions got none, and max_excluded=0.5 of them may: {server.url}" in str(
-        error.value
-    )
+    message = f"16 of 16 completions got none, and max_excluded=0.5 of them may: {server.url}"
+    assert message in str(error.value)
     assert "HTTP 500" in str(error.value)
 
 

@@ -1,33 +1,22 @@
-"""Completions, and which of several is kept."""
+"""Completions of a policy, their rewards, and which of several is kept."""
 
 import jax
 import numpy as np
 import pytest
-import runs
 
 from jaxrlhf.apps.generate import choose, complete
 from jaxrlhf.config import RewardConfig, SampleConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.words import goodness
-from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.run import loop
 
 GOODNESS = RewardConfig(function="jaxrlhf.data.words:goodness")
 PROMPTS = ("the good", "the")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = runs.ppo(folder, steps=1)
-    loop.train(config, make_mesh(config.mesh, jax.devices()[:1]))
-    return config.output
-
-
-def test_complete_keeps_the_best_of_all(run):
+def test_complete_keeps_the_best_of_all(policy):
     wish = SampleConfig(n=6, max_new_tokens=5)
-    rows = complete(run, PROMPTS, wish, GOODNESS)
-    best = complete(run, PROMPTS, wish, GOODNESS, keep="best")
+    rows = complete(policy, PROMPTS, wish, GOODNESS)
+    best = complete(policy, PROMPTS, wish, GOODNESS, keep="best")
     assert [len(row) for row in rows] == [6, 6]
     for row, (kept,) in zip(rows, best, strict=True):
         np.testing.assert_allclose([r for _, r in row], goodness(PROMPTS, [t for t, _ in row]))
@@ -36,13 +25,13 @@ def test_complete_keeps_the_best_of_all(run):
     assert len({text for text, _ in rows[0]}) > 1
 
 
-def test_complete_without_a_reward(run):
-    (row, _) = complete(run, PROMPTS, SampleConfig(n=2, max_new_tokens=5))
+def test_complete_without_a_reward(policy):
+    (row, _) = complete(policy, PROMPTS, SampleConfig(n=2, max_new_tokens=5))
     assert [reward for _, reward in row] == [None, None]
     with pytest.raises(InputError, match="keep=best: needs a reward"):
-        complete(run, PROMPTS, SampleConfig(n=2), keep="best")
+        complete(policy, PROMPTS, SampleConfig(n=2), keep="best")
     with pytest.raises(InputError, match="ask for fewer"):
-        complete(run, PROMPTS, SampleConfig(n=2, max_new_tokens=64))
+        complete(policy, PROMPTS, SampleConfig(n=2, max_new_tokens=64))
 
 
 @pytest.mark.parametrize(
