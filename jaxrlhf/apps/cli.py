@@ -198,7 +198,7 @@ def plan(words: list[str]) -> None:
     # Fake devices are asked for by variables, which jax reads when it is imported.
     os.environ.update(environment(topology, os.environ.get("XLA_FLAGS", "")))
     prepare_jax()
-    from jaxrlhf.study.plan.command import run
+    from jaxrlhf.study.plan.advice import run
 
     run(config, topology, given.mean_length, given.memory, given.search, not given.json)
 
@@ -294,7 +294,8 @@ def evaluate(words: list[str]) -> None:
 
     wish = parse_evaluate(words)
     prepare_jax()
-    from jaxrlhf.study.evaluate import evaluate_model, table
+    from jaxrlhf.study.evaluate import evaluate_model
+    from jaxrlhf.study.figures import table
 
     print(table(evaluate_model(wish)))
 
@@ -361,8 +362,7 @@ def diagnose(
       json: print the contents of diagnosis.json instead.
       strict: exit with status 1 if there is a problem; warnings are none.
     """
-    from jaxrlhf.study.diagnose import examine, read_history
-    from jaxrlhf.study.diagnose.show import save, show, to_json
+    from jaxrlhf.study.diagnose import examine, read_history, save, show, to_json
 
     history = read_history(run)
     findings = examine(history)

@@ -47,8 +47,7 @@ from jaxrlhf.run.loop import train
 from jaxrlhf.run.record import plain
 from jaxrlhf.run.report import write_report
 from jaxrlhf.run.session import lock
-from jaxrlhf.study.diagnose import examine, read_history
-from jaxrlhf.study.diagnose.show import save
+from jaxrlhf.study.diagnose import examine, read_history, save
 from jaxrlhf.study.evaluate import evaluate_model
 
 RECORD = "stage.json"

@@ -55,7 +55,7 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     if on_policy(config).old_logp == "rescore":
         yield "rescore", (policy, base, *texts)
     scored = (shapes(at_hand(run.reference.params)), *texts)
-    yield "score_reference", scored
+    yield "reference", scored
     if "value" in run.algorithm.needs:
         extra = (rollout.value_BT,)
     if "critic" in run.states:
@@ -65,7 +65,7 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     count = rollout.token_BT.shape[0]
     judged = [jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.float32, jnp.bool_)]
     coefficients = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)}
-    given = (rollout, rows("score_reference", scored), *on_rows(run, judged), coefficients, *extra)
+    given = (rollout, rows("reference", scored), *on_rows(run, judged), coefficients, *extra)
     yield "targets", given
     batch = on_rows(run, jax.eval_shape(programs.targets, *given)[0])
     count = jax.tree.leaves(batch)[0].shape[0]

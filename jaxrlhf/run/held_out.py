@@ -5,7 +5,7 @@ objective, and a reward model the accuracy and calibration of its scores.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,9 @@ from jaxrlhf.core.stats import (
     Reliability,
     accuracy_by_gap,
     correlation,
+    distinct_n,
     distribution,
+    over_prompts,
     pair_reliability,
     rank_correlation,
     reliability,
@@ -34,7 +36,6 @@ from jaxrlhf.mesh.processes import fetch
 from jaxrlhf.mesh.sharding import at_hand, put_rows, row_shards
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run.feed import pack
-from jaxrlhf.run.record import distinct_n, mean_interval
 from jaxrlhf.run.setup import Run
 
 log = logging.getLogger(__name__)
@@ -113,20 +114,6 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
         for b, (index, text) in enumerate(zip(columns["row"], columns["text"], strict=True))
     ]
     return Evaluation(metrics, tuple(samples), columns.get("gold"))
-
-
-def over_prompts(
-    x_B: np.ndarray, n: int, interval: Callable[..., tuple[float, float]] = mean_interval
-) -> tuple[float, float]:
-    """Mean of the prompts' means, and the half width of its 95 % interval.
-
-    The n completions of a prompt are no independent draws of prompts, so they are averaged first;
-    a completion without a number (NaN) is left out, a prompt without any likewise.
-    """
-    x_QG = np.asarray(x_B, np.float64).reshape(-1, n)
-    count_Q = np.isfinite(x_QG).sum(1)
-    mean_Q = np.nansum(x_QG, axis=1) / np.maximum(count_Q, 1)
-    return interval(mean_Q[count_Q > 0])
 
 
 def _draw(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.stats import over_prompts
 from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, States
 from jaxrlhf.data.batches import order
 from jaxrlhf.data.formats import Prompt
@@ -28,7 +29,7 @@ from jaxrlhf.mesh.watchdog import guarded
 from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
 from jaxrlhf.run.feed import batches, example, packing_metrics, place
-from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation, over_prompts
+from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation
 from jaxrlhf.run.programs import OnPolicyPrograms, minibatch_rows
 from jaxrlhf.run.record import combine, known
 from jaxrlhf.run.session import Session, lock
@@ -139,7 +140,7 @@ def iterate(
         logp_BT = programs.rescore(policy, base, *rows)
         rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
     # log π_ref(y_t|s_t)
-    ref_logp_BT = programs.score_reference(at_hand(run.reference.params), *rows)
+    ref_logp_BT = programs.reference(at_hand(run.reference.params), *rows)
     # V(s_t): the sampler gives it where policy and critic share a trunk.
     expected = () if baseline_B is None else (baseline_B,)
     if "critic" in states:

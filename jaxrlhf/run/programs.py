@@ -59,7 +59,7 @@ class OnPolicyPrograms:
     """(Rollouts, row_B) → Rollout of these rows of them: DAPO's rounds as one."""
     rescore: Program
     """(params, frozen, token_BT, attention_mask_BT) → logp_BT, by a forward like the update's."""
-    score_reference: Program
+    reference: Program
     """(params, token_BT, attention_mask_BT) → ref_logp_BT, at the sampler's temperature."""
     value: Program
     """(params, frozen, token_BT, attention_mask_BT) → value_BT, by a critic of its own."""
@@ -77,7 +77,7 @@ class OnPolicyPrograms:
     eval_sample: Program
     """As ``sample``, for held-out prompts: T = 1, no truncation, ``eval.n`` responses each."""
     eval_reference: Program
-    """As ``score_reference``, at T = 1."""
+    """As ``reference``, at T = 1."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def on_policy_programs(
         baseline=jax.jit(baseline, out_shardings=rows),
         merge=jax.jit(merge, out_shardings=rows),
         rescore=jax.jit(rescore, out_shardings=rows),
-        score_reference=scorer(temperature),
+        reference=scorer(temperature),
         value=jax.jit(estimate, out_shardings=rows),
         targets=jax.jit(algorithm.targets, out_shardings=(rows, None)),
         take=jax.jit(take, out_shardings=rows),

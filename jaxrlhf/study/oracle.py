@@ -1,20 +1,10 @@
-"""All responses over a few tokens, and policies over them that are tables.
-
-Axes besides those of types.py: ``Y`` responses, ``S`` states (the prefixes of a response).
-
-
-Training a table with the algorithms as they are: their own ``targets`` and ``loss``.
-
-Learning where the right answer is known: a space of responses small enough to enumerate.
+"""Learning where the right answer is known: a space of responses small enough to enumerate.
 
 There π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x) is a table, KL(π_θ‖π*) is a sum, and a whole
-training run is one ``lax.scan``. ``python -m jaxrlhf.oracle`` prints how close each one comes.
+training run is one ``lax.scan`` over the algorithms as they are: their own ``targets`` and
+``loss``. ``python -m jaxrlhf.study.oracle`` prints how close each one comes.
 
-
-How close each algorithm comes to the policy that is known to be best: python -m jaxrlhf.oracle.
-
-A line each: KL(π_θ‖π*) at the start, at the end with exact gradients and with sampled ones, nats,
-and the way there as a small plot on a logarithmic scale.
+Axes besides those of types.py: ``Y`` responses, ``S`` states (the prefixes of a response).
 """
 
 import argparse
@@ -81,14 +71,36 @@ class Problem(NamedTuple):
         return optimal_policy(log_policy(self.ref, self.space), self.reward_QY, self.beta)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How long, and how fast. Static: one compilation each."""
+
+    iterations: int = 2000
+    samples: int = 64
+    """Responses a prompt and iteration."""
+    exact: bool = False
+    """Every response once, weighted by its probability: the gradient without noise."""
+    epochs: int = 1
+    """Updates a rollout."""
+    lag: int = 0
+    """Iterations that the sampling policy is behind."""
+    learning_rate: float = 0.03
+    """At the start; falls to 0 as a cosine."""
+
+
+class Result(NamedTuple):
+    """Parameters at the end, and KL(π_θ‖π*) before each iteration and after the last, nats."""
+
+    params: Params
+    kl_I: Array
+
+
 def make_space(vocab: int = 4, length: int = 3) -> Space:
     """The 40 responses (3 words and an end, up to three tokens), or another such space."""
-    rows = [
-        (*body, 0)
-        for size in range(length)
-        for body in itertools.product(range(1, vocab), repeat=size)
-    ]
-    rows += list(itertools.product(range(1, vocab), repeat=length))
+    words = range(1, vocab)
+    bodies = (itertools.product(words, repeat=size) for size in range(length))
+    rows = [(*body, 0) for some in bodies for body in some]
+    rows += list(itertools.product(words, repeat=length))
     token_YT = np.zeros((len(rows), 1 + length), np.int32)
     mask_YT = np.zeros((len(rows), 1 + length), np.float32)
     for y, row in enumerate(rows):
@@ -111,7 +123,7 @@ def make_problem(
 
 
 def forward(params: Params, space: Space, token_BT: Array, mask_BT: Array) -> Outputs:
-    """What ``rl.forward`` is for a transformer: log-prob, entropy and value of each response token.
+    """What a transformer's forward pass is elsewhere: log-prob, entropy, value of response tokens.
 
     Args:
       params: ``logits`` [Q, S, V], and ``value`` [Q, S], of the state before a token.
@@ -130,6 +142,8 @@ def forward(params: Params, space: Space, token_BT: Array, mask_BT: Array) -> Ou
 
 def states(space: Space, token_BT: Array) -> Array:
     """The index of the prefix that each column's token is chosen in; column 0 and padding: any."""
+    # prefixes of one size stand together, after all shorter ones: the first of size n is number
+    # Σ_{m<n} V^m, and within them a prefix is a number to the base V
     index, first, columns = jnp.zeros_like(token_BT[:, 0]), 0, [jnp.zeros_like(token_BT[:, 0])]
     for size in range(space.length):
         columns.append(first + index)
@@ -158,30 +172,6 @@ def kl_to(params: Params, space: Space, logp_QY: Array) -> Array:
     return (jnp.exp(own_QY) * (own_QY - logp_QY)).sum(1).mean()
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How long, and how fast. Static: one compilation each."""
-
-    iterations: int = 2000
-    samples: int = 64
-    """Responses a prompt and iteration."""
-    exact: bool = False
-    """Every response once, weighted by its probability: the gradient without noise."""
-    epochs: int = 1
-    """Updates a rollout."""
-    lag: int = 0
-    """Iterations that the sampling policy is behind."""
-    learning_rate: float = 0.03
-    """At the start; falls to 0 as a cosine."""
-
-
-class Result(NamedTuple):
-    """Parameters at the end, and KL(π_θ‖π*) before each iteration and after the last, nats."""
-
-    params: Params
-    kl_I: Array
-
-
 def learn(
     algorithm: Algorithm, problem: Problem, key: Array, settings: Settings = Settings()
 ) -> Result:
@@ -190,29 +180,68 @@ def learn(
     A pure function of ``problem`` and ``key``: ``jax.vmap`` over either trains many seeds, or many
     β, at once.
     """
-    steps = settings.iterations * settings.epochs
-    tx = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, steps))
+    tx = adam(settings, settings.iterations * settings.epochs)
     optimum_QY, _ = problem.optimum()
 
     def step(carry: Any, key: Array) -> tuple[Any, Array]:
         params, opt_state, past = carry
-        old = past[0] if past else params
-        rollout, reward_B, chance_B = draw(old, problem, key, settings)
+        # the oldest of the last ``lag`` policies samples; without a lag, the current one
+        rollout, reward_B, chance_B = draw(past[0] if past else params, problem, key, settings)
         batch = targets(algorithm, problem, params, rollout, reward_B)
         if isinstance(batch, Batch):
             batch = replace(batch, weight_BT=batch.weight_BT * chance_B[:, None])
         before = kl_to(params, problem.space, optimum_QY)
         past = (*past[1:], params) if past else past
         for _ in range(settings.epochs):
-            grads = jax.grad(total_loss)(params, algorithm, problem, batch)
-            updates, opt_state = tx.update(grads, opt_state)
-            params = optax.apply_updates(params, updates)
+            params, opt_state = update(tx, params, opt_state, algorithm, problem, batch)
         return (params, opt_state, past), before
 
     start = problem.ref
     carry = (start, tx.init(start), (start,) * settings.lag)
     (params, *_), kl_I = jax.lax.scan(step, carry, jax.random.split(key, settings.iterations))
     return Result(params, jnp.append(kl_I, kl_to(params, problem.space, optimum_QY)))
+
+
+def learn_pairs(
+    algorithm: Algorithm,
+    problem: Problem,
+    settings: Settings = Settings(),
+    target_QY: Array | None = None,
+) -> Result:
+    """Train on all pairs of responses at once: exact Bradley-Terry preferences, no noise.
+
+    A pair is drawn from the reference twice and preferred with probability σ(r − r′); each ordered
+    pair is a row, and its probability its weight.
+
+    Args:
+      target_QY: the policy that the KL is measured to; π* if None.
+    """
+    tx = adam(settings, settings.iterations)
+    goal_QY = problem.optimum()[0] if target_QY is None else target_QY
+    batch = all_pairs(problem)
+
+    def step(carry: Any, _: None) -> tuple[Any, Array]:
+        params, opt_state = carry
+        before = kl_to(params, problem.space, goal_QY)
+        return update(tx, params, opt_state, algorithm, problem, batch), before
+
+    carry = (problem.ref, tx.init(problem.ref))
+    (params, _), kl_I = jax.lax.scan(step, carry, None, settings.iterations)
+    return Result(params, jnp.append(kl_I, kl_to(params, problem.space, goal_QY)))
+
+
+def adam(settings: Settings, steps: int) -> optax.GradientTransformation:
+    """Adam whose rate falls to 0 as a cosine: a constant one would circle around the optimum."""
+    return optax.adam(optax.cosine_decay_schedule(settings.learning_rate, steps))
+
+
+def update(
+    tx: optax.GradientTransformation, params: Params, opt_state: Any, *given: Any
+) -> tuple[Params, Any]:
+    """One step down ``total_loss``: parameters and the optimizer's state after it."""
+    grads = jax.grad(total_loss)(params, *given)
+    updates, opt_state = tx.update(grads, opt_state)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def draw(
@@ -223,6 +252,7 @@ def draw(
     logp_QY = log_policy(params, space)
     if settings.exact:
         n, y_QG = count, jnp.broadcast_to(jnp.arange(count), (prompts, count))
+        # the mean over Y rows weighted by Y·π is Σ_y π(y|x)·(…), the expectation itself
         chance_B = count * jnp.exp(logp_QY).reshape(-1)
     else:
         n = settings.samples
@@ -250,18 +280,15 @@ def targets(
 ) -> Any:
     """The algorithm's own targets, as the loop calls them; old log-probs are rescored."""
     assert algorithm.targets is not None
-    space = problem.space
-    given = (space, rollout.token_BT, rollout.mask_BT)
+    given = (problem.space, rollout.token_BT, rollout.mask_BT)
     now = forward(params, *given)
-    rollout = replace(rollout, logp_BT=now.logp_BT, value_BT=now.value_BT)
     extra = {}
     if "value" in algorithm.needs:
         extra["value_BT"] = now.value_BT
     if "greedy" in algorithm.needs:
-        likeliest_Q = greedy(params, problem)
-        extra["baseline_B"] = jnp.repeat(likeliest_Q, rollout.n)
+        extra["baseline_B"] = jnp.repeat(greedy(params, problem), rollout.n)
     batch, _ = algorithm.targets(
-        rollout,
+        replace(rollout, logp_BT=now.logp_BT, value_BT=now.value_BT),
         forward(problem.ref, *given).logp_BT,
         reward_B,
         jnp.ones_like(reward_B, bool),
@@ -275,6 +302,8 @@ def greedy(params: Params, problem: Problem) -> Array:
     """The reward of each prompt's greedy response, [Q]."""
     space, prompts = problem.space, problem.reward_QY.shape[0]
     token_BT, mask_BT = rows(space, prompts)
+    # with the highest log-prob as a state's value, the greedy response is the one whose tokens
+    # all reach it
     highest_QS = jax.nn.log_softmax(params["logits"]).max(2)
     outputs = forward({**params, "value": highest_QS}, space, token_BT, mask_BT)
     assert outputs.value_BT is not None
@@ -286,8 +315,11 @@ def greedy(params: Params, problem: Problem) -> Array:
 def total_loss(params: Params, algorithm: Algorithm, problem: Problem, batch: Any) -> Array:
     """The policy's loss plus the critic's, of a table."""
     if isinstance(batch, PreferenceBatch):
-        logp_BCT = candidate_logp(params, problem, batch)
-        return algorithm.loss(logp_BCT, batch)[0]
+        assert batch.mask_BCT is not None
+        shape = batch.token_BCT.shape
+        token_BT, mask_BT = (x.reshape(-1, shape[2]) for x in (batch.token_BCT, batch.mask_BCT))
+        logp_BT = forward(params, problem.space, token_BT, mask_BT).logp_BT
+        return algorithm.loss(logp_BT.reshape(shape), batch)[0]
     outputs = forward(params, problem.space, batch.token_BT, batch.mask_BT)
     loss, _ = algorithm.loss(outputs, batch)
     if algorithm.value_loss is not None:
@@ -295,49 +327,12 @@ def total_loss(params: Params, algorithm: Algorithm, problem: Problem, batch: An
     return loss
 
 
-def candidate_logp(params: Params, problem: Problem, batch: PreferenceBatch) -> Array:
-    """log π of each token of each candidate, [B, C, T]."""
-    assert batch.mask_BCT is not None
-    shape = batch.token_BCT.shape
-    token, mask = batch.token_BCT.reshape(-1, shape[2]), batch.mask_BCT.reshape(-1, shape[2])
-    return forward(params, problem.space, token, mask).logp_BT.reshape(shape)
-
-
-def learn_pairs(
-    algorithm: Algorithm,
-    problem: Problem,
-    settings: Settings = Settings(),
-    target_QY: Array | None = None,
-) -> Result:
-    """Train on all pairs of responses at once: exact Bradley-Terry preferences, no noise.
-
-    A pair is drawn from the reference twice and preferred with probability σ(r − r′); each ordered
-    pair is a row, and its probability its weight.
-
-    Args:
-      target_QY: the policy that the KL is measured to; π* if None.
-    """
-    tx = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.iterations))
-    goal_QY = problem.optimum()[0] if target_QY is None else target_QY
-    batch = all_pairs(problem)
-
-    def step(carry: Any, _: None) -> tuple[Any, Array]:
-        params, opt_state = carry
-        grads = jax.grad(total_loss)(params, algorithm, problem, batch)
-        updates, opt_state = tx.update(grads, opt_state)
-        before = kl_to(params, problem.space, goal_QY)
-        return (optax.apply_updates(params, updates), opt_state), before
-
-    carry = (problem.ref, tx.init(problem.ref))
-    (params, _), kl_I = jax.lax.scan(step, carry, None, settings.iterations)
-    return Result(params, jnp.append(kl_I, kl_to(params, problem.space, goal_QY)))
-
-
 def all_pairs(problem: Problem) -> PreferenceBatch:
     """Every ordered pair of different responses to each prompt, weighted by its probability."""
     prompts, count = problem.reward_QY.shape
     token_BT, mask_BT = rows(problem.space, prompts)
     left, right = jnp.where(~jnp.eye(count, dtype=bool), size=count * (count - 1))
+    # that both are drawn and the left one is preferred: π_ref(y)·π_ref(y′)·σ(r − r′)
     chance_QY = jnp.exp(log_policy(problem.ref, problem.space))
     gap_QZ = problem.reward_QY[:, left] - problem.reward_QY[:, right]
     weight_QZ = chance_QY[:, left] * chance_QY[:, right] * jax.nn.sigmoid(gap_QZ)
@@ -353,20 +348,6 @@ def all_pairs(problem: Problem) -> PreferenceBatch:
         mask_BCT=mask_BT[row_BC],
         ref_logp_BCT=ref_logp_BT[row_BC],
     )
-
-
-__all__ = [
-    "Problem",
-    "Result",
-    "Settings",
-    "Space",
-    "forward",
-    "kl_to",
-    "learn",
-    "learn_pairs",
-    "make_problem",
-    "make_space",
-]
 
 
 REGULARISED: tuple[OnPolicyConfig, ...] = (
@@ -390,8 +371,15 @@ SAMPLED = Settings(iterations=2000)
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m jaxrlhf.study.oracle", description=__doc__)
+    """How close each algorithm comes to the policy that is known to be best: python -m
+    jaxrlhf.study.oracle.
+
+    A line each: KL(π_θ‖π*) at the start, at the end with exact gradients and with sampled ones,
+    nats, and the way there as a small plot on a logarithmic scale.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxrlhf.study.oracle", description=main.__doc__
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the problem and of the draws")
     parser.add_argument("--beta", type=float, default=0.5, help="β, reward units a nat")
     given = parser.parse_args()

@@ -1,3 +1,5 @@
+"""What a run writes down: whole lines in order after kills and full disks; metrics combined."""
+
 import json
 import math
 import resource
@@ -7,18 +9,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
-from jaxrlhf.run.record import (
-    Recorder,
-    combine,
-    distinct_n,
-    mean_interval,
-    paired_interval,
-    plain,
-    share_interval,
-    wilson,
-)
+from jaxrlhf.run.record import Recorder, combine, plain
 
 
 def lines(path):
@@ -156,56 +148,3 @@ def test_combine_nan_is_seen():
     got = combine([{"x": 1.0, "x_max": 1.0}, {"x": math.nan, "x_max": math.nan}])
     assert math.isnan(got["x"])
     assert math.isnan(got["x_max"])
-
-
-def test_distinct_n_by_hand():
-    assert distinct_n(["a b a b", "a b"]) == 2 / 4  # ab ba ab ab
-    assert distinct_n([[1, 2, 3], [4, 1, 2]]) == 3 / 4
-    assert distinct_n([[1, 2, 3], (3, 2, 1)], n=1) == 3 / 6
-    assert distinct_n([[1, 1, 1, 1]], n=3) == 1 / 2
-    assert distinct_n(["one", ""]) == 0.0
-
-
-def test_mean_interval_against_scipy():
-    x = np.array([0.0, 1, 1, 4, 2.5])
-    mean, half = mean_interval(x)
-    low, high = stats.t.interval(0.95, 4, x.mean(), stats.sem(x))
-    np.testing.assert_allclose((mean - half, mean + half), (low, high), rtol=1e-6)
-
-
-def test_mean_interval_few():
-    assert mean_interval([2.0])[0] == 2.0
-    assert math.isnan(mean_interval([2.0])[1])
-    assert all(map(math.isnan, mean_interval([])))
-    assert mean_interval([1.0, 1.0]) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize(("wins", "n"), [(0, 10), (3, 10), (10, 10), (50, 100)])
-def test_wilson_against_scipy(wins, n):
-    found = stats.binomtest(wins, n).proportion_ci(method="wilson")
-    np.testing.assert_allclose(wilson(wins / n, n), (found.low, found.high), atol=1e-6)
-
-
-def test_share_interval_where_all_agree():
-    """t = 2.262157: 1 − 1/(1 + t²/10) = 0.338509, where the normal interval is a point."""
-    assert share_interval([1.0] * 10) == (1.0, pytest.approx(0.338509, abs=1e-6))
-    assert share_interval([0.0] * 10) == (0.0, pytest.approx(0.338509, abs=1e-6))
-    assert share_interval([1.0])[0] == 1.0
-    assert math.isnan(share_interval([1.0])[1])
-
-
-def test_share_interval_of_many_is_the_mean_interval():
-    """Away from 0 and 1, and as narrow as the shares are alike."""
-    x = np.random.default_rng(0).uniform(0.4, 0.8, 500)
-    mean, half = share_interval(x)
-    assert mean == pytest.approx(x.mean())
-    assert half == pytest.approx(mean_interval(x)[1], rel=0.02)
-
-
-def test_paired_interval_removes_what_is_shared():
-    before = np.array([0.0, 5.0, -3.0, 8.0])
-    mean, half = paired_interval(before + np.array([0.9, 1.0, 1.1, 1.0]), before)
-    assert mean == pytest.approx(1.0)
-    assert half == pytest.approx(3.182446 * math.sqrt(0.02 / 3) / 2)
-    with pytest.raises(ValueError, match="not pairs"):
-        paired_interval([1.0], [1.0, 2.0])

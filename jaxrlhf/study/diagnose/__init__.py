@@ -1,38 +1,26 @@
-"""What is wrong with a run, read from what it has written down; what each detector looks for."""
+"""What is wrong with a run, read from what it has written down; findings shown and saved."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
-from jaxrlhf.study.diagnose import critic, divergence, endings, hacking, offline, signal
-from jaxrlhf.study.diagnose.finding import Detector, Finding
-from jaxrlhf.study.diagnose.history import History, read_history
+from rich.console import Console
+from rich.text import Text
+
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import write_atomic
+from jaxrlhf.study.diagnose import hacking, policy, signal, supervised
+from jaxrlhf.study.diagnose.history import Detector, Finding, History, read_history
 
 DETECTORS: dict[str, Detector] = {
-    "reward_hacking": hacking.reward_hacking,
-    "held_out_gap": hacking.held_out_gap,
-    "length_takeover": hacking.length_takeover,
-    "repetition": hacking.repetition,
-    "phrase_takeover": hacking.phrase_takeover,
-    "kl_blow_up": divergence.kl_blow_up,
-    "kl_stall": divergence.kl_stall,
-    "kl_negative": divergence.kl_negative,
-    "entropy_collapse": divergence.entropy_collapse,
-    "large_updates": divergence.large_updates,
-    "sampler_mismatch": divergence.sampler_mismatch,
-    "non_finite_updates": divergence.non_finite_updates,
-    "value_function": critic.value_function,
-    "no_eos": endings.no_eos,
-    "empty_responses": endings.empty_responses,
-    "equal_rewards": signal.equal_rewards,
-    "groups_without_signal": signal.groups_without_signal,
-    "reward_scale": signal.reward_scale,
-    "length_correlation": signal.length_correlation,
-    "excluded_rows": signal.excluded_rows,
-    "chance_accuracy": offline.chance_accuracy,
-    "overfitting": offline.overfitting,
-    "chosen_logp_falls": offline.chosen_logp_falls,
-    "margin_explosion": offline.margin_explosion,
+    name: found
+    for module in (hacking, policy, signal, supervised)
+    for name, found in vars(module).items()
+    if isinstance(found, Detector)
 }
-"""Every detector, by the name of what it finds."""
+"""Every detector, by the name of what it finds; findings of one severity stand in this order."""
+
+STYLES = {"problem": "bold red", "warning": "bold yellow"}
 
 
 def diagnose(folder: str | Path) -> list[Finding]:
@@ -49,8 +37,57 @@ def diagnose(folder: str | Path) -> list[Finding]:
 
 def examine(history: History) -> list[Finding]:
     """What all detectors find in a history, problems first."""
-    found = [finding for detect in DETECTORS.values() for finding in detect(history)]
+    found = [finding for detect in DETECTORS.values() if (finding := detect(history))]
     return sorted(found, key=lambda finding: finding.severity != "problem")
 
 
-__all__ = ["DETECTORS", "Finding", "History", "diagnose", "examine", "read_history"]
+def to_json(history: History, findings: list[Finding]) -> str:
+    """``step``, iterations that the run had done, and ``findings``, a list of objects with name,
+    severity, evidence and remedy."""
+    listed = [asdict(finding) for finding in findings]
+    return json.dumps({"step": _done(history), "findings": listed}, indent=2)
+
+
+def save(folder: str | Path, history: History, findings: list[Finding]) -> None:
+    """Write diagnosis.json into a run's folder.
+
+    Raises:
+      InputError: nothing can be written there.
+    """
+    path = Path(folder) / "diagnosis.json"
+    try:
+        write_atomic(path, to_json(history, findings) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}: copy the run to a folder that can be written"
+        ) from None
+
+
+def lines(folder: str | Path, history: History, findings: list[Finding]) -> list[tuple[str, str]]:
+    """What to print: (text, style) a line."""
+    done, steps = _done(history), history.config.steps
+    count, name = len(history.evaluation.step_I), history.config.algorithm.name
+    out = [(f"{folder}: {name}, {done} of {steps} iterations, {count} evaluations", "bold")]
+    for finding in findings:
+        out.append(("", ""))
+        out.append((f"{finding.severity.upper()}  {finding.name}", STYLES[finding.severity]))
+        out.append((f"  evidence: {finding.evidence}", ""))
+        out.append((f"  remedy:   {finding.remedy}", ""))
+    if not findings:
+        out.append(("nothing found", "bold green"))
+    if "score" in history.training.values and "gold" not in history.evaluation.values:
+        out.append(("not looked at: gold against proxy (there is no eval.gold)", "dim"))
+    return out
+
+
+def _done(history: History) -> int:
+    return int(history.training.step_I[-1])
+
+
+def show(folder: str | Path, history: History, findings: list[Finding]) -> None:
+    """Print them, in colour on a terminal, as plain lines elsewhere."""
+    console = Console()
+    for text, style in lines(folder, history, findings):
+        # a terminal that is not UTF-8 gets "?" for "→", where print would raise
+        readable = text.encode(console.encoding, "replace").decode(console.encoding)
+        console.print(Text(readable, style), soft_wrap=True)

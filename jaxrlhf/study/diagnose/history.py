@@ -1,11 +1,11 @@
-"""The records of a run's folder as arrays, whether the run is finished or still writing."""
+"""The records of a run's folder as arrays, finished or still writing, and what is said of them."""
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,27 @@ from jaxrlhf.core.errors import InputError
 Sample = dict[str, Any]
 """A line of samples.jsonl: step, prompt, completion, reward (or proxy and gold)."""
 
-MIN_POINTS = 10
-"""Fewer iterations than this have no trend: a fifth of them would be a single one."""
+MIN_POINTS = 10  # fewer iterations have no trend: a fifth of them would be a single one
+
+
+class Part(NamedTuple):
+    """The first or last fifth of a series."""
+
+    value_I: np.ndarray
+    step_I: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        return float(self.value_I.mean())
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.value_I))
+
+    @property
+    def steps(self) -> str:
+        first, last = self.step_I[0], self.step_I[-1]
+        return f"step {last}" if first == last else f"steps {first}-{last}"
 
 
 class Change(NamedTuple):
@@ -25,9 +44,8 @@ class Change(NamedTuple):
     before: float
     after: float
     error: float
-    """Standard error of ``after − before``, from the scatter within the two fifths."""
-    where: tuple[int, int, int, int]
-    """First and last step of either fifth."""
+    """Standard error of ``after − before``: √(s₁²/n + s₂²/n), s the scatter within a fifth."""
+    text: str
 
     @property
     def rise(self) -> float:
@@ -39,8 +57,7 @@ class Change(NamedTuple):
         return self.rise > 2 * self.error
 
     def __str__(self) -> str:
-        a, b, c, d = self.where
-        return f"{self.before:.3g} (steps {a}-{b}) → {self.after:.3g} (steps {c}-{d})"
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -73,45 +90,31 @@ class Series:
             ratio = self[name] / self[over]
         return Series(self.step_I, self.values | {name: np.where(self[over] != 0, ratio, math.nan)})
 
-    def change(self, name: str) -> Change | None:
-        """From the first fifth of the steps with this name to the last; None if they are few."""
+    def early(self, name: str) -> Part | None:
+        """The first fifth of the steps with this name; None if there is no such step."""
         known = self.known(name)
-        x_I, step_I = known[name], known.step_I
-        n = fifth(len(x_I))
-        if len(x_I) < MIN_POINTS:
-            return None
-        head, tail = x_I[:n], x_I[-n:]
-        error = math.sqrt(head.var(ddof=1) / n + tail.var(ddof=1) / n)
-        where = (int(step_I[0]), int(step_I[n - 1]), int(step_I[-n]), int(step_I[-1]))
-        return Change(float(head.mean()), float(tail.mean()), error, where)
+        n = fifth(len(known.step_I))
+        return Part(known[name][:n], known.step_I[:n]) if n else None
 
-    def late(self, name: str) -> "Late | None":
+    def late(self, name: str) -> Part | None:
         """The last fifth of the steps with this name; None if there is no such step."""
         known = self.known(name)
         n = fifth(len(known.step_I))
-        if not n:
+        return Part(known[name][-n:], known.step_I[-n:]) if n else None
+
+    def change(self, name: str) -> Change | None:
+        """From the first fifth of the steps with this name to the last; None if they are few."""
+        early, late = self.early(name), self.late(name)
+        if not early or not late or len(self.known(name).step_I) < MIN_POINTS:
             return None
-        return Late(known[name][-n:], int(known.step_I[-n]), int(known.step_I[-1]))
+        n = len(late.value_I)
+        error = math.sqrt(early.value_I.var(ddof=1) / n + late.value_I.var(ddof=1) / n)
+        text = f"{early.mean:.3g} ({early.steps}) → {late.mean:.3g} ({late.steps})"
+        return Change(early.mean, late.mean, error, text)
 
 
-class Late(NamedTuple):
-    """The end of a series."""
-
-    value_I: np.ndarray
-    first: int
-    last: int
-
-    @property
-    def mean(self) -> float:
-        return float(self.value_I.mean())
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.value_I))
-
-    @property
-    def steps(self) -> str:
-        return f"step {self.last}" if self.first == self.last else f"steps {self.first}-{self.last}"
+Samples = Mapping[int, Sequence[Sample]]
+"""Rows by step, in the order of the steps."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,56 @@ class History:
     """One entry an iteration, under the names of metrics.jsonl."""
     evaluation: Series
     """One entry an evaluation, without the ``eval/`` before its names."""
-    samples: dict[int, tuple[Sample, ...]] = field(default_factory=dict)
-    """A few completions of each iteration, by step."""
-    eval_samples: dict[int, tuple[Sample, ...]] = field(default_factory=dict)
-    """All completions of each evaluation, by step."""
+    samples: Samples = field(default_factory=dict)
+    """A few completions of each iteration."""
+    eval_samples: Samples = field(default_factory=dict)
+    """All completions of each evaluation."""
+
+    def ends(self) -> tuple[list[Sample], list[Sample]]:
+        """The samples of the first and of the last fifth of iterations."""
+        steps = list(self.samples.values())
+        n = fifth(len(steps))
+        first, last = (
+            [row for rows in part for row in rows]
+            for part in (steps[:n], steps[len(steps) - n :])  # [-n:] would be all for n = 0
+        )
+        return first, last
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a run, or may be."""
+
+    name: str
+    """What it is called: the key of its detector in DETECTORS."""
+    severity: Literal["warning", "problem"]
+    """A warning may be as it should be; with a problem the run is not worth going on as it is."""
+    evidence: str
+    """The numbers, with their units and steps."""
+    remedy: str
+    """What to do, by the names of config fields."""
+
+
+Said = tuple[bool, str | list[str], str] | None
+"""Whether it is a problem (else a warning), the evidence, the remedy; no evidence, no finding."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Makes a finding, named as the pure function ``look``, of what that says of a history.
+
+    Where the figures it reads are not logged, or too few, it finds nothing.
+    """
+
+    look: Callable[[History], Said]
+
+    def __call__(self, history: History) -> Finding | None:
+        problem, evidence, remedy = self.look(history) or (False, "", "")
+        if not evidence:
+            return None
+        evidence = evidence if isinstance(evidence, str) else "; ".join(evidence)
+        severity = "problem" if problem else "warning"
+        return Finding(self.look.__name__, severity, evidence, remedy)
 
 
 def fifth(count: int) -> int:
@@ -145,19 +194,21 @@ def read_history(folder: str | Path) -> History:
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
-    lines = read_lines(folder / "metrics.jsonl")
-    evaluations = [line for line in lines if _is_evaluation(line)]
-    training = [line for line in lines if not _is_evaluation(line)]
+    training, evaluations = [], []
+    for line in read_lines(folder / "metrics.jsonl"):
+        if any(name.startswith("eval/") for name in line):
+            evaluations.append({name.removeprefix("eval/"): x for name, x in line.items()})
+        else:
+            training.append(line)
     if not training:
         raise InputError(f"{folder}: metrics.jsonl has no iteration yet: wait for the first")
-    samples = read_lines(folder / "samples.jsonl")
-    return History(
-        load(folder / "config.yaml"),
-        series(training),
-        series([{key.removeprefix("eval/"): x for key, x in line.items()} for line in evaluations]),
-        _by_step(samples, lambda row: row.get("split") != "eval"),
-        _by_step(samples, lambda row: row.get("split") == "eval"),
-    )
+    samples: dict[int, list[Sample]] = {}
+    eval_samples: dict[int, list[Sample]] = {}
+    for row in sorted(read_lines(folder / "samples.jsonl"), key=lambda row: int(row["step"])):
+        kind = eval_samples if row.get("split") == "eval" else samples
+        kind.setdefault(int(row["step"]), []).append(row)
+    config = load(folder / "config.yaml")
+    return History(config, series(training), series(evaluations), samples, eval_samples)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -172,6 +223,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give a folder that can be read") from None
+    # what stands after the last line feed is still being written
     *whole, _ = content.split(b"\n")
     records = []
     for number, line in enumerate(whole, 1):
@@ -188,26 +240,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def series(records: Iterable[dict[str, Any]]) -> Series:
-    """Records as arrays, in the order of their steps; of two of one step the later counts."""
+    """Records as arrays, in the order of their steps; of two of one step the later counts.
+
+    NaN for null (which is how a run writes what is not finite), and for what is no number.
+    """
     by_step = {int(record["step"]): record for record in records}
     steps = sorted(by_step)
     names = {name for record in by_step.values() for name in record} - {"step"}
-    values = {name: np.array([_number(by_step[s].get(name)) for s in steps]) for name in names}
+    rows = {name: [by_step[step].get(name) for step in steps] for name in names}
+    values = {
+        name: np.array([float(x) if isinstance(x, int | float) else math.nan for x in row])
+        for name, row in rows.items()
+    }
     return Series(np.array(steps, int), values)
-
-
-def _number(x: Any) -> float:
-    """NaN for null (which is how a run writes what is not finite), and for what is no number."""
-    return float(x) if isinstance(x, int | float) else math.nan
-
-
-def _is_evaluation(line: dict[str, Any]) -> bool:
-    return any(name.startswith("eval/") for name in line)
-
-
-def _by_step(rows: list[Sample], wanted: Callable[[Sample], bool]) -> dict[int, tuple[Sample, ...]]:
-    found: dict[int, list[Sample]] = {}
-    for row in rows:
-        if wanted(row):
-            found.setdefault(int(row["step"]), []).append(row)
-    return {step: tuple(found[step]) for step in sorted(found)}

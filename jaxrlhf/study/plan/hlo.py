@@ -1,9 +1,12 @@
-"""Reading a compiled program's text: its loops, what crosses between devices, what is how large."""
+"""Reading a program: loops, exchanges and products in its compiled text, FLOPs in its jaxpr."""
 
+import itertools
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxrlhf.core.errors import InputError
 
@@ -19,6 +22,17 @@ CALLS = ("calls", "to_apply", "called_computations", "branch_computations", "bod
 CALLERS = ("fusion", "call", "async-start", "conditional", "custom-call")
 """Operations that carry out the computations they name once; a reduction's are not looked into."""
 
+SENT = {
+    "all-gather": lambda size, n: size * (n - 1),
+    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "reduce-scatter": lambda size, n: size * (n - 1) / n,
+    "all-to-all": lambda size, n: size * (n - 1) / n,
+    "ragged-all-to-all": lambda size, n: size * (n - 1) / n,
+    "collective-permute": lambda size, n: size,
+    "collective-broadcast": lambda size, n: size,
+}
+"""Bytes that each device sends, of an operand of ``size`` bytes among n devices on a ring."""
+
 
 class Shape(NamedTuple):
     """One array of a result, as it lies on one device."""
@@ -28,11 +42,7 @@ class Shape(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
-        count = 1
-        for size in self.dims:
-            count *= size
-        return count
+        return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
@@ -54,12 +64,13 @@ class Op(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Size of the result."""
         return sum(shape.bytes for shape in self.shapes)
 
 
-@dataclass(frozen=True)
-class Module:
+NOTHING = Op("", "", (), (), "", False)
+
+
+class Module(NamedTuple):
     """A program: computations by name, each with its instructions by name."""
 
     computations: dict[str, dict[str, Op]]
@@ -77,55 +88,52 @@ class Visit(NamedTuple):
     """The while loops around it, outermost first."""
 
 
+class Collective(NamedTuple):
+    """One exchange between devices."""
+
+    kind: str
+    sent: float
+    """Bytes that each device sends, each time."""
+    visit: Visit
+
+
 def parse(text: str) -> Module:
     """The text of a compiled program (``compiled.as_text()``)."""
     computations: dict[str, dict[str, Op]] = {}
     entry, current = "", {}
-    counts = [int(n) for n in re.findall(r"num_(?:partitions|replicas)=(\d+)", text[:100_000])]
     for line in text.splitlines():
+        # a computation's head stands at the margin, its instructions do not
         if line and not line[0].isspace():
             if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
                 current = computations.setdefault(found[2], {})
                 entry = found[2] if found[1] else entry
         elif (op := _instruction(line)) is not None:
             current[op.name] = op
-    devices = 1
-    for n in counts:
-        devices *= n
-    return Module(computations, entry, devices)
+    # the head of the text states both; a large program's text is not searched to its end
+    counts = re.findall(r"num_(?:partitions|replicas)=(\d+)", text[:100_000])
+    return Module(computations, entry, math.prod(map(int, counts)))
 
 
 def _instruction(line: str) -> Op | None:
-    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    """``[ROOT] %name = shapes opcode(operands), text``; None if it is no instruction."""
+    # shapes may hold spaces and parentheses, but a word with a parenthesis comes with the opcode
+    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line)
     if found is None:
         return None
-    rest = line[found.end() :]
-    end = _closing(rest) if rest.startswith("(") else rest.find(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    start = rest.find("(")
-    if start < 0:
-        return None
-    stop = start + _closing(rest[start:])
-    inside, after = rest[start + 1 : stop - 1], rest[stop:]
+    root, name, kind, opcode = found.groups()
+    depth, stop = 1, found.end()
+    while depth and stop < len(line):
+        depth += (line[stop] == "(") - (line[stop] == ")")
+        stop += 1
+    inside, after = line[found.end() : stop - 1], line[stop:]
     shapes = tuple(
         Shape(dtype, tuple(int(n) for n in re.findall(r"\d+", dims)))
         for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", kind)
         if dtype in BITS
     )
-    opcode = rest[:start]
     text = inside if opcode in ("constant", "parameter") else after
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Op(found[2], opcode, shapes, operands, text, bool(found[1]))
-
-
-def _closing(text: str) -> int:
-    """The place after the parenthesis that closes the one ``text`` starts with."""
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return place + 1
-    return len(text)
+    return Op(name, opcode, shapes, operands, text, bool(root))
 
 
 def visits(module: Module, trips: int | None = None) -> Iterator[Visit]:
@@ -140,27 +148,26 @@ def visits(module: Module, trips: int | None = None) -> Iterator[Visit]:
       InputError: there is such a loop, and ``trips`` is not given, or there are several.
     """
     unknown = sorted(open_loops(module))
+    # one number cannot be right for two loops
     if len(unknown) > 1:
         raise InputError(f"loops {', '.join(unknown)}: trips of more than one are not known")
-    yield from _visits(module, module.entry, 1, (), trips)
 
+    def carried_out(name: str, times: int, loops: tuple[str, ...]) -> Iterator[Visit]:
+        for op in module.computations.get(name, {}).values():
+            yield Visit(op, name, times, loops)
+            inside = times, loops
+            if op.opcode == "while":
+                known = known_trips(module, op, name)
+                count = trips if known is None else known
+                if count is None:
+                    raise InputError(f"loop {op.name}: its trips are not known: state them")
+                inside = times * count, (*loops, op.name)
+            elif op.opcode not in CALLERS:
+                continue
+            for callee in called(op):
+                yield from carried_out(callee, *inside)
 
-def _visits(
-    module: Module, name: str, times: int, loops: tuple[str, ...], trips: int | None
-) -> Iterator[Visit]:
-    for op in module.computations.get(name, {}).values():
-        yield Visit(op, name, times, loops)
-        if op.opcode == "while":
-            count = known_trips(module, op, name)
-            if count is None and trips is None:
-                raise InputError(f"loop {op.name}: its trips are not known: state them")
-            count = trips if count is None else count
-            assert count is not None
-            for callee in called(op):
-                yield from _visits(module, callee, times * count, (*loops, op.name), trips)
-        elif op.opcode in CALLERS:
-            for callee in called(op):
-                yield from _visits(module, callee, times, loops, trips)
+    yield from carried_out(module.entry, 1, ())
 
 
 def called(op: Op) -> list[str]:
@@ -186,6 +193,7 @@ def known_trips(module: Module, loop: Op, computation: str) -> int | None:
     """How often a while loop runs, as XLA notes it or as its condition counts; None if open."""
     if found := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.text):
         return int(found[1])
+    # not every backend notes it: a fori_loop is while(slot < n), from 0
     condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
     counted = _counts_to(module, condition[1]) if condition else None
     if counted is None:
@@ -193,37 +201,168 @@ def known_trips(module: Module, loop: Op, computation: str) -> int | None:
     slot, end = counted
     ops = module.computations[computation]
     start = _plain(ops, loop.operands[0])
-    if start is None or start.opcode != "tuple":
-        return None
-    first = _plain(ops, start.operands[slot])
-    return end if first is not None and (first.opcode, first.text) == ("constant", "0") else None
+    first = _plain(ops, start.operands[slot]) if start.opcode == "tuple" else NOTHING
+    return end if (first.opcode, first.text) == ("constant", "0") else None
 
 
 def _counts_to(module: Module, name: str) -> tuple[int, int] | None:
     """(slot, n) of a condition that is ``slot < n`` and nothing else."""
     ops = module.computations.get(name, {})
-    root = next((op for op in ops.values() if op.root), None)
-    given: list[Op | None] = []
-    if root is not None and root.opcode == "fusion":
+    root, given = _root(ops), []
+    # the CPU compiler fuses the comparison: its parameters are then the fusion's operands
+    if root.opcode == "fusion":
         given = [_plain(ops, operand) for operand in root.operands]
         ops = module.computations[called(root)[0]]
-        root = next((op for op in ops.values() if op.root), None)
-    if root is None or root.opcode != "compare" or "direction=LT" not in root.text:
+        root = _root(ops)
+    if root.opcode != "compare" or "direction=LT" not in root.text:
         return None
-    left, right = (_plain(ops, operand) for operand in root.operands)
-    if left is not None and left.opcode == "parameter" and given:
-        left = given[int(left.text)]
-    if right is not None and right.opcode == "parameter" and given:
-        right = given[int(right.text)]
-    if left is None or right is None or right.opcode != "constant":
-        return None
+    sides = [_plain(ops, operand) for operand in root.operands]
+    left, right = (given[int(x.text)] if given and x.opcode == "parameter" else x for x in sides)
     slot = re.search(r"index=(\d+)", left.text)
-    return (int(slot[1]), int(right.text)) if slot and right.text.isdigit() else None
+    if slot is None or right.opcode != "constant" or not right.text.isdigit():
+        return None
+    return int(slot[1]), int(right.text)
 
 
-def _plain(ops: dict[str, Op], name: str) -> Op | None:
+def _root(ops: dict[str, Op]) -> Op:
+    return next((op for op in ops.values() if op.root), NOTHING)
+
+
+def _plain(ops: dict[str, Op], name: str) -> Op:
     """The instruction that a value comes from, copies left out."""
-    op = ops.get(name)
-    while op is not None and op.opcode in ("copy", "bitcast"):
-        op = ops.get(op.operands[0])
+    op = ops.get(name, NOTHING)
+    while op.opcode in ("copy", "bitcast"):
+        op = ops.get(op.operands[0], NOTHING)
     return op
+
+
+def collectives(module: Module, trips: int | None = None) -> list[Collective]:
+    """Every exchange of a program; ``trips`` as in ``visits``."""
+    out = []
+    for visit in _exchanges(module, trips):
+        op, ops = visit.op, module.computations[visit.computation]
+        size = sum(ops[name].bytes for name in op.operands if name in ops)
+        kind = op.opcode.removesuffix("-start")
+        # how TPUs write a reduce-scatter: an all-reduce in a fusion of this name
+        if "all-reduce-scatter" in visit.computation:
+            kind = "reduce-scatter"
+        out.append(Collective(kind, SENT[kind](size, group_size(op, module.devices)), visit))
+    return out
+
+
+def _exchanges(module: Module, trips: int | None) -> list[Visit]:
+    """One visit of each exchange, also of one that a TPU carries out in pieces beside other work.
+
+    Every piece, a fusion called async_collective_fusion, names the whole exchange again, some of
+    them in a loop inside the one that it belongs to: what they share is their channel.
+    """
+    found = [x for x in visits(module, trips) if x.op.opcode.removesuffix("-start") in SENT]
+    numbers = [re.search(r"channel_id=(\d+)", x.op.text) for x in found]
+    channels = [number[1] if number else "" for number in numbers]
+    pairs = list(zip(channels, found, strict=True))
+    fused = {c for c, x in pairs if c and x.computation.startswith("async_collective_fusion")}
+    pieces: dict[str, Visit] = {}
+    for channel, visit in pairs:
+        # the piece in the fewest loops is the exchange itself
+        if channel in fused:
+            pieces[channel] = min(pieces.get(channel, visit), visit, key=lambda x: x.times)
+    return [*(x for channel, x in pairs if channel not in fused), *pieces.values()]
+
+
+def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
+    """Kind → (how many, bytes that a device sends in all)."""
+    out: dict[str, tuple[int, float]] = {}
+    for kind, size, visit in found:
+        count, sent = out.get(kind, (0, 0.0))
+        out[kind] = (count + visit.times, sent + size * visit.times)
+    return out
+
+
+def group_size(op: Op, devices: int) -> int:
+    """How many devices take part in one group of an exchange.
+
+    Raises:
+      ValueError: its groups are written in a way that is not known here.
+    """
+    if op.opcode.startswith("collective-permute"):
+        return 2
+    # {{0,2},{1,3}}: each group's devices
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", op.text):
+        return len(found[1].split(","))
+    # [groups,size]<=[…]: device numbers reshaped
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", op.text):
+        return int(found[1])
+    # mesh['a'=4,'b'=2] {'a'}: axes of a mesh, or 'a':(1)2, a part of one
+    if found := re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}", op.text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in named)
+    if "replica_groups={}" in op.text or "replica_groups=" not in op.text:
+        return devices
+    raise ValueError(f"{op.name}: replica_groups cannot be read: {op.text:.120}")
+
+
+def product_bytes(module: Module, trips: int | None = None) -> float:
+    """Bytes of operands and results of all matrix products on one device.
+
+    What they read and write if each passes memory once: a lower bound where products are large,
+    and the whole story of decoding, which reads weights and cache for a single token.
+    """
+    total = 0.0
+    for op, computation, times, _ in visits(module, trips):
+        if op.opcode in ("dot", "convolution"):
+            ops = module.computations[computation]
+            total += times * (op.bytes + sum(ops[n].bytes for n in op.operands if n in ops))
+    return total
+
+
+def flops(jaxpr: ClosedJaxpr | Jaxpr, trips: int | None = None) -> float:
+    """FLOPs of all matrix products of a jaxpr, over all devices.
+
+    A product [M, K]·[K, N] is 2·M·N·K FLOPs. What a scan repeats counts once a step, the dearest
+    branch of a cond counts, the body of a shard_map once a device. Elementwise work is left out.
+    XLA's own count has the body of a loop only once.
+
+    Args:
+      trips: iterations of each while loop: a jaxpr does not say how many there are.
+
+    Raises:
+      InputError: there is a while loop, and ``trips`` is not given.
+    """
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_equation(equation, trips) for equation in inner.eqns)
+
+
+def _equation(equation: Any, trips: int | None) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left, out = equation.invars[0].aval, equation.outvars[0].aval
+        return 2.0 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        # each output reads the kernel once, but only for its own feature
+        kernel, out = equation.invars[1].aval, equation.outvars[0].aval
+        features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(out.shape) * math.prod(kernel.shape) / features
+    values = (x if isinstance(x, tuple | list) else (x,) for x in params.values())
+    bodies = [x for x in itertools.chain(*values) if isinstance(x, ClosedJaxpr | Jaxpr)]
+    parts = [flops(body, trips) for body in bodies]
+    # a loop without products needs no trips
+    if not any(parts):
+        return 0.0
+    if name == "cond":
+        return max(parts)
+    repeats = 1
+    if name == "scan":
+        repeats = params["length"]
+    elif name == "while":
+        if trips is None:
+            raise InputError("a while loop whose trips are not known: state them")
+        repeats = trips
+    elif name == "shard_map":
+        # the body is of one device; the parameter's name differs by jax's version
+        axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
+        repeats = math.prod(params["mesh"].shape[axis] for axis in axes)
+    elif name == "pallas_call":
+        repeats = math.prod(params["grid_mapping"].grid)
+    return sum(parts) * repeats

@@ -1,6 +1,6 @@
 """docs/scale.md: the plans of real sizes, and how an iteration scales, written by a command.
 
-    python -m jaxrlhf.planning.scale PLANS > docs/scale.md
+    python -m jaxrlhf.study.plan.scale PLANS > docs/scale.md
 
 ``PLANS`` is a folder of plans, one JSON file each, as ``jaxrlhf plan --json`` prints them. A plan
 that is not there is made, which takes minutes; with ``--cached`` the document says that it is
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from jaxrlhf.config import load
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.study.plan.planned import Plan, from_json
-from jaxrlhf.study.plan.report import columns, table
+from jaxrlhf.study.plan.advice import columns, table
+from jaxrlhf.study.plan.compiled import Plan, from_json
 from jaxrlhf.study.plan.topology import GIB, parse
 
 CONFIGS = Path("configs/scale")
@@ -52,9 +52,6 @@ compute, memory and exchanges; *in turn* is the sum of the three, as if nothing 
 last column the exchanges' share of that. *efficiency* is the first slice's overlapped time over
 this one's. A link is as fast on every slice here, and there is no latency in it: of a real slice
 expect less."""
-
-PARTS = ("compute", "memory", "links")
-"""What a step takes seconds for."""
 
 
 class Job(NamedTuple):
@@ -93,21 +90,18 @@ def weak_jobs(config: Path, topologies: Sequence[str]) -> list[Job]:
     own = job_of(config)
     jobs = []
     for topology in topologies:
-        if topology == own.topology:
-            jobs.append(own)
-            continue
         chips = parse(topology).devices
         prompts = own.prompts * chips // parse(own.topology).devices
         changes = ("--mesh.fsdp", "-1", "--data.batch-size", str(prompts))
-        jobs.append(Job(f"{config.stem}_on_{chips}", config, topology, prompts, changes))
+        other = Job(f"{config.stem}_on_{chips}", config, topology, prompts, changes)
+        jobs.append(own if topology == own.topology else other)
     return jobs
 
 
 def plan_of(job: Job, folder: Path, cached: bool = False) -> Plan | None:
     """A job's plan, from its file in ``folder``, or made and put there; None with ``cached``.
 
-    A plan that does not fit is one too. It is made by a process of its own, since a topology is
-    chosen before jax starts.
+    A plan that does not fit is one too.
 
     Raises:
       InputError: the command prints no plan.
@@ -118,12 +112,10 @@ def plan_of(job: Job, folder: Path, cached: bool = False) -> Plan | None:
             return None
         began = time.perf_counter()
         words = ["plan", str(job.config), "--topology", job.topology, "--json", *job.changes]
-        done = subprocess.run(
-            [sys.executable, "-m", "jaxrlhf", *words],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        # a process of its own: a topology is chosen before jax starts
+        command = [sys.executable, "-m", "jaxrlhf.apps.cli", *words]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        # the status says whether the plan fits, not whether there is one
         if not done.stdout.strip():
             raise InputError(f"{job.words}: ended with status {done.returncode} and no plan")
         print(f"{job.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
@@ -137,25 +129,22 @@ def title_of(config: Path) -> str:
     return config.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".")
 
 
-def section(job: Job, plan: Plan | None) -> str:
-    """A config's part of the document."""
-    body = f"```\n{table(plan)}\n```" if plan else "No plan of it has been made yet."
-    return f"## {title_of(job.config)}\n\n    {job.words}\n\n{body}"
-
-
 def scaling(config: Path, plans: Sequence[tuple[Job, Plan | None]]) -> str:
     """The table of a config on ever larger slices, of those that are planned."""
-    title = title_of(config).split(":")[0]
-    head = ["chips", "mesh", "prompts", "GiB", "overlapped s", "efficiency", "in turn s",
-            "sent GB", "exchanges"]  # fmt: skip
-    rows, first = [head], math.nan
+    rows = [["chips", "mesh", "prompts", "GiB", "overlapped s", "efficiency", "in turn s",
+             "sent GB", "exchanges"]]  # fmt: skip
+    first = math.nan
     for job, plan in plans:
         if plan is None:
             rows.append([job.topology, "no plan yet", *[""] * 7])
             continue
         first = plan.time if math.isnan(first) else first
-        total = {name: sum(s.calls * s.seconds[name] for s in plan.steps) for name in PARTS}
-        in_turn = sum(total.values())
+        compute, memory, links = (
+            sum(s.calls * s.seconds[name] for s in plan.steps)
+            for name in ("compute", "memory", "links")
+        )
+        # as if nothing overlapped; plan.time is as if all did
+        in_turn = compute + memory + links
         rows.append([
             str(plan.devices),
             " · ".join(str(size) for size in plan.mesh.values()),
@@ -165,8 +154,9 @@ def scaling(config: Path, plans: Sequence[tuple[Job, Plan | None]]) -> str:
             f"{first / plan.time:.1%}",
             f"{in_turn:.4g}",
             f"{sum(s.calls * s.sent for s in plan.steps) / 1e9:.4g}",
-            f"{total['links'] / in_turn:.1%}",
+            f"{links / in_turn:.1%}",
         ])  # fmt: skip
+    title = title_of(config).split(":")[0]
     commands = "\n".join(f"    {job.words}" for job, _ in plans)
     text = "\n".join(columns(rows))
     return f"{SCALING.format(title=title)}\n\n{commands}\n\n```\n{text}\n```"
@@ -175,12 +165,12 @@ def scaling(config: Path, plans: Sequence[tuple[Job, Plan | None]]) -> str:
 def document(folder: Path, cached: bool = False) -> str:
     """The whole of docs/scale.md."""
     parts = [INTRO]
-    for config in sorted(CONFIGS.glob("*.yaml")):
-        job = job_of(config)
-        parts.append(section(job, plan_of(job, folder, cached)))
-    jobs = weak_jobs(*WEAK)
-    parts.append(scaling(WEAK[0], [(job, plan_of(job, folder, cached)) for job in jobs]))
-    return "\n\n".join(parts) + "\n"
+    for job in map(job_of, sorted(CONFIGS.glob("*.yaml"))):
+        plan = plan_of(job, folder, cached)
+        body = f"```\n{table(plan)}\n```" if plan else "No plan of it has been made yet."
+        parts.append(f"## {title_of(job.config)}\n\n    {job.words}\n\n{body}")
+    weak = [(job, plan_of(job, folder, cached)) for job in weak_jobs(*WEAK)]
+    return "\n\n".join([*parts, scaling(WEAK[0], weak)]) + "\n"
 
 
 def main(words: Sequence[str] | None = None) -> int:

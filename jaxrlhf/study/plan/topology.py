@@ -14,6 +14,10 @@ GIB = 2**30
 class Chip:
     """A device, as far as a roofline sees it; a link's direction counts once."""
 
+    kind: str
+    """What jax calls it: the start of its ``device_kind``."""
+    torus: int
+    """Dimensions of a slice of TPUs; 0 for other devices."""
     memory: float
     """Bytes that a program may use: what is left of its HBM after the compiler's reserve."""
     flops: float
@@ -31,32 +35,17 @@ GPU = "NVIDIA data sheet, SXM; memory less 6 % for the runtime; link: NVLink, on
 HOST = "nominal, to compare layouts with; not a measurement"
 
 CHIPS = {
-    "v4": Chip(30.75 * GIB, 275e12, 1228e9, 100e9, TPU),
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 100e9, TPU),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 200e9, TPU),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 200e9, TPU),
-    "a100": Chip(0.94 * 80e9, 312e12, 2039e9, 300e9, GPU),
-    "h100": Chip(0.94 * 80e9, 989e12, 3350e9, 450e9, GPU),
-    "h200": Chip(0.94 * 141e9, 989e12, 4800e9, 450e9, GPU),
-    "cpu": Chip(16 * GIB, 1e11, 2e10, 1e10, HOST),
+    "v4": Chip("TPU v4", 3, 30.75 * GIB, 275e12, 1228e9, 100e9, TPU),
+    # before v5p, whose kind ("TPU v5" or "TPU v5p") is the start of this one
+    "v5e": Chip("TPU v5 lite", 2, 15.75 * GIB, 197e12, 819e9, 100e9, TPU),
+    "v5p": Chip("TPU v5", 3, 95.74 * GIB, 459e12, 2765e9, 200e9, TPU),
+    "v6e": Chip("TPU v6 lite", 2, 31.25 * GIB, 918e12, 1638e9, 200e9, TPU),
+    "a100": Chip("NVIDIA A100", 0, 0.94 * 80e9, 312e12, 2039e9, 300e9, GPU),
+    "h100": Chip("NVIDIA H100", 0, 0.94 * 80e9, 989e12, 3350e9, 450e9, GPU),
+    "h200": Chip("NVIDIA H200", 0, 0.94 * 141e9, 989e12, 4800e9, 450e9, GPU),
+    "cpu": Chip("cpu", 0, 16 * GIB, 1e11, 2e10, 1e10, HOST),
 }
 """Name → facts. Published peaks are not reached: a roofline is a lower bound of the time."""
-
-TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-"""Dimensions of a slice of each TPU."""
-
-KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "NVIDIA A100": "a100",
-    "NVIDIA H100": "h100",
-    "NVIDIA H200": "h200",
-    "cpu": "cpu",
-}
-"""What jax calls a device (the start of its ``device_kind``) → its name here."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +76,15 @@ def parse(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         raise InputError(f"--topology {name}: unknown device; give {', '.join(CHIPS)} or here")
-    dims = TORUS.get(kind, 1)
+    torus = CHIPS[kind].torus
+    dims = torus or 1
     if not re.fullmatch("x".join([r"[1-9]\d*"] * dims), shape):
         example = {1: "8", 2: "16x16", 3: "8x8x4"}[dims]
         raise InputError(
             f"--topology {name}: {kind} takes {dims} size{'s' * (dims > 1)}, as in {kind}:{example}"
         )
     count = math.prod(int(size) for size in shape.split("x"))
-    return Topology(name, kind, count, "tpu" if kind in TORUS else "cpu")
+    return Topology(name, kind, count, "tpu" if torus else "cpu")
 
 
 def environment(topology: Topology, xla_flags: str = "") -> dict[str, str]:
@@ -105,12 +95,16 @@ def environment(topology: Topology, xla_flags: str = "") -> dict[str, str]:
     """
     if topology.compiler == "here":
         return {}
-    variables = {"JAX_PLATFORMS": "cpu"}  # whatever is here stays out of it
+    # whatever accelerator is here stays out of it
+    variables = {"JAX_PLATFORMS": "cpu"}
     if topology.compiler == "tpu":
-        return variables | {  # what libtpu would ask a metadata server
-            "JAX_ENABLE_COMPILATION_CACHE": "false",  # it reads programs back onto devices only
+        return variables | {
+            # the cache would read programs back onto devices, and there are none
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            # several plan at once: none of them has a TPU
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            # what libtpu would ask a metadata server
             "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plan at once: none of them has a TPU
             "TPU_ACCELERATOR_TYPE": f"{topology.chip}-{topology.devices}",
             "TPU_WORKER_HOSTNAMES": "localhost",
         }
@@ -124,7 +118,7 @@ def chip_of(kind: str) -> str:
     Raises:
       InputError: it is not in the table.
     """
-    for start in sorted(KINDS, key=len, reverse=True):
-        if kind.startswith(start):
-            return KINDS[start]
+    for name, chip in CHIPS.items():
+        if kind.startswith(chip.kind):
+            return name
     raise InputError(f"--topology here: nothing is known of {kind!r}; name one, such as v5e:2x4")

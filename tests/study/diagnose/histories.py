@@ -15,6 +15,11 @@ VERBS = ("was", "seemed", "felt", "looked", "stayed", "turned out")
 ADJECTIVES = ("warm", "grey", "kind", "slow", "early", "bright", "plain")
 
 
+def severity_of(finding):
+    """None where nothing is found."""
+    return finding and finding.severity
+
+
 def line(start, end, scatter=0.0):
     """From ``start`` to ``end`` over the run, with a scatter drawn from the two numbers."""
     seed = zlib.crc32(f"{start} {end} {scatter}".encode())

@@ -1,17 +1,13 @@
-"""Reward hacking: proxy against gold, training against held-out, length, loops, phrases."""
+"""Reward hacking: proxy against gold, training against held-out, length, loops, phrases; of which
+completions, and where the thresholds are."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from histories import ending, line, measured, policy, rows, texts
+from histories import ending, line, measured, policy, rows, severity_of, texts
 
 from jaxrlhf.study.diagnose import hacking
-
-
-def only(found):
-    (finding,) = found
-    return finding
 
 
 @pytest.mark.parametrize(
@@ -29,11 +25,11 @@ def only(found):
 )
 def test_reward_hacking(proxy, gold, severity):
     found = hacking.reward_hacking(measured(policy(), proxy=proxy, gold=gold))
-    assert [f.severity for f in found] == ([severity] if severity else [])
+    assert severity_of(found) == severity
 
 
 def test_reward_hacking_evidence():
-    finding = only(hacking.reward_hacking(measured(policy(), gold=[0.0, 0.4, -0.2])))
+    finding = hacking.reward_hacking(measured(policy(), gold=[0.0, 0.4, -0.2]))
     assert finding.evidence == (
         "held-out proxy 0 → 0.8 (steps 0 and 40) while gold fell from 0.4 (step 20) to -0.2, "
         "at KL 6 nats"
@@ -41,17 +37,21 @@ def test_reward_hacking_evidence():
     assert "algorithm.kl_coef" in finding.remedy
 
 
+def test_reward_hacking_needs_both_measures():
+    assert hacking.reward_hacking(measured(policy(), gold=[np.nan] * 3)) is None
+
+
 @pytest.mark.parametrize(
     ("last", "severity"), [(-0.2, "problem"), (0.05, "warning"), (0.3, None), (0.8, None)]
 )
 def test_held_out_gap(last, severity):
     found = hacking.held_out_gap(measured(policy(), proxy=[0.0, last / 2, last]))
-    assert [f.severity for f in found] == ([severity] if severity else [])
+    assert severity_of(found) == severity
 
 
 def test_held_out_gap_needs_a_rise_in_training():
     history = measured(policy(score=line(0, 0, 0.05)), proxy=[0.0, -0.2, -0.4])
-    assert hacking.held_out_gap(history) == []
+    assert hacking.held_out_gap(history) is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_held_out_gap_needs_a_rise_in_training():
 )
 def test_length_takeover(changes, severity):
     found = hacking.length_takeover(policy(**changes))
-    assert [f.severity for f in found] == ([severity] if severity else [])
+    assert severity_of(found) == severity
 
 
 @pytest.mark.parametrize(
@@ -80,23 +80,22 @@ def test_length_takeover(changes, severity):
 )
 def test_repetition(text, severity):
     found = hacking.repetition(ending(policy(), [text] * 60))
-    assert [f.severity for f in found] == ([severity] if severity else [])
+    assert severity_of(found) == severity
 
 
 def test_repetition_from_the_start_is_the_task():
     both = dict.fromkeys((0, 40), rows(["so so so so so so so so"] * 60))
-    assert hacking.repetition(replace(policy(), eval_samples=both)) == []
+    assert hacking.repetition(replace(policy(), eval_samples=both)) is None
 
 
 def test_repetition_distinct_bigrams():
-    finding = only(hacking.repetition(measured(policy(), distinct_2=[0.8, 0.5, 0.2])))
+    finding = hacking.repetition(measured(policy(), distinct_2=[0.8, 0.5, 0.2]))
     assert finding.evidence == "distinct_2 0.8 → 0.2 (steps 0 and 40)"
-    assert hacking.repetition(measured(policy(), distinct_2=[0.8, 0.5, 0.3])) == []
+    assert hacking.repetition(measured(policy(), distinct_2=[0.8, 0.5, 0.3])) is None
 
 
 def test_phrase_takeover_names_the_whole_phrase():
-    found = hacking.phrase_takeover(ending(policy(), [f"{t} I am so happy" for t in texts(60)]))
-    finding = only(found)
+    finding = hacking.phrase_takeover(ending(policy(), [f"{t} I am so happy" for t in texts(60)]))
     assert finding.severity == "warning"
     assert finding.evidence == "'I am so happy' stands in 0% → 100% of completions"
 
@@ -104,16 +103,14 @@ def test_phrase_takeover_names_the_whole_phrase():
 def test_phrase_takeover_word_in_half_of_them():
     words = texts(60)
     some = [t + " amazing" if i % 5 < 3 else t for i, t in enumerate(words)]
-    assert (
-        "'amazing' stands in 0% → 60%"
-        in only(hacking.phrase_takeover(ending(policy(), some))).evidence
-    )
+    finding = hacking.phrase_takeover(ending(policy(), some))
+    assert "'amazing' stands in 0% → 60%" in finding.evidence
     few = [t + " amazing" if i % 5 < 2 else t for i, t in enumerate(words)]
-    assert hacking.phrase_takeover(ending(policy(), few)) == []
+    assert hacking.phrase_takeover(ending(policy(), few)) is None
 
 
 def test_phrase_takeover_word_is_all_there_is():
-    finding = only(hacking.phrase_takeover(ending(policy(), ["good good good good bad"] * 60)))
+    finding = hacking.phrase_takeover(ending(policy(), ["good good good good bad"] * 60))
     assert finding.severity == "problem"
     assert finding.evidence.startswith("'good' went from 0% to 80% of all words; 'good good good")
 
@@ -130,8 +127,3 @@ def test_completions_too_few():
     history = policy()
     few = {step: history.samples[step] for step in range(1, 20)}
     assert hacking.completions(replace(history, eval_samples={}, samples=few)) is None
-
-
-def test_reward_hacking_needs_both_measures():
-    history = policy()
-    assert hacking.reward_hacking(measured(history, gold=[np.nan] * 3)) == []

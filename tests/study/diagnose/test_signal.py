@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from histories import STEPS, grpo, measured, policy, reward_model, rows, texts
+from histories import STEPS, grpo, measured, policy, reward_model, rows, severity_of, texts
 
 from jaxrlhf.config import DAPOConfig, GRPOConfig
 from jaxrlhf.study.diagnose import signal
@@ -12,27 +12,23 @@ from jaxrlhf.study.diagnose import signal
 ONES = np.ones(STEPS)
 
 
-def severities(found):
-    return [finding.severity for finding in found]
-
-
 def test_equal_rewards_always():
     history = policy(score=0.5 * ONES, score_std=0 * ONES)
-    (finding,) = signal.equal_rewards(history)
+    finding = signal.equal_rewards(history)
     assert finding.severity == "problem"
     assert "in 40 of 40 iterations, the last of them 0.5" in finding.evidence
 
 
 def test_equal_rewards_in_the_end():
     spread = np.where(np.arange(STEPS) < 30, 0.4, 0)
-    assert severities(signal.equal_rewards(policy(score_std=spread))) == ["warning"]
+    assert severity_of(signal.equal_rewards(policy(score_std=spread))) == "warning"
     spread = np.where(np.arange(STEPS) < 37, 0.4, 0)  # three of the last eight
-    assert signal.equal_rewards(policy(score_std=spread)) == []
+    assert signal.equal_rewards(policy(score_std=spread)) is None
 
 
 def test_equal_rewards_relative_to_their_size():
     history = policy(score=1e6 * ONES, score_std=0.5 * ONES)  # float32 has no more digits
-    assert severities(signal.equal_rewards(history)) == ["problem"]
+    assert severity_of(signal.equal_rewards(history)) == "problem"
 
 
 @pytest.mark.parametrize(
@@ -40,13 +36,13 @@ def test_equal_rewards_relative_to_their_size():
 )
 def test_groups_without_signal(silent, severity):
     found = signal.groups_without_signal(grpo(groups_without_signal=silent * ONES))
-    assert severities(found) == ([severity] if severity else [])
+    assert severity_of(found) == severity
 
 
 def test_groups_without_signal_dynamic_sampling():
     history = policy(DAPOConfig(), groups_kept=0.4 * ONES)
-    assert "filled 40% of groups" in signal.groups_without_signal(history)[0].evidence
-    assert signal.groups_without_signal(policy(DAPOConfig(), groups_kept=0.6 * ONES)) == []
+    assert "filled 40% of groups" in signal.groups_without_signal(history).evidence
+    assert signal.groups_without_signal(policy(DAPOConfig(), groups_kept=0.6 * ONES)) is None
 
 
 @pytest.mark.parametrize(
@@ -62,13 +58,13 @@ def test_groups_without_signal_dynamic_sampling():
 )
 def test_reward_scale(spread, severity):
     found = signal.reward_scale(policy(score_std=spread))
-    assert severities(found) == ([severity] if severity else [])
+    assert severity_of(found) == severity
 
 
 def test_reward_scale_of_algorithms_that_divide_by_it():
-    assert signal.reward_scale(grpo(score_std=50 * ONES)) == []
+    assert signal.reward_scale(grpo(score_std=50 * ONES)) is None
     priced = policy(GRPOConfig(kl_in="reward"), score_std=50 * ONES)
-    assert severities(signal.reward_scale(priced)) == ["warning"]
+    assert severity_of(signal.reward_scale(priced)) == "warning"
 
 
 def at_limit(share, kinds=32):
@@ -88,9 +84,9 @@ def at_limit(share, kinds=32):
 
 
 def test_reward_scale_at_its_limit():
-    assert "have exactly the highest reward" in signal.reward_scale(at_limit(0.85))[0].evidence
-    assert signal.reward_scale(at_limit(0.7)) == []
-    assert signal.reward_scale(at_limit(0.85, kinds=2)) == []  # right or wrong
+    assert "have exactly the highest reward" in signal.reward_scale(at_limit(0.85)).evidence
+    assert signal.reward_scale(at_limit(0.7)) is None
+    assert signal.reward_scale(at_limit(0.85, kinds=2)) is None  # right or wrong
 
 
 def test_reward_scale_at_a_limit_of_zero():
@@ -100,28 +96,28 @@ def test_reward_scale_at_a_limit_of_zero():
         step: [{**row, "reward": row["reward"] - 1} for row in judged]
         for step, judged in history.samples.items()
     }
-    (finding,) = signal.reward_scale(replace(history, samples=samples))
+    finding = signal.reward_scale(replace(history, samples=samples))
     assert "have exactly the highest reward" in finding.evidence
 
 
 def test_length_correlation_of_samples():
     lengths = np.random.default_rng(0).permutation(60) + 4
-    for slope, expected in ((1.0, ["warning"]), (-1.0, ["warning"]), (0.0, [])):
+    for slope, expected in ((1.0, "warning"), (-1.0, "warning"), (0.0, None)):
         proxy = slope * lengths + np.random.default_rng(1).normal(size=60)
         judged = rows(["a " * n for n in lengths], proxy=proxy.tolist())
         found = signal.length_correlation(replace(policy(), eval_samples={0: judged}))
-        assert severities(found) == expected
+        assert severity_of(found) == expected
 
 
 def test_length_correlation_of_a_reward_model():
     history = measured(reward_model(), length_correlation=[0.0, 0.4, 0.6])
-    assert "0.60 between reward and length" in signal.length_correlation(history)[0].evidence
-    assert signal.length_correlation(measured(history, length_correlation=[0, 0.8, 0.4])) == []
+    assert "0.60 between reward and length" in signal.length_correlation(history).evidence
+    assert signal.length_correlation(measured(history, length_correlation=[0, 0.8, 0.4])) is None
 
 
 def test_excluded_rows():
-    (finding,) = signal.excluded_rows(policy(valid=np.where(np.arange(STEPS) == 3, 0.2, 0.9)))
+    finding = signal.excluded_rows(policy(valid=np.where(np.arange(STEPS) == 3, 0.2, 0.9)))
     assert finding.severity == "warning"
     assert finding.evidence == "11.8% of completions have no reward, 80.0% at step 4"
-    assert severities(signal.excluded_rows(policy(valid=0.4 * ONES))) == ["problem"]
-    assert signal.excluded_rows(policy(valid=0.96 * ONES)) == []
+    assert severity_of(signal.excluded_rows(policy(valid=0.4 * ONES))) == "problem"
+    assert signal.excluded_rows(policy(valid=0.96 * ONES)) is None

@@ -1,4 +1,4 @@
-"""What must not be in any compiled program of a run on eight devices."""
+"""What no compiled program of a run on eight devices may hold or send; broken ones are found."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +15,8 @@ from jaxrlhf.models.transformer import CACHE_AXES
 from jaxrlhf.run.setup import outline
 from jaxrlhf.steps import sample as sampling
 from jaxrlhf.steps import score as scoring
-from jaxrlhf.study.plan.collectives import arrays_with, collectives, gathered
-from jaxrlhf.study.plan.hlo import open_loops, parse
-from jaxrlhf.study.plan.steps import calls_of
+from jaxrlhf.study.plan.calls import calls_of
+from jaxrlhf.study.plan.hlo import collectives, open_loops, parse
 
 PROMPT, NEW = 4, 33
 VOCAB, EMBED, SLOTS = 640, 96, PROMPT + NEW  # 2.5 blocks of a draw
@@ -92,23 +91,37 @@ def all_logits(module, sizes):
     """
     rows = ROWS // (sizes["data"] * sizes["fsdp"])
     columns = -(-NEW // sizes["context"])
+    least = {vocab: rows * columns * vocab for vocab in (VOCAB, VOCAB // sizes["tensor"])}
     return [
-        op
-        for vocab in {VOCAB, VOCAB // sizes["tensor"]}
-        for op in arrays_with(module, (vocab,), rows * columns * vocab)
+        shape
+        for ops in module.computations.values()
+        for op in ops.values()
+        for shape in op.shapes
+        if any(vocab in shape.dims and shape.elements >= least[vocab] for vocab in least)
     ]
+
+
+def largest(exchange):
+    return max(exchange.visit.op.shapes, key=lambda shape: shape.elements)
+
+
+def gathered(module, elements, trips=None):
+    """All-gathers whose result has at least so many elements on a device."""
+    found = collectives(module, trips)
+    return [x for x in found if x.kind == "all-gather" and largest(x).elements >= elements]
 
 
 def loop_gathers(module):
     """Gathers in the decode loop, of a weight or of a row's logits."""
     (loop,) = open_loops(module)
-    return [x for x in gathered(module, HEAD_KERNEL, trips=NEW - 1) if loop in x.loops]
+    return [x for x in gathered(module, HEAD_KERNEL, trips=NEW - 1) if loop in x.visit.loops]
 
 
 def cache_exchanges(module):
     """What is sent of the cache: of all slots, more than a number for each."""
     found = collectives(module, trips=NEW - 1)
-    return [x for x in found if SLOTS in x.result.dims and x.result.elements > ROWS * SLOTS]
+    shapes = map(largest, found)
+    return [x for x in shapes if SLOTS in x.dims and x.elements > ROWS * SLOTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,6 +186,6 @@ def test_keys_and_values_are_gathered_over_context_alone(name, modules):
     module, sizes = modules
     rows, heads = ROWS // (sizes["data"] * sizes["fsdp"]), 2 // sizes["tensor"]
     tokens = -(-SLOTS // sizes["context"]) * sizes["context"]  # XLA pads what it cannot divide
-    found = [x for x in gathered(module(name), 1) if {SLOTS, tokens} & {*x.result.dims}]
-    shapes = {(len(x.loops), x.result.elements) for x in found if x.loops}
+    found = [x for x in gathered(module(name), 1) if {SLOTS, tokens} & {*largest(x).dims}]
+    shapes = {(len(x.visit.loops), largest(x).elements) for x in found if x.visit.loops}
     assert shapes == ({(1, rows * tokens * heads * 16)} if sizes["context"] > 1 else set())

@@ -10,7 +10,7 @@ from jaxrlhf.config import check, check_mesh, load, rows_at_once
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.load import build
 from jaxrlhf.study.plan import scale
-from jaxrlhf.study.plan.planned import Plan, Step, as_json, from_json
+from jaxrlhf.study.plan.compiled import Plan, Step, as_json, from_json
 from jaxrlhf.study.plan.scale import Job, job_of, main, plan_of, scaling, weak_jobs
 from jaxrlhf.study.plan.topology import GIB, parse
 

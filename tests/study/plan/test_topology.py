@@ -1,11 +1,8 @@
-"""Names of topologies, what is set for them, and the devices they give."""
+"""Names of topologies and chips, and what is set for them before jax starts."""
 
-import jax
 import pytest
 
-from jaxrlhf.config import MeshConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.study.plan.devices import chip_name, devices_of, mesh_of
 from jaxrlhf.study.plan.topology import CHIPS, Topology, chip_of, environment, parse
 
 
@@ -63,42 +60,3 @@ def test_chip_of_names_what_jax_finds():
 
 def test_every_chip_states_its_source():
     assert all(chip.source and chip.memory > 2**30 for chip in CHIPS.values())
-
-
-def test_devices_of_cpu():
-    found = devices_of(parse("cpu:4"))
-    assert len(found) == 4
-    assert devices_of(parse("here")) == jax.devices()
-    assert chip_name(parse("here"), found) == "cpu"
-    with pytest.raises(InputError, match=r"cpu:64: jax has 8 CPU devices: set XLA_FLAGS=--xla"):
-        devices_of(parse("cpu:64"))
-
-
-def test_mesh_of_fake_devices_has_no_slices():
-    found = mesh_of(MeshConfig(data=2, tensor=2, slices=2), parse("cpu:4"))
-    assert dict(found.shape) == {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
-
-
-def test_mesh_of_tpu_slices():
-    pytest.importorskip("libtpu", reason="the TPU compiler is an extra: jaxrlhf[plan]")
-    found = mesh_of(MeshConfig(data=4, fsdp=2, tensor=2, slices=2), parse("v5e:2x4"))
-    assert [{x.slice_index for x in found.devices[i].flat} for i in range(4)] == [
-        {0},
-        {0},
-        {1},
-        {1},
-    ]
-
-
-def test_devices_of_tpu_without_libtpu(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"v5e:2x4: libtpu.* pip install 'jaxrlhf\[plan\]'"):
-        devices_of(parse("v5e:2x4"))
-
-
-def test_devices_of_tpu():
-    pytest.importorskip("libtpu", reason="the TPU compiler is an extra: jaxrlhf[plan]")
-    for name, count in (("v5e:2x4", 8), ("v4:2x2x4", 16), ("v5p:2x2x2", 8), ("v6e:2x2", 4)):
-        assert len(devices_of(parse(name))) == count
-    with pytest.raises(InputError, match="libtpu refuses it"):
-        devices_of(parse("v5e:3x5"))

@@ -1,24 +1,88 @@
-"""Measures of completions, by hand and against brute force."""
+"""Statistics by hand, against brute force over subsets, and against scipy."""
 
 import itertools
 import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from jaxrlhf.core.stats import (
+    accuracy_by_gap,
     best_of_n,
     best_of_n_nats,
+    correlation,
+    distinct_n,
+    distribution,
     maj_at_k,
+    mean_interval,
     n_at_kl,
     order_weights,
+    over_prompts,
+    pair_reliability,
     pass_at_k,
     powers_of_two,
+    rank_correlation,
+    reliability,
     repetition,
+    share_interval,
+    sigmoid,
+    wilson,
     win_rate,
 )
 
 NAN = np.nan
+
+
+def test_distinct_n_by_hand():
+    assert distinct_n(["a b a b", "a b"]) == 2 / 4  # ab ba ab ab
+    assert distinct_n([[1, 2, 3], [4, 1, 2]]) == 3 / 4
+    assert distinct_n([[1, 2, 3], (3, 2, 1)], n=1) == 3 / 6
+    assert distinct_n([[1, 1, 1, 1]], n=3) == 1 / 2
+    assert distinct_n(["one", ""]) == 0.0
+
+
+def test_mean_interval_against_scipy():
+    x = np.array([0.0, 1, 1, 4, 2.5])
+    mean, half = mean_interval(x)
+    low, high = scipy.stats.t.interval(0.95, 4, x.mean(), scipy.stats.sem(x))
+    np.testing.assert_allclose((mean - half, mean + half), (low, high), rtol=1e-6)
+
+
+def test_mean_interval_few():
+    assert mean_interval([2.0])[0] == 2.0
+    assert math.isnan(mean_interval([2.0])[1])
+    assert all(map(math.isnan, mean_interval([])))
+    assert mean_interval([1.0, 1.0]) == (1.0, 0.0)
+
+
+def test_over_prompts_by_hand():
+    """1; none known, so left out; and (2 + 4)/2."""
+    x_B = [1.0, NAN, NAN, NAN, 2.0, 4.0]
+    assert over_prompts(np.array(x_B), 2) == mean_interval([1.0, 3.0])
+    assert over_prompts(np.array(x_B), 2, share_interval) == share_interval([1.0, 3.0])
+
+
+@pytest.mark.parametrize(("wins", "n"), [(0, 10), (3, 10), (10, 10), (50, 100)])
+def test_wilson_against_scipy(wins, n):
+    found = scipy.stats.binomtest(wins, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(wilson(wins / n, n), (found.low, found.high), atol=1e-6)
+
+
+def test_share_interval_where_all_agree():
+    """t = 2.262157: 1 − 1/(1 + t²/10) = 0.338509, where the normal interval is a point."""
+    assert share_interval([1.0] * 10) == (1.0, pytest.approx(0.338509, abs=1e-6))
+    assert share_interval([0.0] * 10) == (0.0, pytest.approx(0.338509, abs=1e-6))
+    assert share_interval([1.0])[0] == 1.0
+    assert math.isnan(share_interval([1.0])[1])
+
+
+def test_share_interval_of_many_is_the_mean_interval():
+    """Away from 0 and 1, and as narrow as the shares are alike."""
+    x = np.random.default_rng(0).uniform(0.4, 0.8, 500)
+    mean, half = share_interval(x)
+    assert mean == pytest.approx(x.mean())
+    assert half == pytest.approx(mean_interval(x)[1], rel=0.02)
 
 
 def test_win_rate_by_hand():
@@ -83,12 +147,6 @@ def test_best_of_n_against_subsets(n):
     gold = [np.mean([gold_of_best(q, s) for s in subsets]) for q in range(3)]
     np.testing.assert_allclose(best_of_n(score_QN, n), best)
     np.testing.assert_allclose(best_of_n(score_QN, n, gold_QN), gold)
-
-
-def test_best_of_n_shares_the_weight_of_ties():
-    # of two out of {0, 1, 1}: all three pairs have a 1; each 1 wins half of the time
-    score_QN, gold_QN = np.array([[1.0, 0.0, 1.0]]), np.array([[4.0, 100.0, 8.0]])
-    np.testing.assert_allclose(best_of_n(score_QN, 2, gold_QN), [6.0])
 
 
 def test_best_of_n_leaves_out_unknown():
@@ -188,3 +246,93 @@ def test_best_of_n_between_whole_n():
     weight_KN = np.array([order_weights(8, n) for n in n_K])
     np.testing.assert_allclose(weight_KN.sum(1), 1, rtol=1e-12)
     assert (weight_KN >= 0).all()
+
+
+def test_reliability_hand_computed():
+    """Two bins of two: 0.1, 0.3 → mean 0.2, observed 0.5; 0.9, 1.0 → 0.95 and 1."""
+    found = reliability(np.array([0.1, 0.9, 0.3, 1.0]), np.array([0, 1, 1, 1]), bins=2)
+    assert found.predicted == pytest.approx([0.2, 0.95])
+    assert found.observed == pytest.approx([0.5, 1])
+    assert found.count == [2, 2]
+    assert found.ece == pytest.approx(0.5 * 0.3 + 0.5 * 0.05)
+
+
+def test_reliability_bins_hold_equally_many():
+    """Crowded predictions, which bins of equal width would put into one; ties stay together."""
+    p = np.concatenate([np.linspace(0.90, 0.95, 40), [0.99] * 20])
+    found = reliability(p, np.ones(60))
+    assert found.count == [10, 10, 10, 10, 20]
+    assert found.predicted == sorted(found.predicted)
+    assert reliability(np.full(60, 0.7), np.ones(60)).count == [60]
+    assert reliability(np.array([0.0, 0.95]), np.array([0, 1])).count == [2]  # too few for two
+
+
+def test_reliability_noise_is_as_stated():
+    generator = np.random.default_rng(0)
+    p = np.full(100, 0.5) + np.arange(100) * 1e-6
+    ece = np.mean([reliability(p, generator.random(100) < 0.5).ece for _ in range(400)])
+    assert ece == pytest.approx(np.sqrt(2 * 0.25 / (np.pi * 10)), rel=0.05)
+
+
+def test_reliability_of_a_calibrated_forecast_is_small():
+    generator = np.random.default_rng(0)
+    p = generator.random(20000)
+    assert reliability(p, generator.random(20000) < p).ece < 0.02
+    assert reliability(p, generator.random(20000) < p**2).ece > 0.1
+
+
+def test_reliability_bad_input():
+    with pytest.raises(ValueError, match=r"outside of \[0.5, 1\]"):
+        reliability(np.array([0.4]), np.array([1]), low=0.5)
+    with pytest.raises(ValueError, match="pass N of each"):
+        reliability(np.array([]), np.array([]))
+
+
+def test_pair_reliability_hand_computed():
+    """σ(|±log 3|) = 0.75, right once of twice; a tie predicts ½ and counts ½."""
+    found = pair_reliability(np.array([np.log(3), -np.log(3), 0.0]), bins=2)
+    assert found.predicted == pytest.approx([0.5, 0.75])
+    assert found.observed == pytest.approx([0.5, 0.5])
+    assert found.ece == pytest.approx(0.25 * 2 / 3)
+
+
+def test_pair_reliability_extremes():
+    found = pair_reliability(np.array([1e4, -1e4]))
+    assert found.predicted == [1.0]
+    assert found.ece == 0.5
+
+
+def test_distribution_hand_computed():
+    found = distribution(np.arange(101.0))
+    wanted = {"score_mean": 50, "score_std": np.sqrt(850), "score_p5": 5, "score_p50": 50}
+    assert found == pytest.approx({**wanted, "score_p95": 95})
+
+
+def test_correlation_hand_computed():
+    assert correlation(np.array([1, 2, 3]), np.array([2, 4, 6])) == pytest.approx(1)
+    assert correlation(np.array([1, 2, 3]), np.array([1, 0, 1])) == pytest.approx(0)
+    assert np.isnan(correlation(np.array([1, 2]), np.array([3, 3])))
+
+
+def test_rank_correlation_is_scipys_with_ties():
+    x, y = np.random.default_rng(0).integers(0, 6, (2, 40))
+    assert rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
+
+
+def test_accuracy_by_gap_hand_computed():
+    accuracy, edges = accuracy_by_gap(
+        np.array([1.0, -1, 0, 2, 3, 4, -1, 5]), np.array([0, 1, 2, 3, 4, 5, 6, 7])
+    )
+    assert edges == [0, 2, 4, 6]
+    assert accuracy == [0.5, 0.75, 1, 0.5]
+
+
+def test_accuracy_by_gap_merges_bins_that_ties_would_empty():
+    accuracy, edges = accuracy_by_gap(np.array([1.0, -1, 1]), np.array([2, 2, 2]))
+    assert edges == [2]
+    assert accuracy == pytest.approx([2 / 3])
+
+
+def test_sigmoid_does_not_overflow():
+    np.testing.assert_allclose(sigmoid(np.array([-1e4, 0, 1e4])), [0, 0.5, 1])

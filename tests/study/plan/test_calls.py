@@ -1,4 +1,4 @@
-"""Bytes on a device by kind: by hand, and against what the compiler and the devices say."""
+"""What a run calls, and bytes on a device by kind: by hand, and as the compiler and devices say."""
 
 from dataclasses import replace
 
@@ -10,20 +10,21 @@ import runs
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf.config import LoraConfig, MeshConfig
+from jaxrlhf.config import DAPOConfig, LoraConfig, MeshConfig, PPOConfig
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.run.setup import outline, setup
-from jaxrlhf.study.plan.memory import (
+from jaxrlhf.study.plan.calls import (
     arguments_by_kind,
     cache_bytes,
+    calls_of,
     decode_copy,
+    decode_trips,
     kinds_of,
     on_device,
     refused,
     resident,
 )
-from jaxrlhf.study.plan.steps import calls_of
 
 
 @pytest.fixture
@@ -85,15 +86,28 @@ def test_cache_and_copy_by_hand(mesh, tmp_path):
         assert cache_bytes(run, 16) == 2 * 2 * 4 * 12 * 1 * 8 * 4
         # a layer: q and o 32x32, k and v 32x16, mlp 3 times 32x64, over 2; 5 norms; embedding
         layer = (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) // 2
-        assert decode_copy(run, run.model) == 4 * (16 * 32 // 2 + 5 * 32 + 2 * layer)
+        assert decode_copy(run) == 4 * (16 * 32 // 2 + 5 * 32 + 2 * layer)
 
 
-def test_arguments_agree_with_the_compiler(mesh, tmp_path):
-    config = runs.ppo(tmp_path, critic=runs.SEPARATE, mesh=MeshConfig(2, 2, 2))
+def test_calls_of_other_runs(config, tmp_path, mesh):
     with jax.set_mesh(mesh):
-        run = outline(config, mesh)
-        for name, call in calls_of(run).items():
-            traced = call.program.trace(*call.args)
-            said = traced.lower().compile().memory_analysis().argument_size_in_bytes
-            found = sum(arguments_by_kind(call.args, traced.jaxpr).values())
-            assert found == pytest.approx(said, rel=0.01, abs=32), name
+        shared = replace(config, critic=runs.ppo(tmp_path).critic)
+        rescored = replace(shared, algorithm=PPOConfig(old_logp="rescore", minibatches=1))
+        names = set(calls_of(outline(rescored, mesh)))
+        assert {"rescore", "update"} <= names
+        assert not {"value", "take", "critic_update"} & names
+        dapo = replace(shared, algorithm=DAPOConfig(rounds=3))
+        assert calls_of(outline(dapo, mesh))["sample"].calls == 3
+        dpo = replace(runs.of("dpo", tmp_path), mesh=config.mesh)
+        assert set(calls_of(outline(dpo, mesh))) == {"reference", "update"}
+        held_out = replace(shared, data=replace(shared.data, eval="no/such.jsonl"))
+        found = calls_of(outline(held_out, mesh))
+        assert (found["eval_sample"].calls, found["eval_reference"].calls) == (0, 0)
+
+
+def test_decode_trips(config):
+    assert decode_trips(config, 16, None) == 7
+    assert decode_trips(config, 16, 1e9) == 7
+    two = replace(config, sample=replace(config.sample, max_new_tokens=2))
+    # the longest of 3 rows has 1 token, and 2 unless all three end at the first: 1 + 7/8, less 1
+    assert decode_trips(two, 3, 2.0) == 1

@@ -1,0 +1,235 @@
+"""The programs of a run as a plan sees them: arguments, how often, and their bytes on a device."""
+
+import math
+import re
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import partial_eval
+
+from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy
+from jaxrlhf.core.types import TrainState
+from jaxrlhf.data.batches import packed_batch
+from jaxrlhf.data.tokens import Encoded
+from jaxrlhf.mesh.sharding import DECODE, at_hand, few_rows_layout, on_host, spec
+from jaxrlhf.models.transformer import CACHE_AXES
+from jaxrlhf.rewards.models import Member
+from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
+from jaxrlhf.run.feed import host_batch
+from jaxrlhf.run.setup import Run
+from jaxrlhf.steps.score import reward, token_scores
+
+
+class Call(NamedTuple):
+    """A jitted program of a run, ready to be traced."""
+
+    program: Any
+    args: tuple[Any, ...]
+    calls: int
+    """Times an iteration, at most; 0 for what stands outside of it, as evaluation does."""
+    responses: int = 0
+    """Rows that it samples; 0 if it does not sample."""
+    fetched: float = 0.0
+    """Bytes on each device of the parameters that come from host memory for it."""
+
+
+def calls_of(run: Run) -> dict[str, Call]:
+    """Every program that the run carries out, in the order of an iteration."""
+    if not is_on_policy(run.config):
+        return _offline(run)
+    # a key is made on a device: its shape alone asks for none
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    config = run.config
+    given = dict(arguments(run, jax.ShapeDtypeStruct(key.shape, key.dtype)))
+    settings, prompts = on_policy(config), config.data.batch_size
+    rounds = settings.rounds if isinstance(settings, DAPOConfig) else 1
+    often = {"sample": rounds, "greedy": rounds, "warmup": 0}
+    updates = settings.epochs * settings.minibatches
+    often |= dict.fromkeys(("take", "critic_update", "update"), updates)
+    drawn = {"sample": prompts * config.sample.n, "greedy": prompts}
+    assert run.reference is not None
+    away = {"reference": fetched(run.reference.params)}
+    out = {
+        name: Call(
+            getattr(run.programs, name),
+            args,
+            often.get(name, 1),
+            drawn.get(name, 0),
+            away.get(name, 0.0),
+        )
+        for name, args in given.items()
+    }
+    rewards = _reward_models(run, given["reference"][1:], rounds)
+    return {"sample": out.pop("sample"), **rewards, **out, **_evaluation(run, given)}
+
+
+def _offline(run: Run) -> dict[str, Call]:
+    """Learning from rows: the reference on a batch, and the update."""
+    out, batch = {}, _batch(run)
+    if run.reference is not None:
+        params = run.reference.params
+        program, args = run.programs.reference, (shapes(at_hand(params)), batch)
+        out["reference"] = Call(program, args, 1, fetched=fetched(params))
+        batch = on_rows(run, jax.eval_shape(program, *args))
+    args = (shapes(run.states["policy"]), batch, shapes(run.frozen["policy"]))
+    return {**out, "update": Call(run.programs.update, args, 1)}
+
+
+def _batch(run: Run) -> Any:
+    """Shapes and layouts of the batch that an update learns from; no reference's log-probs in it.
+
+    Rankings, whose length only the data tells, are taken to be of two responses.
+    """
+    config: Any = run.config
+    count = 2 if config.algorithm.rows in ("pairs", "ranked") else 1
+    source: Any = SimpleNamespace(
+        where="",
+        columns={"label": True, "score": 0.0},
+        margin=0.0,
+        ranks=(0.0,) * count,
+        labels=(1.0,),
+    )
+    # the shapes are the packers' own: they are given rows of a token, padded as all rows are
+    rows = [Encoded([i % 2], ([0],) * count, source, (0,)) for i in range(config.data.batch_size)]
+    if config.data.packing:
+        made = packed_batch([[row] for row in rows], config.data.max_tokens, config.sample.pad)
+    else:
+        made = host_batch(replace(run, candidates=count), rows)
+    return on(few_rows_layout(run.mesh, config.data.batch_size), made)
+
+
+def _reward_models(run: Run, texts: tuple[Any, ...], rounds: int) -> dict[str, Call]:
+    """The reward models, each on the whole rollout."""
+    out = {}
+    for index, member in enumerate(_members(run.judge)):
+        network = member.network
+        function = reward if member.process is None else token_scores
+        args = (shapes(at_hand(network.params)), *texts, shapes(network.lora))
+        program, away = jax.jit(partial(function, network.model)), fetched(network.params)
+        out[f"reward {index}"] = Call(program, args, rounds, fetched=away)
+    return out
+
+
+def _members(judge: Any) -> list[Member]:
+    return [x for scorer in judge.scorers if scorer for x in scorer.members] if judge else []
+
+
+def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
+    """What held-out rows are measured with, if there are any."""
+    config = run.config
+    if not config.data.eval:
+        return {}
+    shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    # an evaluation fills its last batch up to whole shards
+    rows = -(-config.eval.batch_size // shards) * shards
+    width = (rows, config.data.max_prompt_tokens)
+    prompts = jax.ShapeDtypeStruct(width, jnp.int32, sharding=few_rows_layout(run.mesh, rows))
+    policy, base, *_, key = given["sample"]
+    draw = (policy, base, prompts, prompts, key)
+    rollout = on_rows(run, jax.eval_shape(run.programs.eval_sample, *draw))
+    score = (given["reference"][0], rollout.token_BT, rollout.attention_mask_BT)
+    assert run.reference is not None
+    away = fetched(run.reference.params)
+    return {
+        "eval_sample": Call(run.programs.eval_sample, draw, 0, rows * config.eval.n),
+        "eval_reference": Call(run.programs.eval_reference, score, 0, fetched=away),
+    }
+
+
+def decode_trips(config: Config, responses: int, mean_length: float | None) -> int:
+    """Iterations of the decode loop, which ends when every row has; one token is drawn before it.
+
+    Without ``mean_length`` the worst case. With it, rows are taken to end independently, each
+    token with the same chance: of B lengths with mean m the longest has the mean
+    Σ_t 1 − (1 − (1 − 1/m)^t)^B, cut at max_new_tokens.
+    """
+    most = config.sample.max_new_tokens
+    if mean_length is None:
+        return most - 1
+    # (1 − 1/m)^t: a row goes on after t tokens
+    going = 1 - 1 / max(mean_length, 1.0)
+    longest = sum(1 - (1 - going**t) ** responses for t in range(most))
+    return round(longest) - 1
+
+
+def on_device(x: Any) -> float:
+    """Bytes of an array on each device, by its sharding; whole where it has none."""
+    where = getattr(x, "sharding", None)
+    shape = np.shape(x) if where is None else where.shard_shape(np.shape(x))
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def kinds_of(args: tuple[Any, ...]) -> list[str]:
+    """The kind of each leaf of a program's arguments."""
+    parts: list[tuple[str, Any]] = []
+    for arg in args:
+        if isinstance(arg, TrainState):
+            # in the order of its leaves
+            parts.append(("parameters", arg.params))
+            parts.append(("optimizer", (arg.opt_state, arg.step, arg.skipped)))
+        else:
+            network = isinstance(arg, dict) and bool({"layers", "lora"} & arg.keys())
+            parts.append(("parameters" if network else "rows", arg))
+    return [kind for kind, tree in parts for _ in jax.tree.leaves(tree)]
+
+
+def arguments_by_kind(args: tuple[Any, ...], jaxpr: Any) -> dict[str, float]:
+    """Bytes on each device of the arguments that a traced program reads, by kind."""
+    # jit does not even pass the others
+    _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    out = {"parameters": 0.0, "optimizer": 0.0, "rows": 0.0}
+    leaves = jax.tree.leaves(args)
+    for x, kind, kept in zip(leaves, kinds_of(args), used, strict=True):
+        out[kind] += on_device(x) * kept
+    return out
+
+
+def resident(run: Run) -> float:
+    """Bytes of all networks and optimizers that a run holds from its start to its end, without
+    those that lie in host memory."""
+    networks = [run.reference] if run.reference else []
+    networks += [x.network for judge in (run.judge, run.gold) for x in _members(judge)]
+    held = [run.states, run.frozen, *((network.params, network.lora) for network in networks)]
+    # networks may share weights, as a reference does with the base of a policy's adapters
+    unique = {id(x): x for x in jax.tree.leaves(held)}
+    return sum(on_device(x) for x in unique.values() if not on_host(x))
+
+
+def fetched(params: Any) -> float:
+    """Bytes of the parameters that come from host memory when a step needs them."""
+    return sum(on_device(x) for x in jax.tree.leaves(params) if on_host(x))
+
+
+def cache_bytes(run: Run, rows: int) -> float:
+    """The KV cache of a sampler's rows."""
+    slots = run.config.data.max_prompt_tokens + run.config.sample.max_new_tokens
+    key = jax.eval_shape(lambda: run.model.init_cache(rows, slots)).key_LBSKH
+    # values are as many as keys
+    return 2.0 * _decoding(run, key, CACHE_AXES.key_LBSKH) * key.dtype.itemsize
+
+
+def decode_copy(run: Run) -> float:
+    """The weights as the decode loop reads them: compute dtype, whole over fsdp and context."""
+    axes = jax.tree.leaves(run.model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    pairs = zip(jax.tree.leaves(run.model.shapes()), axes, strict=True)
+    size = np.dtype(run.model.dtype).itemsize
+    return float(size * sum(_decoding(run, x, names) for x, names in pairs))
+
+
+def _decoding(run: Run, x: Any, axes: Any) -> int:
+    """Numbers on each device of an array in decode layout."""
+    return math.prod(jax.sharding.NamedSharding(run.mesh, spec(axes, DECODE)).shard_shape(x.shape))
+
+
+def refused(message: str) -> float | None:
+    """Bytes that a program would take, out of a compiler's refusal; None if it says something else.
+
+    A TPU compiler does not compile what exceeds a chip: ``Used 21.30G of 15.75G hbm``.
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    return float(found[1]) * 2.0 ** (10 * " KMGT".index(found[2] or " ")) if found else None

@@ -1,0 +1,319 @@
+"""From a config to its plan: every program of the run, compiled for devices not at hand."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jaxrlhf.config import Config, MeshConfig, across_slices, resolve_mesh
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.load import is_run
+from jaxrlhf.models.read import is_reward_folder
+from jaxrlhf.run.setup import Run, outline
+from jaxrlhf.study.plan import hlo
+from jaxrlhf.study.plan.calls import (
+    Call,
+    arguments_by_kind,
+    cache_bytes,
+    calls_of,
+    decode_copy,
+    decode_trips,
+    refused,
+    resident,
+)
+from jaxrlhf.study.plan.topology import CHIPS, GIB, Chip, Topology, chip_of
+
+WORKERS = 4
+"""Most programs compiled at a time: each takes a core, and a GiB or two for a large model."""
+
+ARGUMENTS = ("parameters", "optimizer", "rows")
+"""Kinds of bytes that come as arguments; their sum is what the compiler calls arguments."""
+
+KINDS = (*ARGUMENTS, "weights_copy", "kv_cache", "temporaries", "outputs", "elsewhere")
+"""Kinds of bytes on a device while a step runs: its arguments; what a sampler keeps, the weights in
+decode layout and the KV cache; all other temporaries, activations most of them; results that do not
+take an argument's place; and what the run holds besides, for other steps."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program of a run, compiled."""
+
+    name: str
+    calls: int
+    """Times an iteration; 0 for what stands outside of it."""
+    bytes: dict[str, float]
+    """On each device, by kind (``KINDS``)."""
+    flops: float
+    """Of matrix products, on each device, a call."""
+    moved: float
+    """Bytes to and from memory, on each device, a call: arguments, results, matrix products."""
+    collectives: dict[str, tuple[int, float]]
+    """Kind → (how many, bytes that each device sends), a call."""
+    seconds: dict[str, float]
+    """A call by the roofline: compute, memory, links. It takes the longest of them at least."""
+    trips: int | None = None
+    """Of its decode loop."""
+    arguments: float = 0.0
+    """Bytes of its arguments on each device as the compiler has them, padding included."""
+    refused: bool = False
+    """The compiler refused it for its size: what it sends and moves is not known."""
+
+    @property
+    def peak(self) -> float:
+        """Bytes on each device while it runs."""
+        return sum(self.bytes.values())
+
+    @property
+    def time(self) -> float:
+        """Seconds of a call, at least."""
+        return max(self.seconds.values())
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends, a call."""
+        return sum(sent for _, sent in self.collectives.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a run on some devices."""
+
+    topology: str
+    chip: str
+    devices: int
+    mesh: dict[str, int]
+    memory: float
+    """Bytes that fit on a device."""
+    steps: tuple[Step, ...]
+    remarks: tuple[str, ...] = ()
+    """What was assumed."""
+
+    @property
+    def peak(self) -> float:
+        """Most bytes on a device over the steps."""
+        return max(step.peak for step in self.steps)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every step does."""
+        return not self.too_large
+
+    @property
+    def time(self) -> float:
+        """Seconds of an iteration, at least."""
+        return sum(step.calls * step.time for step in self.steps)
+
+    @property
+    def too_large(self) -> tuple[Step, ...]:
+        """The steps that do not fit."""
+        return tuple(s for s in self.steps if s.refused or s.peak > self.memory)
+
+    def share(self, step: Step) -> float:
+        """A step's part of the time of an iteration."""
+        return step.calls * step.time / self.time if self.time else 0.0
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain lists, dicts and numbers, with what is derived of them."""
+    out = asdict(plan)
+    for step, row in zip(plan.steps, out["steps"], strict=True):
+        row |= {"peak": step.peak, "time": step.time, "sent": step.sent, "share": plan.share(step)}
+    return {**out, "peak": plan.peak, "fits": plan.fits, "time": plan.time}
+
+
+def from_json(found: Mapping[str, Any]) -> Plan:
+    """The plan that ``as_json`` has written; what is derived is derived again."""
+
+    def made(kind: Any, row: Mapping[str, Any], **other: Any) -> Any:
+        return kind(**{field.name: row[field.name] for field in fields(kind)} | other)
+
+    steps = [
+        made(Step, row, collectives={kind: tuple(x) for kind, x in row["collectives"].items()})
+        for row in found["steps"]
+    ]
+    return made(Plan, found, steps=tuple(steps), remarks=tuple(found["remarks"]))
+
+
+def mesh_of(config: MeshConfig, topology: Topology) -> Mesh:
+    """The mesh of a topology, to compile for, not to run on; TPUs need not be here.
+
+    Args:
+      config: of TPUs, ``slices`` says how many such slices there are.
+
+    Raises:
+      InputError: libtpu is not installed or refuses the shape, or jax was started with fewer CPU
+        devices; or as ``make_mesh``.
+    """
+    if topology.compiler == "here":
+        return make_mesh(config)
+    if topology.compiler == "tpu":
+        return make_mesh(config, _tpus(topology, config.slices))
+    devices = jax.devices("cpu")[: topology.devices]
+    if len(devices) < topology.devices:
+        raise InputError(
+            f"--topology {topology.name}: jax has {len(devices)} CPU devices: set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices} before it starts"
+        )
+    # fake devices all lie in one slice
+    return make_mesh(replace(config, slices=1), devices)
+
+
+def _tpus(topology: Topology, slices: int) -> list[Any]:
+    name = topology.name
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"--topology {name}: libtpu, the TPU compiler, is not installed: "
+            "pip install 'jaxrlhf[plan]'"
+        )
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    # without it each of a chip's two cores would be a device
+    if topology.chip == "v4":
+        more["chip_config_name"] = "megacore"
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu", **more).devices)
+    # its kind differs by jax's and libtpu's versions
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--topology {name}: libtpu refuses it ({reason:.200}): give the shape of a slice "
+            "that exists, such as v5e:16x16 or v5p:8x8x4"
+        ) from None
+
+
+def plan(
+    config: Config,
+    topology: Topology,
+    mean_length: float | None = None,
+    memory: float | None = None,
+    names: tuple[str, ...] = (),
+    tell: Callable[[str], Any] = str,
+) -> Plan:
+    """Compile every program of a run for a topology, and say what each takes.
+
+    Args:
+      mean_length: of a response, tokens; None plans for the worst case, max_new_tokens.
+      memory: bytes that fit on a device; None: the chip's.
+      names: only these steps; all if empty.
+      tell: is called with a line before each step is compiled, and may show it.
+
+    Raises:
+      InputError: the config cannot be laid out there, or libtpu is missing.
+    """
+    config, assumed = with_stand_ins(config)
+    mesh = mesh_of(config.mesh, topology)
+    chip = topology.chip or chip_of(mesh.devices.flat[0].device_kind)
+    run = outline(config, mesh)
+    with jax.set_mesh(mesh):
+        calls = {name: x for name, x in calls_of(run).items() if not names or name in names}
+
+    def work(item: tuple[str, Call]) -> Step:
+        tell(f"compiling {item[0]}")
+        # the mesh in force is a thread's own
+        with jax.set_mesh(mesh):
+            return _step(run, *item, CHIPS[chip], mean_length)
+
+    # XLA gives the interpreter away while it compiles
+    with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1, WORKERS)) as pool:
+        steps = tuple(pool.map(work, calls.items()))
+    return Plan(
+        topology=topology.name,
+        chip=chip,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        memory=memory or CHIPS[chip].memory,
+        steps=steps,
+        remarks=(*assumed, *_remarks(run, calls, topology, mean_length)),
+    )
+
+
+def _step(run: Run, name: str, call: Call, chip: Chip, mean_length: float | None) -> Step:
+    """One program: traced for its FLOPs, compiled for its bytes."""
+    traced = call.program.trace(*call.args)
+    kinds = arguments_by_kind(call.args, traced.jaxpr)
+    # networks and optimizers that are on the device and not arguments of this call
+    elsewhere = resident(run) + call.fetched - kinds["parameters"] - kinds["optimizer"]
+    trips = decode_trips(run.config, call.responses, mean_length) if call.responses else None
+    # if the work is split evenly
+    flops = hlo.flops(traced.jaxpr, trips) / run.mesh.size
+    seconds = {"compute": flops / chip.flops, "memory": 0.0, "links": 0.0}
+    lowered = traced.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = refused(str(error))
+        if used is None:
+            raise
+        kinds["temporaries"] = used - sum(kinds.values())
+        kinds["elsewhere"] = elsewhere
+        return Step(name, call.calls, kinds, flops, 0.0, {}, seconds, trips, refused=True)
+    module, analysis = hlo.parse(compiled.as_text()), compiled.memory_analysis()
+    results = float(analysis.output_size_in_bytes)
+    moved = sum(kinds.values()) + results + hlo.product_bytes(module, trips)
+    sent = hlo.totals(hlo.collectives(module, trips))
+    seconds["memory"] = moved / chip.bandwidth
+    seconds["links"] = sum(size for _, size in sent.values()) / chip.link
+    # the compiler's temporaries have no names: what a sampler must keep is taken off their sum
+    left = float(analysis.temp_size_in_bytes)
+    if call.responses:
+        keeps = {"kv_cache": cache_bytes(run, call.responses), "weights_copy": decode_copy(run)}
+        for kind, size in keeps.items():
+            kinds[kind] = min(size, left)
+            left -= kinds[kind]
+    kinds["temporaries"] = left
+    # a result that takes a donated argument's place is counted there
+    kinds["outputs"] = max(results - analysis.alias_size_in_bytes, 0.0)
+    kinds["elsewhere"] = elsewhere
+    given = float(analysis.argument_size_in_bytes)
+    return Step(name, call.calls, kinds, flops, moved, sent, seconds, trips, given)
+
+
+def with_stand_ins(config: Config) -> tuple[Config, list[str]]:
+    """The config without the networks that are not there yet, and what is assumed of them."""
+    said = "nothing is there yet: taken to be of the policy's shape"
+    found = [
+        f"rewards.{i}: {path}: {said}"
+        for i, reward in enumerate(config.rewards)
+        for path in (reward.model, *reward.ensemble)
+        if path and not is_run(path) and not is_reward_folder(path)
+    ]
+    for section in ("critic", "reference"):
+        path = getattr(config, section).path
+        if path and path != "smollm2" and not Path(path).exists():
+            found.append(f"{section}.path={path}: {said}")
+            blank = replace(getattr(config, section), path="")
+            config = replace(config, **{section: blank})
+    return config, found
+
+
+def _remarks(
+    run: Run, calls: dict[str, Call], topology: Topology, mean_length: float | None
+) -> list[str]:
+    """What a reader of the plan has to know to read it right."""
+    found = [
+        f"{name}: {call.fetched / GIB:.3f} GiB of parameters come from host memory for it; the "
+        "time that takes is not counted"
+        for name, call in calls.items()
+        if call.fetched
+    ]
+    mesh = resolve_mesh(run.config.mesh, run.mesh.size)
+    if mesh.slices > 1:
+        found.append(
+            f"{mesh.slices} slices: what {across_slices(mesh)} sends goes between them, over a "
+            "slower network than the links that it is reckoned with"
+        )
+    if topology.compiler == "cpu":
+        found.append("compiled for CPU devices: temporaries and collectives are that compiler's")
+    if mean_length is not None:
+        found.append(
+            f"responses of {mean_length:g} tokens on average, each token as likely to be the last"
+        )
+    return found
