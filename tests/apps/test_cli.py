@@ -69,17 +69,16 @@ def test_main_bad_input(words, message, capsys, tmp_path, monkeypatch):
 
 def test_main_status(monkeypatch):
     """Errors that no input explains pass through."""
-    raised = None
+    raises = [None, InputError("bad"), KeyboardInterrupt(), ZeroDivisionError()]
 
     def command(words):
         assert words == ["a", "--b"]
-        if raised:
-            raise raised
+        if error := raises.pop(0):
+            raise error
 
     monkeypatch.setitem(cli.COMMANDS, "command", ("", command))
-    for raised, status in ((None, 0), (InputError("bad"), 2), (KeyboardInterrupt(), 130)):
+    for status in (0, 2, 130):
         assert cli.main(["command", "a", "--b"]) == status
-    raised = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         cli.main(["command", "a", "--b"])
 

@@ -1,6 +1,8 @@
-"""All detectors together: silent on what is well, each speaks of its own illness, alone or in a real
-run; what is printed and written of findings. A reward with a hole: the run is told to be hacked, its
-curve shows it, a strong KL helps."""
+"""All detectors together: silent on what is well, each speaks of its own illness, alone or in a run.
+
+What is printed and written of findings. A reward with a hole: the run is told to be hacked, its
+curve shows it, a strong KL helps.
+"""
 
 import json
 from dataclasses import replace
