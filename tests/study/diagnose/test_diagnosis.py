@@ -1,4 +1,4 @@
-"""All detectors together: silent on what is well, each speaks of its own illness, alone or in a run.
+"""All detectors together: silent on what is well, each speaks of its own illness, in a run too.
 
 What is printed and written of findings. A reward with a hole: the run is told to be hacked, its
 curve shows it, a strong KL helps.
