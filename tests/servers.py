@@ -21,12 +21,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
 def service(behave):
     """``behave(handler, request)`` answers each request; ``server.seen`` lists them."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.behave, server.seen = True, behave, []
     server.url = f"http://127.0.0.1:{server.server_port}"
+    return running(server)
+
+
+@contextmanager
+def running(server):
+    """A server that answers, until the block ends."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

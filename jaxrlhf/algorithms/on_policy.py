@@ -56,9 +56,17 @@ def targets_of(config: OnPolicyConfig, credit: Callable[..., Credit]) -> Targets
       credit: Priced → Credit, with ``value_BT`` or ``baseline_B`` if the algorithm needs them.
     """
 
-    def targets(*scored: Any, **given: Array) -> tuple[Batch, Metrics]:
-        priced = price(config, *scored)
-        found = credit(priced, **given)
+    def targets(
+        rollout: Rollout,
+        ref_logp_BT: Array,
+        reward_B: Array,
+        valid_B: Array,
+        coefficients: dict[str, Array],
+        *given: Array,
+        **named: Array,
+    ) -> tuple[Batch, Metrics]:
+        priced = price(config, rollout, ref_logp_BT, reward_B, valid_B, coefficients)
+        found = credit(priced, *given, **named)
         metrics = priced.metrics | (found.metrics or {})
         return jax.lax.stop_gradient((learnable(config, priced, found), metrics))
 

@@ -288,7 +288,7 @@ def test_check_stages_refuses(stage, changes, message, stages, tmp_path):
 
 
 def test_check_stages_of_which_some_are_done(stages, tmp_path):
-    """One to come is trusted; one that is done must have made its own, and needs no files."""
+    """One to come is trusted; one that is done needs its files no more, but what it has made."""
     look(stages, tmp_path)
     (tmp_path / "sft.jsonl").unlink()
     with pytest.raises(InputError, match=r"stage sft: .*no such file"):

@@ -2,13 +2,12 @@
 says what it says in a run."""
 
 import json
-import threading
-from contextlib import contextmanager
 
 import httpx2
 import numpy as np
 import pytest
 import runs
+from servers import running
 
 from jaxrlhf.apps import cli
 from jaxrlhf.apps import serve as serving
@@ -27,18 +26,6 @@ def source(asked):
     """Characters; none for an empty completion, and 100 more where it was cut off."""
     scores = [len(t) + 100 * (not e) for t, e in zip(asked.completions, asked.ended, strict=True)]
     return Scored(np.where(np.array(scores) == 0, np.nan, np.array(scores, float)), "empty")
-
-
-@contextmanager
-def running(server):
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def test_server_and_client_understand_each_other():
@@ -120,11 +107,10 @@ def test_secret():
 
 
 def test_port_that_is_taken():
-    with (
-        running(Server(source)) as server,
-        pytest.raises(InputError, match=f"={server.server_port}"),
-    ):
-        Server(source, port=server.server_port)
+    with running(Server(source)) as server:
+        port = server.server_port
+        with pytest.raises(InputError, match=f"port={port}"):
+            Server(source, port=port)
     with pytest.raises(InputError, match="port=70000"):
         Server(source, port=70000)
 
