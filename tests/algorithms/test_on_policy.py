@@ -1,6 +1,6 @@
 """Prices, penalties, importance weights and learnable batches, by hand."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,16 @@ from jaxrlhf.algorithms.on_policy import (
     score_penalty,
     spread,
 )
-from jaxrlhf.config.algorithms import OnPolicyConfig
+from jaxrlhf.config.algorithms import OnPolicyConfig, TokenLossConfig
 from jaxrlhf.core.types import Outputs
 
-PLAIN = OnPolicyConfig()
+
+@dataclass(frozen=True)
+class PlainConfig(TokenLossConfig, OnPolicyConfig):
+    """No algorithm's: the settings of every loss on tokens, at their defaults."""
+
+
+PLAIN = PlainConfig()
 BAD = (jnp.nan, jnp.inf, -jnp.inf)
 
 
@@ -78,7 +84,7 @@ def test_price_metrics_hand_computed():
 
 @pytest.mark.parametrize("kl_in", ["loss", "exact_loss"])
 def test_price_kl_in_the_loss_is_not_in_the_reward(kl_in):
-    result = priced(OnPolicyConfig(kl_in=kl_in, kl_estimator="k3"))
+    result = priced(PlainConfig(kl_in=kl_in, kl_estimator="k3"))
     np.testing.assert_allclose(result.returns(), [2, 1, 1.2, 0.5, 0, 3], rtol=1e-6)
     assert result.metrics["kl_reward"] == 0
     np.testing.assert_allclose(result.metrics["kl"], 0.1, rtol=1e-5)
@@ -89,7 +95,7 @@ def test_price_kl_in_the_loss_is_not_in_the_reward(kl_in):
     ("kind", "of_one", "of_minus_one"), [("k2", 0.5, 0.5), ("k3", np.exp(-1), np.e - 2)]
 )
 def test_price_kl_estimator(kind, of_one, of_minus_one):
-    result = priced(OnPolicyConfig(kl_estimator=kind))
+    result = priced(PlainConfig(kl_estimator=kind))
     np.testing.assert_allclose(result.reward_BT[3, 1], 0.5 - 0.1 * of_one, rtol=1e-5)
     np.testing.assert_allclose(result.reward_BT[1, 1], -0.1 * of_minus_one, rtol=1e-5)
     np.testing.assert_allclose(result.metrics["kl"], 0.1, rtol=1e-5)  # always k1
@@ -97,7 +103,7 @@ def test_price_kl_estimator(kind, of_one, of_minus_one):
 
 def test_price_penalties():
     """On the last token; up to 3, of which the last 2 cost, and .7 for the one cut off."""
-    config = OnPolicyConfig(overlong_buffer=2, missing_eos_penalty=0.7)
+    config = PlainConfig(overlong_buffer=2, missing_eos_penalty=0.7)
     plain, result = priced(), priced(config)
     difference = plain.returns() - result.returns()
     np.testing.assert_allclose(difference, [1, 0.5, 1.7, 0, 0, 0.5], atol=1e-6)
@@ -168,7 +174,7 @@ def test_learnable_hand_computed():
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss", "exact_loss"])
 def test_learnable_reference_only_where_the_kl_is_in_the_loss(kl_in):
-    batch = learnable(OnPolicyConfig(kl_in=kl_in), priced(beta=0.3), Credit(jnp.ones((6, 4))))
+    batch = learnable(PlainConfig(kl_in=kl_in), priced(beta=0.3), Credit(jnp.ones((6, 4))))
     if kl_in == "reward":
         assert batch.ref_logp_BT is None
         assert batch.kl_coef_B is None
@@ -179,14 +185,14 @@ def test_learnable_reference_only_where_the_kl_is_in_the_loss(kl_in):
 
 def test_learnable_aggregation():
     credit = Credit(jnp.ones((6, 4)))
-    weight_BT = learnable(OnPolicyConfig(aggregation="sequence"), priced(), credit).weight_BT
+    weight_BT = learnable(PlainConfig(aggregation="sequence"), priced(), credit).weight_BT
     np.testing.assert_allclose(weight_BT, KNOWN / (5 * MASK.sum(1, keepdims=True)), rtol=1e-6)
-    config = OnPolicyConfig(aggregation="fixed", length=7)
+    config = PlainConfig(aggregation="fixed", length=7)
     np.testing.assert_allclose(learnable(config, priced(), credit).weight_BT, KNOWN / 35, rtol=1e-6)
 
 
 def test_learnable_mask_truncated():
-    batch = learnable(OnPolicyConfig(mask_truncated=True), priced(), Credit(jnp.ones((6, 4))))
+    batch = learnable(PlainConfig(mask_truncated=True), priced(), Credit(jnp.ones((6, 4))))
     mask = KNOWN.at[2].set(0)
     np.testing.assert_array_equal(batch.mask_BT, mask)
     np.testing.assert_array_equal(batch.advantage_BT, mask)
@@ -204,9 +210,7 @@ def test_learnable_off_policy_hand_computed():
         ("sequence", [0, 2.25, 2.25, 0], 6),
         ("sequence_mask", [0, 2.25, 2.25, 0], 0),
     ):
-        batch = learnable(
-            OnPolicyConfig(off_policy=off_policy), result, Credit(jnp.full((6, 4), 3.0))
-        )
+        batch = learnable(PlainConfig(off_policy=off_policy), result, Credit(jnp.full((6, 4), 3.0)))
         np.testing.assert_allclose(batch.advantage_BT[1], row1, rtol=1e-5)
         np.testing.assert_allclose(batch.advantage_BT[3], [0, row3, 0, 0], rtol=1e-5)
         np.testing.assert_array_equal(batch.advantage_BT[0], [0, 3, 3, 3])
@@ -217,7 +221,7 @@ def test_learnable_off_policy_hand_computed():
 def test_learnable_off_policy_cap():
     sample = LOGP.at[3, 1].add(-jnp.log(4))
     for cap, weight in ((3.0, 3), (5.0, 4)):
-        config = OnPolicyConfig(off_policy="token", off_policy_cap=cap)
+        config = PlainConfig(off_policy="token", off_policy_cap=cap)
         batch = learnable(
             config, priced(roll=rollout(sample_logp_BT=sample)), Credit(jnp.ones((6, 4)))
         )
@@ -246,7 +250,7 @@ def test_learnable_off_policy_weighs_the_terms_of_the_loss(loss, off_policy):
     noise = jax.random.normal(jax.random.key(1), (3, 6, 4))
     sample = LOGP + 0.4 * noise[0]
     result = priced(roll=rollout(sample_logp_BT=sample))
-    config = OnPolicyConfig(off_policy=off_policy, off_policy_cap=1.5)
+    config = PlainConfig(off_policy=off_policy, off_policy_cap=1.5)
     level, _, mode = off_policy.partition("_")
     weight = importance_weights(LOGP, sample, KNOWN, level, mode or "truncate", 1.5)
     assert jnp.unique(weight).size > 3
@@ -277,7 +281,7 @@ def test_spread():
 )
 def test_penalised_is_the_sum_of_its_parts(rows, changes, kl):
     """5 + .1·KL − .01·2, all means over tokens."""
-    config = replace(OnPolicyConfig(kl_in="loss", kl_estimator="k3", entropy_coef=0.01), **changes)
+    config = replace(PlainConfig(kl_in="loss", kl_estimator="k3", entropy_coef=0.01), **changes)
     outputs = Outputs(rows.logp, jnp.where(rows.mask == 1, 2.0, jnp.nan))
     loss, metrics = penalised(
         config, jnp.float32(5), {"weight": 1.0}, outputs, batch_of(rows, config, 0.1)
@@ -290,7 +294,7 @@ def test_penalised_is_the_sum_of_its_parts(rows, changes, kl):
 
 
 def test_penalised_entropy_raises_entropy(rows):
-    config = OnPolicyConfig(entropy_coef=0.01)
+    config = PlainConfig(entropy_coef=0.01)
 
     def loss(entropy):
         return penalised(config, 0.0, {}, Outputs(rows.logp, entropy), batch_of(rows, config))[0]
@@ -299,7 +303,7 @@ def test_penalised_entropy_raises_entropy(rows):
 
 
 def test_penalised_coefficient_of_each_row(rows):
-    config = OnPolicyConfig(kl_in="loss", kl_estimator="k2")
+    config = PlainConfig(kl_in="loss", kl_estimator="k2")
     batch = replace(batch_of(rows, config), kl_coef_B=jnp.array([1.0, 10]))
     loss, _ = penalised(config, jnp.float32(0), {}, Outputs(rows.logp), batch)
     np.testing.assert_allclose(loss, (0.145 + 10 * 0.01) / 5, rtol=1e-5)
@@ -334,7 +338,7 @@ def test_overlong_penalty_hand_computed():
 )
 def test_score_penalty(changes, wanted):
     """Lengths 3, 2, 3, 1, 2, 2 of at most 3; row 2 was cut off."""
-    penalty = score_penalty(OnPolicyConfig(**changes), rollout())
+    penalty = score_penalty(PlainConfig(**changes), rollout())
     np.testing.assert_allclose(penalty, wanted, rtol=1e-6)
     assert penalty.dtype == jnp.float32
 
