@@ -5,7 +5,7 @@ section, that is flags; the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
 the cluster that started it, as JAX detects it (Open MPI, Slurm, TPU slices on GKE and on Cloud TPU
 VMs). Else it is alone, and nothing here does anything.
 
-``fetch``, ``assemble``, ``any_process`` and ``all_or_none`` are collectives: every process calls
+``assemble``, ``any_process`` and ``all_or_none`` are collectives: every process calls
 them, in the same order. A process alone has it all, and exchanges nothing.
 """
 
@@ -233,19 +233,6 @@ def assemble(part_R: np.ndarray, rows: slice, count: int) -> np.ndarray:
     # exact, as all but one of its terms are 0.
     bits = multihost_utils.process_allgather(whole_N.view(np.uint32))
     return np.ascontiguousarray(bits).view(np.float64).reshape(-1, count).sum(0)
-
-
-def fetch(tree: Any) -> Any:
-    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-
-    def whole(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
-            return np.asarray(x)
-        return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(whole, tree)
 
 
 def any_process(here: bool) -> bool:

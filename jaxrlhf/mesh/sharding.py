@@ -15,14 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrlhf.config import AXES, MeshConfig, across_slices, resolve_mesh, sizes_of
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Params, TrainState
 
+
 Rules = Mapping[str, str | tuple[str, ...] | None]
+
 
 RULES: Rules = {
     "batch": ("data", "fsdp"),
@@ -41,6 +43,7 @@ RULES: Rules = {
 """Logical axis → mesh axes. ``activation`` is the embed axis of hidden states, whose rows are
 already split over fsdp; ``length`` that of tokens, ``slots`` that of the keys and values which they
 look at: each device has those of all tokens of its rows."""
+
 
 DECODE: Rules = {
     **RULES,
@@ -151,6 +154,8 @@ def _shards(axis: str, rules: Rules = RULES) -> int:
 row_shards, length_shards, vocab_shards = (
     partial(_shards, axis) for axis in ("batch", "length", "vocab")
 )
+
+
 """Pieces that this axis is split into, by RULES or those given, under the mesh in force; 1 without
 one."""
 
@@ -214,6 +219,8 @@ def with_layout(tree: Any, layout: Any) -> Any:
 
 
 HOST, DEVICE = "pinned_host", "device"
+
+
 """What jax calls the two memories of a device that take part."""
 
 
@@ -252,3 +259,16 @@ def _move(x: Any, kind: str) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
     return jax.device_put(x, layout)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)

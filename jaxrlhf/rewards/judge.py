@@ -15,8 +15,8 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Rollout
 from jaxrlhf.data.formats import Prompt, stack_columns
 from jaxrlhf.data.text import decode_rollout, repeat
-from jaxrlhf.mesh.processes import assemble, fetch, own_share
-from jaxrlhf.mesh.sharding import put_rows
+from jaxrlhf.mesh.processes import assemble, own_share
+from jaxrlhf.mesh.sharding import fetch, put_rows
 from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards.combine import Reward, combine, fold, load_rewards
 from jaxrlhf.rewards.functions import Asked, Scored, Source

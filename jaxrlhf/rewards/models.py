@@ -14,8 +14,7 @@ from jaxrlhf.config import ProcessRewardModelConfig, RewardConfig, is_reward_mod
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Rollout
 from jaxrlhf.data.text import mark_step_ends
-from jaxrlhf.mesh.processes import fetch
-from jaxrlhf.mesh.sharding import at_hand, on_host, put_rows
+from jaxrlhf.mesh.sharding import at_hand, fetch, on_host, put_rows
 from jaxrlhf.models.load import Loader, Network, offloaded
 from jaxrlhf.steps.score import reward, token_scores
 

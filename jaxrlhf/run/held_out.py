@@ -32,8 +32,7 @@ from jaxrlhf.core.types import Params, Rollout, TokenBatch
 from jaxrlhf.data.batches import held_out_batches, preference_batch
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import Encoded, imitated, prompt_arrays
-from jaxrlhf.mesh.processes import fetch
-from jaxrlhf.mesh.sharding import at_hand, put_rows, row_shards
+from jaxrlhf.mesh.sharding import at_hand, fetch, put_rows, row_shards
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run.feed import pack
 from jaxrlhf.run.setup import Run

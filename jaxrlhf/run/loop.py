@@ -23,8 +23,8 @@ from jaxrlhf.data.batches import order
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import prompt_arrays
-from jaxrlhf.mesh.processes import fetch, pace
-from jaxrlhf.mesh.sharding import at_hand, make_mesh, put_rows
+from jaxrlhf.mesh.processes import pace
+from jaxrlhf.mesh.sharding import at_hand, fetch, make_mesh, put_rows
 from jaxrlhf.mesh.watchdog import guarded
 from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead

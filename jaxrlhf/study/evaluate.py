@@ -30,8 +30,7 @@ from jaxrlhf.data.formats import Prompt, read_prompts
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import READERS, Encoded, encode_rows, prompt_arrays
-from jaxrlhf.mesh.processes import fetch
-from jaxrlhf.mesh.sharding import make_mesh, put_rows, row_shards, tpu_slices
+from jaxrlhf.mesh.sharding import fetch, make_mesh, put_rows, row_shards, tpu_slices
 from jaxrlhf.models.load import Loader, Network, is_run, run_config, scores_texts, tokenizer_path
 from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
 from jaxrlhf.rewards.judge import Judge, make_judge

@@ -32,9 +32,7 @@ from jaxrlhf.config import (
     OnlineDPOConfig,
     RewardConfig,
     SampleConfig,
-    check,
 )
-from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Outputs
 
 """1 on the tokens of rows whose reward is known."""
@@ -87,16 +85,6 @@ def total(config, outputs, batch):
 def columns(tree, change):
     """Every [B, T] array of a tree through ``change``."""
     return jax.tree.map(lambda x: change(x) if x.ndim == 2 else x, tree)
-
-
-@pytest.mark.parametrize("changes", [{"mask_truncated": True}, {"aggregation": "sequence"}])
-def test_online_dpo_settings_are_read_or_refused(changes):
-    config = OnlineDPOConfig(**changes)
-    batch, _ = targets(config, reward=REWARD.at[2].set(9))  # the truncated row is the best
-    plain, _ = targets(OnlineDPOConfig(), reward=REWARD.at[2].set(9))
-    if all((x == y).all() for x, y in zip(*map(jax.tree.leaves, (batch, plain)), strict=True)):
-        with pytest.raises(InputError):
-            check(run_of(config))
 
 
 @pytest.mark.parametrize(

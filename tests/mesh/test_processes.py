@@ -15,12 +15,12 @@ from jaxrlhf.mesh.processes import (
     any_process,
     assemble,
     cluster,
-    fetch,
     initialise,
     own_share,
     place,
     placeless,
 )
+from jaxrlhf.mesh.sharding import fetch
 
 FULL = {"coordinator": "localhost:1234", "processes": 2, "process": 1}
 JAX = {
