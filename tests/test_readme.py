@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_rooms import ROOMS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,9 +49,10 @@ def test_readme_reward_function_runs():
 
 
 def test_readme_tree_is_the_tree():
-    listed = set(re.findall(r"^  (\w+(?:\.py|/))", TEXT, re.M))
-    package = ROOT / "jaxrlhf"
-    there = {p.name for p in package.glob("*.py")} | {
-        f"{p.name}/" for p in package.iterdir() if p.is_dir() and (p / "__init__.py").exists()
-    }
-    assert listed == there - {"__init__.py"}
+    """The rooms in their order, and of each room the name of every file."""
+    listed = re.search(r"^jaxrlhf/\n(.*?)^configs/", TEXT, re.M | re.S)[1]
+    rooms = dict(re.findall(r"^  (\w+)/(.*?)(?=^  \w+/|\Z)", listed, re.M | re.S))
+    assert tuple(rooms) == ROOMS
+    for room, text in rooms.items():
+        files = [p for p in (ROOT / "jaxrlhf" / room).rglob("*.py") if p.name != "__init__.py"]
+        assert set(re.findall(r"\w+\.py", text)) == {path.name for path in files}

@@ -22,7 +22,6 @@ from jaxrlhf.config import AXES, MeshConfig, across_slices, resolve_mesh, sizes_
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Params, TrainState
 
-
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
@@ -182,6 +181,19 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
     return put(tree, jax.tree.map(lambda x: few_rows_layout(mesh, x.shape[0]), tree))
 
 
+def fetch(tree: Any) -> Any:
+    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
 def put(tree: Any, layout: Any) -> Any:
     """Host arrays → global arrays, each with its sharding of the tree ``layout``."""
     # By callback: a process makes the pieces of its own devices, and none is sent.
@@ -259,16 +271,3 @@ def _move(x: Any, kind: str) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
     return jax.device_put(x, layout)
-
-
-def fetch(tree: Any) -> Any:
-    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-
-    def whole(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
-            return np.asarray(x)
-        return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(whole, tree)
