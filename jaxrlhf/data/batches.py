@@ -57,6 +57,15 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return drawn
 
 
+def minibatch_rows(rows: int, pieces: int, seed: int, step: int, epoch: int) -> list[np.ndarray]:
+    """The rows of each minibatch of one pass over a rollout: a permutation, cut into pieces.
+
+    It follows from (seed, step, epoch) alone; int32, rows / pieces each.
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, epoch, 1])))
+    return np.split(generator.permutation(rows).astype(np.int32), pieces)
+
+
 def held_out_batches(
     count: int, batch_size: int, multiple: int = 1
 ) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import is_on_policy, on_policy
+from jaxrlhf.data.batches import minibatch_rows
 from jaxrlhf.mesh.sharding import at_hand, few_rows_layout, row_layout
-from jaxrlhf.run.programs import minibatch_rows
 from jaxrlhf.run.setup import Run
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     yield "targets", given
     batch = on_rows(run, jax.eval_shape(programs.targets, *given)[0])
     count = jax.tree.leaves(batch)[0].shape[0]
-    row_M = minibatch_rows(config, count, 0, 0)[0]
+    row_M = minibatch_rows(count, on_policy(config).minibatches, 0, 0, 0)[0]
     if len(row_M) < count:
         yield "take", (batch, row_M)
         batch = rows("take", (batch, row_M))

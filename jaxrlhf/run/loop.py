@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import KL_CONTROLLERS
-from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy
+from jaxrlhf.config import Config, DAPOConfig, is_on_policy
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.stats import over_prompts
 from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, States
-from jaxrlhf.data.batches import order
+from jaxrlhf.data.batches import minibatch_rows, order
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import prompt_arrays
@@ -30,11 +30,12 @@ from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
 from jaxrlhf.run.feed import batches, example, packing_metrics, place
 from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation
-from jaxrlhf.run.programs import OnPolicyPrograms, minibatch_rows
-from jaxrlhf.run.record import combine, known
+from jaxrlhf.run.programs import OnPolicyPrograms
+from jaxrlhf.run.record import known
 from jaxrlhf.run.session import Session, lock
 from jaxrlhf.run.setup import Run, fill, setup, start_of
 from jaxrlhf.run.stopping import compare, exchange, has_ended, is_over
+from jaxrlhf.steps.update import combine_updates
 
 SHOWN = 4
 """Completions of each iteration that go to samples.jsonl."""
@@ -73,7 +74,7 @@ def train(
 
 def learn_on_policy(run: Run, session: Session) -> None:
     """Iterate, adapt β, log, evaluate; and again."""
-    settings = on_policy(run.config)
+    settings: Any = run.config.algorithm
     controller = KL_CONTROLLERS[settings.kl_controller]
     if settings.kl_controller == "fixed":
         session.host["kl_coef"] = settings.kl_coef
@@ -114,7 +115,8 @@ def iterate(
 ) -> tuple[States, dict[str, Any], Rollout, Judgement]:
     """One iteration of policy learning: from prompts to the next states."""
     programs: OnPolicyPrograms = run.programs
-    states, frozen, settings = session.states, run.frozen, on_policy(run.config)
+    states, frozen = session.states, run.frozen
+    settings: Any = run.config.algorithm
     assert run.judge is not None
     assert run.reference is not None
     policy, base = states["policy"].params, frozen["policy"]
@@ -163,12 +165,13 @@ def iterate(
 def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
     """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
     programs: OnPolicyPrograms = run.programs
-    settings, frozen = on_policy(run.config), run.frozen
+    settings: Any = run.config.algorithm
+    frozen = run.frozen
     states, seen = dict(states), []
     warming = step < run.config.critic.warmup
     rows = jax.tree.leaves(batch)[0].shape[0]
     for epoch in range(settings.epochs):
-        for row_M in minibatch_rows(run.config, rows, step, epoch):
+        for row_M in minibatch_rows(rows, settings.minibatches, run.config.seed, step, epoch):
             part = batch if len(row_M) == rows else programs.take(batch, row_M)
             metrics: dict[str, Any] = {}
             if programs.critic_update is not None:
@@ -183,8 +186,8 @@ def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States
                 metrics |= learnt
             seen.append(pace(metrics))
             if settings.target_kl and _apart(metrics) > settings.target_kl:
-                return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
-    return states, combine(jax.device_get(seen)) | {"updates": len(seen)}
+                return states, combine_updates(seen) | {"updates": len(seen)}
+    return states, combine_updates(seen) | {"updates": len(seen)}
 
 
 def _apart(metrics: dict[str, Any]) -> float:
@@ -198,7 +201,7 @@ def enough(run: Run, rounds: list[Judged]) -> bool:
     One will do, but with dynamic sampling (DAPO; arXiv:2503.14476): there, until data.batch_size
     groups have rewards that differ, or ``rounds`` of them have not been enough.
     """
-    settings = on_policy(run.config)
+    settings = run.config.algorithm
     if not rounds or not isinstance(settings, DAPOConfig):
         return bool(rounds)
     signals = sum(int(has_signal(part.judgement, run.config.sample.n).sum()) for part in rounds)
@@ -216,7 +219,7 @@ def draw_prompts(run: Run, session: Session, step: int) -> tuple[int, list[Promp
         draw = session.host.get("draws", 0)
         session.host["draws"] = draw + 1
     key = jax.random.fold_in(jax.random.key(config.seed), draw)
-    chosen = order(len(run.train_rows), config.data.batch_size, config.seed, draw)
+    chosen = order(len(run.train_rows.items), config.data.batch_size, config.seed, draw)
     rows = [run.train_rows.items[i] for i in chosen]
     arrays = prompt_arrays(rows, config.data.max_prompt_tokens, config.sample.pad)
     prompts: list[Prompt] = [row.source for row in rows]  # type: ignore[misc]

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import Algorithm, greedy_baseline, reweight
@@ -255,11 +254,3 @@ def critic_config(config: Config) -> Config:
 def layout_of(state: TrainState) -> Any:
     """Where each array of a state lies."""
     return jax.tree.map(lambda x: x.sharding, state)
-
-
-def minibatch_rows(config: Config, rows: int, step: int, epoch: int) -> list[np.ndarray]:
-    """The rows of each minibatch of one pass: a permutation drawn from (seed, step, epoch)."""
-    generator = np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence([config.seed, step, epoch, 1]))
-    )
-    return np.split(generator.permutation(rows).astype(np.int32), on_policy(config).minibatches)

@@ -132,23 +132,6 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{value!r} of {type(value).__name__} cannot be written as JSON")
 
 
-def combine(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of an update from those of its minibatches, which may still be on the device.
-
-    Means, but the maximum of names that end in ``_max`` and the minimum of those in ``_min``;
-    over the minibatches that have the name.
-    """
-    how = {"max": np.max, "min": np.min}
-    columns: dict[str, list[Any]] = {}
-    for metrics in jax.device_get(list(minibatches)):
-        for name, value in metrics.items():
-            columns.setdefault(name, []).append(value)
-    return {
-        name: float(how.get(name.rpartition("_")[2], np.mean)(column))
-        for name, column in columns.items()
-    }
-
-
 OF_PAIRS = ("gap", "accuracy", "margin", "chosen_reward", "rejected_reward", "nll")
 """What is said of pairs that the policy's own samples make (online_dpo)."""
 

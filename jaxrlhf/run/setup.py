@@ -46,8 +46,7 @@ from jaxrlhf.models.load import (
 from jaxrlhf.models.read import is_reward_folder
 from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.rewards.combine import check_truths, load_rewards
-from jaxrlhf.rewards.judge import Judge, make_judge
+from jaxrlhf.rewards.judge import Judge, check_truths, load_rewards, make_judge
 from jaxrlhf.run.programs import (
     OfflinePrograms,
     OnPolicyPrograms,

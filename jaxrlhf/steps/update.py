@@ -4,11 +4,12 @@
 loss(params, frozen, batch) that ``make_update`` differentiates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrlhf.algorithms import Algorithm
@@ -312,6 +313,23 @@ def combine(name: str, left: Array, right: Array) -> Array:
     if name.endswith("_max"):
         return jnp.maximum(left, right)
     return jnp.minimum(left, right) if name.endswith("_min") else left + right
+
+
+def combine_updates(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of an update from those of its minibatches, which may still be on the device.
+
+    Means, but the maximum of names that end in ``_max`` and the minimum of those in ``_min``;
+    over the minibatches that have the name.
+    """
+    how = {"max": np.max, "min": np.min}
+    columns: dict[str, list[Any]] = {}
+    for metrics in jax.device_get(list(minibatches)):
+        for name, x in metrics.items():
+            columns.setdefault(name, []).append(x)
+    return {
+        name: float(how.get(name.rpartition("_")[2], np.mean)(column))
+        for name, column in columns.items()
+    }
 
 
 def _apply(

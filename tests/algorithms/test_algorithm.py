@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxrlhf.steps.iteration import cut
 
 from jaxrlhf.algorithms import reweight, sft
 from jaxrlhf.config import SFTConfig
@@ -40,13 +39,6 @@ def test_reweight_pairs_keep_their_proportions():
     np.testing.assert_allclose(reweight(pairs, "token").weight_B, [0.25, 0, 0.75], rtol=1e-6)
     nothing = PreferenceBatch(MASK, MASK, MASK[:, 0], jnp.zeros(3))
     np.testing.assert_array_equal(reweight(nothing, "token").weight_B, [0, 0, 0])
-
-
-def test_cut_takes_rows_but_not_all_of_them():
-    programs = {"take": lambda batch, row_M: jax.tree.map(lambda x: x[row_M] + 1, batch)}
-    batch = rollout()
-    np.testing.assert_array_equal(cut(programs, batch, np.array([3, 1])).mask_BT, MASK[3:0:-2] + 1)
-    assert cut(programs, batch, np.array([3, 1, 0, 2])) is batch
 
 
 def test_sft_loss_hand_computed():

@@ -11,6 +11,7 @@ from jaxrlhf.data.batches import (
     held_out_batches,
     judged_batch,
     labelled_batch,
+    minibatch_rows,
     order,
     packed_batch,
     preference_batch,
@@ -225,3 +226,13 @@ def test_steps_batch_marks_the_end_of_each_step():
     np.testing.assert_array_equal(batch.label_BCT, [[[0, 0, 0, 1, 0, 0, 0, 0]]])
     with pytest.raises(InputError, match=r"x:1: 7 tokens, and data\.max_tokens is 6"):
         steps_batch([row], 6, 0)
+
+
+def test_minibatch_rows_cover_every_row_once():
+    parts = minibatch_rows(16, 2, seed=5, step=3, epoch=1)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(16))
+    again = minibatch_rows(16, 2, seed=5, step=3, epoch=1)
+    np.testing.assert_array_equal(np.stack(parts), np.stack(again))
+    for other in ({"seed": 6}, {"step": 4}, {"epoch": 0}):
+        changed = minibatch_rows(16, 2, **{"seed": 5, "step": 3, "epoch": 1, **other})
+        assert not np.array_equal(np.stack(parts), np.stack(changed))

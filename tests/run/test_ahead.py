@@ -65,7 +65,8 @@ def test_arguments_are_those_of_an_iteration(kind, sizes, tmp_path):
             return call
 
         run = fill(plan)
-        run = replace(run, programs={n: recorded(n, p) for n, p in run.programs.items()})
+        heard = {n: recorded(n, p) for n, p in vars(run.programs).items() if p is not None}
+        run = replace(run, programs=replace(run.programs, **heard))
         session = Session(run)
         session.host["kl_coef"] = 0.05
         loop.iterate(run, session, 0)

@@ -36,7 +36,6 @@ from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.rewards.judge import Judgement
 from jaxrlhf.run import loop
 from jaxrlhf.run.loop import has_signal, iterate
-from jaxrlhf.run.programs import minibatch_rows
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
 from jaxrlhf.steps import update
@@ -517,14 +516,15 @@ def test_greedy_baseline_pays_penalties(tmp_path):
     assert not ended[0].all()
 
 
-def test_minibatch_rows_cover_every_row_once(tmp_path):
-    config = runs.ppo(tmp_path)
-    parts = minibatch_rows(config, 16, step=3, epoch=1)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(16))
-    again = minibatch_rows(config, 16, step=3, epoch=1)
-    np.testing.assert_array_equal(np.stack(parts), np.stack(again))
-    other = minibatch_rows(config, 16, step=3, epoch=0)
-    assert not np.array_equal(np.stack(parts), np.stack(other))
+def test_update_takes_no_minibatch_that_is_the_whole_rollout(tmp_path):
+    """Which would only permute its rows, and sum them in another order."""
+    config = runs.ppo(tmp_path, algorithm=PPOConfig(epochs=2, minibatches=1))
+    with jax.set_mesh(one_device()):
+        run = setup(config, one_device())
+        session = Session(replace(run, programs=replace(run.programs, take=None)))
+        session.host["kl_coef"] = 0.0
+        _, metrics, *_ = iterate(session.run, session, 0)
+    assert metrics["updates"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run writes down: whole lines in order after kills and full disks; metrics combined."""
+"""What a run writes down: whole lines in order after kills and full disks."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.run.record import Recorder, combine, plain
+from jaxrlhf.run.record import Recorder, plain
 
 
 def lines(path):
@@ -66,7 +66,7 @@ def test_recorder_resume_drops_torn_line(tmp_path, torn):
 
 WRITER = """
 import sys
-from jaxrlhf.metrics import Recorder
+from jaxrlhf.run.record import Recorder
 record = Recorder(sys.argv[1])
 print("ready", flush=True)
 for step in range(10**9):
@@ -128,23 +128,3 @@ def test_recorder_summary(tmp_path):
 def test_plain_refuses():
     with pytest.raises(TypeError, match="cannot be written as JSON"):
         plain({"x": object()})
-
-
-def test_combine_rule():
-    got = combine(
-        [
-            {"loss": jnp.float32(1), "ratio_max": 1.5, "ratio_min": 0.5, "max_kl": 1.0},
-            {"loss": 2, "ratio_max": np.float32(1.25), "ratio_min": 0.25, "max_kl": 2.0},
-            {"loss": 6, "extra": 4.0},
-        ]
-    )
-    want = {"loss": 3, "ratio_max": 1.5, "ratio_min": 0.25, "max_kl": 1.5, "extra": 4}
-    assert got == want
-    assert all(type(x) is float for x in got.values())
-    assert combine([]) == {}
-
-
-def test_combine_nan_is_seen():
-    got = combine([{"x": 1.0, "x_max": 1.0}, {"x": math.nan, "x_max": math.nan}])
-    assert math.isnan(got["x"])
-    assert math.isnan(got["x_max"])

@@ -38,7 +38,7 @@ from jaxrlhf.run.setup import setup
 
 HOLD = """
 import sys, time
-from jaxrlhf.resume import lock
+from jaxrlhf.run.session import lock
 file = lock(sys.argv[1])
 print("locked", flush=True)
 time.sleep(60)

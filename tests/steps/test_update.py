@@ -1,5 +1,6 @@
 """Losses joined to a model, and one optimizer step: gradients, splits, skipped steps, layouts."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -30,6 +31,7 @@ from jaxrlhf.steps.update import (
     candidate_token_scores,
     combine,
     combine_params,
+    combine_updates,
     critic_loss,
     decays,
     make_optimizer,
@@ -514,3 +516,23 @@ def test_pairs_loss_gives_the_log_probs_of_every_candidate(model, params, batch)
     again = candidate_logp(model, params, pairs, temperature=0.7, first=P)
     np.testing.assert_allclose(again[..., P:], rows.reshape(4, 2, 10)[..., P:], atol=1e-6)
     assert (again[..., :P] == 0).all()
+
+
+def test_combine_updates_rule():
+    got = combine_updates(
+        [
+            {"loss": jnp.float32(1), "ratio_max": 1.5, "ratio_min": 0.5, "max_kl": 1.0},
+            {"loss": 2, "ratio_max": np.float32(1.25), "ratio_min": 0.25, "max_kl": 2.0},
+            {"loss": 6, "extra": 4.0},
+        ]
+    )
+    want = {"loss": 3, "ratio_max": 1.5, "ratio_min": 0.25, "max_kl": 1.5, "extra": 4}
+    assert got == want
+    assert all(type(x) is float for x in got.values())
+    assert combine_updates([]) == {}
+
+
+def test_combine_updates_nan_is_seen():
+    got = combine_updates([{"x": 1.0, "x_max": 1.0}, {"x": math.nan, "x_max": math.nan}])
+    assert math.isnan(got["x"])
+    assert math.isnan(got["x_max"])

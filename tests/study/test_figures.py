@@ -6,8 +6,7 @@ import runs
 
 from jaxrlhf.config import LengthConfig, RewardConfig
 from jaxrlhf.core.stats import best_of_n
-from jaxrlhf.rewards.combine import load_rewards
-from jaxrlhf.rewards.judge import Judge
+from jaxrlhf.rewards.judge import Judge, load_rewards
 from jaxrlhf.study.evaluate import rule_of
 from jaxrlhf.study.figures import best_of_n_curve, describe, solved
 
