@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from test_loop import trained
+from runs import trained
 
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import AlgorithmConfig, check

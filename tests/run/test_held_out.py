@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from test_loop import one_device
+from runs import one_device
 
 from jaxrlhf.config import (
     DataConfig,
@@ -152,14 +152,14 @@ def test_evaluate_policy_goes_on_without_rewards(tmp_path, caplog):
     config = runs.ppo(
         tmp_path,
         steps=1,
-        rewards=(RewardConfig("test_evaluation:lacking"),),
+        rewards=(RewardConfig("test_held_out:lacking"),),
         data=DataConfig(
             train=runs.prompts(tmp_path),
             eval=runs.write(tmp_path / "held_out.jsonl", held_out),
             batch_size=8,
             max_prompt_tokens=4,
         ),
-        eval=EvalConfig(n=2, batch_size=4, gold=(RewardConfig("test_evaluation:never"),)),
+        eval=EvalConfig(n=2, batch_size=4, gold=(RewardConfig("test_held_out:never"),)),
     )
     summary = loop.train(config, one_device())
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()

@@ -170,7 +170,7 @@ def test_evaluate_model_refuses(change, message, run):
 
 
 def test_nothing_is_read_for_what_cannot_be_written(run, tmp_path, monkeypatch, capsys):
-    for module in ("evaluating.evaluate.read_entrants", "networks.load_model"):
+    for module in ("study.evaluate.read_entrants", "models.load.load_model"):
         monkeypatch.setattr(f"jaxrlhf.{module}", None)
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file/x")

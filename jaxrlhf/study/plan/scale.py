@@ -113,7 +113,7 @@ def plan_of(job: Job, folder: Path, cached: bool = False) -> Plan | None:
         began = time.perf_counter()
         words = ["plan", str(job.config), "--topology", job.topology, "--json", *job.changes]
         # a process of its own: a topology is chosen before jax starts
-        command = [sys.executable, "-m", "jaxrlhf.apps.cli", *words]
+        command = [sys.executable, "-m", "jaxrlhf", *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         # the status says whether the plan fits, not whether there is one
         if not done.stdout.strip():
