@@ -10,8 +10,8 @@ import runs
 from jaxrlhf.config import DPOConfig, MeshConfig
 from jaxrlhf.data.batches import order
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.run.feed import batches, example, packing_metrics
-from jaxrlhf.run.setup import host_batch, setup
+from jaxrlhf.run.feed import batches, example, host_batch, packing_metrics
+from jaxrlhf.run.setup import setup
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxrlhf.steps.losses import policy_loss
 
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import DecoderConfig, MeshConfig, PPOConfig
@@ -19,6 +18,7 @@ from jaxrlhf.core.types import Batch
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.score import score
+from jaxrlhf.steps.update import policy_loss
 from jaxrlhf.study.plan.hlo import (
     Shape,
     called,
