@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import runs
-from jaxrlhf.study.plan.compiling import with_stand_ins
 
 from jaxrlhf.apps import cli
 from jaxrlhf.apps.generate import complete
@@ -30,6 +29,7 @@ from jaxrlhf.run import loop
 from jaxrlhf.run.setup import setup
 from jaxrlhf.steps.score import reward
 from jaxrlhf.study.evaluate import evaluate_model
+from jaxrlhf.study.plan.compiled import with_stand_ins
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 
