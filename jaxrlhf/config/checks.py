@@ -36,6 +36,7 @@ def check(config: Config) -> None:
     Raises:
       InputError: the first rule that does not hold.
     """
+    # Ranges first: the rules after them may divide by what they have checked.
     learning = _on_policy if is_on_policy(config) else _offline
     for problem in itertools.chain(
         out_of_range(config),
@@ -219,6 +220,7 @@ def _data(config: Config) -> Iterator[str]:
 
 
 def _critic(config: Config) -> Iterator[str]:
+    # A shared critic is a head on the policy's trunk, trained by the policy's optimizer.
     for name in ("path", "learning_rate"):
         value = getattr(config.critic, name)
         if config.critic.kind == "shared" and value not in ("", None):
@@ -235,6 +237,7 @@ def _critic(config: Config) -> Iterator[str]:
 
 def _warmup(config: Config) -> Iterator[str]:
     decay = config.optim.weight_decay
+    # Decay moves every weight, whether it has a gradient or not.
     if config.critic.kind == "shared" and config.critic.warmup and decay:
         yield (
             f"critic.warmup={config.critic.warmup}: optim.weight_decay={decay} would move the "
@@ -263,6 +266,7 @@ def _on_policy(config: Config) -> Iterator[str]:
             f"optim.microbatches={config.optim.microbatches} is not 0: change one"
         )
     drawn, horizon = data.batch_size * sample.n, algorithm.kl_horizon
+    # β ← β·(1 + clip(KL/target − 1, −0.2, 0.2)·rows/horizon) must stay positive.
     if algorithm.kl_controller == "adaptive" and drawn >= 5 * horizon:
         yield (
             f"algorithm.kl_horizon={horizon:g}: must exceed a fifth of the rows of a "
@@ -290,12 +294,14 @@ def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
         yield "algorithm.baseline=mean: one row is its own mean: raise data.batch_size or sample.n"
     if algorithm.kl_controller == "adaptive" and not algorithm.kl_coef:
         yield "algorithm.kl_coef=0: the adaptive controller multiplies it: give a start above 0"
+    # Where nothing is truncated, the sampler's log-prob is that of the draw, and all weights are 1.
     truncated = config.sample.top_k or config.sample.top_p < 1 or config.sample.min_p
     if algorithm.off_policy != "none" and algorithm.old_logp == "sampler" and not truncated:
         yield (
             f"algorithm.off_policy={algorithm.off_policy}: the old log-probs are the sampler's, "
             "and all weights 1: set old_logp: rescore, or leave off_policy out"
         )
+    # E[∇ log π] = 0: k1 has no gradient but noise.
     if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1":
         yield (
             "algorithm.kl_estimator=k1: as a loss its gradient is 0 on average: take k2 or k3, or "
@@ -350,6 +356,7 @@ def _offline(config: Config) -> Iterator[str]:
         yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
     if config.eval.n != EvalConfig.n:
         yield f"eval.n={config.eval.n}: algorithm.name={name} samples nothing: leave it out"
+    # A run writes the tokenizer's ends to its config.yaml.
     ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's
     unread = {
         "critic": (config.critic, CriticConfig()),
@@ -411,6 +418,7 @@ def across_slices(mesh: MeshConfig) -> str:
     Raises:
       InputError: neither of those that may divides by their number.
     """
+    # Slices are far apart: only the axes that exchange little may lie across them.
     for axis in ("data", "fsdp"):
         if getattr(mesh, axis) % mesh.slices == 0:
             return axis
@@ -440,6 +448,7 @@ def check_mesh(mesh: MeshConfig, decoder: DecoderConfig, devices: int, rows: int
         ("tensor", mesh.tensor, split),
         ("fsdp·context" if both else "fsdp", mesh.fsdp * mesh.context, {"embed": decoder.embed}),
     ):
+        # What would divide is said, so that nobody has to search for it.
         whole = math.gcd(*sizes.values(), devices)
         fits = ", ".join(str(size) for size in range(1, whole + 1) if whole % size == 0)
         named = " · ".join(f"mesh.{part}" for part in axis.split("·"))

@@ -63,6 +63,7 @@ def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CO
       InputError: a number that is not finite.
       SystemExit: on ``--help``, and on words that tyro refuses.
     """
+    # tyro parses by the types of the fields; what it made is checked as YAML is.
     changed = tyro.cli(
         Config,
         prog=prog,
@@ -105,6 +106,7 @@ def build(kind: Any, value: Any, source: str, key: str = "") -> Any:
       source: where the value comes from, for the error: a file or "command line".
       key: the dotted name of the field, "" at the top.
     """
+    # null means absent only where a field may be absent.
     if value is None and types.NoneType in get_args(kind):
         return None
     members = _members(kind)
@@ -126,6 +128,7 @@ def _section(members: Sequence[type], value: Any, source: str, key: str) -> Any:
     prefix = f"{key}." if key else ""
     kind = _named(members, value, source, prefix) if len(members) > 1 else members[0]
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    # A constant of this algorithm, as older versions wrote it, says nothing new.
     value = {n: v for n, v in value.items() if n in fields or not _is_fixed(kind, members, n, v)}
     for name in value:
         if name not in fields:
@@ -171,6 +174,7 @@ def _leaf(kind: Any, value: Any, source: str, key: str) -> Any:
         key = ".".join([key, *(str(part) for part in first["loc"] if isinstance(part, int))])
         message = first["msg"].removeprefix("Input ")
         raise InputError(f"{source}: {key}={first['input']!r:.80}: {message}") from None
+    # pydantic takes true for 1.
     if isinstance(value, bool) and not isinstance(leaf, bool):
         raise InputError(f"{source}: {key}={value}: should be a number, not true or false")
     return leaf

@@ -147,6 +147,7 @@ def name_of(config: RewardConfig) -> str:
 def _place(url: str) -> str:
     """Scheme, host and path of a URL: no secrets are in these."""
     parts = urlsplit(url)
+    # A name ends up in logs and metrics: user, password and query stay out of it.
     host = parts.netloc.rpartition("@")[2]
     return parts._replace(netloc=host, query="", fragment="").geturl()
 
@@ -165,6 +166,7 @@ def reward_problems(key: str, rewards: Sequence[RewardConfig]) -> Iterator[str]:
             yield f"{key}.{i}: {' and '.join(given)} are both given: make them two rewards"
         else:
             yield from _source(f"{key}.{i}", given[0], reward)
+    # A gate adds nothing to the sum.
     if rewards and all(reward.gate for reward in rewards):
         yield f"{key}: all of them are gates: there is nothing that they could let pass: add one"
 

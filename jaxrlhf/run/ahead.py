@@ -42,6 +42,7 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
 
     prompts = (policy, base, *_prompts(run, key))
     yield "sample", prompts
+    # From here on each program's arguments are the shapes that the one before returns.
     rollout = rows("sample", prompts)
     texts = (rollout.token_BT, rollout.attention_mask_BT)
     extra = ()
@@ -112,6 +113,7 @@ def compiled_ahead(run: Run) -> Iterator[threading.Thread | None]:
     At the block's end no further program is begun. The interpreter ends once the one at hand is
     compiled: a thread that it stopped within XLA would abort the process.
     """
+    # Programs with collectives must reach the compiler in one order on every process.
     if jax.process_count() > 1 or not is_on_policy(run.config):
         yield None
         return
@@ -128,6 +130,7 @@ def compiled_ahead(run: Run) -> Iterator[threading.Thread | None]:
         except Exception as error:  # the call that needs it will say so
             log.info("%s does not compile: %s", name, error)
 
+    # Not a daemon: ending the interpreter while XLA compiles would abort the process.
     thread = threading.Thread(target=work, name="compile ahead")
     thread.start()
     try:

@@ -51,6 +51,7 @@ def display(
         console = Console(quiet=True)
     console = console or Console(force_terminal=sys.stdout.isatty())
     show = Display(total, title, start, console)
+    # A log wants one line an iteration, and no codes that move the cursor.
     if not _is_live(console):
         show.note(title)
         yield show
@@ -88,6 +89,7 @@ class Display:
         for name in ROWS:
             if metrics.get(name) is not None:
                 self._history.setdefault(name, []).append(float(metrics[name]))
+        # An iteration without samples leaves the last ones in sight.
         self._samples = list(samples)[-3:] or self._samples
         if self.live is None:
             self.note(self._line(metrics))

@@ -68,10 +68,12 @@ def batches(run: Run) -> Callable[[int], Any]:
     if not data.packing:
 
         def plain(step: int) -> Any:
+            # A permutation an epoch, from the seed: a resumed run reads on where it stopped.
             chosen = order(len(rows), data.batch_size, seed, step)
             return host_batch(run, [rows[i] for i in chosen])
 
         return plain
+    # Packing is planned over all rows, so that a step's batch follows from the step alone.
     lengths = np.array([len(row.prompt) + len(row.answers[0]) for row in rows])
     rows_of = packing(lengths, data.max_tokens, data.batch_size, seed)
 

@@ -87,6 +87,7 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     completions of Σ_t log π − log π_ref; ``length`` (tokens); ``ended`` (fraction); ``entropy``
     (nats a token); ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
     """
+    # Batches only bound the memory: draws follow from a prompt's place in the file.
     drawn = [_draw(run, params, rows, *batch) for batch in batches(run, len(rows))]
     columns = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
     tokens = [t[m != 0].tolist() for t, m in zip(columns["token"], columns["mask"], strict=True)]
@@ -139,6 +140,7 @@ def _draw(
     host, ref_logp_BT = fetch((rollout, ref_logp_BT))
     prompts = [row.source for row in picked]
     real_B = np.repeat(real_Q, n)
+    # KL(π‖π_ref) of a sequence by its own samples: Σ_t log π − log π_ref.
     gap_BT = (host.logp_BT - ref_logp_BT) * host.mask_BT
     texts = [p.text for p in prompts for _ in range(n)]  # type: ignore[union-attr]
     out = {
@@ -175,6 +177,7 @@ def measure(
     totals: dict[str, float] = {}
     frozen = run.frozen["policy"]
     scored: Scored = []
+    # A loss over tokens is a mean over tokens: batches weigh by what they hold of them.
     tokens_R = np.array([imitated(row).sum() for row in rows])
     for row_B, real_B in batches(run, len(rows)):
         picked = [rows[i] for i in row_B]
@@ -253,6 +256,7 @@ def _comparisons(scored: Scored) -> tuple[dict[str, float], Reliability | None, 
     if not found:
         return {"pairs": 0.0}, None, []
     difference_N, gap_N = np.array(found, float).T
+    # A tie counts one half: an undecided reward model is right by chance.
     right_N, known_N = (1 + np.sign(difference_N)) / 2, np.isfinite(gap_N)
     metrics = {"accuracy": float(right_N.mean()), "pairs": float(len(found))}
     edges: list[float] = []
@@ -345,6 +349,7 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
         seen.append(np.asarray(fetch(score_BC), np.float64)[real_B, 0])
     score_N = np.concatenate(seen)
     mean, std = float(score_N.mean()), float(score_N.std())
+    # To divide by the noise of equal scores would give them a meaning.
     if not (np.isfinite(std) and std > 1e-6 * max(1.0, abs(mean))):
         path = run.normalise_rows.path
         raise InputError(

@@ -76,6 +76,7 @@ def learn_on_policy(run: Run, session: Session) -> None:
     """Iterate, adapt β, log, evaluate; and again."""
     settings: Any = run.config.algorithm
     controller = KL_CONTROLLERS[settings.kl_controller]
+    # A fixed β is the config's, on resume too; an adaptive one goes on as it was saved.
     if settings.kl_controller == "fixed":
         session.host["kl_coef"] = settings.kl_coef
     session.host.setdefault("kl_coef", settings.kl_coef)
@@ -214,6 +215,7 @@ def draw_prompts(run: Run, session: Session, step: int) -> tuple[int, list[Promp
     With dynamic sampling slices are counted by the rounds so far, else by the steps. The draws of
     a slice follow from the seed and its number.
     """
+    # The slice, and all draws of it, follow from its number: nothing else has to be saved.
     config, draw = run.config, step
     if isinstance(config.algorithm, DAPOConfig):
         draw = session.host.get("draws", 0)
@@ -262,6 +264,7 @@ def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float
     metrics = {"rounds": float(len(rounds)), "groups_kept": kept}
     if len(rounds) == 1:
         return rounds[0], metrics
+    # Stable: groups with a signal first, each kind in the order it was sampled.
     picked = np.argsort(~signal_Q, kind="stable")[:wanted]
     row_B = (picked[:, None] * n + np.arange(n)).reshape(-1).astype(np.int32)
     rollout = run.programs.merge(tuple(part.rollout for part in rounds), row_B)
@@ -284,6 +287,7 @@ def has_signal(judgement: Judgement, group: int) -> np.ndarray:
     reward_QG, known_QG = (
         x_B.reshape(-1, group) for x_B in fetch((judgement.reward_B, judgement.valid_B))
     )
+    # An unknown reward says nothing either way.
     highest_Q = np.where(known_QG, reward_QG, -np.inf).max(1)
     lowest_Q = np.where(known_QG, reward_QG, np.inf).min(1)
     return highest_Q > lowest_Q
@@ -305,6 +309,7 @@ def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, An
 def learn_from_rows(run: Run, session: Session) -> None:
     """Learn from the rows of a file: one optimizer step an iteration."""
     batch_of = batches(run)
+    # The first update donates these arrays; a resumed run makes its start anew, if it must.
     first = session.states["policy"].params if session.start == 0 else None
     evaluate_before(run, session, lambda: start_of(run) if first is None else first)
     for step in session.steps():
@@ -366,6 +371,7 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
             measured = measure_normalisation(run, session.states["policy"].params)
             session.amend(normalisation=measured)
         summary["normalisation"] = session.host["normalisation"]
+    # A run that is asked for fewer steps than it has done has done them all the same.
     steps = max(run.config.steps, session.start)
     best = session.host["best"] if has_ended(session.host) else None
     found: Evaluation | None

@@ -132,6 +132,7 @@ def on_policy_programs(
         return greedy_baseline(settings, greedy, reward_Q, config.sample.n)
 
     shared = has_critic(config) and config.critic.kind == "shared"
+    # Held-out samples are from the policy itself, whatever truncation it is trained under.
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     held_out = replace(config.sample, n=config.eval.n, **plain)
     return OnPolicyPrograms(
@@ -193,6 +194,7 @@ def updates(
         coefficient = settings.value_coef
         if config.critic.warmup:
             head_only = critic_loss(model, algorithm, head_only=True)
+            # A fresh head's values are noise: the trunk, the policy's too, is not to learn of it.
             programs["warmup"] = update(head_only, "policy", config)
     elif "value" in algorithm.needs:
         loss = critic_loss(critic_model, algorithm)
@@ -239,6 +241,7 @@ def offline_programs(
 
 def optimizer(config: Config) -> Any:
     """The optimizer of a run, its schedule over all of the run's updates."""
+    # A schedule counts optimizer steps, and there are several an iteration.
     updates = 1
     if is_on_policy(config):
         updates = on_policy(config).epochs * on_policy(config).minibatches

@@ -77,6 +77,7 @@ class _Lines:
         self._waiting = b""
 
     def write(self, lines: Sequence[str]) -> None:
+        # A line stays here until the system has taken all of it: none is torn, none lost.
         self._waiting += "".join(line + "\n" for line in lines).encode()
         try:
             while self._waiting:
@@ -96,6 +97,7 @@ def _drop_later(path: Path, resume_step: int | None) -> None:
         return
     content = path.read_bytes()
     kept = [line + b"\n" for line in content.split(b"\n") if line and _is_kept(line, resume_step)]
+    # Lines of steps after the restored one will be written again.
     if b"".join(kept) != content:
         write_atomic(path, b"".join(kept).decode())
 

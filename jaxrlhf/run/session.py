@@ -85,6 +85,7 @@ class Session:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
         )
+        # Names of changed fields are a better error than shapes that differ.
         self._check_same_run()
         if self.checkpoints.latest() is not None:  # or a resumed run would hold two states
             for x in jax.tree.leaves(self.states):
@@ -95,6 +96,7 @@ class Session:
             check_fingerprint(self.host.get("fingerprint", {}), self._fingerprint)
             more = self.start < config.steps and not is_over(self.host, config.eval.patience)
             self.states = exchange(self.states, self.host, False) if more else self.states
+        # The scores change with every step, so their normalisation is measured at the end.
         if self.is_left():
             self.host.pop("normalisation", None)  # of parameters that go on learning
         self.host["fingerprint"] = self._fingerprint
@@ -152,6 +154,7 @@ class Session:
             yield done
             done += 1
             self._end_of(done)
+            # All processes stop after the same iteration, whichever heard the signal.
             if any_process(self._stopped):
                 self.save(done)
                 self.checkpoints.wait()
@@ -183,6 +186,7 @@ class Session:
 
     def lap(self, phase: str, *arrays: Any) -> float:
         """Charge the seconds since the last lap to a phase, once ``arrays`` are computed."""
+        # Calls return before the device is done: without waiting, the next phase would pay.
         jax.block_until_ready(arrays)
         if self._feed is not None:
             self._feed()
@@ -231,6 +235,7 @@ class Session:
         if self.is_left() or not path.is_file() or not measured:
             return None
         summary = json.loads(path.read_text())
+        # Of a shorter run that has since been given more steps.
         if summary.get("steps") != self.start:
             return None
         self.show.note(f"nothing to do: all {self.start} iterations are done")
@@ -294,6 +299,7 @@ def lock(output: str | Path) -> TextIO:
             f"output={str(output)!r}: another run writes there ({holder}); "
             "wait for it, stop it, or choose another output"
         ) from error
+    # The lock is the open file, not its text: a killed process leaves none behind.
     file.truncate(0)
     print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file
@@ -316,6 +322,7 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
     if isinstance(config.algorithm, OnPolicyConfig):
         full["algorithm"]["kl_estimator"] = kl_kind(config.algorithm)
     optim = _without(full["optim"], "microbatches", "max_skipped")
+    # A decaying rate depends on how many steps there will be.
     if config.optim.schedule != "constant":
         optim["steps"] = config.steps
     unread = "max_tokens" if is_on_policy(config) else "max_prompt_tokens"

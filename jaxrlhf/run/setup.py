@@ -105,12 +105,14 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     check_vocab(tokenizer, run.model.decoder, config.sample.stop)
     stop, pad = ends_of(tokenizer)
+    # What ends a response: the tokenizer's end of sequence, and what the config adds.
     stop = tuple(sorted({*config.sample.stop, *stop}))
     config = replace(config, sample=replace(config.sample, stop=stop, pad=pad))
     vocab = run.model.decoder.vocab
     train_rows = load_data(config, config.data.train, tokenizer, vocab)
     eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
     normalise_rows = load_normalise_rows(config, tokenizer, vocab)
+    # One width for all batches, so that each program is compiled once.
     every = [row for part in (train_rows, eval_rows, normalise_rows) if part for row in part.items]
     run = replace(
         run,
@@ -177,9 +179,11 @@ def _networks(run: Run, loader: Loader) -> Run:
     ready = Network(model, {}) if model.lora else loader.base(config.model, config.seed)
     states = {"policy": start_state(config, ready, needs_head(config), loader)}
     start = loader.base(config.model, config.seed)
+    # Kept beside what learns, and in every checkpoint: see stopping.
     if config.eval.patience:
         states["best"] = keep(states["policy"])
     frozen = {"policy": start.params if model.lora else None}
+    # The start is the reference: its arrays are never donated, and shared by all who read.
     reference = start if has_reference(config) else None
     if config.reference.path:
         reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
@@ -191,6 +195,7 @@ def _networks(run: Run, loader: Loader) -> Run:
         return run
     critic = None
     if has_critic(config) and config.critic.kind == "separate":
+        # A critic starts as the policy does, as a run's reward model, or as another model's weights.
         critic = start
         if config.critic.path and is_run(config.critic.path):
             critic = loader.trained(config.critic.path)
@@ -204,6 +209,7 @@ def _networks(run: Run, loader: Loader) -> Run:
     def judge(rewards: tuple[RewardConfig, ...], field: str, before: Judge | None) -> Judge:
         vocab, limit = model.decoder.vocab, config.max_excluded
         sources = before.sources if before else load_rewards(rewards, field)
+        # Asked for once: `fill` comes by again, with the same sources.
         if not before:
             asked = (run.train_rows if field == "rewards" else None, run.eval_rows)
             check_truths(sources, [row.source for part in asked if part for row in part.items])
@@ -249,6 +255,7 @@ def start_state(config: Config, network: Network, head: bool, loader: Loader) ->
     if loader.abstract:
         return state
     start, given = starting(network, head, config.seed, random_head=is_reward_model(config))
+    # One program makes parameters and optimizer state where they are to lie; none is ever whole.
     tx, layout = optimizer(config), jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(lambda *x: TrainState.create(start(*x), tx), out_shardings=layout)(*given)
 

@@ -29,6 +29,7 @@ def keep(state: TrainState, spare: TrainState | None = None) -> TrainState:
       spare: an earlier copy, which gives its memory to this one and is gone afterwards.
     """
     leaves, tree = jax.tree.flatten(replace(state, opt_state=()))
+    # Setting up on shapes has nothing to copy.
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return jax.tree.unflatten(tree, leaves)
     copy = _copier(tuple(x.sharding for x in leaves))
@@ -61,6 +62,7 @@ def compare(
     Returns:
       The states, with "best" as it now is; a new one takes the memory of the old.
     """
+    # A loss that is no number is never the lowest.
     best = host.get("best")
     lowest = math.inf if best is None else _number(best["metrics"]["loss"])
     if best is None or _number(metrics["loss"]) < lowest:
@@ -85,6 +87,7 @@ def exchange(states: States, host: Host, in_use: bool) -> States:
     """The states with the best parameters as the policy's (``in_use``), or back as they were."""
     if has_ended(host) == in_use:
         return states
+    # Said in the host's numbers, which the checkpoint saves together with the exchanged arrays.
     host["best"] = {**host["best"], "in_use": in_use}
     policy, best = states["policy"], states["best"]
     swapped = {

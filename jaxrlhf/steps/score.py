@@ -136,6 +136,7 @@ def token_scores(
 
 def last_token(attention_mask_BT: Array) -> Array:
     """Column of each row's last 1, int32 [B]."""
+    # By the mask, not the padding id, which may be the end of sequence.
     columns = jnp.arange(attention_mask_BT.shape[1])
     return jnp.max(jnp.where(attention_mask_BT != 0, columns, 0), axis=1)
 
@@ -170,6 +171,7 @@ def _token_logp(
         hidden, token = item
         logits = model.logits(params, hidden) / temperature
         logits = constrain(logits, ("batch", "length", "vocab"))
+        # log softmax(z)_v = z_v − logsumexp(z); entropy = logsumexp(z) − Σ softmax(z)·z.
         total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
         if not entropy:
