@@ -183,7 +183,7 @@ def _networks(run: Run, loader: Loader) -> Run:
     if config.eval.patience:
         states["best"] = keep(states["policy"])
     frozen = {"policy": start.params if model.lora else None}
-    # The start is the reference: its arrays are shared by all who read, and never donated.
+    # The start is the reference: its arrays are shared, and never donated.
     reference = start if has_reference(config) else None
     if config.reference.path:
         reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
