@@ -195,7 +195,7 @@ def _networks(run: Run, loader: Loader) -> Run:
         return run
     critic = None
     if has_critic(config) and config.critic.kind == "separate":
-        # A critic starts as the policy does, as a run's reward model, or as another model's weights.
+        # A critic starts as the policy does, as a run's reward model, or as another model.
         critic = start
         if config.critic.path and is_run(config.critic.path):
             critic = loader.trained(config.critic.path)
