@@ -1,4 +1,6 @@
-"""All rules between the fields of a config, and their ranges; asked before any array is made.
+"""A run's rules between fields, and their ranges; asked before any array is made.
+
+Those of a reward's fields are in ``rewards``, those of an evaluation and of stages in ``stages``.
 
 A rule is a line of a generator: it yields what is wrong, where, and the remedy. ``check`` raises
 the first; a setting that nothing would read is refused like one that cannot be.
