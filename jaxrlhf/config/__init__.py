@@ -59,7 +59,6 @@ from jaxrlhf.config.rewards import (
     LengthConfig,
     RewardConfig,
     ServiceConfig,
-    kind_of,
     name_of,
     reward_problems,
 )

@@ -132,11 +132,6 @@ READERS = {
 """Which kinds of source read an option; all of them read the others."""
 
 
-def kind_of(reward: RewardConfig) -> str:
-    """Which of ``KINDS`` a checked source is."""
-    return next(kind for kind in KINDS if getattr(reward, kind))
-
-
 def name_of(config: RewardConfig) -> str:
     """What errors and metrics call a source."""
     service = _place(config.service.url) if config.service else ""

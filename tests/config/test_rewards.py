@@ -12,7 +12,6 @@ from jaxrlhf.config import (
     RewardConfig,
     ServiceConfig,
     dump,
-    kind_of,
     load,
     override,
     reward_problems,
@@ -60,14 +59,6 @@ def test_override_of_nested_parts():
     changed = override(Config(rewards=REWARDS), words)
     assert changed.rewards[6].service == ServiceConfig(URL, header_env="KEY", retries=7)
     assert changed.rewards[1].isolate == IsolateConfig(2, memory_gib=1.0, timeout=9.0)
-
-
-def test_kind_of():
-    assert [kind_of(reward) for reward in REWARDS] == [
-        *("function", "function", "model"),
-        *("verifier", "verifier", "verifier"),
-        *("service", "length"),
-    ]
 
 
 @pytest.mark.parametrize(
