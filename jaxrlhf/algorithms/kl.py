@@ -173,4 +173,4 @@ KL_CONTROLLERS: dict[str, Callable[[float, float, float, int, float], float]] = 
     "fixed": fixed_kl,
     "adaptive": adaptive_kl,
 }
-"""By ``PPOConfig.kl_controller``: (beta, kl, target, count, horizon) → beta."""
+"""By ``OnPolicyConfig.kl_controller``: (beta, kl, target, count, horizon) → beta."""

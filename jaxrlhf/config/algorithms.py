@@ -46,6 +46,7 @@ class OnPolicyConfig:
     off_policy_cap: ClassVar[float] = 2.0
     entropy_coef: ClassVar[float] = 0.0
     mask_truncated: ClassVar[bool] = False
+    # A policy has no scores to normalise; whoever loads a run asks.
     normalise_on: ClassVar[str] = ""
     old_logp: Literal["sampler", "rescore"] = "sampler"
     """Source of the ratio's denominator: the cached sampler, or a forward like the update's."""

@@ -16,6 +16,8 @@ from jaxrlhf.config.algorithms import (
     DPOConfig,
     OfflineConfig,
     OnPolicyConfig,
+    PointwiseRewardModelConfig,
+    ProcessRewardModelConfig,
     ReinforceConfig,
 )
 from jaxrlhf.config.model import CriticConfig, DecoderConfig, ReferenceConfig
@@ -345,10 +347,11 @@ def _offline(config: Config) -> Iterator[str]:
             yield "algorithm.label_smoothing=0: the loss of exo_pair is infinite: give 0.1, say"
     pieces = config.optim.microbatches
     assert isinstance(config.algorithm, OfflineConfig)
-    delta, kind = (getattr(config.algorithm, name, None) for name in ("delta", "kind"))
-    if kind != "huber" and delta != getattr(type(config.algorithm), "delta", None):
-        yield f"algorithm.delta={delta}: kind={kind} does not read it: leave it out"
-    if getattr(config.algorithm, "separator", "some") == "":
+    if isinstance(config.algorithm, PointwiseRewardModelConfig):
+        delta, kind = config.algorithm.delta, config.algorithm.kind
+        if kind != "huber" and delta != PointwiseRewardModelConfig.delta:
+            yield f"algorithm.delta={delta}: kind={kind} does not read it: leave it out"
+    if isinstance(config.algorithm, ProcessRewardModelConfig) and not config.algorithm.separator:
         yield "algorithm.separator: empty: give the text that stands between two steps"
     if config.algorithm.whole_batch and pieces > 1:
         yield f"optim.microbatches={pieces}: {name} has a mean over the batch inside: set it to 1"
@@ -359,7 +362,7 @@ def _offline(config: Config) -> Iterator[str]:
     if config.eval.n != EvalConfig.n:
         yield f"eval.n={config.eval.n}: algorithm.name={name} samples nothing: leave it out"
     # A run writes the tokenizer's ends to its config.yaml.
-    ends = {"stop": config.sample.stop, "pad": config.sample.pad}  # a run writes the tokenizer's
+    ends = {"stop": config.sample.stop, "pad": config.sample.pad}
     unread = {
         "critic": (config.critic, CriticConfig()),
         **({} if has_reference(config) else {"reference": (config.reference, ReferenceConfig())}),

@@ -128,13 +128,14 @@ def _section(members: Sequence[type], value: Any, source: str, key: str) -> Any:
     prefix = f"{key}." if key else ""
     kind = _named(members, value, source, prefix) if len(members) > 1 else members[0]
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    constants = _constants(kind, members)
     # A constant of this algorithm, as older versions wrote it, says nothing new.
-    value = {n: v for n, v in value.items() if n in fields or not _is_fixed(kind, members, n, v)}
+    value = {n: v for n, v in value.items() if n not in constants or v != constants[n]}
     for name in value:
+        if name in constants:
+            why = f"{kind.name} does not read it: leave it out"  # type: ignore[attr-defined]
+            raise InputError(f"{source}: {prefix}{name}={value[name]!r:.80}: {why}")
         if name not in fields:
-            if _is_fixed(kind, members, name):
-                why = f"{kind.name} does not read it: leave it out"  # type: ignore[attr-defined]
-                raise InputError(f"{source}: {prefix}{name}={value[name]!r:.80}: {why}")
             close = difflib.get_close_matches(str(name).replace("-", "_"), fields, 1)
             known = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
             raise InputError(f"{source}: {prefix}{name}: unknown key ({known})")
@@ -146,13 +147,11 @@ def _section(members: Sequence[type], value: Any, source: str, key: str) -> Any:
     return kind(**{n: build(hints[n], v, source, f"{prefix}{n}") for n, v in value.items()})
 
 
-def _is_fixed(kind: type, members: Sequence[type], name: Any, *value: Any) -> bool:
-    """Whether a setting that others of ``members`` have is a constant of ``kind``, and this value.
-
-    Runs of older versions have written such constants to their config.yaml.
-    """
+def _constants(kind: type, members: Sequence[type]) -> dict[str, Any]:
+    """The settings of others of ``members`` that are constants of ``kind``, and their values."""
     others = {field.name for member in members for field in dataclasses.fields(member)}  # type: ignore[arg-type]
-    return name in others and hasattr(kind, name) and value in ((), (getattr(kind, name),))
+    own = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return {name: getattr(kind, name) for name in others - own if hasattr(kind, name)}
 
 
 def _named(members: Sequence[type], value: Mapping, source: str, prefix: str) -> type:

@@ -148,4 +148,5 @@ class TrainState:
 
 
 States = dict[str, TrainState]
-"""What is trained: ``policy``, and ``critic`` if it is a network of its own."""
+"""What is trained: ``policy``, and ``critic`` if it is a network of its own; with early stopping,
+``best`` beside them."""

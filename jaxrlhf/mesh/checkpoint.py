@@ -309,7 +309,10 @@ def _sweep(folder: Path) -> None:
 
 def _steps_in(folder: Path) -> list[int]:
     """Steps on disk, whole or damaged; what is still being written has no number for a name."""
-    return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
+    if not folder.is_dir():
+        return []
+    # Not by glob, which takes a folder that cannot be read for an empty one.
+    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
 
 
 def load(folder: str | Path, abstract: Any) -> Found:

@@ -5,8 +5,8 @@ section, that is flags; the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
 the cluster that started it, as JAX detects it (Open MPI, Slurm, TPU slices on GKE and on Cloud TPU
 VMs). Else it is alone, and nothing here does anything.
 
-``assemble``, ``any_process`` and ``all_or_none`` are collectives: every process calls
-them, in the same order. A process alone has it all, and exchanges nothing.
+``assemble``, ``any_process`` and ``all_or_none``, and ``sharding.fetch``, are collectives: every
+process calls them, in the same order. A process alone has it all, and exchanges nothing.
 """
 
 import importlib.util

@@ -182,7 +182,10 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process."""
+    """Arrays, wherever on the mesh they lie → numpy arrays of the same shapes, on every process.
+
+    A collective: every process calls it, in the same order.
+    """
     if jax.process_count() == 1:
         return jax.device_get(tree)
 

@@ -148,8 +148,9 @@ class Loader:
                     f"{folder}: its scores are not normalised yet: train it to its end"
                 )
             # (r − mean)/std with r = w·x + b is a head too: w/std and (b − mean)/std.
-            head, mean, std = params["head"], *map(host["normalisation"].get, ("mean", "std"))
-            head = {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}
+            head, scale = params["head"], host["normalisation"]
+            bias = (head["bias"] - scale["mean"]) / scale["std"]
+            head = {"kernel": head["kernel"] / scale["std"], "bias": bias}
             params = {**params, "head": head}
         return Network(model, params, lora, step)
 
@@ -193,7 +194,7 @@ def trainable(model: Model, weights: Any, adapters: Any) -> Any:
     """Of two trees, of weights and of adapters: what a TrainState of this model trains."""
     if model.lora is None:
         return weights
-    return {"lora": adapters, **{name: weights[name] for name in weights if name == "head"}}
+    return {"lora": adapters, **({"head": weights["head"]} if "head" in weights else {})}
 
 
 def abstract_params(model: Model, head: bool, mesh: Mesh) -> Params:

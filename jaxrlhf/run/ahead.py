@@ -113,7 +113,6 @@ def compiled_ahead(run: Run) -> Iterator[threading.Thread | None]:
     At the block's end no further program is begun. The interpreter ends once the one at hand is
     compiled: a thread that it stopped within XLA would abort the process.
     """
-    # Programs with collectives must reach the compiler in one order on every process.
     if jax.process_count() > 1 or not is_on_policy(run.config):
         yield None
         return
@@ -130,7 +129,6 @@ def compiled_ahead(run: Run) -> Iterator[threading.Thread | None]:
         except Exception as error:  # the call that needs it will say so
             log.info("%s does not compile: %s", name, error)
 
-    # Not a daemon: ending the interpreter while XLA compiles would abort the process.
     thread = threading.Thread(target=work, name="compile ahead")
     thread.start()
     try:

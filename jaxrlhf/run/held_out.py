@@ -165,7 +165,7 @@ def _draw(
 
 def evaluate_offline(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Evaluation:
     """Loss and metrics of the training objective on held-out rows; of reward models also accuracy,
-    calibration and the rest of ``held_out.judge_scores``."""
+    calibration and the rest of ``judge_scores``."""
     metrics, curve = measure(run, params, rows)
     return Evaluation(metrics, reliability=curve)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import KL_CONTROLLERS
-from jaxrlhf.config import Config, DAPOConfig, is_on_policy
+from jaxrlhf.config import Config, DAPOConfig, OnPolicyConfig, is_on_policy
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.stats import over_prompts
 from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, States
@@ -74,7 +74,8 @@ def train(
 
 def learn_on_policy(run: Run, session: Session) -> None:
     """Iterate, adapt β, log, evaluate; and again."""
-    settings: Any = run.config.algorithm
+    settings = run.config.algorithm
+    assert isinstance(settings, OnPolicyConfig)
     controller = KL_CONTROLLERS[settings.kl_controller]
     # A fixed β is the config's, on resume too; an adaptive one goes on as it was saved.
     if settings.kl_controller == "fixed":
@@ -109,6 +110,8 @@ class Judged(NamedTuple):
     judgement: Judgement
     baseline_B: Array | None = None
     """What each prompt's greedy response is worth, for algorithms that need it."""
+    signal_Q: np.ndarray | None = None
+    """bool, whether the rewards of a prompt's samples differ, for dynamic sampling."""
 
 
 def iterate(
@@ -116,8 +119,8 @@ def iterate(
 ) -> tuple[States, dict[str, Any], Rollout, Judgement]:
     """One iteration of policy learning: from prompts to the next states."""
     programs: OnPolicyPrograms = run.programs
-    states, frozen = session.states, run.frozen
-    settings: Any = run.config.algorithm
+    settings, states, frozen = run.config.algorithm, session.states, run.frozen
+    assert isinstance(settings, OnPolicyConfig)
     assert run.judge is not None
     assert run.reference is not None
     policy, base = states["policy"].params, frozen["policy"]
@@ -134,60 +137,64 @@ def iterate(
         if "greedy" in run.algorithm.needs:
             baseline_B = judge_greedy(run, programs.greedy(policy, base, *arrays), prompts, draw)
         session.lap("reward", judgement.reward_B)
-        rounds.append(Judged(rollout, judgement, baseline_B))
-    (rollout, judgement, baseline_B), metrics = pick_groups(run, rounds)
-    rows = (rollout.token_BT, rollout.attention_mask_BT)
+        rounds.append(Judged(rollout, judgement, baseline_B, signal_of(run, judgement)))
+    (rollout, judgement, baseline_B, _), metrics = pick_groups(run, rounds)
+    del rounds  # DAPO's other rollouts need not outlive the choice
+    texts = (rollout.token_BT, rollout.attention_mask_BT)
 
     # log π_old(y_t|s_t): the sampler's, or scored again as the update will.
     if settings.old_logp == "rescore":
-        logp_BT = programs.rescore(policy, base, *rows)
+        logp_BT = programs.rescore(policy, base, *texts)
         rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
     # log π_ref(y_t|s_t)
-    ref_logp_BT = programs.reference(at_hand(run.reference.params), *rows)
-    # V(s_t): the sampler gives it where policy and critic share a trunk.
-    expected = () if baseline_B is None else (baseline_B,)
+    ref_logp_BT = programs.reference(at_hand(run.reference.params), *texts)
+    # V(s_t): by a critic of its own, or the sampler's, where it shares the policy's trunk.
+    value_BT = rollout.value_BT
     if "critic" in states:
-        expected = (programs.value(states["critic"].params, frozen["critic"], *rows),)
-    elif "value" in run.algorithm.needs:
-        expected = (rollout.value_BT,)
-    # KL in the reward, advantages, returns.
+        value_BT = programs.value(states["critic"].params, frozen["critic"], *texts)
+    # KL in the reward; advantages over what was expected: V, or the greedy response's reward.
+    expected = [x for x in (baseline_B, value_BT) if x is not None]
     coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}
-    given = (ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients)
-    batch, measured = programs.targets(rollout, *given, *expected)
+    batch, measured = programs.targets(
+        rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, *expected
+    )
     session.lap("score", batch)
 
-    # θ ← θ − α·∇loss, epochs × minibatches times.
+    # θ ← θ − α·∇loss, epochs × minibatches times; the old states are donated.
     states, learnt = update(run, states, batch, step)
     session.lap("update", learnt)
-    judged = measures(judgement)
-    return states, {**metrics, **measured, **judged, **learnt, **coefficients}, rollout, judgement
+    metrics = {**metrics, **measured, **measures(judgement), **learnt, **coefficients}
+    return states, metrics, rollout, judgement
 
 
 def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
     """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
     programs: OnPolicyPrograms = run.programs
-    settings: Any = run.config.algorithm
-    frozen = run.frozen
+    settings, frozen = run.config.algorithm, run.frozen
+    assert isinstance(settings, OnPolicyConfig)
     states, seen = dict(states), []
     warming = step < run.config.critic.warmup
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    for epoch in range(settings.epochs):
-        for row_M in minibatch_rows(rows, settings.minibatches, run.config.seed, step, epoch):
-            part = batch if len(row_M) == rows else programs.take(batch, row_M)
-            metrics: dict[str, Any] = {}
-            if programs.critic_update is not None:
-                states["critic"], learnt = programs.critic_update(
-                    states["critic"], part, frozen["critic"]
-                )
-                metrics = {f"critic/{name}": x for name, x in learnt.items()}
-            # While the critic warms up, the policy stays as it is.
-            learn = programs.warmup if warming else programs.update
-            if learn is not None:
-                states["policy"], learnt = learn(states["policy"], part, frozen["policy"])
-                metrics |= learnt
-            seen.append(pace(metrics))
-            if settings.target_kl and _apart(metrics) > settings.target_kl:
-                return states, combine_updates(seen) | {"updates": len(seen)}
+    count = jax.tree.leaves(batch)[0].shape[0]
+    passes = (
+        row_M
+        for epoch in range(settings.epochs)
+        for row_M in minibatch_rows(count, settings.minibatches, run.config.seed, step, epoch)
+    )
+    for row_M in passes:
+        part = batch if len(row_M) == count else programs.take(batch, row_M)
+        metrics: dict[str, Any] = {}
+        if programs.critic_update is not None:
+            critic = programs.critic_update(states["critic"], part, frozen["critic"])
+            states["critic"] = critic[0]
+            metrics = {f"critic/{name}": x for name, x in critic[1].items()}
+        # While the critic warms up, the policy stays as it is.
+        learn = programs.warmup if warming else programs.update
+        if learn is not None:
+            states["policy"], learnt = learn(states["policy"], part, frozen["policy"])
+            metrics |= learnt
+        seen.append(pace(metrics))
+        if settings.target_kl and _apart(metrics) > settings.target_kl:
+            break
     return states, combine_updates(seen) | {"updates": len(seen)}
 
 
@@ -203,9 +210,11 @@ def enough(run: Run, rounds: list[Judged]) -> bool:
     groups have rewards that differ, or ``rounds`` of them have not been enough.
     """
     settings = run.config.algorithm
-    if not rounds or not isinstance(settings, DAPOConfig):
-        return bool(rounds)
-    signals = sum(int(has_signal(part.judgement, run.config.sample.n).sum()) for part in rounds)
+    if not rounds:
+        return False
+    if not isinstance(settings, DAPOConfig):
+        return True
+    signals = sum(int(part.signal_Q.sum()) for part in rounds if part.signal_Q is not None)
     return signals >= run.config.data.batch_size or len(rounds) >= settings.rounds
 
 
@@ -213,18 +222,17 @@ def draw_prompts(run: Run, session: Session, step: int) -> tuple[int, list[Promp
     """The prompts of the next round: which slice of the data, its rows, the sampler's arguments.
 
     With dynamic sampling slices are counted by the rounds so far, else by the steps. The draws of
-    a slice follow from the seed and its number.
+    a slice follow from the seed and its number, so that nothing else has to be saved.
     """
-    # The slice, and all draws of it, follow from its number: nothing else has to be saved.
     config, draw = run.config, step
     if isinstance(config.algorithm, DAPOConfig):
         draw = session.host.get("draws", 0)
         session.host["draws"] = draw + 1
     key = jax.random.fold_in(jax.random.key(config.seed), draw)
     chosen = order(len(run.train_rows.items), config.data.batch_size, config.seed, draw)
-    rows = [run.train_rows.items[i] for i in chosen]
-    arrays = prompt_arrays(rows, config.data.max_prompt_tokens, config.sample.pad)
-    prompts: list[Prompt] = [row.source for row in rows]  # type: ignore[misc]
+    encoded = [run.train_rows.items[i] for i in chosen]
+    arrays = prompt_arrays(encoded, config.data.max_prompt_tokens, config.sample.pad)
+    prompts: list[Prompt] = [row.source for row in encoded]  # type: ignore[misc]
     return draw, prompts, (*put_rows(arrays, run.mesh), key)
 
 
@@ -259,7 +267,7 @@ def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float
     if not isinstance(run.config.algorithm, DAPOConfig):
         return rounds[0], {}
     wanted, n = run.config.data.batch_size, run.config.sample.n
-    signal_Q = np.concatenate([has_signal(part.judgement, n) for part in rounds])
+    signal_Q = np.concatenate([part.signal_Q for part in rounds if part.signal_Q is not None])
     kept = min(int(signal_Q.sum()), wanted) / wanted
     metrics = {"rounds": float(len(rounds)), "groups_kept": kept}
     if len(rounds) == 1:
@@ -268,18 +276,18 @@ def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float
     picked = np.argsort(~signal_Q, kind="stable")[:wanted]
     row_B = (picked[:, None] * n + np.arange(n)).reshape(-1).astype(np.int32)
     rollout = run.programs.merge(tuple(part.rollout for part in rounds), row_B)
+    whole = jax.tree.map(
+        lambda *parts: np.concatenate(parts)[row_B], *fetch([part.judgement for part in rounds])
+    )
+    reward_B, valid_B = put_rows((whole.reward_B, whole.valid_B), run.mesh)
+    return Judged(rollout, Judgement(reward_B, valid_B, whole.parts)), metrics
 
-    def take(*arrays: Any) -> np.ndarray:
-        return np.concatenate(fetch(arrays))[row_B]
 
-    reward_B = take(*(part.judgement.reward_B for part in rounds))
-    valid_B = take(*(part.judgement.valid_B for part in rounds))
-    parts: dict[str, Any] = {
-        name: take(*(part.judgement.parts[name] for part in rounds))
-        for name in rounds[0].judgement.parts
-    }
-    reward_B, valid_B = put_rows((reward_B, valid_B), run.mesh)
-    return Judged(rollout, Judgement(reward_B, valid_B, parts)), metrics
+def signal_of(run: Run, judgement: Judgement) -> np.ndarray | None:
+    """``has_signal`` where dynamic sampling asks for it: several processes exchange rewards."""
+    if not isinstance(run.config.algorithm, DAPOConfig):
+        return None
+    return has_signal(judgement, run.config.sample.n)
 
 
 def has_signal(judgement: Judgement, group: int) -> np.ndarray:

@@ -46,7 +46,7 @@ Program = Callable[..., Any]
 
 @dataclass(frozen=True)
 class OnPolicyPrograms:
-    """What one iteration of policy learning calls, in its order."""
+    """What one iteration of policy learning calls, in its order, and what held-out prompts need."""
 
     sample: Program
     """(params, frozen, prompt_QP, prompt_mask_QP, key) → Rollout of Q·n responses."""

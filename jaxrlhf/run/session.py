@@ -280,7 +280,7 @@ def lock(output: str | Path) -> TextIO:
     Raises:
       InputError: another run writes to ``output``, or the folder cannot be written.
     """
-    if jax.process_index() != 0:
+    if not is_first():
         return open(os.devnull)
     try:
         Path(output).mkdir(parents=True, exist_ok=True)

@@ -241,22 +241,16 @@ def _programs(run: Run) -> OnPolicyPrograms | OfflinePrograms:
     )
 
 
-def abstract_state(config: Config, model: Model, head: bool, mesh: Mesh) -> TrainState:
-    """Shapes and layouts of the TrainState that a run of ``config`` carries."""
-    params, tx = abstract_params(model, head, mesh), optimizer(config)
-    state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
-    layout = jax.tree.map(lambda x: x.sharding, params)
-    return with_layout(state, train_state_shardings(tx, params, layout, mesh))
-
-
 def start_state(config: Config, network: Network, head: bool, loader: Loader) -> TrainState:
     """A TrainState at its start, laid out on the mesh; shapes, if that is all the loader gives."""
-    state = abstract_state(config, network.model, head, loader.mesh)
+    params, tx = abstract_params(network.model, head, loader.mesh), optimizer(config)
+    state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
+    layout = jax.tree.map(lambda x: x.sharding, params)
+    layout = train_state_shardings(tx, params, layout, loader.mesh)
     if loader.abstract:
-        return state
+        return with_layout(state, layout)
     start, given = starting(network, head, config.seed, random_head=is_reward_model(config))
     # One program makes parameters and optimizer state where they are to lie; none is ever whole.
-    tx, layout = optimizer(config), jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(lambda *x: TrainState.create(start(*x), tx), out_shardings=layout)(*given)
 
 

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from jaxrlhf.core.types import Array, TrainState
+from jaxrlhf.core.types import Array, States, TrainState
 
-States = dict[str, TrainState]
 Host = dict[str, Any]
 
 
@@ -62,7 +61,6 @@ def compare(
     Returns:
       The states, with "best" as it now is; a new one takes the memory of the old.
     """
-    # A loss that is no number is never the lowest.
     best = host.get("best")
     lowest = math.inf if best is None else _number(best["metrics"]["loss"])
     if best is None or _number(metrics["loss"]) < lowest:

@@ -81,8 +81,9 @@ def _prefill(
 ) -> tuple[Array, Cache]:
     """Hidden state of each row's last prompt token, and the cache; prompts are run once each."""
     slots = prompt_QP.shape[1] + config.max_new_tokens
-    # Each prompt once, its keys and values then copied for its samples.
-    once = prompt_QP.shape[0] % row_shards(DECODE) == 0  # else rows, which do divide, are run
+    # Each prompt once, its keys and values copied for its samples; where prompts do not divide
+    # over the devices, each row.
+    once = prompt_QP.shape[0] % row_shards(DECODE) == 0
     copies = 1 if once else config.n
     prompt = jnp.repeat(prompt_QP, copies, axis=0)
     mask = jnp.repeat(prompt_mask_QP, copies, axis=0)
@@ -150,9 +151,9 @@ def _decode(
         ended_B = live_B & (token_B[:, None] == stop).any(1)
         return {**carry, **written, "t": t + 1, "done_B": carry["done_B"] | ended_B}
 
-    # The cache has the tokens before the one just drawn.
     def extend(carry: dict[str, Any]) -> dict[str, Any]:
         """Run the policy on the token just drawn, then draw the next."""
+        # The cache has the tokens before the one just drawn.
         t = carry["t"] - 1
         token_B1 = jax.lax.dynamic_slice_in_dim(carry["token_BN"], t, 1, 1)
         live_B1 = jax.lax.dynamic_slice_in_dim(carry["mask_BN"], t, 1, 1).astype(jnp.int32)

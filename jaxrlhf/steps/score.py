@@ -1,7 +1,7 @@
 """What a network says of rows that exist: log-probs, entropies, values, rewards.
 
-``score`` and ``value`` are projections of ``forward``; the update differentiates ``forward``
-itself, so that what is scored and what is trained are the same code.
+``score`` is a projection of ``forward``, ``value`` its shift and mask without the logits. The
+update differentiates ``forward`` itself: what is scored and what is trained are the same code.
 """
 
 import chex
@@ -136,7 +136,6 @@ def token_scores(
 
 def last_token(attention_mask_BT: Array) -> Array:
     """Column of each row's last 1, int32 [B]."""
-    # By the mask, not the padding id, which may be the end of sequence.
     columns = jnp.arange(attention_mask_BT.shape[1])
     return jnp.max(jnp.where(attention_mask_BT != 0, columns, 0), axis=1)
 

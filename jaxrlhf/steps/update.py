@@ -316,7 +316,7 @@ def combine(name: str, left: Array, right: Array) -> Array:
 
 
 def combine_updates(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of an update from those of its minibatches, which may still be on the device.
+    """The metrics of an iteration from those of its updates, which may still be on the device.
 
     Means, but the maximum of names that end in ``_max`` and the minimum of those in ``_min``;
     over the minibatches that have the name.
