@@ -57,6 +57,9 @@ _HOMES = {
 }
 """Public name → the module it lives in."""
 
+_MODULES = {"algorithms", "config", "masked"}
+"""Those of them that are modules themselves."""
+
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -64,7 +67,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxrlhf' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    found = home if home.__name__ == f"jaxrlhf.{name}" else getattr(home, name)
+    found = home if name in _MODULES else getattr(home, name)
     globals()[name] = found
     return found
 

@@ -2,7 +2,10 @@
 
 import ast
 import graphlib
+import importlib
 from pathlib import Path
+
+import jaxrlhf as rl
 
 ROOT = Path(__file__).parents[1] / "jaxrlhf"
 ROOMS = (
@@ -135,3 +138,10 @@ def test_classes_are_one_level_deep():
         child.name for node in classes for child in node.body if isinstance(child, ast.ClassDef)
     ]
     assert nested == []
+
+
+def test_every_public_name_is_there():
+    for name in rl.__all__:
+        assert getattr(rl, name) is not None, name
+    assert rl.masked.mean is importlib.import_module("jaxrlhf.core.masked").mean
+    assert callable(rl.score)

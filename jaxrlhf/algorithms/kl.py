@@ -136,7 +136,7 @@ def token_rewards(reward_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | f
     return masked.fill(score_BT, mask_BT & (left_BT == 1)) - beta * masked.fill(kl_BT, mask_BT)
 
 
-def fixed_kl(beta: float, *_: float) -> float:
+def fixed_kl(beta: float, *_: float, **__: float) -> float:
     """β as it is: the controller that does not control."""
     return beta
 

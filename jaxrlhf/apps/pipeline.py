@@ -17,6 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import check_context, is_run, scores_texts
 from jaxrlhf.models.read import read_decoder
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.rewards.functions import resolve
+from jaxrlhf.rewards.functions import MOVED, resolve
 from jaxrlhf.rewards.isolation import host_function
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.record import plain
@@ -185,7 +186,7 @@ def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     record = _read(path)
     changes = {}
     for part, now in made_from.items():
-        before = record.get(part, {})
+        before = _as_now(record.get(part, {}), now)
         changes[part] = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
     # Nothing was made yet: what interrupted the stage may be what its new settings mend.
     if not record or (any(changes.values()) and not _has_made(folder, record, made_from)):
@@ -198,6 +199,24 @@ def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
                 "--output, or remove this folder and those of later stages"
             )
     return record
+
+
+def _as_now(before: Any, now: Any, key: str = "") -> Any:
+    """What an older version has recorded, in the words of this one.
+
+    Modules that have moved are named anew, and settings that an algorithm no longer has are left
+    out: nothing read them.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        kept = {x: y for x, y in before.items() if x in now or key != "algorithm"}
+        return {x: _as_now(y, now.get(x), x) for x, y in kept.items()}
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = zip_longest(before, now[: len(before)])
+        return [_as_now(x, y) for x, y in pairs]
+    if isinstance(before, str):
+        module, colon, name = before.partition(":")
+        return f"{MOVED.get(module, module)}{colon}{name}"
+    return before
 
 
 def _read(path: Path) -> dict[str, Any]:

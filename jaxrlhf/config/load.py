@@ -63,6 +63,12 @@ def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CO
       InputError: a number that is not finite.
       SystemExit: on ``--help``, and on words that tyro refuses.
     """
+    constants = _constants(type(config.algorithm), _members(get_type_hints(Config)["algorithm"]))
+    for word in words:
+        named = re.match(r"(?:--)?algorithm\.(?:no[-_])?([\w-]+)", word)
+        if named and (name := named[1].replace("-", "_")) in constants:
+            unread = f"{config.algorithm.name} does not read it: leave it out"
+            raise InputError(f"command line: algorithm.{name}: {unread}")
     # tyro parses by the types of the fields; what it made is checked as YAML is.
     changed = tyro.cli(
         Config,

@@ -14,7 +14,7 @@ import runs
 import yaml
 from command import start
 
-from jaxrlhf.apps.pipeline import check_stages, run_pipeline
+from jaxrlhf.apps.pipeline import _as_now, check_stages, run_pipeline
 from jaxrlhf.config import PipelineConfig, PreferencesConfig, StageConfig, dump, load_pipeline
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.run.record import plain
@@ -323,3 +323,17 @@ def test_run_pipeline_killed_in_every_stage_comes_to_the_same(done, tmp_path):
     expected = dict(numbers(wanted))
     assert len(expected) > 80
     assert dict(numbers(results)) == expected
+
+
+def test_records_of_older_versions_are_read_in_todays_words():
+    now = {"run": {"algorithm": {"name": "rloo", "kl_coef": 0.1}, "steps": 3}, "make": "a:b"}
+    old = {
+        "run": {"algorithm": {"name": "rloo", "kl_coef": 0.1, "epochs": 1}, "steps": 3},
+        "make": "jaxrlhf.demo.words:write_corpus",
+    }
+    new = {**now, "make": "jaxrlhf.data.words:write_corpus"}
+    assert _as_now(old, new) == new
+    other = {**old, "run": {**old["run"], "more": 1}}
+    assert _as_now(other, new) != new  # only an algorithm's settings have gone
+    assert _as_now({"set": {"a": 1, "b": 2}}, {"set": {"a": 1}}) != {"set": {"a": 1}}
+    assert _as_now({"rows": [1, 2]}, {"rows": [1]}) == {"rows": [1, 2]}

@@ -25,6 +25,7 @@ from jaxrlhf.config import (
     PPOConfig,
     RewardConfig,
     RewardModelConfig,
+    RLOOConfig,
     RopeScaling,
     SampleConfig,
     SFTConfig,
@@ -287,3 +288,9 @@ def test_load_passes_what_older_versions_wrote_of_settings_that_are_not_read(tmp
     path.write_text("algorithm: {name: sft, beta: 0.1}")  # another algorithm's, and no constant
     with pytest.raises(InputError, match=r"algorithm\.beta: unknown key"):
         load(path)
+
+
+@pytest.mark.parametrize("words", [["--algorithm.epochs", "2"], ["algorithm.target_kl=0.1"]])
+def test_override_refuses_what_an_algorithm_does_not_read(words):
+    with pytest.raises(InputError, match=r"command line: algorithm\.\w+: rloo does not read it"):
+        override(Config(algorithm=RLOOConfig()), words)
