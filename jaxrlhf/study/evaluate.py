@@ -30,6 +30,7 @@ from jaxrlhf.data.formats import Prompt, read_prompts
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import READERS, Encoded, encode_rows, prompt_arrays
+from jaxrlhf.mesh.processes import is_first
 from jaxrlhf.mesh.sharding import fetch, make_mesh, put_rows, row_shards, tpu_slices
 from jaxrlhf.models.load import Loader, Network, is_run, run_config, scores_texts, tokenizer_path
 from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
@@ -84,12 +85,12 @@ def evaluate_model(
         )
     config = config_of(wish.model)
     path = Path(wish.output or wish.model) / "evaluation.json"
-    if jax.process_index() == 0:
+    if is_first():
         check_file(path)
     mesh = mesh or make_mesh(_mesh_config(wish, config))
     with jax.set_mesh(mesh):
         found = _measure(wish, config, mesh, extract)
-    if jax.process_index() == 0:
+    if is_first():
         text = json.dumps(plain(found), indent=1, allow_nan=False)
         with writing(path):
             write_atomic(path, text + "\n")
