@@ -63,6 +63,8 @@ class Prompt:
     """The row's other columns."""
     where: str
     """``path:line``."""
+    chat: bool = False
+    """Whether a chat template wrote the text; a beginning-of-sequence token is then its affair."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Completion:
     pieces: tuple[str, ...] = ()
     """``completion``, cut where it passes from the assistant to others and back; empty where it is
     one turn."""
+    chat: bool = False
+    """Whether a chat template wrote the text; a beginning-of-sequence token is then its affair."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Pair:
     """Wanted score difference, in reward units; 0 where the row has none. Reward models read it."""
     columns: Mapping[str, Any]
     where: str
+    chat: bool = False
+    """Whether a chat template wrote the text; a beginning-of-sequence token is then its affair."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ class Ranked:
     """False for a response that was cut off."""
     columns: Mapping[str, Any]
     where: str
+    chat: bool = False
+    """Whether a chat template wrote the text; a beginning-of-sequence token is then its affair."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,8 @@ class Stepwise:
     """Probability that the step is right, 0 or 1 as a rule."""
     columns: Mapping[str, Any]
     where: str
+    chat: bool = False
+    """Whether a chat template wrote the text; a beginning-of-sequence token is then its affair."""
 
 
 def stack_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
@@ -126,8 +136,9 @@ def stack_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
 
 
 def _prompt(row: Row, tokenizer: Tokenizer) -> Prompt:
-    text, _ = render(tokenizer, text_of(row, "prompt"), (), row.where)
-    return Prompt(text, columns_of(row, "prompt"), row.where)
+    prompt = text_of(row, "prompt")
+    text, _ = render(tokenizer, prompt, (), row.where)
+    return Prompt(text, columns_of(row, "prompt"), row.where, not isinstance(prompt, str))
 
 
 def _completion(row: Row, tokenizer: Tokenizer, train_on: str = "completion") -> Completion:
@@ -149,11 +160,12 @@ def _completion(row: Row, tokenizer: Tokenizer, train_on: str = "completion") ->
     several = whole or (train_on == "completion" and len(answer) > 1)
     if isinstance(prompt, str) or isinstance(answer, str) or not several:
         text, (completion,) = render(tokenizer, prompt, (answer,), row.where)
-        return Completion(text, completion, columns, row.where)
+        chat = not isinstance(prompt, str)
+        return Completion(text, completion, columns, row.where, chat=chat)
     first = 0 if whole else len(prompt)
     text, pieces = cut_turns(tokenizer, prompt + answer, first, row.where)
     kept = pieces if len(pieces) > 1 else ()
-    return Completion(text, "".join(pieces), columns, row.where, kept)
+    return Completion(text, "".join(pieces), columns, row.where, kept, chat=True)
 
 
 def _pair(row: Row, tokenizer: Tokenizer) -> Pair:
@@ -174,7 +186,7 @@ def _pair(row: Row, tokenizer: Tokenizer) -> Pair:
     columns = columns_of(row, "prompt", "chosen", "rejected", "margin")
     margin = row.values.get("margin")
     margin = 0.0 if margin is None else as_number(margin, "margin", where, " or no margin")
-    return Pair(text, good, bad, margin, columns, where)
+    return Pair(text, good, bad, margin, columns, where, not isinstance(prompt, str))
 
 
 def _shared(chosen: list[Message], rejected: list[Message], where: str) -> int:
@@ -201,6 +213,7 @@ def _labelled(row: Row, tokenizer: Tokenizer) -> tuple[Completion, ...]:
                 text,
                 {**rest, "label": label, "ended": pair.columns.get(end, True)},
                 row.where,
+                chat=pair.chat,
             )
             for text, label, end in answers
         )
@@ -236,7 +249,7 @@ def _ranked(row: Row, tokenizer: Tokenizer) -> Ranked:
         pair = _pair(row, tokenizer)
         flags = [True if (x := pair.columns.get(name)) is None else x for name in ENDS]
         texts, ended = (pair.chosen, pair.rejected), _flags(flags, 2, where)
-        return Ranked(pair.prompt, texts, (1.0, 2.0), ended, pair.columns, where)
+        return Ranked(pair.prompt, texts, (1.0, 2.0), ended, pair.columns, where, pair.chat)
     given = list_of(row, "responses")
     count = len(given)
     if count < 2:
@@ -247,7 +260,8 @@ def _ranked(row: Row, tokenizer: Tokenizer) -> Ranked:
     # the ranks become 1, 2, 3, … in the same order.
     ranks = row.values["ranks"]
     place = {rank: float(i) for i, rank in enumerate(sorted(set(ranks)), 1)}
-    prompt, texts = render(tokenizer, text_of(row, "prompt"), answers, where)
+    given_prompt = text_of(row, "prompt")
+    prompt, texts = render(tokenizer, given_prompt, answers, where)
     for index, text in enumerate(texts):
         first = texts.index(text)
         if first < index:
@@ -256,7 +270,8 @@ def _ranked(row: Row, tokenizer: Tokenizer) -> Ranked:
             )
     ended = _flags(row.values["ended"] if row.has("ended") else [True] * count, count, where)
     columns = columns_of(row, "prompt", "responses", "ranks", "ended")
-    return Ranked(prompt, texts, tuple(place[rank] for rank in ranks), ended, columns, where)
+    order = tuple(place[rank] for rank in ranks)
+    return Ranked(prompt, texts, order, ended, columns, where, not isinstance(given_prompt, str))
 
 
 def _scored(row: Completion, binary: bool) -> Completion:
@@ -296,7 +311,7 @@ def _steps(row: Row, tokenizer: Tokenizer, separator: str = "\n") -> Stepwise:
     whole = answer if isinstance(prompt, str) else chat
     text, (answer,) = render(tokenizer, prompt, (whole,), where)
     columns = columns_of(row, "prompt", name, "labels")
-    return Stepwise(text, answer, separator, labels, columns, where)
+    return Stepwise(text, answer, separator, labels, columns, where, not isinstance(prompt, str))
 
 
 def _reader(of_row: Callable[..., T]) -> Callable[..., Rows[T]]:

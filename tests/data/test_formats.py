@@ -73,7 +73,7 @@ def test_read_completions_messages_learn_the_last_turn(chat_tokenizer, jsonl):
     chat = [user("a"), assistant("b"), user("c"), assistant("d")]
     path = jsonl({"messages": chat, "id": 7})
     prompt = f"{HEADER}b <eos>\nuser : c <eos>\nassistant : "
-    expected = Completion(prompt, "d <eos>\n", {"id": 7}, f"{path}:1")
+    expected = Completion(prompt, "d <eos>\n", {"id": 7}, f"{path}:1", chat=True)
     assert one(read_completions, chat_tokenizer, path) == expected
 
 
@@ -285,3 +285,21 @@ def test_stack_columns_fills_gaps_with_none():
     prompts = [Prompt("a", {"n": 1}, "x:1"), Prompt("b", {"m": 2, "n": 3}, "x:2")]
     assert stack_columns(prompts) == {"n": [1, 3], "m": [None, 2]}
     assert stack_columns([]) == {}
+
+
+def test_rows_say_whether_a_chat_template_wrote_them(chat_tokenizer, jsonl):
+    """Of such a row, the beginning-of-sequence token is the template's affair."""
+    plain = {"prompt": "a", "chosen": " b", "rejected": " c", "completion": " b", "label": True}
+    plain |= {"responses": [" b", " c"], "ranks": [1, 2], "steps": ["b"], "labels": [True]}
+    chat = plain | {"prompt": [user("a")], "completion": [assistant("b")]}
+    chat |= {"chosen": [assistant("b")], "rejected": [assistant("c")]}
+    chat |= {"responses": [[assistant("b")], [assistant("c")]]}
+    for row, is_chat in ((plain, False), (chat, True)):
+        rows = read_rows(jsonl(row))
+        for read in (read_prompts, read_completions, read_pairs, read_ranked, read_steps):
+            assert read(rows, chat_tokenizer).items[0].chat is is_chat, read
+        for one in ({"prompt", "completion", "label"}, {"prompt", "chosen", "rejected"}):
+            labelled = read_rows(jsonl({name: row[name] for name in one}))
+            assert {x.chat for x in read_labelled(labelled, chat_tokenizer).items} == {is_chat}
+    several = read_rows(jsonl({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}))
+    assert read_completions(several, chat_tokenizer, train_on="assistant").items[0].chat
