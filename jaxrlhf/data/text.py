@@ -1,12 +1,15 @@
 """Tokens back to text: what reward functions read, where steps end, and what people are shown."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from jaxrlhf.models.tokenizer import token_bytes
 
 T = TypeVar("T")
 MARKS = "⟦", "⟧"
@@ -53,8 +56,9 @@ def step_ends(ids: Sequence[int], tokenizer: Tokenizer, separator: str) -> list[
     token, its stop token if it has one. Nothing but white space between two separators, or after
     the last of them, is no step. An answer without any text is one step.
 
-    Special tokens have no text. A separator may be part of a token, or several tokens; of two steps
-    that would end in one token, the second counts alone.
+    Special tokens have no text, but those that the separator is written with. A separator may be
+    part of a token, or several tokens; of two steps that would end in one token, the second counts
+    alone.
 
     Args:
       ids: of the answer, at least one.
@@ -63,24 +67,31 @@ def step_ends(ids: Sequence[int], tokenizer: Tokenizer, separator: str) -> list[
     Returns:
       Ascending indices into ``ids``, at least one.
     """
+    table, mark = token_bytes(tokenizer), separator.encode()
+    silent = {i for i, text in _special(tokenizer).items() if text not in separator}
+    # By bytes, for a character may be split over tokens.
+    pieces = [b"" if int(token) in silent else table.get(int(token), b"") for token in ids]
+    whole, reached = b"".join(pieces), list(accumulate(map(len, pieces)))
     ends: list[int] = []
-    text, start = "", 0
-    # Token by token, since the text of a whole answer does not say which token wrote what.
-    for at, token in enumerate(ids):
-        text += _piece(tokenizer, int(token))
-        while (found := text.find(separator, start)) >= 0:
-            if text[start:found].strip():
-                ends.append(at)
-            start = found + len(separator)
-    if text[start:].strip() or not ends:
+    start = 0
+    while (found := whole.find(mark, start)) >= 0:
+        step, start = whole[start:found], found + len(mark)
+        if _has_words(step):
+            ends.append(bisect_left(reached, start))
+    if _has_words(whole[start:]) or not ends:
         ends.append(len(ids) - 1)
     return sorted(set(ends))
 
 
-# Answers repeat a few thousand tokens, and a tokenizer takes long for a single one.
-@lru_cache(maxsize=2**18)
-def _piece(tokenizer: Tokenizer, token: int) -> str:
-    return _text(tokenizer, [token])
+def _has_words(text: bytes) -> bool:
+    return bool(text.decode(errors="replace").strip())
+
+
+@lru_cache(maxsize=4)
+def _special(tokenizer: Tokenizer) -> dict[int, str]:
+    """Special tokens, by their ids."""
+    known = tokenizer.added_tokens_decoder
+    return {token: str(x) for token, x in known.items() if getattr(x, "special", False)}
 
 
 def mark_step_ends(

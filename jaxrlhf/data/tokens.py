@@ -1,8 +1,10 @@
 """Text → token ids → padded arrays, on the host; numpy out.
 
-Prompt and answer are tokenised apart, in training as in sampling, where the prompt stands alone:
-a training row's first ids are exactly what the sampler would have been given. Of an answer with
-several turns (SFT), each turn and what stands between two is tokenised apart likewise.
+Prompt and answers are tokenised as the whole text that they are, and cut where one passes into the
+other: the same words have other ids at a text's beginning. A row's first ids are those of its
+prompt alone, which is what a sampler is given; where a token of the whole lies across the border,
+each side is tokenised in its place. Of an answer with several turns (SFT) each turn is cut out
+likewise.
 
 The end-of-sequence rule. A response that the sampler finished carries its stop token, as its last
 id. So does every answer to be trained on, exactly once: whatever a chat template writes after a
@@ -19,7 +21,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -90,7 +93,8 @@ def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Enc
         options = {"train_on": kind.train_on}
     rows = read(read_rows(path, skip), tokenizer, skip, **options)
     limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
-    return encode_rows(rows, tokenizer, vocab, limit, config.sample.stop, skip)
+    sample = config.sample
+    return encode_rows(rows, tokenizer, vocab, limit, sample.stop, skip, sample.stop_strings)
 
 
 def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Encoded] | None:
@@ -103,7 +107,8 @@ def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Enco
     if not path:
         return None
     rows = read_completions(read_rows(path, skip), tokenizer, skip)
-    rows = encode_rows(rows, tokenizer, vocab, config.data.max_tokens, config.sample.stop, skip)
+    limit, sample = config.data.max_tokens, config.sample
+    rows = encode_rows(rows, tokenizer, vocab, limit, sample.stop, skip, sample.stop_strings)
     if len(rows) < 2:
         raise InputError(f"algorithm.normalise_on={path}: one row has no spread; give more")
     return replace(rows, items=rows.items[:NORMALISED])
@@ -116,6 +121,7 @@ def encode_rows(
     limit: int,
     stop: Sequence[int] = (),
     skip_bad_rows: bool = False,
+    strings: Sequence[str] = (),
 ) -> Rows[Encoded]:
     """The token ids of rows that were read, checked.
 
@@ -123,7 +129,7 @@ def encode_rows(
       vocab: rows of the model's embedding table.
       limit: most tokens: of the prompt (data.max_prompt_tokens) for Prompt rows, of prompt and
         answer together (data.max_tokens) for the others.
-      stop: ids that end a response besides the tokenizer's end-of-sequence.
+      stop, strings: ids that end a response besides the tokenizer's end-of-sequence, and texts.
       skip_bad_rows: leave out rows that are too long or do not tokenise, and say so in
         ``Rows.skipped``.
 
@@ -131,8 +137,8 @@ def encode_rows(
       InputError: such a row, with ``path:line``, length and limit, or the word that has no token;
         or an id outside ``vocab``, which no choice of rows can mend.
     """
-    encode = partial(_encode_row, tokenizer=tokenizer, limit=limit, stop=tuple(stop))
-    encoded = transform(rows, encode, skip_bad_rows)
+    options = {"limit": limit, "stop": tuple(stop), "strings": tuple(strings)}
+    encoded = transform(rows, partial(_encode_row, tokenizer=tokenizer, **options), skip_bad_rows)
     # After the rows that are skipped: a tokenizer of another model is not to be skipped over.
     for row in encoded.items:
         for ids in (row.prompt, *row.answers):
@@ -140,7 +146,9 @@ def encode_rows(
     return encoded
 
 
-def _encode_row(row: Source, tokenizer: Tokenizer, limit: int, stop: tuple[int, ...]) -> Encoded:
+def _encode_row(
+    row: Source, tokenizer: Tokenizer, limit: int, stop: tuple[int, ...], strings: tuple[str, ...]
+) -> Encoded:
     where, ended = row.where, (True,)
     match row:
         case Prompt():
@@ -153,14 +161,15 @@ def _encode_row(row: Source, tokenizer: Tokenizer, limit: int, stop: tuple[int, 
             texts, ended = row.responses, row.ended
         case Stepwise():
             texts = (row.answer,)
-    prompt = encode_prompt(tokenizer, row.text if isinstance(row, Prompt) else row.prompt, where)
+    text = row.text if isinstance(row, Prompt) else row.prompt
+    prompt = encode_prompt(tokenizer, text, where, row.chat)
     spans, ends = None, ()
     if isinstance(row, Completion) and row.pieces:
-        ids, spans = encode_turns(tokenizer, row.pieces, where, stop, *ended)
+        ids, spans = encode_turns(tokenizer, row.pieces, where, stop, *ended, text, strings)
         answers: tuple[Ids, ...] = (ids,)
     else:
         answers = tuple(
-            encode_answer(tokenizer, answer, where, stop, whole)
+            encode_answer(tokenizer, answer, where, stop, whole, text, strings)
             for answer, whole in zip(texts, ended, strict=True)
         )
     field = "data.max_prompt_tokens" if isinstance(row, Prompt) else "data.max_tokens"
@@ -188,44 +197,48 @@ def _ended(row: Completion | Pair, name: str) -> bool:
     return value is not False
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, where: str) -> Ids:
+def encode_prompt(tokenizer: Tokenizer, text: str, where: str, chat: bool = False) -> Ids:
     """Ids of a rendered prompt.
 
-    It starts with the beginning-of-sequence token, once, if the tokenizer is one that adds it or
-    if the text has no token of its own.
+    Plain text starts with the beginning-of-sequence token, once, if the tokenizer is one that adds
+    it. A chat has what its template writes. Either has it where the text has no token of its own.
 
     Raises:
       InputError: no token, and no beginning-of-sequence token to stand in.
     """
     ids = _ids(tokenizer, text, where)
-    bos = tokenizer.bos_token_id
-    # A chat template may have written the token already; that the tokenizer adds one shows on "".
-    if bos is not None and ids[:1] != [bos] and (not ids or tokenizer.encode("")[:1] == [bos]):
+    bos: Any = tokenizer.bos_token_id
+    # That the tokenizer adds one shows on "".
+    adds = not chat and tokenizer.encode("")[:1] == [bos]
+    if bos is not None and ids[:1] != [bos] and (adds or not ids):
         ids = [bos, *ids]
     _check_some(ids, "prompt", text, where)
     return ids
 
 
 def encode_answer(
-    tokenizer: Tokenizer, text: str, where: str, stop: Sequence[int] = (), ended: bool = True
+    tokenizer: Tokenizer,
+    text: str,
+    where: str,
+    stop: Sequence[int] = (),
+    ended: bool = True,
+    after: str = "",
+    strings: Sequence[str] = (),
 ) -> Ids:
     """Ids of a rendered answer, with the stop token that a finished response carries.
 
     Args:
-      stop: ids that end a response besides the tokenizer's end-of-sequence.
+      stop: ids that end a response besides the tokenizer's end-of-sequence. The latter closes an
+        answer that nothing else closes; the first of ``stop``, if the tokenizer has none.
       ended: False for a response that was cut off, which carries none: stop tokens at its end,
         which a chat template writes after any answer, are cut, and what follows them.
+      after: the text that it follows, the prompt.
+      strings: texts that end a response: after one of them nothing is added.
 
     Raises:
       InputError: the text has no token.
     """
-    ids = _ids(tokenizer, text, where)
-    end = _end_of_turn(tokenizer, ids, stop)
-    if end:
-        ids = ids[: end if ended else end - 1]
-    _check_some(ids, "answer", text, where)
-    eos: Any = tokenizer.eos_token_id
-    return ids if end or not ended or eos is None else [*ids, eos]
+    return encode_turns(tokenizer, (text,), where, stop, ended, after, strings)[0]
 
 
 def encode_turns(
@@ -234,6 +247,8 @@ def encode_turns(
     where: str,
     stop: Sequence[int] = (),
     ended: bool = True,
+    after: str = "",
+    strings: Sequence[str] = (),
 ) -> tuple[Ids, tuple[Span, ...]]:
     """Ids of an answer of several turns, and the span of each turn of the assistant's in them.
 
@@ -241,26 +256,88 @@ def encode_turns(
 
     Args:
       pieces: by turns the assistant's and others' (``Completion.pieces``).
-      stop, ended: of the last turn, as for ``encode_answer``.
+      stop, ended, after, strings: of the last turn, as for ``encode_answer``.
 
     Raises:
       InputError: a turn of the assistant's has no token.
     """
+    eos: Any = tokenizer.eos_token_id
+    stops = tuple(dict.fromkeys(token for token in (eos, *stop) if token is not None))
+    turns = _continued(tokenizer, after, pieces, where)
     ids: Ids = []
     spans: list[Span] = []
-    for index, text in enumerate(pieces):
+    for index, (text, turn) in enumerate(zip(pieces, turns, strict=True)):
+        end = _end_of_turn(tokenizer, turn, stops)
         # Only the last turn ends the row, or was cut off.
         if index == len(pieces) - 1:
-            turn = encode_answer(tokenizer, text, where, stop, ended)
+            if end:
+                turn = turn[: end if ended else end - 1]
+            _check_some(turn, "answer", text, where)
+            if ended and not end and not text.endswith(tuple(strings)):
+                turn = [*turn, *stops[:1]]
             end = len(turn)
-        else:
-            turn = _ids(tokenizer, text, where)
-            end = _end_of_turn(tokenizer, turn, stop) or len(turn)
         if index % 2 == 0:
-            spans.append((len(ids), len(ids) + end))
             _check_some(turn, "turn", text, where)
+            spans.append((len(ids), len(ids) + (end or len(turn))))
         ids += turn
     return ids, tuple(spans)
+
+
+def _continued(tokenizer: Tokenizer, before: str, pieces: Sequence[str], where: str) -> list[Ids]:
+    """The ids of texts that follow ``before`` one after the other, as tokens of the whole.
+
+    Tokenised alone, a piece may begin with other ids than where it stands: SentencePiece puts a
+    space before every text. The ids of ``before`` itself are those it has alone, since that is what
+    a sampler is given. Where a token of the whole would lie across the border of two pieces, each
+    side is tokenised in its place.
+    """
+    text = before + "".join(pieces)
+    cuts = list(accumulate((len(before), *map(len, pieces))))
+    try:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # Whole words that run into one another are in no vocabulary without unknown words.
+    except Exception:  # the Rust tokenizer raises bare Exception
+        return [_ids(tokenizer, piece, where) for piece in pieces]
+    parts: list[Ids] = [[] for _ in cuts]
+    index, reached = int(not before), 0
+    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        # Offsets may leave out white space, which belongs to the token after it.
+        start, reached = min(start, reached), max(end, reached)
+        while index < len(pieces) and end > cuts[index] <= start:
+            index += 1
+        across = index < len(pieces) and end > cuts[index]
+        # A token of the template that takes in the white space around it is not to be cut.
+        if across and added_tokens(tokenizer).get(token) == text[start:end].strip():
+            index += text[start : cuts[index]].isspace()
+            parts[index].append(token)
+            continue
+        while index < len(pieces) and end > cuts[index]:
+            parts[index] += _inside(tokenizer, text, start, cuts[index], where)
+            start, index, token = cuts[index], index + 1, None
+        parts[index] += _inside(tokenizer, text, start, end, where) if token is None else [token]
+    return parts[1:]
+
+
+def _inside(tokenizer: Tokenizer, text: str, start: int, end: int, where: str) -> Ids:
+    """The ids of text[start:end], as of text that has something before it."""
+    part = text[start:end]
+    # A text before it that keeps its own ids shows what the part adds to it.
+    for before in (text[max(start - 1, 0) : start], "\n", ".", "a"):
+        try:
+            alone, both = (
+                tokenizer.encode(x, add_special_tokens=False) for x in (before, before + part)
+            )
+        except Exception:  # no word of the vocabulary
+            continue
+        if before and both[: len(alone)] == alone:
+            return both[len(alone) :]
+    return _ids(tokenizer, part, where)
+
+
+@lru_cache(maxsize=4)
+def added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Tokens that are sought in a text before it is split, special ones among them, by their ids"""
+    return {token: str(known) for token, known in tokenizer.added_tokens_decoder.items()}
 
 
 def _ids(tokenizer: Tokenizer, text: str, where: str) -> Ids:
@@ -285,18 +362,19 @@ def _check_some(ids: Ids, what: str, text: str, where: str) -> None:
         raise InputError(f"{where}: {what} {shown(text)} has no token; fill it or drop the row")
 
 
-def _end_of_turn(tokenizer: Tokenizer, ids: Ids, stop: Sequence[int]) -> int:
-    """Where the first of the stop tokens that end a turn has passed; 0 if none ends it."""
-    eos: Any = tokenizer.eos_token_id
-    stops = {*stop, eos} - {None}
-    last = max((at for at, token in enumerate(ids) if token in stops), default=-1)
-    # One with text after it stands inside the turn: the answer's own.
-    if last < 0 or str(tokenizer.decode(ids[last + 1 :])).strip():
-        return 0
-    # Of several in a row the sampler would have stopped at the first.
-    while last > 0 and ids[last - 1] in stops:
-        last -= 1
-    return last + 1
+def _end_of_turn(tokenizer: Tokenizer, ids: Ids, stops: Sequence[int]) -> int:
+    """Where the first of the stop tokens that end a turn has passed; 0 if none ends it.
+
+    Nothing follows it but stop tokens and white space: the sampler would have stopped there.
+    """
+    end = 0
+    for at in range(len(ids) - 1, -1, -1):
+        if ids[at] in stops:
+            end = at + 1
+        # One with text after it stands inside the turn: the answer's own.
+        elif str(tokenizer.decode(ids[at : at + 1])).strip():
+            break
+    return end
 
 
 def check_ids(ids: Sequence[int], vocab: int, where: str) -> None:

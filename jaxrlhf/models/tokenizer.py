@@ -1,7 +1,8 @@
 """Tokenizers: of a Hugging Face folder, of a GGUF file, or of a few words or characters."""
 
+import json
 import os
-from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -180,33 +181,69 @@ def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
     return named
 
 
-def ends_of(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], int]:
-    """The ids that end a response (its end-of-sequence, if any), and the id to pad with."""
-    eos: Any = tokenizer.eos_token_id
-    pad: Any = tokenizer.pad_token_id
-    return (() if eos is None else (int(eos),)), int(pad)
+@lru_cache(maxsize=4)
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
+    """What each token adds to a text, in UTF-8; a character may be split over several tokens."""
+    backend = tokenizer.backend_tokenizer
+    decoder = json.loads(backend.to_str())["decoder"]
+    kinds = _kinds(decoder)
+    added = {token: str(known) for token, known in tokenizer.added_tokens_decoder.items()}
+    pieces = {token: text for text, token in backend.get_vocab(with_added_tokens=False).items()}
+    found = {token: _bytes(text, kinds) for token, text in pieces.items()}
+    return found | {token: text.encode() for token, text in added.items()}
 
 
-def check_vocab(
-    tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig, stop: Iterable[int] = ()
-) -> None:
-    """Makes sure that every token has a row in the embedding.
+def _kinds(decoder: Any) -> dict[str, Any]:
+    """The parts of a tokenizer's decoder, by their types."""
+    if decoder is None:
+        return {}
+    parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    return {part["type"]: part for part in parts}
 
-    Args:
-      stop: ids that end a response (``sample.stop``).
+
+def _bytes(piece: str, kinds: dict[str, Any]) -> bytes:
+    """The bytes of a token that the vocabulary spells as ``piece``."""
+    if "ByteLevel" in kinds:
+        table = _unicode_bytes()
+        return (
+            bytes(table[char] for char in piece) if set(piece) <= table.keys() else piece.encode()
+        )
+    if "ByteFallback" in kinds and len(piece) == 6 and piece.startswith("<0x"):
+        return bytes([int(piece[3:5], 16)])
+    if "WordPiece" in kinds:
+        prefix = kinds["WordPiece"].get("prefix", "##")
+        return (piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}").encode()
+    if "BPEDecoder" in kinds:
+        return piece.replace(kinds["BPEDecoder"].get("suffix", "</w>"), " ").encode()
+    if "Metaspace" in kinds or "Replace" in kinds:
+        return piece.replace("▁", " ").encode()
+    # Words without a decoder are joined by spaces.
+    return piece.encode() if kinds else f" {piece}".encode()
+
+
+@lru_cache(maxsize=1)
+def _unicode_bytes() -> dict[str, int]:
+    """The character that byte-level BPE writes a byte as → the byte (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> None:
+    """Makes sure that the tokenizer belongs to the model.
+
+    Tokens that were added to a tokenizer may be beyond the embedding, as those of a model that
+    reads images too: a text that has one is refused where it is read (``check_ids``).
 
     Raises:
-      InputError: the tokenizer has an id that is not below ``decoder.vocab``: jax would silently
-        read another token's row. Or ``stop`` has one, which would never be drawn.
+      InputError: another token has an id that is not below ``decoder.vocab``: jax would silently
+        read another token's row.
     """
-    size = max(tokenizer.get_vocab().values()) + 1
+    added = tokenizer.added_tokens_decoder
+    size = max(token for token in tokenizer.get_vocab().values() if token not in added) + 1
     if size > decoder.vocab:
         raise InputError(
             f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
             "use the model's own tokenizer"
-        )
-    if unknown := [token for token in stop if token >= decoder.vocab]:
-        raise InputError(
-            f"sample.stop: {unknown[0]} is none of the model's {decoder.vocab} token ids: mend it, "
-            "or leave it out"
         )

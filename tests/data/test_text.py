@@ -59,17 +59,14 @@ def test_decode_rollout_shapes_that_differ_and_repeat_of_prompts(spaced):
     assert repeat(["a", "b"], 2) == ["a", "a", "b", "b"]
 
 
-class Letters:
-    """Token i is PIECES[i]; 0 is special."""
-
-    PIECES = ("", "a", "b", "\n", "\n\n", ".\n", "a\nb")
-
-    def decode(self, ids, **options):
-        assert options["skip_special_tokens"]
-        return "".join(self.PIECES[i] for i in ids)
+def pieces(*texts):
+    """Token i is texts[i], and 0 the special one; what they say is simply joined."""
+    backend = Tokenizer(WordLevel({text: i for i, text in enumerate(texts)}, texts[0]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=texts[0])
 
 
-TOKENIZER = Letters()
+TOKENIZER = pieces("<eos>", "a", "b", "\n", "\n\n", ".\n", "a\nb")
 
 
 @pytest.mark.parametrize(
