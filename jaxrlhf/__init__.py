@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxrlhf.core.types import Rollout as Rollout
     from jaxrlhf.core.types import TrainState as TrainState
     from jaxrlhf.mesh.sharding import make_mesh as make_mesh
+    from jaxrlhf.models.ends import read_ends as read_ends
     from jaxrlhf.models.load import build as build
     from jaxrlhf.models.load import load_model as load_model
     from jaxrlhf.models.transformer import Model as Model
@@ -41,6 +42,7 @@ _HOMES = {
     "build": "jaxrlhf.models.load",
     "Model": "jaxrlhf.models.transformer",
     "load_model": "jaxrlhf.models.load",
+    "read_ends": "jaxrlhf.models.ends",
     "make_mesh": "jaxrlhf.mesh.sharding",
     "sample": "jaxrlhf.steps.sample",
     "forward": "jaxrlhf.steps.score",

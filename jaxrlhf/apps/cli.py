@@ -332,6 +332,7 @@ def export(
     prepare_jax()
     from jaxrlhf.config import ProcessRewardModelConfig
     from jaxrlhf.core.files import writing
+    from jaxrlhf.models.ends import generation_config, read_ends, read_generation
     from jaxrlhf.models.hf import check_new, write_hf
     from jaxrlhf.models.load import is_run, load_model, run_config, scores_texts
 
@@ -340,11 +341,13 @@ def export(
         raise InputError(f"{run}: a process reward model; transformers has no such class")
     check_new(out)
     model, params, tokenizer = load_model(run)
+    ends = read_ends(run, tokenizer, model.decoder.vocab)
+    generation = generation_config(ends, read_generation(run), tokenizer)
     # A policy's head is its critic's, and no part of what transformers loads.
     if not scores:
         params = {name: part for name, part in params.items() if name != "head"}
     with writing(out):
-        write_hf(out, model.decoder, params, tokenizer, head=scores)
+        write_hf(out, model.decoder, params, tokenizer, head=scores, generation=generation)
     if scores and (bias := float(params["head"]["bias"])):
         print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
 

@@ -6,7 +6,6 @@ the optimum π* of the KL-regularised objective itself (``importance_resample``)
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,10 +19,11 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Params, Rollout
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
-from jaxrlhf.data.tokens import encode_prompt, pad_rows
+from jaxrlhf.data.tokens import check_ids, encode_prompt, pad_rows
 from jaxrlhf.mesh.sharding import make_mesh, put_rows
+from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import Loader, load_model, scores_texts
-from jaxrlhf.models.tokenizer import ends_of
+from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.judge import make_judge
 from jaxrlhf.steps.sample import sample
@@ -55,7 +55,8 @@ def complete(
 
     Args:
       path: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
-      config: ``n`` samples a prompt; stop tokens and padding are the tokenizer's.
+      config: ``n`` samples a prompt; they end as those of the model do (``read_ends``), and by what
+        it adds.
       reward: what judges the completions.
       keep: all of a prompt's samples, the one with the highest reward, or one drawn ∝ exp(r/β).
       beta: β of that draw, reward units a nat.
@@ -83,7 +84,8 @@ def complete(
     sources = [Prompt(text, {}, f"prompt {i + 1}") for i, text in enumerate(prompts)]
     with jax.set_mesh(mesh):
         model, params, tokenizer = load_model(path, mesh)
-        rollout = _draw(model, params, tokenizer, sources, config, key, mesh)
+        ends = read_ends(path, tokenizer, model.decoder.vocab)
+        rollout = _draw(model, params, tokenizer, sources, ends.settle(config), key, mesh)
         host = jax.device_get(rollout)
         text_B = decode_rollout(tokenizer, host.token_BT, host.mask_BT, [""] * len(host.token_BT))
         if reward is None:
@@ -109,14 +111,16 @@ def _draw(
     """``config.n`` samples of each prompt."""
     places = [prompt.where for prompt in prompts]
     ids = [encode_prompt(tokenizer, prompt.text, prompt.where) for prompt in prompts]
-    stop, pad = ends_of(tokenizer)
-    config = replace(config, pad=pad, stop=tuple(sorted({*config.stop, *stop})))
+    for row, place in zip(ids, places, strict=True):
+        check_ids(row, model.decoder.vocab, place)
     width, context = max(map(len, ids)), model.decoder.context
     if width + config.max_new_tokens > context:
         tokens = width + config.max_new_tokens
         raise InputError(f"{tokens} tokens, and the model's context is {context}: ask for fewer")
-    arrays = put_rows(pad_rows(ids, width, pad, places, left=True), mesh)
-    return jax.jit(sample, static_argnums=(0, 5))(model, params, *arrays, key, config)
+    arrays = put_rows(pad_rows(ids, width, config.pad, places, left=True), mesh)
+    stops = stop_table(tokenizer, config.stop_strings, model.decoder.vocab)
+    draw = jax.jit(sample, static_argnums=(0, 5))
+    return draw(model, params, *arrays, key, config, stops=stops)
 
 
 def choose(

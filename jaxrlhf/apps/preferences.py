@@ -20,8 +20,10 @@ from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.text import decode_rollout, repeat
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
 from jaxrlhf.mesh.sharding import put_rows, row_shards
+from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import Loader, tokenizer_path
-from jaxrlhf.models.tokenizer import ends_of, load_tokenizer
+from jaxrlhf.models.stop_strings import stop_table
+from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.rewards.functions import call, resolve
 from jaxrlhf.steps.sample import sample
 
@@ -67,8 +69,11 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     model = ModelConfig(path=config.model)
     network = loader.base(model, seed)
     tokenizer = load_tokenizer(tokenizer_path(model))
-    stop, pad = ends_of(tokenizer)
-    settings = SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, stop=stop, pad=pad)
+    vocab = network.model.decoder.vocab
+    check_vocab(tokenizer, network.model.decoder)
+    ends = read_ends(config.model, tokenizer, vocab)
+    settings = ends.settle(SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n))
+    stops = stop_table(tokenizer, settings.stop_strings, vocab)
     draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
     judge = resolve(config.judge)
     # Each completion has a number, and by it a key of its own: batches do not change what is drawn.
@@ -77,14 +82,15 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     jobs = {"train": (config.train, config.train_rounds), "eval": (config.eval, config.eval_rounds)}
     for job, (name, (source, rounds)) in enumerate(jobs.items()):
         rows = read_prompts(read_rows(source), tokenizer)
-        vocab = network.model.decoder.vocab
         prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items * rounds
         drawn += [(name, x, job * STREAM + i * config.n) for i, x in enumerate(prompts)]
     for row_Q, real_Q in held_out_batches(len(drawn), config.batch_size, row_shards()):
         names, prompts, first_Q = zip(*(drawn[i] for i in row_Q), strict=True)
         arrays = put_rows(prompt_arrays(prompts, config.max_prompt_tokens, settings.pad), mesh)
         row_B = (np.array(first_Q)[:, None] + np.arange(config.n)).ravel().astype(np.int32)
-        host = jax.device_get(draw(*arrays, jax.random.key(seed), settings, row_B=row_B))
+        host = jax.device_get(
+            draw(*arrays, jax.random.key(seed), settings, row_B=row_B, stops=stops)
+        )
         made = judged(config, judge, tokenizer, prompts, host, int(real_Q.sum()))
         for name, group in zip(names, made, strict=False):
             groups[name].append(group)

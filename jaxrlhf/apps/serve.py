@@ -17,11 +17,12 @@ from jaxrlhf.config import MeshConfig, RewardConfig
 from jaxrlhf.config.checks import below_least
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Rollout
-from jaxrlhf.data.tokens import encode_answer, encode_prompt, pad_rows
+from jaxrlhf.data.tokens import check_ids, encode_answer, encode_prompt, pad_rows
 from jaxrlhf.mesh.sharding import make_mesh, put_rows
+from jaxrlhf.models.ends import Ends, read_ends
 from jaxrlhf.models.load import Loader, is_run, tokenizer_path
 from jaxrlhf.models.read import is_reward_folder, read_decoder
-from jaxrlhf.models.tokenizer import ends_of, load_tokenizer
+from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.rewards.functions import Asked, Scored, Source, describe
 from jaxrlhf.rewards.isolation import host_source
 from jaxrlhf.rewards.models import load_scorer
@@ -80,20 +81,22 @@ def model_source(
     loader = Loader(mesh)
     config = loader.config_of(folder)
     width = max_tokens or config.data.max_tokens
-    context = read_decoder(folder, head=is_reward_folder(folder)).context
-    if width > context:
-        raise InputError(f"max_tokens={width}: exceed the context of {folder}, {context}: lower it")
+    decoder = read_decoder(folder, head=is_reward_folder(folder))
+    if width > decoder.context:
+        raise InputError(
+            f"max_tokens={width}: exceed the context of {folder}, {decoder.context}: lower it"
+        )
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     # No policy is there whose vocabulary the model would have to share.
     with jax.set_mesh(mesh):
         score = load_scorer(RewardConfig(model=folder), loader, tokenizer, None, "serve")
-    stop, pad = ends_of(tokenizer)
+    ends = read_ends(folder, tokenizer, decoder.vocab)
 
     def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         # Rows that fill a batch up are the first again, and their scores are not read.
         filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
         texts = [prompt + answer for prompt, answer in filled]
-        token_BT, real_BT = pad_rows(texts, width, pad, [""] * batch_size)
+        token_BT, real_BT = pad_rows(texts, width, ends.pad, [""] * batch_size)
         starts_B = np.array([len(prompt) for prompt, _ in filled])
         mask_BT = (real_BT * (np.arange(width) >= starts_B[:, None])).astype(np.float32)
         zero_BT = np.zeros(token_BT.shape, np.float32)
@@ -106,7 +109,7 @@ def model_source(
         ids, problem = {}, ""
         for b, row in enumerate(zip(asked.prompts, asked.completions, asked.ended, strict=True)):
             try:
-                ids[b] = _encode(tokenizer, stop, width, *row)
+                ids[b] = _encode(tokenizer, ends, decoder.vocab, width, *row)
             except InputError as error:
                 problem = str(error)
         score_B = np.full(len(asked), np.nan)
@@ -116,19 +119,21 @@ def model_source(
             score_B[some] = batch([ids[b] for b in some])
         return Scored(score_B, problem)
 
-    batch([([pad], [pad])])  # compiles, before anybody waits
+    batch([([ends.pad], [ends.pad])])  # compiles, before anybody waits
     return ask
 
 
 def _encode(
-    tokenizer: Any, stop: Sequence[int], width: int, prompt: str, completion: str, ended: bool
+    tokenizer: Any, ends: Ends, vocab: int, width: int, prompt: str, completion: str, ended: bool
 ) -> tuple[list[int], list[int]]:
     """Tokens of a prompt and of its completion, which is closed by a stop token if it ``ended``."""
     ids = encode_prompt(tokenizer, prompt, "prompt")
     # An empty completion is an answer where it ended at once: its stop token is scored.
-    answer = list(stop[:1])
+    answer = list(ends.stop[:1])
     if completion or not ended:
-        answer = encode_answer(tokenizer, completion, "completion", stop, ended)
+        how = ends.stop, ended, prompt, ends.strings
+        answer = encode_answer(tokenizer, completion, "completion", *how)
+    check_ids(ids + answer, vocab, "row")
     tokens = len(ids) + len(answer)
     if tokens > width:
         raise InputError(f"{tokens} tokens, and the reward model reads max_tokens={width}")

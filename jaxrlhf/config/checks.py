@@ -49,6 +49,7 @@ def check(config: Config) -> None:
         reward_problems("rewards", config.rewards),
         reward_problems("eval.gold", config.eval.gold),
         _data(config),
+        _ends(config.sample),
         _critic(config),
         _warmup(config),
         axes_problems(config.mesh),
@@ -63,7 +64,7 @@ def check_sample(sample: SampleConfig) -> None:
     Raises:
       InputError: the first field that is out of range.
     """
-    for problem in out_of_range(Config(sample=sample)):
+    for problem in itertools.chain(out_of_range(Config(sample=sample)), _ends(sample)):
         raise InputError(problem)
 
 
@@ -223,6 +224,14 @@ def _data(config: Config) -> Iterator[str]:
         yield "output: empty: give the folder that the run is written to"
 
 
+def _ends(sample: SampleConfig) -> Iterator[str]:
+    if "" in sample.stop_strings:
+        yield "sample.stop_strings: one of them is empty: leave it out"
+    for start, end in sample.forbidden:
+        if not 0 <= start < end:
+            yield f"sample.forbidden: [{start}, {end}] is no range of ids: give first, last + 1"
+
+
 def _critic(config: Config) -> Iterator[str]:
     # A shared critic is a head on the policy's trunk, trained by the policy's optimizer.
     for name in ("path", "learning_rate"):
@@ -362,7 +371,8 @@ def _offline(config: Config) -> Iterator[str]:
     if config.eval.n != EvalConfig.n:
         yield f"eval.n={config.eval.n}: algorithm.name={name} samples nothing: leave it out"
     # A run writes the tokenizer's ends to its config.yaml.
-    ends = {"stop": config.sample.stop, "pad": config.sample.pad}
+    names = ("stop", "stop_strings", "pad", "forbidden")
+    ends = {name: getattr(config.sample, name) for name in names}
     unread = {
         "critic": (config.critic, CriticConfig()),
         **({} if has_reference(config) else {"reference": (config.reference, ReferenceConfig())}),

@@ -50,9 +50,15 @@ class SampleConfig:
     min_p: float = 0.0
     """Drop tokens less likely than this fraction of the likeliest."""
     stop: tuple[int, ...] = ()
-    """Token ids that end a response; the tokenizer's end-of-sequence is added by a run."""
+    """Token ids that end a response; a run adds those of the model (tokenizer, generation_config,
+    config)."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response, with the token that completes one."""
     pad: int = 0
     """Token id written after the end; masks, not ids, say what is padding."""
+    forbidden: tuple[tuple[int, int], ...] = ()
+    """Ranges (first, last + 1) of ids that are never drawn; a run writes those here that the model
+    has and its tokenizer has not."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ column 0 and wherever the attention mask is 0 at t or t−1.
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 
 Array = jax.Array
@@ -44,13 +45,27 @@ class Rollout:
     """log π of each token, full vocabulary, at the sampling temperature; 0 where mask is 0."""
     sample_logp_BT: Array
     """log-prob under the distribution that was drawn from (after top-k, top-p, min-p);
-    equal to ``logp_BT`` bit for bit when nothing is truncated."""
+    equal to ``logp_BT`` bit for bit when nothing is truncated or forbidden."""
     ended_B: Array
     """bool, True where the response ended with a stop token, False where it was cut off."""
     value_BT: Array | None = None
     """V(tokens < t) where the critic shares the policy's trunk, else None."""
     n: int = struct.field(pytree_node=False, default=1)
     """G, samples a prompt; static."""
+
+
+@struct.dataclass
+class StopTable:
+    """Strings that end a response, as an automaton over tokens (models.stop_strings).
+
+    From state s, token v leads to ``next_SC[s, class_V[v]]``; 0 is the start, and the last state
+    that of a complete string.
+    """
+
+    class_V: Array | np.ndarray
+    """int32 [V], which of C kinds a token is: those of a kind do the same to every state."""
+    next_SC: Array | np.ndarray
+    """int32 [S, C]; S states."""
 
 
 @struct.dataclass

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
@@ -161,6 +162,7 @@ def write_hf(
     dtype: Literal["float32", "bfloat16"] = "float32",
     shard_bytes: int = 5 * 10**9,
     head: bool = False,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder that ``transformers`` (4 and 5), vLLM or llama.cpp's converter can load.
 
@@ -175,6 +177,8 @@ def write_hf(
       head: write a reward model, a …ForSequenceClassification with one label; ``params`` hold its
         scalar head. transformers adds no bias to a score: it stands in config.json (score_bias),
         where ``read_hf`` finds it.
+      generation: generation_config.json (``ends.generation_config``), whose ``eos_token_id``
+        config.json says too; None: the tokenizer's ids alone.
 
     Raises:
       InputError: as ``check_new``; ``params`` is not a tree of ``decoder``'s
@@ -189,10 +193,10 @@ def write_hf(
     leaves = names.flatten(decoder, params, head)
     config = write_config(decoder, dtype, bias)
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids = {key: token for key, token in ids.items() if token is not None}
+    ids = {key: token for key, token in {**ids, **(generation or {})}.items() if token is not None}
     # Not pad_token_id: torch's embedding would then never train that row, and it may be eos.
-    config |= {key: ids[key] for key in ids if key != "pad_token_id"}
-    if head and ids.get("pad_token_id") not in (None, ids.get("eos_token_id")):
+    config |= {key: ids[key] for key in ("bos_token_id", "eos_token_id") if key in ids}
+    if head and ids.get("pad_token_id") not in (None, tokenizer.eos_token_id):
         config["pad_token_id"] = ids["pad_token_id"]  # a score is read before the padding
 
     # Written beside its place and moved there whole, which one file system does at once.

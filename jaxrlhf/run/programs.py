@@ -23,7 +23,15 @@ from jaxrlhf.config import (
     is_on_policy,
     on_policy,
 )
-from jaxrlhf.core.types import AnyBatch, Array, Params, PreferenceBatch, Rollout, TrainState
+from jaxrlhf.core.types import (
+    AnyBatch,
+    Array,
+    Params,
+    PreferenceBatch,
+    Rollout,
+    StopTable,
+    TrainState,
+)
 from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
 from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.sample import sample
@@ -103,8 +111,10 @@ def on_policy_programs(
     critic_model: Model,
     states: dict[str, TrainState],
     mesh: Mesh,
+    stops: StopTable | None = None,
 ) -> OnPolicyPrograms:
-    """The programs of an iteration; ``states`` say where updated states are to lie."""
+    """The programs of an iteration; ``states`` say where updated states are to lie, ``stops`` which
+    strings end a response."""
     rows, few = row_layout(mesh), few_rows_layout(mesh, config.data.batch_size)
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
     settings = on_policy(config)
@@ -136,8 +146,8 @@ def on_policy_programs(
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     held_out = replace(config.sample, n=config.eval.n, **plain)
     return OnPolicyPrograms(
-        sample=sampler(model, config.sample, rows, shared),
-        greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few),
+        sample=sampler(model, config.sample, rows, shared, stops),
+        greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few, stops=stops),
         baseline=jax.jit(baseline, out_shardings=rows),
         merge=jax.jit(merge, out_shardings=rows),
         rescore=jax.jit(rescore, out_shardings=rows),
@@ -146,12 +156,18 @@ def on_policy_programs(
         targets=jax.jit(algorithm.targets, out_shardings=(rows, None)),
         take=jax.jit(take, out_shardings=rows),
         **updates(config, algorithm, model, critic_model, states),
-        eval_sample=sampler(model, held_out, rows),
+        eval_sample=sampler(model, held_out, rows, stops=stops),
         eval_reference=scorer(1.0),
     )
 
 
-def sampler(model: Model, settings: SampleConfig, layout: Any, value: bool = False) -> Program:
+def sampler(
+    model: Model,
+    settings: SampleConfig,
+    layout: Any,
+    value: bool = False,
+    stops: StopTable | None = None,
+) -> Program:
     """(params, frozen, prompt_QP, prompt_mask_QP, key, row_B = None) → Rollout; see ``sample``."""
 
     def draw(
@@ -163,7 +179,8 @@ def sampler(model: Model, settings: SampleConfig, layout: Any, value: bool = Fal
         row_B: Array | None = None,
     ) -> Rollout:
         weights, lora = combine_params(params, frozen)
-        return sample(model, weights, prompt_QP, prompt_mask_QP, key, settings, lora, value, row_B)
+        prompts = prompt_QP, prompt_mask_QP
+        return sample(model, weights, *prompts, key, settings, lora, value, row_B, stops)
 
     return jax.jit(draw, out_shardings=layout)
 

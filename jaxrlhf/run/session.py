@@ -110,6 +110,8 @@ class Session:
         )
         if self.start:
             self.show.note(f"resumed after iteration {self.start} of {config.steps}")
+        for note in filter(None, self.run.notes):
+            self.show.note(note)
         for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
             if rows is not None and (note := rows.note()):
                 self.show.note(note)

@@ -18,7 +18,7 @@ from jaxrlhf.config import (
     is_reward_model,
     rows_at_once,
 )
-from jaxrlhf.core.types import Params, TrainState
+from jaxrlhf.core.types import Params, StopTable, TrainState
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, load_data, load_normalise_rows, longest
 from jaxrlhf.mesh.sharding import (
@@ -29,6 +29,7 @@ from jaxrlhf.mesh.sharding import (
     train_state_shardings,
     with_layout,
 )
+from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import (
     Loader,
     Network,
@@ -44,7 +45,8 @@ from jaxrlhf.models.load import (
     tokenizer_path,
 )
 from jaxrlhf.models.read import is_reward_folder
-from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
+from jaxrlhf.models.stop_strings import stop_table
+from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.judge import Judge, check_truths, load_rewards, make_judge
 from jaxrlhf.run.programs import (
@@ -63,13 +65,17 @@ class Run:
     """A run that is ready to start. ``programs`` are pure and jitted; states are its only state."""
 
     config: Config
-    """Resolved: stop tokens and padding are the tokenizer's."""
+    """Resolved: what ends a response is the model's record, and what the config adds."""
     mesh: Mesh
     model: Model
     algorithm: Algorithm
     train_rows: Rows[Encoded]
     eval_rows: Rows[Encoded] | None = None
     tokenizer: Any = None
+    notes: tuple[str, ...] = ()
+    """What is to be said once, at the start."""
+    stops: StopTable | None = None
+    """The automaton of ``config.sample.stop_strings``."""
     states: dict[str, TrainState] = field(default_factory=dict)
     """What is trained, at its start: policy, and critic if it is separate."""
     frozen: dict[str, Params | None] = field(default_factory=dict)
@@ -103,12 +109,10 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     """
     run = _described(config, mesh)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
-    check_vocab(tokenizer, run.model.decoder, config.sample.stop)
-    stop, pad = ends_of(tokenizer)
-    # What ends a response: the tokenizer's end of sequence, and what the config adds.
-    stop = tuple(sorted({*config.sample.stop, *stop}))
-    config = replace(config, sample=replace(config.sample, stop=stop, pad=pad))
     vocab = run.model.decoder.vocab
+    check_vocab(tokenizer, run.model.decoder)
+    ends = read_ends(config.model.path, tokenizer, vocab)
+    config = replace(config, sample=ends.settle(config.sample))
     train_rows = load_data(config, config.data.train, tokenizer, vocab)
     eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
     normalise_rows = load_normalise_rows(config, tokenizer, vocab)
@@ -118,6 +122,8 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
         run,
         config=config,
         tokenizer=tokenizer,
+        notes=(ends.note(),),
+        stops=stop_table(tokenizer, config.sample.stop_strings, vocab),
         train_rows=train_rows,
         eval_rows=eval_rows,
         normalise_rows=normalise_rows,
@@ -238,6 +244,7 @@ def _programs(run: Run) -> OnPolicyPrograms | OfflinePrograms:
         run.critic or run.model,
         run.states,
         run.mesh,
+        run.stops,
     )
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import SampleConfig, check_sample
-from jaxrlhf.core.types import Array, Params, Rollout
+from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, row_shards, vocab_shards
 from jaxrlhf.models.transformer import CACHE_AXES, Cache, Model
 
@@ -26,6 +26,7 @@ def sample(
     lora: Params | None = None,
     value: bool = False,
     row_B: Array | None = None,
+    stops: StopTable | None = None,
 ) -> Rollout:
     """Draw ``sample_config.n`` responses to each prompt from the policy.
 
@@ -42,13 +43,15 @@ def sample(
       value: also return V of each state, from the head in ``params``.
       row_B: int32 [B], what stands for b in the keys, so that the draws do not depend on how many
         rows are in one call; None: 0, 1, … B − 1.
+      stops: ``stop_table(tokenizer, sample_config.stop_strings, vocab)``; None without strings.
 
     Returns:
       Rollout of B = Q·n rows, prompt-major; T = P + max_new_tokens columns. Log-probs in nats.
 
     Raises:
       InputError: at trace time, if a setting is out of its range.
-      ValueError: then too, if prompt and response would not fit the context.
+      ValueError: then too, if prompt and response would not fit the context, or strings are to end
+        a response and ``stops`` is missing.
     """
     chex.assert_rank([prompt_QP, prompt_mask_QP], 2)
     chex.assert_equal_shape([prompt_QP, prompt_mask_QP])
@@ -59,6 +62,8 @@ def sample(
             f"sample: {prompt_QP.shape[1]} prompt + {sample_config.max_new_tokens} new tokens "
             f"exceed context={context}"
         )
+    if sample_config.stop_strings and stops is None:
+        raise ValueError("sample: sample_config.stop_strings are sought by a table: give stops")
     rows = prompt_QP.shape[0] * sample_config.n
     # Gathered once here, or every decoded token would gather every layer again.
     params, lora = decode_layout(model, params, lora)
@@ -67,7 +72,7 @@ def sample(
     chex.assert_shape(row_B, (rows,))
     # A key a row, then one a token: draws depend on neither mesh nor batch width.
     key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
-    end = _decode(model, params, lora, hidden_BD, cache, key_B, sample_config, value)
+    end = _decode(model, params, lora, hidden_BD, cache, key_B, sample_config, value, stops)
     return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
 
 
@@ -127,10 +132,10 @@ def _decode(
     key_B: Array,
     config: SampleConfig,
     value: bool,
+    stops: StopTable | None,
 ) -> dict[str, Any]:
     """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
     rows, new = hidden_BD.shape[0], config.max_new_tokens
-    stop = jnp.array(config.stop, jnp.int32)
 
     def choose(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
@@ -148,8 +153,9 @@ def _decode(
             columns["value_BN"] = jnp.where(live_B, value_B, 0.0)
         written = {name: carry[name].at[:, t].set(column) for name, column in columns.items()}
         # The stop token itself is live: it is in the mask, and stopping is learnt.
-        ended_B = live_B & (token_B[:, None] == stop).any(1)
-        return {**carry, **written, "t": t + 1, "done_B": carry["done_B"] | ended_B}
+        ended_B, written["read_B"] = _ends(config, stops, token_B, carry["read_B"])
+        done_B = carry["done_B"] | (live_B & ended_B)
+        return {**carry, **written, "t": t + 1, "done_B": done_B}
 
     def extend(carry: dict[str, Any]) -> dict[str, Any]:
         """Run the policy on the token just drawn, then draw the next."""
@@ -168,6 +174,7 @@ def _decode(
         "cache": cache,
         "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
         **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
+        "read_B": None if stops is None else jnp.zeros(rows, jnp.int32),
     }
     # The first token comes from the prompt's last hidden state, so the loop begins with a token.
     return jax.lax.while_loop(
@@ -175,16 +182,27 @@ def _decode(
     )
 
 
+def _ends(
+    config: SampleConfig, stops: StopTable | None, token_B: Array, read_B: Array | None
+) -> tuple[Array, Array | None]:
+    """Whether a token ends its row, and how much of the stop strings the row has read with it."""
+    ended_B = (token_B[:, None] == jnp.array(config.stop, jnp.int32)).any(1)
+    if stops is None:
+        return ended_B, None
+    read_B = jnp.asarray(stops.next_SC)[read_B, jnp.asarray(stops.class_V)[token_B]]
+    return ended_B | (read_B == stops.next_SC.shape[0] - 1), read_B
+
+
 def _token(
     logits_BV: Array, key_B: Array, t: Array, config: SampleConfig
 ) -> tuple[Array, Array, Array]:
     """The drawn token, its log-prob at the temperature, and that under the truncated draw."""
     if config.temperature == 0.0:
-        token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+        token_B = jnp.argmax(forbid(logits_BV, config), axis=1).astype(jnp.int32)
         return token_B, log_prob(logits_BV, token_B), jnp.zeros(token_B.shape)
     # logp: full vocabulary at T, what ``score`` returns; sample_logp: what was drawn from.
     logits_BV = logits_BV / config.temperature
-    allowed_BV = truncate(logits_BV, config)
+    allowed_BV = truncate(forbid(logits_BV, config), config)
     token_B = draw(jax.vmap(lambda k: jax.random.fold_in(k, t))(key_B), allowed_BV)
     return token_B, log_prob(logits_BV, token_B), log_prob(allowed_BV, token_B)
 
@@ -260,6 +278,17 @@ def draw(key_B: Array, logits_BV: Array) -> Array:
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (BLOCK,)))(inner_B)
     token_B = jnp.argmax(chosen_BV + noise_BV, axis=1)
     return (block_B * BLOCK + token_B).astype(jnp.int32)
+
+
+def forbid(logits_BV: Array, config: SampleConfig) -> Array:
+    """−inf on ``config.forbidden``, ids that no text shows; logits [B, V] untouched without."""
+    chex.assert_rank(logits_BV, 2)
+    if not config.forbidden:
+        return logits_BV
+    id_V = jnp.arange(logits_BV.shape[1])
+    ranges = jnp.array(config.forbidden)
+    none_V = ((id_V >= ranges[:, :1]) & (id_V < ranges[:, 1:])).any(0)
+    return jnp.where(none_V, -jnp.inf, logits_BV)
 
 
 def truncate(logits_BV: Array, config: SampleConfig) -> Array:

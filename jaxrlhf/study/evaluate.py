@@ -24,7 +24,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import check_file, write_atomic, writing
-from jaxrlhf.core.types import Array, Rollout
+from jaxrlhf.core.types import Array, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.formats import Prompt, read_prompts
 from jaxrlhf.data.rows import Rows, read_rows
@@ -32,8 +32,10 @@ from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import READERS, Encoded, encode_rows, prompt_arrays
 from jaxrlhf.mesh.processes import is_first
 from jaxrlhf.mesh.sharding import fetch, make_mesh, put_rows, row_shards, tpu_slices
+from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import Loader, Network, is_run, run_config, scores_texts, tokenizer_path
-from jaxrlhf.models.tokenizer import check_vocab, ends_of, load_tokenizer
+from jaxrlhf.models.stop_strings import stop_table
+from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.rewards.judge import Judge, make_judge
 from jaxrlhf.run.record import plain
 from jaxrlhf.steps.sample import sample
@@ -174,6 +176,7 @@ class Bench:
     prompts: Rows[Encoded]
     width: int  # P, tokens that prompts are padded to
     sampling: SampleConfig  # its n is not read
+    stops: StopTable | None
     rows: int  # completions drawn at once on each device
     judges: Mapping[str, Judge]
     tokenizer: Any
@@ -226,12 +229,13 @@ def read_entrants(
     for name, network in networks.items():
         if network is not None:
             _check_fits(name, network, vocab, width + new)
-    stop, pad = ends_of(tokenizer)
-    stop = tuple(sorted({*config.sample.stop, *stop}))
+    ends = read_ends(wish.model, tokenizer, vocab)
+    sampling = ends.settle(SampleConfig(max_new_tokens=new))
     bench = Bench(
         prompts=prompts,
         width=width,
-        sampling=SampleConfig(max_new_tokens=new, stop=stop, pad=pad),
+        sampling=sampling,
+        stops=stop_table(tokenizer, sampling.stop_strings, vocab),
         rows=wish.rows,
         judges=_judges(wish, config, loader, tokenizer, vocab),
         tokenizer=tokenizer,
@@ -373,7 +377,14 @@ def _batch(
     settings, row_B = replace(bench.sampling, n=n), number_QN.ravel().astype(np.int32)
     arrays = put_rows(prompt_arrays(rows, bench.width, settings.pad), bench.mesh)
     rollout = _sample(
-        network.model, network.params, *arrays, key, settings, network.lora, row_B=row_B
+        network.model,
+        network.params,
+        *arrays,
+        key,
+        settings,
+        network.lora,
+        row_B=row_B,
+        stops=bench.stops,
     )
     prompts: list[Prompt] = [row.source for row in rows]  # type: ignore[misc]
     scores = {name: fetch(judge(rollout, prompts).reward_B) for name, judge in bench.judges.items()}

@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 
 from jaxrlhf.config import MeshConfig, SampleConfig
+from jaxrlhf.core.types import StopTable
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.sample import BLOCK, decode_layout, draw, log_prob, sample, truncate
+from jaxrlhf.steps.sample import BLOCK, decode_layout, draw, forbid, log_prob, sample, truncate
 from jaxrlhf.steps.score import score, value
 
 NEW = 8
@@ -425,3 +426,56 @@ def test_draw_with_the_vocabulary_split(tensor):
         found = jax.jit(lambda *x: draw(*x))(key_B, logits_BV)  # not one that was traced without
     np.testing.assert_array_equal(found, expected)
     assert len(set(expected.tolist())) > 20
+
+
+def test_sample_never_draws_what_is_forbidden_and_says_the_drawn_probability(generate):
+    """logp stays the full vocabulary's; sample_logp is that of the ids that could be drawn."""
+    config = replace(WARM, forbidden=((0, 100), (200, 300)), n=4)
+    rollout = generate(config)
+    token_BN = responses(rollout)
+    assert ((token_BN >= 100) & (token_BN < 200)).all()
+    greedy = responses(generate(replace(config, temperature=0.0)))
+    assert ((greedy >= 100) & (greedy < 200)).all()
+    plain = generate(replace(WARM, n=4))
+    assert ((responses(plain) < 100) | (responses(plain) >= 200)).any()
+    gap = np.asarray(rollout.sample_logp_BT - rollout.logp_BT)[:, -NEW:]
+    assert (gap > 0.1).all()
+    np.testing.assert_array_equal(plain.sample_logp_BT, plain.logp_BT)
+
+
+def test_forbid_leaves_the_rest_as_it_is():
+    logits_BV = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
+    allowed_BV = forbid(logits_BV, SampleConfig(forbidden=((1, 2), (3, 4))))
+    np.testing.assert_allclose(
+        jax.nn.softmax(allowed_BV)[0], [0.5 / 0.625, 0, 0.125 / 0.625, 0], rtol=1e-6
+    )
+
+
+def test_sample_ends_with_the_token_that_completes_a_string(generate, model):
+    """Tokens 0-149 are "a", 150-299 "b": "ab" ends a response at the first b after an a."""
+    kind_V = np.repeat(np.array([0, 1], np.int32), 150)
+    # States: nothing, "a", "ab".
+    stops = StopTable(kind_V, np.array([[1, 0], [1, 2], [2, 2]], np.int32))
+    config = replace(WARM, stop_strings=("ab",), n=8)
+    rollout = generate(config, stops=stops)
+    plain = generate(replace(WARM, n=8))
+    ends = []
+    for row, mask, free, ended in zip(
+        responses(rollout),
+        np.asarray(rollout.mask_BT)[:, -NEW:],
+        responses(plain),
+        np.asarray(rollout.ended_B),
+        strict=True,
+    ):
+        text = "".join("ab"[kind_V[token]] for token in free)
+        end = text.index("ab") + 2 if "ab" in text else NEW
+        ends.append(end)
+        assert ended == ("ab" in text)
+        assert mask.tolist() == [1] * end + [0] * (NEW - end)
+        assert row[:end].tolist() == free[:end].tolist()
+        assert (row[end:] == config.pad).all()
+    assert len(set(ends)) > 2
+    logp_BN = np.asarray(rollout.logp_BT)[:, -NEW:]
+    assert ((logp_BN != 0) == np.asarray(rollout.mask_BT)[:, -NEW:].astype(bool)).all()
+    with pytest.raises(ValueError, match="give stops"):
+        generate(config)
