@@ -129,7 +129,7 @@ def judged(
     """The completions of one rollout with their scores, of its first ``real`` prompts."""
     texts = repeat([prompt.source.text for prompt in prompts], config.n)  # type: ignore[union-attr]
     completions = decode_rollout(tokenizer, rollout.token_BT, rollout.mask_BT, texts)
-    score_B = call(config.judge, judge, texts, completions, {})
+    score_B = call(config.judge, judge, texts, completions, {}).score_B
     for q in range(real):
         rows = slice(q * config.n, (q + 1) * config.n)
         yield Group(

@@ -224,8 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def reply(body: bytes, source: Source) -> dict[str, Any]:
-    """The answer to a request: the source's scores, null with a reason where it has none; a
-    BadRequestError where the body is no request."""
+    """The answer to a request: the source's scores, null where it does not apply, null with an
+    error where it failed; a BadRequestError where the body is no request."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -249,12 +249,12 @@ def reply(body: bytes, source: Source) -> dict[str, Any]:
         )
     )
     why = scored.problem or "no finite score"
-    rewards = [
-        {"id": key, "reward": score}
-        if math.isfinite(score)
-        else {"id": key, "reward": None, "error": why}
-        for key, score in zip(ids, scored.score_B.tolist(), strict=True)
-    ]
+    rewards: list[dict[str, Any]] = []
+    for key, score, applies in zip(ids, scored.score_B.tolist(), scored.applies(), strict=True):
+        has = applies and math.isfinite(score)
+        rewards.append({"id": key, "reward": score if has else None})
+        if applies and not has:
+            rewards[-1]["error"] = why
     return {**({"id": request["id"]} if "id" in request else {}), "rewards": rewards}
 
 

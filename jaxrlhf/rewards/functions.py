@@ -3,8 +3,9 @@
 A reward function is ``(prompts, completions, **columns) → list of floats``, one a completion.
 ``prompts`` and ``completions`` are lists of text, special tokens removed; each further column of
 the data arrives as a list under its own name, so a function names those it wants and takes the
-rest as ``**columns``. A score that is not a finite number (None, a string, NaN, inf) says "no
-reward for this row": the row is then left out of learning. It is never read as 0.
+rest as ``**columns``. ``None`` says "does not apply to this row": the row's reward is then the sum
+of the other sources. Anything else that is no finite number (a string, NaN, inf) says "failed": the
+row is left out of learning. Neither is ever read as 0.
 
 Functions may be asynchronous (``async def``); all of those run in one event loop.
 """
@@ -19,6 +20,7 @@ import numbers
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from traceback import walk_tb
 from typing import Any, NamedTuple, cast
 
@@ -57,17 +59,35 @@ class Scored(NamedTuple):
     score_B: np.ndarray
     """float64, reward units; NaN where it has none, never a number in its place."""
     problem: str = ""
-    """Why it has none, of the last row or request without; empty if all went well."""
+    """Why it failed, of the last row or request where it did; empty if all went well."""
+    applies_B: np.ndarray | None = None
+    """bool, False where the source does not apply: the row's reward is the sum of the others. None:
+    it applies to all rows, and a NaN is a failure."""
+
+    def applies(self) -> np.ndarray:
+        """``applies_B``, written out."""
+        everywhere = np.ones(len(self.score_B), bool)
+        return everywhere if self.applies_B is None else np.asarray(self.applies_B, bool)
+
+    @staticmethod
+    def of(scores: Sequence[Any]) -> "Scored":
+        """Checked scores, one a row: None where the source does not apply, NaN where it failed."""
+        applies_B = np.array([score is not None for score in scores], bool)
+        return Scored(np.array([number(score) for score in scores], np.float64), "", applies_B)
 
     @staticmethod
     def join(parts: Sequence["Scored"]) -> "Scored":
         """What was said of the pieces of ``Asked.split``, as one."""
         problems = [part.problem for part in parts if part.problem]
-        return Scored(np.concatenate([part.score_B for part in parts]), (problems or [""])[-1])
+        return Scored(
+            np.concatenate([part.score_B for part in parts]),
+            (problems or [""])[-1],
+            np.concatenate([part.applies() for part in parts]),
+        )
 
 
 Source = Callable[[Asked], Scored]
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def make_sentiment() -> RewardFunction:
@@ -144,8 +164,9 @@ def call(
     prompts: Sequence[str],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
-) -> np.ndarray:
-    """The checked scores of B rows: float64 [B], reward units; NaN where one is no finite number.
+) -> Scored:
+    """The checked scores of B rows: NaN where one is no finite number, and does not apply where it
+    is None. A column of them, [B, 1], is taken as [B].
 
     Raises:
       InputError: the result is not a list of B scores, or the function raised; its error is then
@@ -162,26 +183,53 @@ def call(
             f"reward function {name!r} raised {describe(error)}{_place(error)}; mend it, or, in a "
             "run, set isolate, which leaves out the rows concerned"
         ) from error
-    # A text or a dict of the right length would pass for a list of scores.
-    is_list = hasattr(result, "__len__") and not isinstance(result, str | bytes | Mapping)
-    if not is_list or len(result) != len(completions):
-        got = f"{len(result)} scores" if is_list else type(result).__name__
+    scores, got = _scores_in(result, len(completions))
+    if got:
         raise InputError(
             f"reward function {name!r} returned {got} for {len(completions)} completions; "
-            "return a list with one number for each"
+            "return a list with one number for each, or None where it does not apply"
         )
-    return np.array([number(score) for score in result], np.float64)
+    return Scored.of(scores)
+
+
+def _scores_in(result: Any, count: int) -> tuple[list[Any], str]:
+    """``count`` scores out of a list or array [count] or [count, 1]; what it is, where it is none
+    of these."""
+    # A text or a dict of the right length would pass for a list of scores.
+    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__len__"):
+        return [], type(result).__name__
+    if hasattr(result, "shape"):
+        shape = _shape(result)
+        if len(shape) != 1 and shape != (count, 1):
+            return [], f"an array of shape {list(shape)}"
+        result = result.tolist() if hasattr(result, "tolist") else np.asarray(result).tolist()
+    scores = list(result)
+    if len(scores) != count:
+        return [], f"{len(scores)} scores"
+    for row, score in enumerate(scores):
+        shape = _shape(score)
+        if shape not in ((), (1,)):
+            return [], f"a score of shape {list(shape)} for row {row}"
+        scores[row] = score[0] if shape else score
+    return scores, ""
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The shape of an array of whichever library, or of nested lists; () of all else."""
+    if isinstance(value, list | tuple):
+        return (len(value), *(_shape(value[0]) if value else ()))
+    return tuple(getattr(value, "shape", ()))
 
 
 def number(score: Any) -> float:
-    """``score`` if it is a finite number (a 0-d array will do), else NaN."""
+    """``score`` if it is a finite number (a Decimal or a 0-d array will do), else NaN."""
     if getattr(score, "shape", None) == () and hasattr(score, "item"):
         score = score.item()
-    if not isinstance(score, numbers.Real):
+    if not isinstance(score, numbers.Real | Decimal):
         return math.nan
     try:
         value = float(score)
-    except OverflowError:  # an int beyond float64
+    except (OverflowError, ValueError):  # an int beyond float64, a signalling NaN
         return math.nan
     return value if math.isfinite(value) else math.nan
 

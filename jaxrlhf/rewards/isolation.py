@@ -6,8 +6,8 @@ runs ``main`` of this file, which imports neither jax nor transformers: it is re
 
 Over its connection a worker gets (source, bytes of address space, id of the process that started
 it), and says ("ready", "") or ("unusable", why). Then for each batch (prompts, completions,
-columns) it says ("scores", list of B floats) or ("problem", why); if it says nothing, the function
-has ended the process, or never returns.
+columns) it says ("scores", list of B floats, NaN where it failed and None where it does not apply)
+or ("problem", why); if it says nothing, the function has ended the process, or never returns.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def host_source(config: RewardConfig) -> Source:
     function, name = host_function(config), name_of(config)
 
     def ask(asked: Asked) -> Scored:
-        return Scored(call(name, function, asked.prompts, asked.completions, asked.columns))
+        return call(name, function, asked.prompts, asked.completions, asked.columns)
 
     return ask
 
@@ -99,7 +99,7 @@ class Isolated:
         finally:
             self._free.put(slot)
         if kind == "scores":
-            return Scored(np.array(said, np.float64))
+            return Scored.of(said)
         return Scored(np.full(len(asked), np.nan), " ".join(said.split()))
 
 
@@ -196,8 +196,9 @@ def main(handle: int) -> None:
         except EOFError:
             return
         try:
-            score_B = call(name_of(source), function, prompts, completions, columns)
-            said = ("scores", score_B.tolist())
+            scored = call(name_of(source), function, prompts, completions, columns)
+            rows = zip(scored.score_B.tolist(), scored.applies(), strict=True)
+            said = ("scores", [score if applies else None for score, applies in rows])
         except InputError as error:
             cause = error.__cause__
             said = ("problem", f"raised {describe(cause)}" if cause else str(error))

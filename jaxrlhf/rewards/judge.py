@@ -1,6 +1,7 @@
 """A run's rewards: the sources that a config lists, asked, and their scores summed behind gates.
 
-Reward models are asked on the mesh, all else on the host. A row without a reward is NaN, never 0.
+Reward models are asked on the mesh, all else on the host. A row without a reward is NaN, never 0. A
+source that does not apply to a row leaves its reward to the others; one that fails leaves it none.
 """
 
 import math
@@ -90,17 +91,21 @@ def combine(
     scores: Sequence[np.ndarray],
     weights: Sequence[float],
     gates: Sequence[GateConfig | None] | None = None,
+    applies: Sequence[np.ndarray | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """reward_b = Σ_i weight_i · score_ib over the sources that are no gates, where all gates open.
+    """reward_b = Σ_i weight_i · score_ib over the sources that are no gates and apply to row b,
+    where all gates open.
 
-    Gates are asked in their order. The first whose score is missing leaves the row without a
-    reward; the first whose score is below ``at_least`` gives it ``otherwise``, whatever the other
-    sources say. A row that passes all of them needs every score of the sum.
+    Gates are asked in their order, and passed over where they do not apply. The first whose score
+    is missing leaves the row without a reward; the first whose score is below ``at_least`` gives it
+    ``otherwise``, whatever the other sources say. A row that passes all of them needs every score
+    of the sum that applies to it, and at least one.
 
     Args:
       scores: arrays [B] of any numeric type, in reward units; NaN where a score is missing.
       weights: one for each of them; those of gates are not read.
       gates: what makes each of them a gate, None where it is part of the sum.
+      applies: bool [B] for each of them, False where its score is not read; None: everywhere.
 
     Returns:
       reward_B float32, NaN on rows without a reward; valid_B bool, False on those rows.
@@ -113,13 +118,14 @@ def combine(
         raise InputError("rewards: none given; add one, such as [{function: sentiment}]")
     parts = [np.asarray(score_B, np.float64) for score_B in scores]
     gates = gates or [None] * len(parts)
-    lengths = {len(parts), len(weights), len(gates)}
+    applies = applies or [None] * len(parts)
+    lengths = {len(parts), len(weights), len(gates), len(applies)}
     if len(lengths) > 1 or any(p.ndim != 1 or p.shape != parts[0].shape for p in parts):
         shapes = [p.shape for p in parts]
         raise ValueError(f"scores of shapes {shapes} with {len(weights)} weights do not combine")
     # A sum beyond float32 becomes infinite, and so no reward, without a warning.
     with np.errstate(over="ignore", invalid="ignore"):
-        reward_B = fold(parts, weights, gates, np).astype(np.float32)
+        reward_B = fold(parts, weights, gates, np, applies).astype(np.float32)
     valid_B = np.isfinite(reward_B)
     return np.where(valid_B, reward_B, np.float32(np.nan)), valid_B
 
@@ -129,15 +135,23 @@ def fold(
     weights: Sequence[float],
     gates: Sequence[GateConfig | None],
     xp: Any,
+    applies: Sequence[Any] | None = None,
 ) -> Any:
     """The gated sum of ``combine``, of numpy's or jax's arrays; ``xp`` is the one or the other."""
-    sources = list(zip(scores, weights, gates, strict=True))
-    reward_B = xp.stack([w * score_B for score_B, w, gate in sources if gate is None]).sum(0)
+    applies = applies or [None] * len(scores)
+    sources = list(zip(scores, weights, gates, applies, strict=True))
+    summed = [(w * score_B, at_B) for score_B, w, gate, at_B in sources if gate is None]
+    # where, not a product: a score that does not apply is NaN.
+    read = [x_B if at_B is None else xp.where(at_B, x_B, 0) for x_B, at_B in summed]
+    reward_B = xp.stack(read).sum(0)
+    if all(at_B is not None for _, at_B in summed):
+        reward_B = xp.where(xp.stack([at_B for _, at_B in summed]).any(0), reward_B, xp.nan)
     # From the last gate to the first: what is written last, the first gate's word, stands.
-    for score_B, _, gate in reversed(sources):
+    for score_B, _, gate, at_B in reversed(sources):
         if gate is not None:
-            reward_B = xp.where(score_B >= gate.at_least, reward_B, gate.otherwise)
-            reward_B = xp.where(xp.isfinite(score_B), reward_B, xp.nan)
+            gated_B = xp.where(score_B >= gate.at_least, reward_B, gate.otherwise)
+            gated_B = xp.where(xp.isfinite(score_B), gated_B, xp.nan)
+            reward_B = gated_B if at_B is None else xp.where(at_B, gated_B, reward_B)
     return reward_B
 
 
@@ -148,6 +162,8 @@ class Judgement(NamedTuple):
     valid_B: Array
     parts: dict[str, Array | np.ndarray]
     """The unweighted scores [B] of each source, by name."""
+    applies: dict[str, np.ndarray]
+    """bool [B] of each source on the host, False where it does not apply; the others always do."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,7 @@ class Judge:
         """
         asked = None
         parts: dict[str, Any] = {}
+        applies: dict[str, np.ndarray] = {}
         problems: dict[str, str] = {}
         for source, scorer in zip(self.sources, self.scorers, strict=True):
             if scorer is not None:
@@ -181,20 +198,24 @@ class Judge:
                 assert source.ask is not None
                 # Decoded once, and not at all where no source reads text.
                 asked = asked or self._asked(rollout, prompts)
-                parts[source.name], problems[source.name] = ask_together(
-                    source.ask, asked, len(prompts)
-                )
-        judgement = Judgement(*self._combined(list(parts.values())), parts)
+                scored = ask_together(source.ask, asked, len(prompts))
+                parts[source.name], problems[source.name] = scored.score_B, scored.problem
+                applies[source.name] = scored.applies()
+        judgement = Judgement(*self._combined(parts, applies), parts, applies)
         if self.max_excluded < 1:
             self._refuse_too_few(judgement, problems)
         return judgement
 
-    def _combined(self, scores: Sequence[Any]) -> tuple[Array, Array]:
+    def _combined(
+        self, parts: Mapping[str, Any], applies: Mapping[str, np.ndarray]
+    ) -> tuple[Array, Array]:
+        scores = list(parts.values())
         weights = [source.weight for source in self.sources]
         gates = [source.gate for source in self.sources]
         # Summed on the host, in float64, as soon as one source is there.
-        if not all(isinstance(x, jax.Array) for x in scores):
-            return put_rows(combine(fetch(scores), weights, gates), self.mesh)
+        if applies:
+            where = [applies.get(name) for name in parts]
+            return put_rows(combine(fetch(scores), weights, gates, where), self.mesh)
         reward_B = fold(scores, weights, gates, jnp)
         known_B = jnp.isfinite(reward_B)
         return jnp.where(known_B, reward_B, jnp.nan), known_B
@@ -205,10 +226,15 @@ class Judge:
         if lost <= self.max_excluded * rows:
             return
         said = []
-        for name, score_B in parts.items():
-            if without := int((~np.isfinite(score_B)).sum()):
+        nothing_B = ~valid_B
+        for source, (name, score_B) in zip(self.sources, parts.items(), strict=True):
+            at_B = _at(judgement, name)
+            nothing_B &= ~at_B | (source.gate is not None)
+            if without := int((at_B & ~np.isfinite(score_B)).sum()):
                 why = f", the last because: {problems[name]}" if problems.get(name) else ""
                 said.append(f"{name} has none for {without}{why}")
+        if nothing_B.any():
+            said.append(f"to {nothing_B.sum()} no source of the sum applies")
         raise InputError(
             f"rewards: {lost} of {rows} completions got none, and max_excluded="
             f"{self.max_excluded:g} of them may: {'; '.join(said) or 'their sum overflows'}: mend "
@@ -263,25 +289,36 @@ def ask_together(source: Source, asked: Asked, prompts: int) -> Scored:
     rows = slice(share.start * each, share.stop * each)
     own = asked.rows(rows)
     # With fewer prompts than processes, one of them may have nothing to ask about.
-    score_R, problem = source(own) if len(own) else Scored(np.zeros(0))
-    return Scored(assemble(score_R, rows, len(asked)), problem)
+    scored = source(own) if len(own) else Scored(np.zeros(0))
+    score_B = assemble(scored.score_B, rows, len(asked))
+    applies_B = assemble(scored.applies().astype(np.float64), rows, len(asked)) != 0
+    return Scored(score_B, scored.problem, applies_B)
 
 
 def measures(judgement: Judgement) -> dict[str, float]:
     """What a run logs of a judgement.
 
-    ``reward/NAME``, the mean score of each source, unweighted, over the rows that have it (NaN if
-    none has), and ``excluded/NAME``, the share of the rows that do not; ``reward/excluded``, the
-    share of the rows without a reward.
+    ``reward/excluded``, the share of the rows without a reward, and of each source:
+    ``applies/NAME``, the share of the rows that it applies to; ``excluded/NAME``, the share of
+    *those* that it gave no score (0 if it applies to none); ``reward/NAME``, the mean score,
+    unweighted, of the rows that have one (NaN if none has).
     """
     valid_B, parts = fetch((judgement.valid_B, judgement.parts))
     metrics = {"reward/excluded": 1 - float(np.mean(valid_B))}
     for name, score_B in parts.items():
-        score_B = np.asarray(score_B, np.float64)
-        known_B = np.isfinite(score_B)
+        score_B, at_B = np.asarray(score_B, np.float64), _at(judgement, name)
+        known_B = at_B & np.isfinite(score_B)
+        count = max(int(at_B.sum()), 1)
         metrics[f"reward/{name}"] = float(score_B[known_B].mean()) if known_B.any() else math.nan
-        metrics[f"excluded/{name}"] = 1 - float(known_B.mean())
+        metrics[f"applies/{name}"] = float(at_B.mean())
+        metrics[f"excluded/{name}"] = float((at_B & ~known_B).sum()) / count
     return metrics
+
+
+def _at(judgement: Judgement, name: str) -> np.ndarray:
+    """bool [B], the rows that a source applies to."""
+    everywhere_B = np.ones(len(judgement.valid_B), bool)
+    return judgement.applies.get(name, everywhere_B)
 
 
 def length_penalty(mask_BT: Array, start: int, end: int) -> Array:

@@ -152,8 +152,9 @@ def question(asked: Asked, name: str) -> bytes:
 def read_answer(body: bytes, name: str, rows: int) -> Scored:
     """The scores in the body of an answer, in the order of the rows that were asked.
 
-    A row that is missing, stands there twice, or has anything but a finite number gets NaN;
-    rows that were not asked about are passed over.
+    A row that is missing, stands there twice, or has anything but a finite number gets NaN. To one
+    whose reward is null, without an error, the source does not apply. Rows that were not asked
+    about are passed over.
 
     Args:
       name: the id of the request; an answer may leave it out, but not have another.
@@ -173,6 +174,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
         raise NoAnswerError(f"an answer to another request: id={answer['id']!r:.40}")
     # By id alone: rows may come back in any order.
     score_B, seen_B, problem = np.full(rows, np.nan), np.zeros(rows, int), ""
+    applies_B = np.ones(rows, bool)
     places = {str(b): b for b in range(rows)}
     for item in rewards:
         given = item.get("id") if isinstance(item, dict) else None
@@ -184,12 +186,16 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
         reward = item.get("reward")
         # In Python, True is the number 1; a service that says so means something else.
         score_B[b] = math.nan if isinstance(reward, bool) else number(reward)
-        if not math.isfinite(score_B[b]):
-            said = item.get("error") or f"reward={reward!r}"
+        error = item.get("error")
+        # A null of its own accord; a reward that is left out, or fails, is none.
+        applies_B[b] = reward is not None or "reward" not in item or error is not None
+        if applies_B[b] and not math.isfinite(score_B[b]):
+            said = error or f"reward={reward!r}"
             problem = f"row {given}: {' '.join(str(said).split()):.80}"
     # Two numbers for a row, and no saying which is meant: it gets neither.
     if (seen_B > 1).any():
         problem = f"row {int(np.argmax(seen_B > 1))} has several rewards"
     if (seen_B == 0).any():
         problem = f"row {int(np.argmax(seen_B == 0))} has no reward"
-    return Scored(np.where(seen_B == 1, score_B, np.nan), problem)
+    applies_B |= seen_B > 1
+    return Scored(np.where(seen_B == 1, score_B, np.nan), problem, applies_B)

@@ -280,7 +280,8 @@ def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float
         lambda *parts: np.concatenate(parts)[row_B], *fetch([part.judgement for part in rounds])
     )
     reward_B, valid_B = put_rows((whole.reward_B, whole.valid_B), run.mesh)
-    return Judged(rollout, Judgement(reward_B, valid_B, whole.parts)), metrics
+    picked_rows = whole._replace(reward_B=reward_B, valid_B=valid_B)
+    return Judged(rollout, picked_rows), metrics
 
 
 def signal_of(run: Run, judgement: Judgement) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from jaxrlhf.config import ServiceConfig, save
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.load import load_model
 from jaxrlhf.rewards import models
-from jaxrlhf.rewards.functions import Asked, Scored
+from jaxrlhf.rewards.functions import Asked, Scored, call
 from jaxrlhf.rewards.service import make
 from jaxrlhf.run import loop
 from jaxrlhf.steps.score import reward
@@ -41,6 +41,20 @@ def test_server_and_client_understand_each_other():
     np.testing.assert_array_equal(scored.score_B, [1, np.nan, 102])
     assert scored.problem == "row 1: empty"
     assert seen == [asked]
+
+
+def test_server_says_what_does_not_apply_and_what_failed():
+    """A function behind a server is to its client as it is without one."""
+
+    def ask(asked):
+        return call("own", lambda *_: [None, 1.0, "much"], asked.prompts, asked.completions, {})
+
+    asked = Asked(["p"] * 3, ["a", "b", "c"], {}, [True] * 3)
+    with running(Server(ask)) as server:
+        scored = make(ServiceConfig(server.url))(asked)
+    np.testing.assert_array_equal(scored.score_B, [np.nan, 1, np.nan])
+    np.testing.assert_array_equal(scored.applies(), [False, True, True])
+    assert scored.problem == "row 2: no finite score"
 
 
 def test_reply_by_hand():

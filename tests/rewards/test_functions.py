@@ -1,12 +1,16 @@
 """Reward functions: found by name, called with text and columns, and their scores checked: what is
-no finite number is NaN, never 0. Async ones share a loop; what they raise names its place."""
+no finite number is NaN, never 0, and None does not apply. Async ones share a loop; what they raise
+names its place."""
 
 import asyncio
 import sys
+from decimal import Decimal
+from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import vader
 
 from jaxrlhf.core.errors import InputError
@@ -33,6 +37,10 @@ def module(tmp_path, monkeypatch):
 
 
 def score(function, completions=("a", "b"), columns=None):
+    return scored(function, completions, columns).score_B
+
+
+def scored(function, completions=("a", "b"), columns=None):
     return call("own", function, ["p"] * len(completions), list(completions), columns or {})
 
 
@@ -68,17 +76,31 @@ def test_call_passes_copies_of_prompts_completions_and_columns():
         completions.clear()
         return [0.7, 1]
 
-    scores = call("own", function, ("p", "q"), completions, {"answer": [1, 2], "id": [3, 4]})
+    own = {"answer": [1, 2], "id": [3, 4]}
+    scores = call("own", function, ("p", "q"), completions, own).score_B
     assert seen == [(["p", "q"], ["a", "b"], [1, 2], {"id": [3, 4]})]
     np.testing.assert_array_equal(scores, [0.7, 1.0])
     assert completions == ["a", "b"]
 
 
 @pytest.mark.parametrize(
-    "bad", [None, "0.5", float("nan"), float("inf"), -float("inf"), [1.0], {}, 1j, 10**400]
+    "bad",
+    ["0.5", float("nan"), float("inf"), -float("inf"), ["1"], {}, 1j, 10**400, Decimal("sNaN")],
 )
 def test_call_score_that_is_no_finite_number_is_missing_not_zero(bad):
-    np.testing.assert_array_equal(score(lambda prompts, completions: [bad, 0.5]), [np.nan, 0.5])
+    found = scored(lambda prompts, completions: [bad, 0.5])
+    np.testing.assert_array_equal(found.score_B, [np.nan, 0.5])
+    assert found.applies().all()
+
+
+@pytest.mark.parametrize(
+    "result",
+    [[None, 0.5, "much"], [[None], [0.5], ["much"]], np.array([None, 0.5, "much"], object)],
+)
+def test_call_none_does_not_apply_and_is_no_failure(result):
+    found = scored(lambda prompts, completions: result, ["a", "b", "c"])
+    np.testing.assert_array_equal(found.score_B, [np.nan, 0.5, np.nan])
+    np.testing.assert_array_equal(found.applies(), [False, True, True])
 
 
 @pytest.mark.parametrize(
@@ -89,6 +111,13 @@ def test_call_score_that_is_no_finite_number_is_missing_not_zero(bad):
         np.array([1, 0.5], np.float32),
         jnp.array([1, 0.5]),
         [True, jnp.float32(0.5)],
+        [Fraction(1), Decimal("0.5")],
+        np.array([[1], [0.5]]),
+        jnp.array([[1], [0.5]], jnp.bfloat16),
+        torch.tensor([[1], [0.5]], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([1, 0.5]),
+        [[1], (0.5,)],
+        [np.array([1]), torch.tensor([0.5])],
     ],
 )
 def test_call_takes_lists_and_arrays_of_numbers(result):
@@ -107,6 +136,14 @@ def test_call_takes_lists_and_arrays_of_numbers(result):
         ("ab", "str"),
         ({"a": 1.0, "b": 2.0}, "dict"),
         ((x for x in (1.0, 2.0)), "generator"),
+        (np.ones((1, 2)), r"an array of shape \[1, 2\]"),
+        (np.ones((2, 2)), r"an array of shape \[2, 2\]"),
+        (torch.ones((2, 1, 1)), r"an array of shape \[2, 1, 1\]"),
+        (np.array(1.0), r"an array of shape \[\]"),
+        ([1.0, [1.0, 2.0]], r"a score of shape \[2\] for row 1"),
+        ([[[1.0]], [1.0]], r"a score of shape \[1, 1\] for row 0"),
+        ([[], 1.0], r"a score of shape \[0\] for row 0"),
+        ([np.ones(2), 1.0], r"a score of shape \[2\] for row 0"),
     ],
 )
 def test_call_wrong_result_names_the_function(result, got):

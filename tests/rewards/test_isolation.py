@@ -32,7 +32,10 @@ def act(prompts, completions, **columns):
         if text == "eat": bytearray(10 * 2**30)
         if text == "few": return []
         if text == "close": os.closerange(3, 100)
-    return [None if text == "none" else float(len(text)) for text in completions]
+    if completions[0] == "column": return [[float(len(text))] for text in completions]
+    if completions[0] == "square": return [[0.0, 1.0]] * len(completions)
+    known = {"none": None, "nan": float("nan"), "much": "much"}
+    return [known.get(text, float(len(text))) for text in completions]
 
 async def later(prompts, completions, **columns):
     await asyncio.sleep(1000 if "hang" in completions else 0)
@@ -79,7 +82,10 @@ def ask(source, texts, **columns):
 def test_scores_and_one_bad_call_after_the_other(isolated):
     """One pool through all of it: each failure loses two rows and the next call is well."""
     source = isolated("act")
-    np.testing.assert_array_equal(ask(source, ["a", "bb", "none"]).score_B, [1, 2, np.nan])
+    scored = ask(source, ["a", "bb", "none", "nan", "much", "ccc"])
+    np.testing.assert_array_equal(scored.score_B, [1, 2, np.nan, np.nan, np.nan, 3])
+    np.testing.assert_array_equal(scored.applies(), [True, True, False, True, True, True])
+    np.testing.assert_array_equal(ask(source, ["column", "bb"]).score_B, [6, 2])
     for text, problem in [
         ("raise", "raised ValueError: two lines"),
         ("exit", "raised SystemExit: 3"),
@@ -87,10 +93,12 @@ def test_scores_and_one_bad_call_after_the_other(isolated):
         ("kill", "ended its process (killed by SIGKILL)"),
         ("eat", "raised MemoryError"),
         ("few", "returned 0 scores for 2 completions"),
+        ("square", "returned a score of shape [2] for row 0 for 2 completions"),
         ("close", "ended its process"),
     ]:
         scored = ask(source, ["a", "bb", text, "dd", "eee"])
         np.testing.assert_array_equal(scored.score_B, [1, 2, np.nan, np.nan, 3], err_msg=text)
+        assert scored.applies().all(), text
         assert problem in scored.problem, text
         assert "\n" not in scored.problem
 

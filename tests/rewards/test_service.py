@@ -65,7 +65,6 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("rewards", "scores", "problem"),
     [
-        ([["0", 1], ["1", None], ["2", 3]], [1, NAN, 3], "row 1: reward=None"),
         ([["0", "1"], ["1", 2], ["2", 3]], [NAN, 2, 3], "row 0: reward='1'"),
         ([["0", True], ["1", 2], ["2", 3]], [NAN, 2, 3], "row 0: reward=True"),
         ([["0", NAN], ["1", math.inf], ["2", -math.inf]], [NAN] * 3, "row 2: reward=-inf"),
@@ -82,6 +81,32 @@ def test_read_answer_row_by_row(rewards, scores, problem):
     scored = read_answer(json.dumps({"id": "7", "rewards": items}).encode(), "7", 3)
     np.testing.assert_array_equal(scored.score_B, scores)
     assert scored.problem.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("item", "applies", "problem"),
+    [
+        ({"reward": None}, False, ""),
+        ({"reward": None, "error": None}, False, ""),
+        ({"reward": None, "error": "too long"}, True, "row 0: too long"),
+        ({"reward": None, "error": ""}, True, "row 0: reward=None"),
+        ({}, True, "row 0: reward=None"),
+        ({"reward": "much"}, True, "row 0: reward='much'"),
+    ],
+)
+def test_read_answer_null_does_not_apply_unless_there_is_an_error(item, applies, problem):
+    rewards = [{"id": "0", **item}, {"id": "1", "reward": 2}]
+    scored = read_answer(json.dumps({"rewards": rewards}).encode(), "7", 2)
+    np.testing.assert_array_equal(scored.score_B, [NAN, 2])
+    np.testing.assert_array_equal(scored.applies(), [applies, True])
+    assert scored.problem == problem
+
+
+def test_read_answer_of_a_null_twice_or_not_at_all_fails():
+    rewards = [{"id": "0", "reward": None}] * 2
+    scored = read_answer(json.dumps({"rewards": rewards}).encode(), "7", 2)
+    assert np.isnan(scored.score_B).all()
+    assert scored.applies().all()
 
 
 def test_read_answer_passes_over_what_is_no_row_and_says_what_the_server_says():
