@@ -1,7 +1,7 @@
 """Verifiers: is the answer right? 1.0 if it is, 0.0 if not, by rules that need no model.
 
     exact          the answer is the truth, or one of a list of them, after ``normalise``
-    number         the last number of the answer equals that of the truth, as exact fractions
+    number         ``number_of`` answer and truth are equal, as exact fractions
     choice         the chosen letter is the truth, a letter or the index (0 is A) of one
     regex          the truth, a pattern, is found in the completion
     math           math-verify finds answer and truth equal: LaTeX, sets, intervals, equations
@@ -114,6 +114,17 @@ _NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}.])[-+−])?(?<!\w)(?<!\d\.)((?:{_DIGITS})(?:[eE][-+]?\d{{1,3}}(?!\d))?)"
     rf"(?:\s?/\s?({_DIGITS}))?"
 )
+# What may follow a number: see ``_side``. A comma here stands between numbers, as in "1,2,3".
+_TOKEN = re.compile(
+    rf"(?P<space>\s+)|(?P<equals>=|≈|\\approx\b|equals\b)"
+    rf"|(?P<sign>\*\*?|[-+−×÷·^/]|\\(?:times|cdot|div)\b|,(?=\d))"
+    rf"|(?P<number>{_DIGITS})|(?P<verb>(?:[xX]|of|times|plus|minus|over)\b)|(?P<word>[^\W\d_]+)"
+    r"|(?P<open>\\?[(\[{])|(?P<close>\\?[)\]}%$]|[€£°!])|(?P<other>.)"
+)
+_SIDE = 200
+"""Characters after a number in which an equation is looked for."""
+# Between "=" and the number on its other side: no more than a word, as in "= about 5".
+_NEXT = re.compile(r"[^\w\n,;]*(?:[^\W\d_]+[^\w\n,;]*)?")
 _FRACTION = re.compile(r"\\[dt]?frac\s?\{([-+]?[\d.,]+)\}\s?\{([\d.,]+)\}")
 _OUTER = string.whitespace + ".,;:!?\"'`*_$“”‘’"
 
@@ -125,15 +136,20 @@ def marked_answer(text: str) -> str | None:
     ``<answer>…</answer>``; the rest of a line after "answer:" or "answer is", in any case, or after
     a "####" that begins it.
     """
+    found = _tagged(text)
+    if found is None:
+        said = _last(_SAYS, text)
+        found = said and (said[1] or said[2])
+    return found.strip() if found is not None else None
+
+
+def _tagged(text: str) -> str | None:
     found = _boxed(text)
     if found is None:
         end = text.rfind("</answer>")
         start = text.rfind("<answer>", 0, max(end, 0))
         found = text[start + len("<answer>") : end] if start >= 0 else None
-    if found is None:
-        said = _last(_SAYS, text)
-        found = said and (said[1] or said[2])
-    return found.strip() if found is not None else None
+    return found
 
 
 def final_answer(text: str) -> str:
@@ -156,8 +172,10 @@ def last_number(text: str) -> Fraction | None:
     from stands before it: the last number of "5-3" is 3.
     """
     found = _last(_NUMBER, _FRACTION.sub(r" \1/\2", text))
-    if found is None:
-        return None
+    return None if found is None else _value_of(found)
+
+
+def _value_of(found: re.Match) -> Fraction | None:
     try:
         value = Fraction(found[1].replace(",", ""))
         if found[2]:
@@ -165,6 +183,81 @@ def last_number(text: str) -> Fraction | None:
     except (ValueError, ZeroDivisionError):  # thousands of digits; a division by 0
         return None
     return -value if found[0][0] in "-−" else value
+
+
+def number_of(text: str) -> Fraction | None:
+    """The number that ``text`` gives as its answer: the last one, where no answer is marked."""
+    return last_number(text) if marked_answer(text) is None else marked_number(text)
+
+
+def marked_number(text: str) -> Fraction | None:
+    """The number in what ``text`` marks as its answer; None where nothing is marked, or none there.
+
+    The first number, where the answer begins with it: "42 dollars for 3 apples" and "42 (as 6·7 =
+    42, in 2 steps)" are 42. Before it may stand symbols ($, **), one word ("about"), and words up
+    to "=" or ":" ("x = 5"); after "####" (GSM8K) whatever does. Where it begins an equation, the
+    first number of the last side: "3 + 4 = 7" is 7. Of a sum that equals nothing ("13 + 29, which
+    is 42"), and of a sentence with numbers in it ("we have 3 and 4, so 7"), the last number.
+
+    What reads as a number is as in ``last_number``. "The answer is" within ``<answer>`` counts.
+    """
+    tagged = _tagged(text)
+    said = _last(_SAYS, text if tagged is None else tagged)
+    marked = tagged if said is None else said[1] or said[2]
+    if marked is None:
+        return None
+    marked = _FRACTION.sub(r" \1/\2", marked)
+    first = _NUMBER.search(marked)
+    if first is None or not ((said and said[2]) or _begins(marked[: first.start()])):
+        return last_number(marked)
+    return _result(marked, first)
+
+
+def _begins(before: str) -> bool:
+    """Whether a text that goes on like this begins with its number."""
+    words = len(re.findall(r"[^\W\d_]+", before[-_SIDE:]))
+    named = before.rstrip(_OUTER.replace(":", "") + "({[\\").endswith(("=", ":"))
+    return words <= (3 if named else 1)
+
+
+def _result(text: str, number: re.Match) -> Fraction | None:
+    """The number, or that on the last side of the equation that it begins."""
+    best, found = None, number
+    while True:
+        summed, end = _side(text[found.end() : found.end() + _SIDE])
+        best = best if summed else found
+        other = _NUMBER.search(text, found.end() + end) if end else None
+        if other is None or not _NEXT.fullmatch(text, found.end() + end, other.start()):
+            return last_number(text) if best is None else _value_of(best)
+        found = other
+
+
+def _side(rest: str) -> tuple[bool, int]:
+    """What follows a number: whether something is added to it, or the like, and where the "=" of an
+    equation ends, 0 if it is none.
+
+    A side is numbers with signs ("+", "times", "of") between them; each may have a unit ("apples").
+    """
+    summed, wanted, words = False, "", 0  # wanted: the kind of sign that wants a number
+    for token in _TOKEN.finditer(rest):
+        kind = token.lastgroup
+        before, after = rest[: token.start()], rest[token.end() :]
+        # "**42** apples": asterisks next to what they set in bold are no sign.
+        bold = token[0][0] == "*" and not before[-1:].isspace() and not after[:1].strip()
+        if kind in ("space", "close") or bold or (kind == "open" and wanted):
+            continue
+        if kind == "equals":
+            return summed, 0 if wanted else token.end()
+        letter = kind in ("word", "verb") and len(token[0]) == 1
+        if wanted and (kind == "number" or letter):
+            summed, wanted, words = summed or wanted == "sign", "", 0
+        elif kind in ("sign", "verb") and not wanted:
+            wanted = kind
+        elif kind == "word" and not wanted and not words:
+            words = 1
+        elif not (wanted and token[0] in "+-−"):
+            break
+    return summed, 0
 
 
 def choice_letter(text: str) -> str | None:
@@ -212,10 +305,6 @@ def _said(completion: str) -> str | None:
     return normalise(final_answer(completion)) or None
 
 
-def _number(text: str) -> Fraction | None:
-    return last_number(final_answer(text))
-
-
 def _texts(value: Any) -> frozenset[str]:
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(_is_scalar(text) for text in texts):
@@ -226,9 +315,9 @@ def _texts(value: Any) -> frozenset[str]:
     return normal
 
 
-def _number_of(value: Any) -> Fraction:
+def _truth_number(value: Any) -> Fraction:
     # Worked solutions are truths too: "3 + 997\n#### 1000".
-    number = _number(str(value)) if _is_scalar(value) else None
+    number = number_of(str(value)) if _is_scalar(value) else None
     if number is None:
         raise ValueError("the truth holds no number")
     return number
@@ -250,7 +339,7 @@ def _is_scalar(value: Any) -> bool:
 
 COMPARED: dict[str, tuple[Callable, Callable[[str], Hashable | None], Callable]] = {
     "exact": (_texts, _said, operator.contains),
-    "number": (_number_of, _number, operator.eq),
+    "number": (_truth_number, number_of, operator.eq),
     "choice": (_letter_of, choice_letter, operator.eq),
 }
 """(the column's value → the truth, completion → its answer, (truth, answer) → whether it is right)

@@ -16,7 +16,9 @@ from jaxrlhf.rewards.verifiers import (
     last_number,
     make,
     marked_answer,
+    marked_number,
     normalise,
+    number_of,
     verify,
 )
 
@@ -88,10 +90,92 @@ def test_reading_of_a_completion(read, text, found):
     assert read(text) == found
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("6*7=42\n#### 42 dollars for 3 apples", 42),
+        ("The answer is 42 (since 13 + 29 = 42, in 2 steps)", 42),
+        ("The answer is 42 (since 6*7=42, and 6+7=13).", 42),
+        ("The answer is 3 + 4 = 7", 7),
+        ("answer: x = 5", 5),
+        ("\\boxed{42}", 42),
+        ("\\boxed{3 + 4 = 7}", 7),
+        ("\\boxed{x = 5}", 5),
+        ("\\boxed{42 \\text{ of } 100}", 42),
+        ("\\boxed{\\$1,200}", 1200),
+        ("\\boxed{\\frac{3}{4}}", Fraction(3, 4)),
+        ("<answer>42 dollars for 3 apples</answer>", 42),
+        ("<answer>We have 3 apples and 4 oranges, so 7</answer>", 7),
+        ("<answer>The answer is 42 dollars for 3 apples</answer>", 42),
+        ("The answer is: **42** apples out of 100", 42),
+        ("**Answer:** 42 of 100", 42),
+        ("**The answer is 42** (6 groups of 7)", 42),
+        ("The answer is $1,200 for 2", 1200),
+        ("The answer is 42.", 42),
+        ("The answer is -3", -3),
+        ("The answer is −3 degrees, not 5", -3),
+        ("The answer is 3/4 of 8", Fraction(3, 4)),
+        ("The answer is 50% of 80", 50),
+        ("The answer is 50% of 80 = 40", 40),
+        ("answer: 5-3", 3),
+        ("answer: 5 - 3 = 2", 2),
+        ("answer: (3 + 4) * 2 = 14 apples, 2 left", 14),
+        ("Answer: 3 apples + 4 apples = 7 apples", 7),
+        ("Answer: 3 \\times 4 = 12", 12),
+        ("Answer: 5 = 3 + 2", 5),
+        ("Answer: 13 + 29, which is 42", 42),
+        ("Answer: 42 for x = 3", 42),
+        ("Answer: 42 when n = 3", 42),
+        ("Answer: 42, since 40 + 2 = 42 and 1 = 1", 42),
+        ("Answer: $42$ (in 2 steps)", 42),
+        ("Answer: \\(42\\) (in 2 steps)", 42),
+        ("Answer: \\(3 + 4 = 7\\)", 7),
+        ("answer: 1,2,3", 3),
+        ("answer: about 42 dollars for 3 apples", 42),
+        ("answer: f(2) = 7", 7),
+        ("answer: 2^3 = 8", 8),
+        ("answer: 3 plus 4 equals 7", 7),
+        ("72\n#### 72", 72),
+        ("Answer: 7 out of 10", 7),
+        ("Answer: 8/10", Fraction(4, 5)),
+        ("#### 13 + 29 = 42 in 3 days", 42),
+        ("so we have 3 and 4", 4),
+        ("The answer is unclear", None),
+        ("answer is -5 + 2 = -3", -3),
+        ("answer: x1 = 5", 5),
+        ("Answer: 20 - 5 - 3 = 12 (of 20)", 12),
+        ("Answer: 10 x 3 = 30 boxes of 5", 30),
+        ("#### She has 42 of 100", 42),
+        ("Answer: 6 * 7 = 42 = 42", 42),
+        ("Answer: 3 + 4 = x, so 7", 7),
+        ("Answer: **3 + 4 = 7** (2 terms)", 7),
+        ("answer: 2 + -3 = -1", -1),
+        ("answer: .5 of 3", Fraction(1, 2)),
+        ("answer: 5% = 0.05", Fraction(1, 20)),
+        ("The answer is 2 x 3 = 6", 6),
+        ("The answer is x = 3 + 2 = 5", 5),
+        ("Answer: 12 - it was 15 before", 12),
+        ("answer: 1/0", None),
+        ("Answer: 3. I checked 4 times", 3),
+        ("answer:5 apples", 5),
+        ("Answer: total cost: $42 for 3", 42),
+    ],
+)
+def test_number_of_a_completion(text, found):
+    assert number_of(text) == found
+    if marked_answer(text) is None:
+        assert marked_number(text) is None
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     "text",
     [
+        "answer: " + "1=" * 50_000,
+        "answer: " + "1 + 1 = " * 20_000,
+        "answer: 1 +" + " 1" * 50_000,
+        "#### 1 " + "a" * 100_000,
+        "#### " + "(" * 100_000 + "1",
         "\\boxed{" * 20_000,
         "<answer>" * 20_000,
         "answer" + " " * 100_000,
@@ -101,10 +185,10 @@ def test_reading_of_a_completion(read, text, found):
         "answer is is is" * 10_000,
         "\\frac{" * 20_000,
     ],
-    ids=lambda text: text[:8],
+    ids=lambda text: text[:14],
 )
 def test_long_completions_take_no_time(text):
-    for function in (marked_answer, last_number, choice_letter, normalise):
+    for function in (marked_answer, last_number, number_of, choice_letter, normalise):
         function(text)
 
 
@@ -126,6 +210,11 @@ def score(name, completion, answer, **options):
         ("number", "1,000", "3 + 997\n#### 1000", 1.0),
         ("number", "0.3333", "1/3", 0.0),
         ("number", "seven", "7", 0.0),
+        ("number", "6*7=42\n#### 42 dollars for 3 apples", "42", 1.0),
+        ("number", "The answer is 42 (since 6*7=42, and 6+7=13).", "42", 1.0),
+        ("number", "The answer is 42 (since 6*7=42, and 6+7=13).", "13", 0.0),
+        ("number", "42", "40 + 2 = 42\n#### 42 dollars for 3 apples", 1.0),
+        ("number", "72", "72\n#### 72", 1.0),
         ("choice", "Answer: (B)", "B", 1.0),
         ("choice", "Answer: (B)", "(b)", 1.0),
         ("choice", "Answer: (B)", 1, 1.0),
