@@ -7,6 +7,10 @@ from typing import get_args
 
 import jax
 import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.config import (
     AlgorithmConfig,
@@ -42,6 +46,22 @@ GOODNESS = RewardConfig(function="jaxrlhf.data.words:goodness")
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def tags_tokenizer(folder=None):
+    """Words are tokens, 16 in all; TAGS are special ones, as are <pad> 0 and <eos> 1."""
+    words = ["<pad>", "<eos>", *TAGS, "Paris", "or", "Rome", "good", "bad", "the", "and", *"abc"]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens([AddedToken(x, special=True) for x in ("<pad>", "<eos>", *TAGS)])
+    names = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def count_traces(monkeypatch, module, **static_argnums):

@@ -105,6 +105,9 @@ class RewardConfig:
     """Column of the data with the truth that a verifier compares with."""
     pattern: str = ""
     """Regular expression that verifier: regex looks for, where the rows do not bring their own."""
+    special_tokens: bool | None = None
+    """Give it completions with their special tokens (<answer> may be one), but for the one that
+    stopped them; null: a verifier gets them, a function or service does not."""
     service: ServiceConfig | None = None
     """A server that scores rows."""
     length: LengthConfig | None = None
@@ -125,11 +128,17 @@ READERS = {
     "isolate": ("function", "verifier"),
     "answer": ("verifier",),
     "pattern": ("verifier",),
+    "special_tokens": ("function", "verifier", "service"),
     "combine": ("ensemble",),
     "k": ("ensemble",),
     "offload": ("model", "ensemble"),
 }
 """Which kinds of source read an option; all of them read the others."""
+
+
+def keeps_special_tokens(config: RewardConfig) -> bool:
+    """Whether the completions that a source is given still have their special tokens."""
+    return bool(config.verifier) if config.special_tokens is None else config.special_tokens
 
 
 def name_of(config: RewardConfig) -> str:

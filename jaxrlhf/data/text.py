@@ -29,14 +29,22 @@ def _text(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
 
 
 def decode_rollout(
-    tokenizer: Tokenizer, token_BT: np.ndarray, mask_BT: np.ndarray, prompts: Sequence[str]
+    tokenizer: Tokenizer,
+    token_BT: np.ndarray,
+    mask_BT: np.ndarray,
+    prompts: Sequence[str],
+    ended_B: np.ndarray | None = None,
 ) -> list[str]:
-    """The text of each response, special tokens removed.
+    """The text of each response: special tokens removed or, where ``ended_B`` is given, kept.
+
+    Kept text is without the special token that stopped the response, unless that closes a tag of
+    the response, as ``</answer>`` does.
 
     Args:
       token_BT: int [B, T], prompt and response.
       mask_BT: [B, T], non-zero on the response's tokens; what it leaves out is not read.
       prompts: the B prompts, one a row (``repeat`` makes them of Q).
+      ended_B: bool [B], whether the last token of a response is the one that stopped it.
 
     Raises:
       ValueError: shapes that differ, or another number of prompts than of rows.
@@ -46,7 +54,20 @@ def decode_rollout(
             f"tokens {token_BT.shape}, mask {mask_BT.shape} and {len(prompts)} prompts differ"
         )
     responses = [token_T[mask_T != 0] for token_T, mask_T in zip(token_BT, mask_BT, strict=True)]
-    return [_text(tokenizer, ids.tolist()) for ids in responses]
+    if ended_B is None:
+        return [_text(tokenizer, ids.tolist()) for ids in responses]
+    rows = zip(responses, ended_B, strict=True)
+    return [_kept(tokenizer, ids.tolist(), bool(ended)) for ids, ended in rows]
+
+
+def _kept(tokenizer: Tokenizer, ids: list[int], ended: bool) -> str:
+    """The text with special tokens, but for one that stopped it."""
+    last = ids[-1:] if ended else []
+    # A stop token that is plain text is part of the text, as it is where special ones are removed.
+    stop = "" if _text(tokenizer, last) else _text(tokenizer, last, special=True).strip()
+    text = _text(tokenizer, ids[: len(ids) - bool(stop)], special=True)
+    closes = stop.startswith("</") and stop.replace("</", "<", 1) in text
+    return _text(tokenizer, ids, special=True) if closes else text
 
 
 def step_ends(ids: Sequence[int], tokenizer: Tokenizer, separator: str) -> list[int]:

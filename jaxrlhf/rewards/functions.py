@@ -1,11 +1,11 @@
 """What a source of reward on the host is asked and answers, and reward functions, found and called.
 
 A reward function is ``(prompts, completions, **columns) → list of floats``, one a completion.
-``prompts`` and ``completions`` are lists of text, special tokens removed; each further column of
-the data arrives as a list under its own name, so a function names those it wants and takes the
-rest as ``**columns``. ``None`` says "does not apply to this row": the row's reward is then the sum
-of the other sources. Anything else that is no finite number (a string, NaN, inf) says "failed": the
-row is left out of learning. Neither is ever read as 0.
+``prompts`` and ``completions`` are lists of text, special tokens removed unless ``special_tokens``
+is set; each further column of the data arrives as a list under its own name, so a function names
+those it wants and takes the rest as ``**columns``. ``None`` says "does not apply to this row": the
+row's reward is then the sum of the other sources. Anything else that is no finite number (a string,
+NaN, inf) says "failed": the row is left out of learning. Neither is ever read as 0.
 
 Functions may be asynchronous (``async def``); all of those run in one event loop.
 """
@@ -35,7 +35,7 @@ class Asked:
 
     prompts: Sequence[str]
     completions: Sequence[str]
-    """Special tokens removed."""
+    """Special tokens removed, unless the source's ``special_tokens`` keeps them."""
     columns: Mapping[str, Sequence[Any]]
     """The other columns of the data, by name; None where a row lacks one."""
     ended: Sequence[bool]

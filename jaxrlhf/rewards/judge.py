@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import GateConfig, LengthConfig, RewardConfig, name_of, reward_problems
+from jaxrlhf.config import (
+    GateConfig,
+    LengthConfig,
+    RewardConfig,
+    keeps_special_tokens,
+    name_of,
+    reward_problems,
+)
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Rollout
 from jaxrlhf.data.formats import Prompt, stack_columns
@@ -45,6 +52,8 @@ class Reward:
     """Raises ValueError for a row (its columns) that a verifier could not judge."""
     answer: Callable[[str], Hashable | None] | None = None
     """A verifier's: completion → what it answers."""
+    special: bool = False
+    """Whether the completions that it is given have their special tokens."""
 
 
 def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tuple[Reward, ...]:
@@ -71,7 +80,10 @@ def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tup
         if config.verifier:
             verifier = verifiers.make(config.verifier, config.answer, config.pattern)
             truth, answer = verifier.truth, verifier.answer
-        rewards.append(Reward(name, config.weight, config.gate, ask, config.length, truth, answer))
+        special = keeps_special_tokens(config)
+        rewards.append(
+            Reward(name, config.weight, config.gate, ask, config.length, truth, answer, special)
+        )
     return tuple(rewards)
 
 
@@ -184,7 +196,7 @@ class Judge:
         Raises:
           InputError: more than ``max_excluded`` of the rows have no reward.
         """
-        asked = None
+        asked: dict[bool, Asked] = {}
         parts: dict[str, Any] = {}
         applies: dict[str, np.ndarray] = {}
         problems: dict[str, str] = {}
@@ -196,9 +208,10 @@ class Judge:
                 parts[source.name] = _length(rollout.mask_BT, start, end)
             else:
                 assert source.ask is not None
-                # Decoded once, and not at all where no source reads text.
-                asked = asked or self._asked(rollout, prompts)
-                scored = ask_together(source.ask, asked, len(prompts))
+                # Decoded once in each way, and not at all where no source reads text.
+                if source.special not in asked:
+                    asked[source.special] = self._asked(rollout, prompts, source.special)
+                scored = ask_together(source.ask, asked[source.special], len(prompts))
                 parts[source.name], problems[source.name] = scored.score_B, scored.problem
                 applies[source.name] = scored.applies()
         judgement = Judgement(*self._combined(parts, applies), parts, applies)
@@ -241,12 +254,13 @@ class Judge:
             "the source, or raise max_excluded"
         )
 
-    def _asked(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Asked:
+    def _asked(self, rollout: Rollout, prompts: Sequence[Prompt], special: bool) -> Asked:
         """The rollout as text, with the other columns of its prompts."""
         token_BT, mask_BT, ended_B = fetch((rollout.token_BT, rollout.mask_BT, rollout.ended_B))
         n = len(token_BT) // len(prompts)
         texts = repeat([prompt.text for prompt in prompts], n)
-        completions = decode_rollout(self.tokenizer, token_BT, mask_BT, texts)
+        ended = ended_B if special else None
+        completions = decode_rollout(self.tokenizer, token_BT, mask_BT, texts, ended)
         columns = {name: repeat(x, n) for name, x in stack_columns(prompts).items()}
         return Asked(texts, completions, columns, ended_B.tolist())
 

@@ -148,9 +148,11 @@ def _measure(
     if compared != "model":
         found["against"] = figures.describe(drawn[compared], wish.n, judges)
         found["win_rate"] = figures.compare(ours, drawn[compared], wish.n, judges)
-    correct_at, answer = rule_of(bench.judges[judges[-1]] if judges else None)
+    judge = bench.judges[judges[-1]] if judges else None
+    correct_at, answer = rule_of(judge)
     correct_at = correct_at if wish.correct_at is None else wish.correct_at
-    found |= figures.solved(ours, wish.n, judges, correct_at, extract or answer)
+    texts = "text" if extract or judge is None else text_of(judge)
+    found |= figures.solved(ours, wish.n, judges, correct_at, extract or answer, texts)
     if best_of:
         found |= figures.best_of_n_curve(drawn[baseline], best_of, judges, found["policy"])
     return found | {"completions": figures.completions(ours, wish.n, bench.prompts.items, judges)}
@@ -167,6 +169,12 @@ def rule_of(judge: Judge | None) -> tuple[float | None, Extract]:
     (source,) = judge.sources
     full = float(np.float32(source.weight))  # as scores are kept
     return full if full > 0 else None, source.answer or str.strip
+
+
+def text_of(judge: Judge) -> str:
+    """The column of completions in which a verifier reads its answers: the text that it judges."""
+    verifies = len(judge.sources) == 1 and judge.sources[0].answer is not None
+    return "text_special" if verifies and judge.sources[0].special else "text"
 
 
 @dataclass(frozen=True)
@@ -396,12 +404,16 @@ def _batch(
         )
     host, ref_logp_BT = fetch((rollout, ref_logp_BT))
     token_BT, mask_BT = np.asarray(host.token_BT), np.asarray(host.mask_BT)
-    texts = decode_rollout(bench.tokenizer, token_BT, mask_BT, [""] * count)
+    texts, special = (
+        decode_rollout(bench.tokenizer, token_BT, mask_BT, [""] * count, ended_B)
+        for ended_B in (None, host.ended_B)
+    )
     ids = [t[m != 0].tolist() for t, m in zip(token_BT, mask_BT, strict=True)]
     logp_BT = np.asarray(host.logp_BT, np.float64)
     flat = {
         "token": np.fromiter(ids, object, count),
         "text": np.fromiter(texts, object, count),
+        "text_special": np.fromiter(special, object, count),
         "length": mask_BT.sum(1, dtype=np.float64),
         "ended": np.asarray(host.ended_B, np.float64),
         "logp": logp_BT.sum(1),

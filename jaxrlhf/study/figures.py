@@ -16,9 +16,10 @@ from jaxrlhf.run.display import number
 Columns = dict[str, np.ndarray]
 """What is known of N completions of each of Q prompts: arrays [Q, N].
 
-``token`` (lists of ids) and ``text``; ``length`` (tokens) and ``ended``; ``logp``, the sum of the
-log-probs at T = 1 (nats); ``kl_nats``, the sum of log π − log π_ref, where there is a reference;
-and the score of each judge, NaN where it had none."""
+``token`` (lists of ids), ``text``, and ``text_special``, which keeps special tokens; ``length``
+(tokens) and ``ended``; ``logp``, the sum of the log-probs at T = 1 (nats); ``kl_nats``, the sum of
+log π − log π_ref, where there is a reference; and the score of each judge, NaN where it had
+none."""
 
 Extract = Callable[[str], Hashable | None]
 """Completion → its answer, or None."""
@@ -76,7 +77,12 @@ def compare(ours: Columns, theirs: Columns, n: int, judges: Sequence[str]) -> Fi
 
 
 def solved(
-    drawn: Columns, n: int, judges: Sequence[str], correct_at: float | None, extract: Extract
+    drawn: Columns,
+    n: int,
+    judges: Sequence[str],
+    correct_at: float | None,
+    extract: Extract,
+    texts: str = "text",
 ) -> Figures:
     """``pass_at_k`` and ``maj_at_k`` for k = 1, 2, 4, … n; nothing where nothing is correct or not.
 
@@ -84,6 +90,7 @@ def solved(
       correct_at: the least score, by the last of the judges, of a correct completion. None: 1 if
         its known scores are all 0 or 1, and no measure else.
       extract: completion → its answer.
+      texts: the column of completions that it reads.
     """
     if not judges:
         return {}
@@ -98,7 +105,7 @@ def solved(
             return {}
         correct_at = 1.0
     correct_QN = (score_QN[whole_Q] >= correct_at).astype(np.float64)
-    answers = [[extract(text) for text in row] for row in drawn["text"][whole_Q, :n]]
+    answers = [[extract(text) for text in row] for row in drawn[texts][whole_Q, :n]]
     ks = stats.powers_of_two(n)
     solved_KQ = {
         "pass_at_k": [stats.pass_at_k(correct_QN, k) for k in ks],

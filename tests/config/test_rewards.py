@@ -1,6 +1,7 @@
 """One line of config a source, and what does not go together in one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from jaxrlhf.config import (
     RewardConfig,
     ServiceConfig,
     dump,
+    keeps_special_tokens,
     load,
     override,
     reward_problems,
@@ -25,7 +27,7 @@ rewards:
   - {function: "mine:f", isolate: {workers: 2, memory_gib: 1}}
   - {model: runs/rm, weight: 2}
   - verifier: number
-  - {verifier: exact, answer: truth, isolate: {}}
+  - {verifier: exact, answer: truth, isolate: {}, special_tokens: false}
   - {verifier: regex, pattern: "<think>", gate: {at_least: 1, otherwise: -1}}
   - service: {url: "http://host:8000", header_env: KEY}
   - {length: {start: 200, end: 400}, weight: 0.5}
@@ -37,7 +39,7 @@ REWARDS = (
     RewardConfig("mine:f", isolate=IsolateConfig(workers=2, memory_gib=1.0)),
     RewardConfig(model="runs/rm", weight=2.0),
     RewardConfig(verifier="number"),
-    RewardConfig(verifier="exact", answer="truth", isolate=IsolateConfig()),
+    RewardConfig(verifier="exact", answer="truth", isolate=IsolateConfig(), special_tokens=False),
     RewardConfig(verifier="regex", pattern="<think>", gate=GateConfig(1.0, -1.0)),
     RewardConfig(service=ServiceConfig(URL, header_env="KEY")),
     RewardConfig(length=LengthConfig(200, 400), weight=0.5),
@@ -84,6 +86,14 @@ def test_override_of_nested_parts():
             RewardConfig(verifier="regex", pattern="a", answer="b"),
             "rewards.0.answer=b: the pattern stands in its place",
         ),
+        (
+            RewardConfig(model="m", special_tokens=True),
+            "rewards.0.special_tokens=True: a model does not read it",
+        ),
+        (
+            RewardConfig(length=LengthConfig(1, 2), special_tokens=False),
+            "rewards.0.special_tokens=False: a length does not read it",
+        ),
         (RewardConfig("f", weight=math.inf), "rewards.0.weight=inf: give a finite number"),
         (RewardConfig("f", weight=2, gate=GateConfig(1)), "rewards.0.weight=2: a gate is no part"),
         (RewardConfig("f", gate=GateConfig(math.nan)), "rewards.0.gate.at_least=nan: give a fin"),
@@ -112,6 +122,14 @@ def test_reward_problems(reward, problem):
     first, *_ = reward_problems("rewards", [reward])
     assert first.startswith(problem)
     assert "\n" not in first
+
+
+def test_special_tokens_are_kept_for_verifiers_unless_told_otherwise():
+    for source, kept in ((RewardConfig("f"), False), (RewardConfig(verifier="exact"), True)):
+        assert keeps_special_tokens(source) == kept
+        assert keeps_special_tokens(replace(source, special_tokens=not kept)) == (not kept)
+    words = ["--rewards.6.special-tokens", "True"]
+    assert override(Config(rewards=REWARDS), words).rewards[6].special_tokens is True
 
 
 @pytest.mark.parametrize("url", ["http://me:secret@host:8000/a", "https://secret@host"])

@@ -3,6 +3,7 @@ the tokenizer has it, and all of a row with marks around what is trained on."""
 
 import numpy as np
 import pytest
+import runs
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -47,6 +48,31 @@ def test_decode_rollout_empty_responses_and_gaps_in_the_mask(spaced):
     token_BT = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [1, 4, 2, 0], [1, 2, 1, 2]])
     mask_BT = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]])
     assert decode_rollout(spaced, token_BT, mask_BT, list("pqrs")) == ["", "", " b", " b b"]
+
+
+def kept(text, ended=True):
+    """A response as it is with its special tokens, and without."""
+    tokenizer = runs.tags_tokenizer()
+    token_BT = np.array([[11, *tokenizer.encode(text, add_special_tokens=False), 0, 0]])
+    mask_BT = np.ones(token_BT.shape)
+    mask_BT[:, [0, -1, -2]] = 0
+    given = tokenizer, token_BT, mask_BT, ["p"]
+    (plain,) = decode_rollout(*given)
+    (special,) = decode_rollout(*given, ended_B=np.array([ended]))
+    return special, plain
+
+
+def test_decode_rollout_keeps_special_tokens_but_for_the_one_that_stopped_it():
+    """A stop token that is a word, or closes what the response has opened, is part of the text."""
+    said = "<think> Paris or Rome </think> <answer> Paris </answer>"
+    assert kept(f"{said} <eos>") == (said, "Paris or Rome Paris")
+    assert kept(said, ended=False)[0] == said
+    assert kept(f"{said} <eos>", ended=False)[0] == f"{said} <eos>"
+    assert kept("Paris <eos> <eos>")[0] == "Paris <eos>"
+    assert kept("<eos>") == ("", "")
+    assert kept("Paris or") == ("Paris or", "Paris or")
+    assert kept("<answer> Paris </answer>")[0] == "<answer> Paris </answer>"
+    assert kept("Paris </answer>")[0] == "Paris"
 
 
 def test_decode_rollout_shapes_that_differ_and_repeat_of_prompts(spaced):

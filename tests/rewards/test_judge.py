@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 from runs import one_device
-from servers import fails, say, service
+from servers import fails, honest, say, service
 
 from jaxrlhf.config import (
     GateConfig,
@@ -131,6 +131,58 @@ def test_judge_refuses_more_excluded_rows_than_allowed(rollout):
     )
     with pytest.raises(InputError, match=message):
         told([nan, nan, nan, 1], "HTTP 500", max_excluded=0.5)(rollout, PROMPTS)
+
+
+SAID = "<think> Paris or Rome </think> <answer> Paris </answer>"
+
+
+@pytest.fixture
+def tagged():
+    """One response, whose tags are special tokens, closed by a stop token and padded."""
+    ids = runs.tags_tokenizer().encode(SAID, add_special_tokens=False)
+    token_BT = jnp.array([[11, *ids, 1, 0]])
+    mask_BT = jnp.ones(token_BT.shape).at[0, [0, -1]].set(0)
+    zero_BT = jnp.zeros(token_BT.shape)
+    return Rollout(token_BT, mask_BT, mask_BT, zero_BT, zero_BT, jnp.array([True]))
+
+
+def read(prompts, completions, **_):
+    """How many of SAID's words, tags among them, a completion has."""
+    return [float(len(text.split())) for text in completions]
+
+
+READ = RewardConfig(function="test_judge:read")
+
+
+@pytest.mark.parametrize("isolate", [None, IsolateConfig()])
+@pytest.mark.parametrize(
+    ("source", "reward"),
+    [
+        (RewardConfig(verifier="exact"), 1.0),
+        (RewardConfig(verifier="exact", special_tokens=False), 0.0),
+        (RewardConfig(verifier="regex", pattern="^<think>.*</answer>$"), 1.0),
+        (READ, 4.0),
+        (replace(READ, special_tokens=True), 8.0),
+    ],
+)
+def test_judge_keeps_special_tokens_for_those_who_read_them(tagged, source, reward, isolate):
+    sources = load_rewards((replace(source, isolate=isolate),))
+    made = Judge(sources, (None,), runs.tags_tokenizer(), one_device())
+    assert made(tagged, [Prompt("the", {"answer": "Paris"}, "f:1")]).reward_B.tolist() == [reward]
+
+
+def test_judge_gives_each_source_its_own_text(tagged):
+    sources = load_rewards((READ, replace(READ, special_tokens=True, weight=10.0), READ))
+    made = Judge(sources, (None,) * 3, runs.tags_tokenizer(), one_device())
+    assert made(tagged, [Prompt("the", {}, "f:1")]).reward_B.tolist() == [88.0]
+
+
+def test_judge_sends_a_service_the_text_that_it_is_to_read(tagged):
+    with service(honest) as server:
+        for special, text in ((None, "Paris or Rome Paris"), (True, SAID)):
+            config = RewardConfig(service=ServiceConfig(server.url), special_tokens=special)
+            made = Judge(load_rewards((config,)), (None,), runs.tags_tokenizer(), one_device())
+            assert made(tagged, [Prompt("the", {}, "f:1")]).reward_B.tolist() == [len(text)]
 
 
 def ones(prompts, completions, kind, **_):

@@ -26,6 +26,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.stats import maj_at_k, pass_at_k
 from jaxrlhf.data.words import goodness
 from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.rewards.judge import Judge, load_rewards
 from jaxrlhf.run import loop
 from jaxrlhf.study import evaluate
 from jaxrlhf.study.evaluate import _mesh_config, _new_tokens, evaluate_model, shape_of
@@ -253,6 +254,46 @@ def test_evaluate_model_asks_the_verifier_what_an_answer_is(run, tmp_path):
         assert rate == pytest.approx(pass_at_k(right_QN, k).mean())
     answers = [[text or None for text in row] for row in said_QN.tolist()]
     assert found["maj_at_k"]["rate"][-1] == pytest.approx(maj_at_k(answers, right_QN, 4).mean())
+
+
+@pytest.mark.parametrize("special", [None, False])
+def test_evaluate_model_votes_by_the_text_that_the_verifier_judges(
+    run, tmp_path, monkeypatch, special
+):
+    """Three answer Rome, each after another word, and two Paris after the same: without the tags,
+    which people are not shown, Paris wins."""
+    tokenizer = runs.tags_tokenizer(tmp_path / "tokenizer")
+    said = [("or", "Rome"), ("and", "Rome"), ("the", "Rome"), ("a", "Paris"), ("a", "Paris")]
+    texts = [f"{word} <answer> {city} </answer> <eos>" for word, city in said]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    draw = evaluate._sample
+
+    def sample(*args, **kwargs):
+        rollout = draw(*args, **kwargs)
+        mask_BT = rollout.mask_BT.at[:, -5:].set(1)
+        token_BT = rollout.token_BT.at[:, -5:].set(np.array(ids))
+        ended_B = np.ones(len(token_BT), bool)
+        attention_BT = rollout.attention_mask_BT.at[:, -5:].set(1)
+        new = {"token_BT": token_BT, "mask_BT": mask_BT, "ended_B": ended_B}
+        return replace(rollout, attention_mask_BT=attention_BT, **new)
+
+    monkeypatch.setattr(evaluate, "_sample", sample)
+    data = runs.write(tmp_path / "rows.jsonl", [{"prompt": "the", "answer": "Rome"}])
+    gold = RewardConfig(verifier="exact", special_tokens=special)
+    model = replace(run.model, tokenizer=str(tmp_path / "tokenizer"))
+    config = replace(run, eval=replace(run.eval, gold=(gold,)), model=model)
+    config = replace(config, output=str(tmp_path / "run"))
+    shutil.copytree(run.output, config.output)
+    save(config, f"{config.output}/config.yaml")
+    wish = EvaluateConfig(config.output, data=data, n=5, best_of=0, max_new_tokens=5)
+    found = evaluate_model(wish, one_device(run))
+    right = special is None
+    assert found["policy"]["gold"] == pytest.approx(0.6 * right)
+    assert found["maj_at_k"]["rate"][-1] == right
+    shown = [" ".join(pair) for pair in said]
+    assert [row["completion"] for row in found["completions"]] == shown
+    judge = Judge(load_rewards((gold,)), (None,), tokenizer, None)
+    assert evaluate.text_of(judge) == ("text_special" if right else "text")
 
 
 def test_mesh_of_an_evaluation_is_the_runs_on_the_devices_that_are_here():
