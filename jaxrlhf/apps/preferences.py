@@ -15,13 +15,14 @@ from jaxrlhf.config import ModelConfig, PreferencesConfig, SampleConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
 from jaxrlhf.data.batches import held_out_batches
+from jaxrlhf.data.chat import PLAIN, chat_settings
 from jaxrlhf.data.formats import read_prompts
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.text import decode_rollout, repeat
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
 from jaxrlhf.mesh.sharding import put_rows, row_shards
 from jaxrlhf.models.ends import read_ends
-from jaxrlhf.models.load import Loader, tokenizer_path
+from jaxrlhf.models.load import Loader, is_run, run_config, tokenizer_path
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.rewards.functions import call, resolve
@@ -71,6 +72,8 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     tokenizer = load_tokenizer(tokenizer_path(model))
     vocab = network.model.decoder.vocab
     check_vocab(tokenizer, network.model.decoder)
+    # Chats as the run rendered them that the policy comes from.
+    chat = chat_settings(run_config(config.model).data) if is_run(config.model) else PLAIN
     ends = read_ends(config.model, tokenizer, vocab)
     settings = ends.settle(SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n))
     stops = stop_table(tokenizer, settings.stop_strings, vocab)
@@ -81,7 +84,7 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     drawn: list[tuple[str, Encoded, int]] = []  # file, prompt, number of its first completion
     jobs = {"train": (config.train, config.train_rounds), "eval": (config.eval, config.eval_rounds)}
     for job, (name, (source, rounds)) in enumerate(jobs.items()):
-        rows = read_prompts(read_rows(source), tokenizer)
+        rows = read_prompts(read_rows(source), tokenizer, chat=chat)
         prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items * rounds
         drawn += [(name, x, job * STREAM + i * config.n) for i, x in enumerate(prompts)]
     for row_Q, real_Q in held_out_batches(len(drawn), config.batch_size, row_shards()):

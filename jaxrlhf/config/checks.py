@@ -27,6 +27,7 @@ from jaxrlhf.config.run import (
     EvalConfig,
     MeshConfig,
     SampleConfig,
+    chat_problems,
     has_critic,
     has_reference,
     is_on_policy,
@@ -220,6 +221,7 @@ def _data(config: Config) -> Iterator[str]:
         yield f"eval.patience={config.eval.patience}: {name} has no held-out loss: leave it out"
     if config.data.packing and config.algorithm.name != "sft":
         yield f"data.packing: only sft packs rows, not {config.algorithm.name}: leave it out"
+    yield from chat_problems(config.data)
     if not config.output:
         yield "output: empty: give the folder that the run is written to"
 

@@ -1,13 +1,37 @@
 """A whole run, its parts that are neither networks nor algorithms, and what it asks for."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from datetime import date
+from typing import Annotated, Any, Literal
 
+import yaml
 from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from jaxrlhf.config.algorithms import AlgorithmConfig, OfflineConfig, OnPolicyConfig, PPOConfig
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
 from jaxrlhf.config.rewards import RewardConfig
+
+
+def _mapping(words: list[str]) -> Any:
+    """A mapping as YAML writes it in one line; what is none is refused as YAML's is."""
+    try:
+        # Days, which YAML reads as such, are text here.
+        return json.loads(json.dumps(yaml.safe_load(words[0]), default=str))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+
+
+_MAPPING = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="'{KEY: VALUE, …}'",
+    instance_from_str=_mapping,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
+"""How the command line reads a mapping."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,43 @@ class DataConfig:
     skip_bad_rows: bool = False
     """Skip malformed or overlong rows, instead of stopping at the first. Their number is said at
     the start, with the first of them, and in summary.json."""
+    chat_template: str = ""
+    """A Jinja file that chats are rendered with, in place of the tokenizer's template; package:path
+    names one inside an installed package, such as jaxrlhf:templates/qwen3.jinja."""
+    template_kwargs: Annotated[dict[str, Any], _MAPPING] = field(default_factory=dict, hash=False)
+    """What the chat template is given besides the chat, such as {enable_thinking: false}."""
+    date: str = ""
+    """Today, YYYY-MM-DD, for chat templates that write the date; if one does, a run fills in the
+    day that it starts on."""
+    allow_dropped: bool = False
+    """Accept chats of which the template leaves something out (a thought, a call, the tools). The
+    number of such rows is said at the start, with the first of them."""
+
+
+RENDERING = {
+    "messages",
+    "conversation",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "strftime_now",
+}
+"""What a chat template is given by the rows and the run."""
+
+
+def chat_problems(data: DataConfig) -> Iterator[str]:
+    """What is wrong with the settings of chats, a line each."""
+    try:
+        # Only one of the forms that it reads: the day is compared as text.
+        good = not data.date or date.fromisoformat(data.date).isoformat() == data.date
+    except ValueError:
+        good = False
+    if not good:
+        yield f"data.date={data.date}: no such day: give YYYY-MM-DD"
+    for name in sorted(RENDERING & data.template_kwargs.keys()):
+        yield f"data.template_kwargs.{name}: comes from the rows or the run: leave it out"
 
 
 @dataclass(frozen=True)

@@ -1,125 +1,233 @@
-"""The one place where chats become text, and whose text is whose.
+"""The one place where chats become text: a chat template, and what it is given.
 
-A chat is rendered by the tokenizer's chat template, and never taken apart otherwise than by
-rendering its prefixes. What the assistant's turn i adds is what
-
-    rendered(turns 0…i)   has after   rendered(turns 0…i−1, with the header of an assistant's turn)
-
-so the end of the turn (its stop token) is in it, and its header is not. That takes a template that
-is stable: one that renders the start of a chat alike, whatever follows.
+A template gets the messages and the row's ``tools``, the settings' ``template_kwargs`` (and the
+row's ``chat_template_kwargs``, as TRL has them), and the run's date where it would read the clock.
+Whose text is whose is in turns.py; docs/chat.md says it all in a few pages.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from jaxrlhf.config import Config, DataConfig
+from jaxrlhf.config.load import read
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.rows import Message, Text, one_line, shown
+from jaxrlhf.data.rows import Message, Row, locate, one_line, shown
+from jaxrlhf.mesh.processes import assemble, is_first
+
+CLOCK = "strftime_now"
+"""The function by which a template reads the clock."""
+KEEP_THOUGHTS = "preserve_thinking"
+"""The variable by which templates can be told to keep the thoughts of past turns."""
 
 
-def render(
-    tokenizer: Tokenizer, prompt: Text, answers: Sequence[Text], where: str
-) -> tuple[str, tuple[str, ...]]:
-    """The text of a prompt and of each answer to it: THE rendering, for training and scoring.
+@dataclass(frozen=True)
+class ChatSettings:
+    """What chats are rendered with."""
 
-    Args:
-      prompt, answers: all plain text, or all chats.
-      where: the row's place, for errors.
+    template: str | None = None
+    """The text of a Jinja template; None: the tokenizer's."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Given to the template besides the chat."""
+    date: str = ""
+    """Today, YYYY-MM-DD; "" leaves it to the clock."""
+    allow_dropped: bool = False
+    """Accept what the template leaves out of a chat, with a note."""
 
-    Returns:
-      The prompt's text, header of the assistant's turn included, and each answer's text:
-      ``rendered(prompt + answer)`` less its prefix ``rendered(prompt)``.
 
-    Raises:
-      InputError: a chat beside plain text, a prompt that ends in an assistant's turn or an answer
-        that is not one, a missing or failing chat template, or one that is not stable.
+PLAIN = ChatSettings()
+"""The tokenizer's template as it is."""
+
+
+def chat_settings(data: DataConfig) -> ChatSettings:
+    """The settings that a run's config describes; InputError if its template cannot be read."""
+    template = None
+    if data.chat_template:
+        try:
+            template = locate(data.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"data.chat_template={data.chat_template}: cannot be read: {one_line(error)}"
+            raise InputError(message) from None
+        # A file read as a template ends with the line break that an editor puts there.
+        template = template.removesuffix("\n")
+    return ChatSettings(template, data.template_kwargs, data.date, data.allow_dropped)
+
+
+def with_date(config: Config, tokenizer: Tokenizer) -> Config:
+    """``config`` with the day that its chat template writes, if it writes one.
+
+    That is ``data.date`` where it is given; that of the config.yaml in the output folder, so that a
+    run goes on with the rows it began with; else today, by process 0's clock. All processes call
+    this, which exchanges a number.
     """
-    kinds = {type(text) for text in (prompt, *answers)}
-    if kinds == {str}:
-        return str(prompt), tuple(str(answer) for answer in answers)
-    if isinstance(prompt, str) or str in kinds:
-        raise InputError(f"{where}: plain text beside a chat; make all columns one or the other")
-    # A template would add a second header, and the model see two turns where there is one.
-    if prompt[-1]["role"] == "assistant":
-        raise InputError(f"{where}: the prompt ends with an assistant's turn; end with a user's")
-    text = _apply(tokenizer, prompt, where, open_turn=True)
-    return text, tuple(_answer(tokenizer, prompt, text, answer, where) for answer in answers)
+    templates = chat_settings(config.data).template or tokenizer.chat_template or ""
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    if config.data.date or not any(CLOCK in text for text in texts):
+        return config
+    path = Path(config.output) / "config.yaml"
+    saved = read(path) if path.is_file() else {}
+    known = (saved.get("data") or {}).get("date") if isinstance(saved, dict) else None
+    day = date.fromisoformat(known) if known else date.today()
+    share = slice(1 if is_first() else 0)
+    (number,) = assemble(np.array([day.toordinal()])[share], share, 1)
+    day = date.fromordinal(int(number))
+    return replace(config, data=replace(config.data, date=day.isoformat()))
 
 
-def _answer(tokenizer: Tokenizer, prompt: list[Message], text: str, answer: Any, where: str) -> str:
-    """The text of an answer of one turn, after a prompt that is rendered as ``text``."""
-    if answer[0]["role"] != "assistant":
-        role = shown(answer[0]["role"])
-        raise InputError(f"{where}: the answer begins with role {role}; it must be 'assistant'")
-    if len(answer) > 1:
-        raise InputError(
-            f"{where}: the answer has {len(answer)} turns, and only one can be compared; "
-            "move the others to the prompt"
-        )
-    whole = _apply(tokenizer, prompt + answer, where, open_turn=False)
-    if not whole.startswith(text):
-        raise InputError(
-            f"{where}: the chat template renders the prompt otherwise once an answer follows; "
-            "use a template under which prompt + answer starts with the prompt"
-        )
-    return whole[len(text) :]
+@lru_cache(maxsize=64)
+def dated(template: str, day: str) -> str:
+    """``template`` with ``strftime_now`` on that day at midnight, in place of the clock's.
 
-
-def _apply(tokenizer: Tokenizer, chat: list[Message], where: str, open_turn: bool) -> str:
-    """A chat as its template writes it; ``open_turn`` adds the header of an assistant's turn."""
-    if not tokenizer.chat_template:
-        raise InputError(f"{where}: a chat, and the tokenizer has no chat template; use plain text")
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": open_turn}
-    try:
-        return str(tokenizer.apply_chat_template(chat, **options))
-    # Templates index and join what is in the row, which fails with errors of Python's own too.
-    except (TemplateError, TypeError, ValueError) as error:
-        message = f"{where}: the chat template failed ({one_line(error)}); mend the row or template"
-        raise InputError(message) from error
-
-
-def cut_turns(
-    tokenizer: Tokenizer, chat: list[Message], first: int, where: str
-) -> tuple[str, tuple[str, ...]]:
-    """A rendered chat, cut where it passes to the assistant and back.
-
-    Args:
-      chat: its last turn is an assistant's.
-      first: turns before this one count as the prompt's.
-
-    Returns:
-      (prompt, pieces): the text up to and including the header of the first assistant's turn from
-      ``first`` on; then, in turn, what the assistant wrote and what follows up to and including
-      its next header: 2n − 1 pieces for n turns.
-
-    Raises:
-      InputError: a chat that begins with an assistant's turn, has two in a row or does not end
-        with one; a missing or failing chat template, or one that is not stable.
+    A macro of that name goes before it: what is passed to a template is data, and no function.
     """
-    roles = [message["role"] for message in chat]
-    for here, following in pairwise([None, *roles]):
-        if following == "assistant" and here in (None, "assistant"):
-            what = "begins with" if here is None else "goes on from one to"
+    at = date.fromisoformat(day)
+    steps = "".join(
+        f"|replace({'%' + code!r}, {at.strftime('%' + code)!r})" for code in _DIRECTIVES
+    )
+    # The line break after a block is no text, whatever the template begins with.
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n{template}"
+
+
+_DIRECTIVES = [*(f"-{code}" for code in "dmyjHIMS"), *"dmYyBbAajUWwuGVHIMSfpDFTRcxXeh"]
+"""What a date's format may hold; those with a hyphen first, which hold no other."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The rendering of the chats of one row."""
+
+    tokenizer: Tokenizer
+    where: str
+    """``path:line``, for errors."""
+    settings: ChatSettings = PLAIN
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The row's columns, of which ``tools`` and ``chat_template_kwargs`` are read."""
+    notes: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What is to be said of the rows of a file: by what it is and the row's place, a line."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Given to the template, if it reads it and nothing else says otherwise."""
+
+    def note(self, kind: str, line: str) -> None:
+        """Remember something to be said, once for all rows of its kind."""
+        self.notes.setdefault(kind, {}).setdefault(self.where, line)
+
+    @cached_property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The JSON schemas in the column ``tools``, which may hold them as a JSON string."""
+        tools = self.values.get("tools")
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools)
+            except ValueError as error:
+                message = f"{self.where}: tools={shown(tools)} is not JSON ({one_line(error)})"
+                raise InputError(f"{message}; mend or drop it") from None
+        if not isinstance(tools, list | None) or not all(isinstance(x, dict) for x in tools or ()):
+            kind = "a list of JSON schemas, or that as a JSON string"
+            raise InputError(f"{self.where}: tools={shown(tools)}: should be {kind}")
+        return tools or None
+
+    @cached_property
+    def template(self) -> str:
+        """The text of the template; InputError if there is none."""
+        if self.settings.template is not None:
+            return self.settings.template
+        if not self.tokenizer.chat_template:
             raise InputError(
-                f"{where}: the chat {what} an assistant's turn; let each answer another's"
+                f"{self.where}: a chat, and the tokenizer has no chat template; "
+                "give data.chat_template, or use plain text"
             )
-    if roles[-1] != "assistant":
-        role = shown(roles[-1])
-        raise InputError(f"{where}: the chat ends with role {role}; it must be 'assistant'")
-    whole = _apply(tokenizer, chat, where, open_turn=False)
-    cuts: list[int] = []
-    for turn in (i for i in range(first, len(chat)) if roles[i] == "assistant"):
-        # Where the turn begins, after its header; and where it ends.
-        for part, open_turn in ((chat[:turn], True), (chat[: turn + 1], False)):
-            text = _apply(tokenizer, part, where, open_turn)
-            if not whole.startswith(text) or len(text) < (cuts or [0])[-1]:
+        try:
+            return str(self.tokenizer.get_chat_template(tools=self.tools))
+        except ValueError as error:  # several, and none of them is the default
+            message = f"{self.where}: {one_line(error)}; give data.chat_template"
+            raise InputError(message) from None
+
+    @cached_property
+    def _source(self) -> str:
+        """The template's text as it is run."""
+        clock = self.settings.date and CLOCK in self.template
+        return dated(self.template, self.settings.date) if clock else self.template
+
+    @cached_property
+    def _kwargs(self) -> dict[str, Any]:
+        row = self.values.get("chat_template_kwargs") or {}
+        if not isinstance(row, dict):
+            raise InputError(f"{self.where}: chat_template_kwargs={shown(row)}: is no object")
+        named = {f"data.template_kwargs.{name}": name for name in self.settings.kwargs}
+        named |= {f"chat_template_kwargs.{name}": name for name in row}
+        for title, name in named.items():
+            if not self.reads(name):
+                message = f"{self.where}: {title}: the chat template does not read it"
+                raise InputError(f"{message}; mend its name or leave it out")
+        more = {name: value for name, value in self.more.items() if self.reads(name)}
+        return more | dict(self.settings.kwargs) | row
+
+    def reads(self, name: str) -> bool:
+        """Whether the template's text has a word ``name``."""
+        return re.search(rf"\b{re.escape(name)}\b", self.template) is not None
+
+    def text(self, chat: list[Message], open_turn: bool, tools: bool = True) -> str:
+        """A chat as its template writes it.
+
+        Args:
+          open_turn: add the header of an assistant's turn.
+          tools: False leaves the row's tools out.
+
+        Raises:
+          InputError: a missing or failing chat template, or one that writes parts of a message's
+            content as Python writes a list.
+        """
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": open_turn}
+        given = {"tools": self.tools if tools else None, "chat_template": self._source}
+        try:
+            text = str(self.tokenizer.apply_chat_template(chat, **given, **options, **self._kwargs))
+        except FAILURES as error:
+            raise self._failed(error) from error
+        for index, message in enumerate(chat):
+            if isinstance(message.get("content"), list) and str(message["content"]) in text:
                 raise InputError(
-                    f"{where}: the chat template renders messages[:{len(part)}] otherwise once "
-                    "others follow, so nothing says which text is the assistant's; use a template "
-                    "that does not, or give one prompt and completion a row"
+                    f"{self.where}: the chat template takes no parts in messages[{index}].content; "
+                    "make it one text"
                 )
-            cuts.append(len(text))
-    return whole[: cuts[0]], tuple(whole[a:b] for a, b in pairwise(cuts))
+        return text
+
+    def spans(self, chat: list[Message]) -> list[tuple[int, int]]:
+        """Where in the text of a whole chat the template's ``{% generation %}`` marks are."""
+        names = {**self.tokenizer.special_tokens_map, **self._kwargs}
+        plain = [{name: x for name, x in turn.items() if x is not None} for turn in chat]
+        try:
+            _, (spans,) = render_jinja_template(
+                [plain], self.tools, chat_template=self._source,
+                return_assistant_tokens_mask=True, **names,
+            )  # fmt: skip
+        except FAILURES as error:
+            raise self._failed(error) from error
+        return [(int(start), int(end)) for start, end in spans]
+
+    def marks(self) -> bool:
+        """Whether the template says itself which text is the assistant's."""
+        return re.search(r"{%-?\s*generation\s*-?%}", self.template) is not None
+
+    def _failed(self, error: BaseException) -> InputError:
+        return InputError(
+            f"{self.where}: the chat template failed ({one_line(error)}); mend the row or template"
+        )
+
+
+FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""Templates index and join what is in the row, which fails with errors of Python's own too."""
+
+
+def writer_of(row: Row, tokenizer: Tokenizer, settings: ChatSettings, notes: dict) -> Writer:
+    """The rendering of a row's chats."""
+    return Writer(tokenizer, row.where, settings, row.values, notes)

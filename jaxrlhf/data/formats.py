@@ -18,8 +18,9 @@ kept with the row, and reach the reward functions under their names. A null in a
 left out stands for nothing there: Parquet has a cell in every row.
 
 Plain text is used as it stands: prompt and answer are simply joined, so an answer brings its own
-leading space. A chat goes through the tokenizer's chat template (chat.py), in training as in
-scoring, so a model is scored on what it was trained on.
+leading space. A chat goes through the tokenizer's chat template (chat.py, turns.py), with the row's
+``tools`` and ``chat_template_kwargs`` where it has such columns, in training as in scoring, so a
+model is scored on what it was trained on.
 
 Every reader raises InputError on the first bad row, or leaves it out under ``skip_bad_rows`` and
 says so in ``Rows.skipped``.
@@ -33,7 +34,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.chat import cut_turns, render
+from jaxrlhf.data.chat import PLAIN, ChatSettings, Writer, writer_of
 from jaxrlhf.data.rows import (
     Message,
     Row,
@@ -48,6 +49,7 @@ from jaxrlhf.data.rows import (
     text_of,
     transform,
 )
+from jaxrlhf.data.turns import cut_turns, render
 
 T = TypeVar("T")
 ENDS = ("chosen_ended", "rejected_ended")
@@ -135,13 +137,13 @@ def stack_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
-def _prompt(row: Row, tokenizer: Tokenizer) -> Prompt:
+def _prompt(row: Row, writer: Writer) -> Prompt:
     prompt = text_of(row, "prompt")
-    text, _ = render(tokenizer, prompt, (), row.where)
+    text, _ = render(writer, prompt, ())
     return Prompt(text, columns_of(row, "prompt"), row.where, not isinstance(prompt, str))
 
 
-def _completion(row: Row, tokenizer: Tokenizer, train_on: str = "completion") -> Completion:
+def _completion(row: Row, writer: Writer, train_on: str = "completion") -> Completion:
     """A prompt with an answer, or with several turns of the assistant's if it is a chat.
 
     Args:
@@ -159,16 +161,16 @@ def _completion(row: Row, tokenizer: Tokenizer, train_on: str = "completion") ->
     whole = train_on == "assistant"
     several = whole or (train_on == "completion" and len(answer) > 1)
     if isinstance(prompt, str) or isinstance(answer, str) or not several:
-        text, (completion,) = render(tokenizer, prompt, (answer,), row.where)
+        text, (completion,) = render(writer, prompt, (answer,))
         chat = not isinstance(prompt, str)
         return Completion(text, completion, columns, row.where, chat=chat)
     first = 0 if whole else len(prompt)
-    text, pieces = cut_turns(tokenizer, prompt + answer, first, row.where)
+    text, pieces = cut_turns(writer, prompt + answer, first)
     kept = pieces if len(pieces) > 1 else ()
     return Completion(text, "".join(pieces), columns, row.where, kept, chat=True)
 
 
-def _pair(row: Row, tokenizer: Tokenizer) -> Pair:
+def _pair(row: Row, writer: Writer) -> Pair:
     """Two answers that differ, in the row and as the template writes them."""
     where = row.where
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
@@ -179,7 +181,7 @@ def _pair(row: Row, tokenizer: Tokenizer) -> Pair:
     else:
         shared = _shared(chosen, rejected, where)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    text, (good, bad) = render(tokenizer, prompt, (chosen, rejected), where)
+    text, (good, bad) = render(writer, prompt, (chosen, rejected))
     # A template may leave out just what differs, such as a name or a thought.
     if good == bad:
         raise InputError(f"{where}: chosen and rejected render to one text, {shown(good)}")
@@ -201,10 +203,10 @@ def _shared(chosen: list[Message], rejected: list[Message], where: str) -> int:
     return shared
 
 
-def _labelled(row: Row, tokenizer: Tokenizer) -> tuple[Completion, ...]:
+def _labelled(row: Row, writer: Writer) -> tuple[Completion, ...]:
     """A labelled answer, or both answers of a pair."""
     if row.has("chosen", "rejected"):
-        pair = _pair(row, tokenizer)
+        pair = _pair(row, writer)
         rest = {key: x for key, x in pair.columns.items() if key not in ENDS}
         answers = zip((pair.chosen, pair.rejected), (True, False), ENDS, strict=True)
         return tuple(
@@ -220,7 +222,7 @@ def _labelled(row: Row, tokenizer: Tokenizer) -> tuple[Completion, ...]:
     label = row.values.get("label")
     if not isinstance(label, bool):
         raise InputError(f"{row.where}: label={shown(label)}: give true or false")
-    return (_completion(row, tokenizer, "one turn"),)
+    return (_completion(row, writer, "one turn"),)
 
 
 def _flags(given: Any, count: int, where: str) -> tuple[bool, ...]:
@@ -242,11 +244,11 @@ def _numbers(row: Row, key: str, count: int, of: str, bools: bool = False) -> tu
     )
 
 
-def _ranked(row: Row, tokenizer: Tokenizer) -> Ranked:
+def _ranked(row: Row, writer: Writer) -> Ranked:
     """Two or more responses that differ; a list ``ended`` says which were not cut off."""
     where = row.where
     if row.has("chosen") and not row.has("responses"):
-        pair = _pair(row, tokenizer)
+        pair = _pair(row, writer)
         flags = [True if (x := pair.columns.get(name)) is None else x for name in ENDS]
         texts, ended = (pair.chosen, pair.rejected), _flags(flags, 2, where)
         return Ranked(pair.prompt, texts, (1.0, 2.0), ended, pair.columns, where, pair.chat)
@@ -261,7 +263,7 @@ def _ranked(row: Row, tokenizer: Tokenizer) -> Ranked:
     ranks = row.values["ranks"]
     place = {rank: float(i) for i, rank in enumerate(sorted(set(ranks)), 1)}
     given_prompt = text_of(row, "prompt")
-    prompt, texts = render(tokenizer, given_prompt, answers, where)
+    prompt, texts = render(writer, given_prompt, answers)
     for index, text in enumerate(texts):
         first = texts.index(text)
         if first < index:
@@ -288,7 +290,7 @@ def _scored(row: Completion, binary: bool) -> Completion:
     return replace(row, columns={**row.columns, "score": number})
 
 
-def _steps(row: Row, tokenizer: Tokenizer, separator: str = "\n") -> Stepwise:
+def _steps(row: Row, writer: Writer, separator: str = "\n") -> Stepwise:
     """Steps, plain text joined with ``separator``, and how probably each is right."""
     where = row.where
     name = "completions" if row.has("completions") and not row.has("steps") else "steps"
@@ -309,18 +311,32 @@ def _steps(row: Row, tokenizer: Tokenizer, separator: str = "\n") -> Stepwise:
     prompt, answer = text_of(row, "prompt"), separator.join(steps)
     chat: Text = [{"role": "assistant", "content": answer}]
     whole = answer if isinstance(prompt, str) else chat
-    text, (answer,) = render(tokenizer, prompt, (whole,), where)
+    text, (answer,) = render(writer, prompt, (whole,))
     columns = columns_of(row, "prompt", name, "labels")
     return Stepwise(text, answer, separator, labels, columns, where, not isinstance(prompt, str))
 
 
 def _reader(of_row: Callable[..., T]) -> Callable[..., Rows[T]]:
-    """A reader of a file's rows, out of one of a single row: (row, tokenizer, options) → T."""
+    """A reader of a file's rows, out of one of a single row: (row, writer, options) → T."""
 
     def read(
-        rows: Rows[Any], tokenizer: Tokenizer, skip_bad_rows: bool = False, **options: Any
+        rows: Rows[Any],
+        tokenizer: Tokenizer,
+        skip_bad_rows: bool = False,
+        chat: ChatSettings = PLAIN,
+        **options: Any,
     ) -> Rows[T]:
-        return transform(rows, partial(of_row, tokenizer=tokenizer, **options), skip_bad_rows)
+        notes: dict[str, dict[str, str]] = {}
+        found = transform(
+            rows,
+            lambda row: of_row(row, writer_of(row, tokenizer, chat, notes), **options),
+            skip_bad_rows,
+        )
+        said = (
+            f"{rows.path}: {len(lines)} rows {kind}; first: {next(iter(lines.values()))}"
+            for kind, lines in notes.items()
+        )
+        return replace(found, notes=(*found.notes, *said))
 
     return read
 
@@ -333,19 +349,27 @@ read_steps = _reader(_steps)
 
 
 def read_labelled(
-    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False
+    rows: Rows[Row],
+    tokenizer: Tokenizer,
+    skip_bad_rows: bool = False,
+    chat: ChatSettings = PLAIN,
 ) -> Rows[Completion]:
     """Labelled answers; a pair becomes two rows, the first labelled true."""
-    read = _reader(_labelled)(rows, tokenizer, skip_bad_rows)
-    return Rows(tuple(row for answers in read.items for row in answers), read.path, read.skipped)
+    read = _reader(_labelled)(rows, tokenizer, skip_bad_rows, chat)
+    items: Any = tuple(row for answers in read.items for row in answers)
+    return replace(read, items=items)  # type: ignore[return-value]
 
 
 def read_scored(
-    rows: Rows[Row], tokenizer: Tokenizer, skip_bad_rows: bool = False, binary: bool = False
+    rows: Rows[Row],
+    tokenizer: Tokenizer,
+    skip_bad_rows: bool = False,
+    chat: ChatSettings = PLAIN,
+    binary: bool = False,
 ) -> Rows[Completion]:
     """Answers with a number in the column ``score``; under ``binary`` a probability in [0, 1], for
     which a ``label``, true or false, may stand in."""
-    completions = read_completions(rows, tokenizer, skip_bad_rows)
+    completions = read_completions(rows, tokenizer, skip_bad_rows, chat)
     return transform(completions, partial(_scored, binary=binary), skip_bad_rows)
 
 

@@ -49,16 +49,20 @@ class Rows(Generic[T]):
     path: str
     skipped: tuple[str, ...] = ()
     """One line for each row left out under ``skip_bad_rows``: what was wrong, and where."""
+    notes: tuple[str, ...] = ()
+    """What else is to be said of the rows, a line each."""
 
     def __len__(self) -> int:
         return len(self.items)
 
     def note(self) -> str:
-        """What was skipped, in one line; "" if nothing was."""
-        if not self.skipped:
-            return ""
-        first = self.skipped[0]
-        return f"data.skip_bad_rows: {self.path}: {len(self.skipped)} skipped; first: {first}"
+        """What was skipped, in one line, and the ``notes``; "" if there is nothing to say."""
+        lines = self.notes
+        if self.skipped:
+            count, first = len(self.skipped), self.skipped[0]
+            skipped = f"data.skip_bad_rows: {self.path}: {count} skipped; first: {first}"
+            lines = (skipped, *lines)
+        return "\n".join(lines)
 
 
 def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
@@ -67,6 +71,9 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
     A JSONL file holds one JSON object a line, in UTF-8, with no key twice; a byte-order mark, CRLF
     line ends and blank lines are accepted. Text anywhere in a row must be free of NUL and of lone
     surrogates, which neither tokenizers nor log files can carry.
+
+    A null inside of a column stands for a field that is not there, and is left out: Parquet writes
+    one for every field that the struct has in some other row. Both formats give the same rows.
 
     Args:
       path: a .jsonl or .parquet file, or ``package:relative/path`` for one inside an installed
@@ -107,7 +114,7 @@ def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = F
         raise InputError(f"{rows.path}: none of its {len(bad)} rows is usable; the first: {bad[0]}")
     if not kept:
         raise InputError(f"{rows.path}: no rows; give a file with at least one")
-    return Rows(tuple(kept), rows.path, tuple(bad))
+    return Rows(tuple(kept), rows.path, tuple(bad), rows.notes)
 
 
 def locate(path: str) -> Traversable:
@@ -201,7 +208,14 @@ def _parse(raw: tuple[str, bytes | dict[str, Any]]) -> Row:
         raise InputError(f"{where}: {what}") from error
     if not isinstance(values, dict):
         raise InputError(f"{where}: {shown(values)} is no object; a row is {{column: value, …}}")
-    return Row(values, where)
+    return Row({name: _without_nulls(value) for name, value in values.items()}, where)
+
+
+def _without_nulls(value: Any) -> Any:
+    """``value`` without the fields of objects, at any depth, that are null; lists keep theirs."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def _check_text(value: Any, where: str) -> None:
@@ -247,21 +261,57 @@ def columns_of(row: Row, *used: str) -> dict[str, Any]:
 
 
 def as_text(value: Any, name: str, where: str) -> Text:
-    """``value`` if it is plain text that is not blank, or a chat; ``name`` is for the error."""
+    """``value`` if it is plain text that is not blank, or a chat; ``name`` is for the error.
+
+    A message has a role, and content that is not blank: text, or a list of parts of text. It may be
+    left out beside the assistant's calls of tools, and be blank in a system prompt.
+    """
     if not isinstance(value, list):
         return as_string(value, name, where)
     if not value:
         raise InputError(f"{where}: {name} is an empty list; give messages or drop the row")
-    chat = []
     for index, message in enumerate(value):
         turn = f"{name}[{index}]"
         if not isinstance(message, dict):
             raise InputError(f"{where}: {turn}={shown(message)}: a message is {{role, content}}")
-        for part in ("role", "content"):
-            as_string(message.get(part), f"{turn}.{part}", where)
-        # Parquet writes a null for every field that some other message has.
-        chat.append({field: part for field, part in message.items() if part is not None})
-    return chat
+        as_string(message.get("role"), f"{turn}.role", where)
+        _check_content(message, f"{turn}.content", where)
+    return value
+
+
+def _check_content(message: Message, name: str, where: str) -> None:
+    """Raise InputError unless a message's content is text, or parts of text, where it needs one."""
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) for part in content):
+            as_string(content, name, where)
+        for index, part in enumerate(content):
+            kind = part.get("type")
+            if kind != "text":
+                raise InputError(
+                    f"{where}: {name}[{index}] is of type {shown(kind)}; only parts "
+                    '{"type": "text", "text": …} can be read: drop the row'
+                )
+            if not isinstance(part.get("text"), str):
+                as_string(part.get("text"), f"{name}[{index}].text", where)
+    blank = content is None or not content_text(message).strip()
+    # A turn may be a call alone, and a system prompt may say that there is none.
+    calls = message["role"] == "assistant" and (CALLS & message.keys())
+    none = message["role"] in ("system", "developer") and content is not None
+    if (blank and not (calls or none)) or not isinstance(content, str | list | type(None)):
+        as_string("" if isinstance(content, list) else content, name, where)
+
+
+CALLS = {"tool_calls", "function_call"}
+"""Fields of a message that hold calls of tools."""
+
+
+def content_text(message: Message) -> str:
+    """The text of a message's content, that of its parts joined; "" where it has none."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else ""
 
 
 def as_string(value: Any, name: str, where: str) -> str:

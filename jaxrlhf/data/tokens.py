@@ -37,6 +37,7 @@ from jaxrlhf.config import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.data.chat import chat_settings
 from jaxrlhf.data.formats import (
     ENDS,
     READERS,
@@ -91,6 +92,7 @@ def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Enc
         options = {"separator": kind.separator}
     if isinstance(kind, SFTConfig):
         options = {"train_on": kind.train_on}
+    options["chat"] = chat_settings(config.data)
     rows = read(read_rows(path, skip), tokenizer, skip, **options)
     limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
     sample = config.sample
@@ -106,7 +108,8 @@ def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Enco
     path, skip = config.algorithm.normalise_on, config.data.skip_bad_rows
     if not path:
         return None
-    rows = read_completions(read_rows(path, skip), tokenizer, skip)
+    chat = chat_settings(config.data)
+    rows = read_completions(read_rows(path, skip), tokenizer, skip, chat)
     limit, sample = config.data.max_tokens, config.sample
     rows = encode_rows(rows, tokenizer, vocab, limit, sample.stop, skip, sample.stop_strings)
     if len(rows) < 2:

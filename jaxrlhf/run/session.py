@@ -328,13 +328,15 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
     if config.optim.schedule != "constant":
         optim["steps"] = config.steps
     unread = "max_tokens" if is_on_policy(config) else "max_prompt_tokens"
+    # The contents tell what a template made of the rows, wherever it lies.
+    data = _without(full["data"], "eval", "chat_template", "allow_dropped", unread)
     return {
         "algorithm": {k: x for k, x in full["algorithm"].items() if isinstance(x, str | bool)},
         "model": _without(full["model"], "remat"),
         "critic": _without(full["critic"], "warmup"),
         "reference": _without(full["reference"], "offload"),
         "optim": optim,
-        "data": _without(full["data"], "eval", unread),
+        "data": data if data["date"] else _without(data, "date"),
         "sample": {"n": config.sample.n},
         "seed": config.seed,
         "eval": {"patience": "on" if config.eval.patience else "off"},  # a second set of parameters

@@ -19,6 +19,7 @@ from jaxrlhf.config import (
     rows_at_once,
 )
 from jaxrlhf.core.types import Params, StopTable, TrainState
+from jaxrlhf.data.chat import with_date
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, load_data, load_normalise_rows, longest
 from jaxrlhf.mesh.sharding import (
@@ -109,6 +110,7 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     """
     run = _described(config, mesh)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
+    config = with_date(config, tokenizer)
     vocab = run.model.decoder.vocab
     check_vocab(tokenizer, run.model.decoder)
     ends = read_ends(config.model.path, tokenizer, vocab)

@@ -26,6 +26,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import check_file, write_atomic, writing
 from jaxrlhf.core.types import Array, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
+from jaxrlhf.data.chat import chat_settings
 from jaxrlhf.data.formats import Prompt, read_prompts
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.text import decode_rollout
@@ -277,12 +278,12 @@ def _prompts(path: str, config: Config, tokenizer: Any, vocab: int, own: bool) -
     """The prompts of a file, of the run's ``own`` kind or of prompts; one in several rows once."""
     kind, skip = config.algorithm, config.data.skip_bad_rows
     read = READERS[kind.rows] if own and isinstance(kind, OfflineConfig) else read_prompts
-    rows = read(read_rows(path, skip), tokenizer, skip)
+    rows = read(read_rows(path, skip), tokenizer, skip, chat_settings(config.data))
     once: dict[str, Prompt] = {}
     for row in rows.items:
         prompt = row if isinstance(row, Prompt) else Prompt(row.prompt, row.columns, row.where)
         once.setdefault(prompt.text, prompt)
-    rows = Rows(tuple(once.values()), rows.path, rows.skipped)
+    rows = Rows(tuple(once.values()), rows.path, rows.skipped, rows.notes)
     return encode_rows(rows, tokenizer, vocab, ANY_LENGTH, skip_bad_rows=skip)
 
 

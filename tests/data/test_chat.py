@@ -7,10 +7,11 @@ from chats import CHAT_TEMPLATE, assistant, user
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import token_batch
-from jaxrlhf.data.chat import cut_turns, render
+from jaxrlhf.data.chat import ChatSettings, Writer
 from jaxrlhf.data.formats import read_completions
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows, imitated
+from jaxrlhf.data.turns import cut_turns, render
 from jaxrlhf.models.tokenizer import load_tokenizer
 
 TAGGED = (
@@ -25,7 +26,10 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
 )
 """Drops what the assistant said before, as templates of thinking models drop thoughts."""
-
+REWRITING = CHAT_TEMPLATE.replace(
+    "{{ m['content'] }}", "{{ '! ' if loop.last and m['role'] == 'assistant' }}{{ m['content'] }}"
+)
+"""Marks the last turn alone."""
 
 TWO_TURNS = [user("a"), assistant("b"), user("c"), assistant("d")]
 CHAT = [
@@ -61,26 +65,26 @@ def trained_texts(tokenizer, path, train_on):
     ("template", "answers", "message"),
     [
         (CHAT_TEMPLATE, [[assistant("b"), user("c"), assistant("d")]], "the answer has 3 turns"),
-        ("{{ messages | length }}xx", [[assistant("b")]], "the chat template renders the prompt"),
+        ("{{ messages | length }}a", [[assistant("b")]], "the chat template renders"),
         (None, [], "a chat, and the tokenizer has no chat template"),
         ("{{ raise_exception('no role') }}", [], r"the chat template failed \(no role\)"),
     ],
 )  # fmt: skip
 def test_render_refuses(template, answers, message, make_tokenizer):
     with pytest.raises(InputError, match=f"x:1: {message}"):
-        render(make_tokenizer(template), [user("a")], answers, "x:1")
+        render(Writer(make_tokenizer(template), "x:1"), [user("a")], answers)
 
 
 def test_render_plain_text_is_left_as_it_is(chat_tokenizer):
-    assert render(chat_tokenizer, " a\n", (" b ", "c"), "x:1") == (" a\n", (" b ", "c"))
+    assert render(Writer(chat_tokenizer, "x:1"), " a\n", (" b ", "c")) == (" a\n", (" b ", "c"))
 
 
 def test_cut_turns_by_hand(chat_tokenizer):
     end, between = " <eos>\n", "user : c <eos>\nassistant : "
-    prompt, pieces = cut_turns(chat_tokenizer, TWO_TURNS, 0, "x:1")
+    prompt, pieces = cut_turns(Writer(chat_tokenizer, "x:1"), TWO_TURNS, 0)
     assert prompt == "user : a <eos>\nassistant : "
     assert pieces == ("b" + end, between, "d" + end)
-    later, last = cut_turns(chat_tokenizer, TWO_TURNS, 2, "x:1")
+    later, last = cut_turns(Writer(chat_tokenizer, "x:1"), TWO_TURNS, 2)
     assert later == prompt + "b" + end + between
     assert last == ("d" + end,)
 
@@ -95,15 +99,30 @@ def test_cut_turns_by_hand(chat_tokenizer):
 )
 def test_cut_turns_refuses(chat, message, chat_tokenizer):
     with pytest.raises(InputError, match=f"x:1: the chat {message}"):
-        cut_turns(chat_tokenizer, chat, 0, "x:1")
+        cut_turns(Writer(chat_tokenizer, "x:1"), chat, 0)
 
 
-def test_cut_turns_refuses_a_template_that_is_not_stable(make_tokenizer):
-    tokenizer, chat = make_tokenizer(FORGETFUL), TWO_TURNS
-    message = r"x:1: the chat template renders messages\[:2\] otherwise once others follow.*; use"
-    with pytest.raises(InputError, match=message):
-        cut_turns(tokenizer, chat, 0, "x:1")
-    assert cut_turns(tokenizer, chat, 2, "x:1")[1] == ("d <eos>\n",)
+def test_cut_turns_of_a_template_that_is_not_stable_learns_the_last_turn(make_tokenizer, jsonl):
+    tokenizer = make_tokenizer(FORGETFUL)
+    writer = Writer(tokenizer, "x:1", ChatSettings(allow_dropped=True))
+    assert cut_turns(writer, TWO_TURNS, 0)[1] == ("d <eos>\n",)
+    (kind,) = (kind for kind in writer.notes if kind.startswith("learn the last"))
+    assert writer.notes[kind]["x:1"] == "x:1: 1 earlier of its turns are not"
+    # What it drops is not by design: the answer itself, and no thought before it.
+    with pytest.raises(
+        InputError, match=r"x:1: the chat template leaves out messages\[1\].content"
+    ):
+        cut_turns(Writer(tokenizer, "x:1"), TWO_TURNS, 0)
+
+
+def test_cut_turns_says_once_that_past_turns_are_not_learnt(make_tokenizer, jsonl):
+    tokenizer = make_tokenizer(REWRITING)
+    path = jsonl({"messages": TWO_TURNS}, {"messages": TWO_TURNS[:2]}, {"messages": TWO_TURNS})
+    rows = read_completions(read_rows(path), tokenizer, train_on="assistant")
+    assert [row.completion for row in rows.items] == ["! d <eos>\n", "! b <eos>\n", "! d <eos>\n"]
+    assert [row.pieces for row in rows.items] == [()] * 3
+    said = "2 rows learn the last turn alone, as the chat template rewrites past ones"
+    assert rows.note() == f"{path}: {said}; first: {path}:1: 1 earlier of its turns are not"
 
 
 def test_read_completions_trains_on_the_assistants_text_alone(smollm2, jsonl):

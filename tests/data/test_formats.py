@@ -4,7 +4,7 @@ is wrong with a row is said with its place, or skipped and counted."""
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chats import assistant, user
+from chats import CHAT_TEMPLATE, assistant, user
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.formats import (
@@ -55,12 +55,12 @@ def test_read_prompts_chat_ends_with_the_assistants_header(chat_tokenizer, jsonl
 
 def test_read_prompts_parquet_chat_drops_null_fields(chat_tokenizer, tmp_path, monkeypatch):
     """A template that asks whether a message has a name must not see the nulls of the file."""
-    names = lambda chat, **options: " ".join(str("name" in message) for message in chat)  # noqa: E731
-    monkeypatch.setattr(chat_tokenizer, "apply_chat_template", names)
+    template = "{% for m in messages %}{{ m.content }}{{ 'name' in m }} {% endfor %}"
+    monkeypatch.setattr(chat_tokenizer, "chat_template", template)
     path = str(tmp_path / "x.parquet")
     prompt = [{**user("a"), "name": None}, {**user("b"), "name": "n"}]
     pq.write_table(pa.table({"prompt": [prompt]}), path)
-    assert one(read_prompts, chat_tokenizer, path).text == "False True"
+    assert one(read_prompts, chat_tokenizer, path).text == "aFalse bTrue "
 
 
 def test_read_completions_plain(tokenizer, jsonl):
@@ -107,10 +107,10 @@ def test_read_pairs_implicit_prompt_equals_explicit(chat_tokenizer, jsonl):
 
 
 def test_read_pairs_template_that_hides_the_difference(make_tokenizer, jsonl):
-    template = "{{ messages[0]['content'] }} :{% if messages | length > 1 %} x{% endif %}"
-    path = jsonl({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]})
-    with pytest.raises(InputError, match="render to one text, ' x'"):
-        one(read_pairs, make_tokenizer(template), path)
+    answers = {name: [assistant("b") | {"name": name}] for name in ("chosen", "rejected")}
+    path = jsonl({"prompt": [user("a")], **answers})
+    with pytest.raises(InputError, match="render to one text, 'b <eos>"):
+        one(read_pairs, make_tokenizer(CHAT_TEMPLATE), path)
 
 
 def test_read_pairs_skips_and_counts(tokenizer, jsonl):

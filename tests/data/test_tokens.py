@@ -18,7 +18,7 @@ from jaxrlhf.config import (
     RewardModelConfig,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.chat import render
+from jaxrlhf.data.chat import Writer
 from jaxrlhf.data.formats import (
     READERS,
     Completion,
@@ -48,6 +48,7 @@ from jaxrlhf.data.tokens import (
     pad_rows,
     prompt_arrays,
 )
+from jaxrlhf.data.turns import render
 from jaxrlhf.models.tokenizer import load_tokenizer
 
 EOS, BOS, STOP, A, B, C, D = 0, 1, 3, 8, 9, 10, 11
@@ -142,7 +143,7 @@ def test_encode_rows_training_row_is_what_the_sampler_finishes(chat, chat_tokeni
     if chat:
         prompt, answer, other = [user(prompt)], [assistant(answer)], [assistant(other)]
     path = jsonl({"prompt": prompt, "chosen": answer, "rejected": other, "completion": answer})
-    text, _ = render(chat_tokenizer, prompt, (), "")
+    text, _ = render(Writer(chat_tokenizer, ""), prompt, ())
     sampled = [*encode_prompt(chat_tokenizer, text, ""), A, B, EOS]
     for read in (read_pairs, read_completions, read_prompts):
         rows = read(read_rows(path), chat_tokenizer)
