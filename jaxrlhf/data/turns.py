@@ -22,12 +22,13 @@ from jaxrlhf.data.dropped import check_learnt, check_past, check_tools
 from jaxrlhf.data.rows import Message, Text, shown
 
 FAMILIES = {
-    "gpt_oss": ("<|channel|>", "<|start|>"),
-    "deepseek_r1": ("<｜Assistant｜>", "</think>"),
-    "qwq": ("<|im_start|>assistant\\n<think>\\n", "</think>", "<tools>"),
-    "qwen3": ("<|im_start|>", "</think>", "<tools>", "enable_thinking"),
+    "gpt_oss": ("<|channel|>analysis", "<|start|>"),
+    "deepseek_r1": ("<｜Assistant｜><think>\\n", "split('</think>')[-1]"),
+    "qwq": ("assistant\\n<think>\\n", "split('</think>')[-1]", "<tools>", "!last_query_index"),
+    "qwen3": ("<|im_start|>", "last_query_index", "enable_thinking", "!<function="),
 }
-"""Training templates that are shipped, and what tells the templates that they stand in for."""
+"""Training templates that are shipped, and by what words (and by which not) those are known that
+they stand in for."""
 
 
 def render(writer: Writer, prompt: Text, answers: Sequence[Text]) -> tuple[str, tuple[str, ...]]:
@@ -88,8 +89,9 @@ def _header(writer: Writer, prompt: list[Message], text: str) -> str:
 
 def _remedy(writer: Writer) -> str:
     """What to do about a template that is not stable."""
-    for name, marks in FAMILIES.items():
-        if writer.settings.template is None and all(mark in writer.template for mark in marks):
+    own = writer.settings.template is None
+    for name, marks in FAMILIES.items() if own else ():
+        if all((mark.lstrip("!") in writer.template) != mark.startswith("!") for mark in marks):
             return f"give data.chat_template: jaxrlhf:templates/{name}.jinja, made for training"
     return "give a data.chat_template under which prompt + answer starts with the prompt"
 
@@ -159,6 +161,9 @@ def _by_prefixes(writer: Writer, chat: list[Message], turns: Sequence[int]) -> l
     for turn in turns:
         for part, open_turn in ((chat[:turn], True), (chat[: turn + 1], False)):
             text = writer.text(part, open_turn)
+            # Some write an end after the last turn alone.
+            if not open_turn and not whole.startswith(text):
+                text = text.removesuffix(str(writer.tokenizer.eos_token))
             if not whole.startswith(text) or len(text) < (cuts or [0])[-1]:
                 remedy = _remedy(writer)
                 if "jaxrlhf:templates" in remedy:
@@ -187,7 +192,8 @@ def _marked(writer: Writer, chat: list[Message], turns: Sequence[int]) -> list[i
         start, end = spans[every.index(turn)]
         prompt = chat[:turn]
         header = _header(writer, prompt, writer.text(prompt, open_turn=True))
-        if header and whole.startswith(header, start):
-            start += len(header)
+        # Where it begins at the marks, before them, or not at all.
+        begin = whole.find(header, max(0, start - len(header)), start + len(header))
+        start = start if begin < 0 else max(start, begin + len(header))
         cuts += [start, max(start, end)]
     return cuts
