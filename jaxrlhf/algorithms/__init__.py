@@ -13,7 +13,12 @@ from typing import Any
 from jaxrlhf.algorithms.algorithm import Algorithm, Metrics, reweight, sft
 from jaxrlhf.algorithms.dpo import bco, cpo, dpo, kto, online_dpo, orpo, simpo
 from jaxrlhf.algorithms.gae import explained_variance, gae, value_loss
-from jaxrlhf.algorithms.groups import group_advantage, rloo_advantage
+from jaxrlhf.algorithms.groups import (
+    batch_advantage,
+    each_advantage,
+    group_advantage,
+    rloo_advantage,
+)
 from jaxrlhf.algorithms.grpo import cispo, dapo, dr_grpo, grpo, gspo
 from jaxrlhf.algorithms.kl import (
     KL_CONTROLLERS,

@@ -1,6 +1,6 @@
 """Advantages relative to the other samples of the same prompt: no critic.
 
-Rows are prompt-major, so ``reward_B.reshape(Q, G)`` is the argument of both functions.
+Rows are prompt-major, so ``reward_B.reshape(Q, G)`` is the argument of the functions.
 """
 
 from typing import Literal
@@ -44,6 +44,44 @@ def group_advantage(
     if scale != "std":
         raise ValueError(f"scale={scale!r}: choose std or none")
     return centred_QG / (jnp.sqrt(masked.variance(reward_QG, mask_QG, axis=1))[:, None] + eps)
+
+
+def each_advantage(
+    score_SQG: Array, weight_S: Array, mask_QG: Array | None = None, eps: float = 1e-6
+) -> Array:
+    """Σ_s weight_s · (r_s − mean) / (std + eps) of each source within each group.
+
+    The first half of GDPO (arXiv:2601.05242): normalised one by one, rewards of different scales
+    weigh as their weights say, and two samples differ wherever one of their rewards does, even
+    where the sums are equal. ``batch_advantage`` is the second half.
+
+    Args:
+      score_SQG: [S, Q, G], unweighted, reward units; not finite where a source does not apply.
+      weight_S: [S].
+      mask_QG: [Q, G], non-zero on the rows that count; None: all.
+
+    Returns:
+      float32 [Q, G], without gradient. A source adds 0 where ``group_advantage`` of it is 0, over
+      the rows of the group that it applies to.
+    """
+    chex.assert_rank(score_SQG, 3)
+    advantage_SQG = jax.vmap(lambda x_QG: group_advantage(x_QG, mask_QG, eps=eps))(score_SQG)
+    return (advantage_SQG * jnp.asarray(weight_S, jnp.float32)[:, None, None]).sum(0)
+
+
+def batch_advantage(advantage_QG: Array, mask_QG: Array, eps: float = 1e-6) -> Array:
+    """(A − mean) / (std + eps) over all groups, standard deviation unbiased (ddof 1).
+
+    Args:
+      advantage_QG: [Q, G].
+      mask_QG: [Q, G], non-zero on the rows that count.
+
+    Returns:
+      float32 [Q, G], without gradient; 0 elsewhere, and everywhere if fewer than two rows count.
+    """
+    advantage_QG = jax.lax.stop_gradient(advantage_QG)
+    spread = jnp.sqrt(masked.variance(advantage_QG, mask_QG))
+    return masked.centre(advantage_QG, mask_QG) / (spread + eps)
 
 
 def rloo_advantage(reward_QG: Array, mask_QG: Array | None = None) -> Array:

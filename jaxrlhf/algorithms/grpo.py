@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.algorithm import Algorithm, Loss
-from jaxrlhf.algorithms.groups import group_advantage
+from jaxrlhf.algorithms.groups import batch_advantage, each_advantage, group_advantage
 from jaxrlhf.algorithms.on_policy import (
     Credit,
     Priced,
@@ -27,6 +27,7 @@ from jaxrlhf.config.algorithms import (
     GRPOConfig,
     GSPOConfig,
 )
+from jaxrlhf.core.types import Array
 
 
 def grpo(config: GRPOConfig) -> Algorithm:
@@ -80,16 +81,31 @@ def group_relative(
     scale: Literal["std", "none"] = "std",
     **options: Any,
 ) -> Algorithm:
-    """A policy loss of ``group_advantage`` of the returns, on every token alike."""
+    """A policy loss of ``group_advantage`` of the returns, on every token alike.
 
-    def credit(priced: Priced) -> Credit:
+    With ``normalise: each`` it is that of each source's scores, weighted, summed, and normalised
+    over the rollout; ``targets`` is then given score_BS, [B, S], not finite where a source does not
+    apply, and weight_S.
+    """
+    each = config.normalise == "each"
+
+    def credit(priced: Priced, *scores: Array, **named: Array) -> Credit:
         rollout = priced.rollout
         return_QG, known_QG = groups(priced.returns(), rollout), groups(priced.valid_B, rollout)
-        advantage_QG = group_advantage(return_QG, known_QG, scale)
+        if each:
+            advantage_QG = summed(known_QG, *scores, **named)
+        else:
+            advantage_QG = group_advantage(return_QG, known_QG, scale)
         # all rewards of such a group are equal, so it teaches nothing
         silent = (jnp.abs(advantage_QG).max(1) == 0).mean(dtype=jnp.float32)
+        if each:
+            advantage_QG = batch_advantage(advantage_QG, known_QG)
         advantage_BT = spread(advantage_QG.reshape(-1), priced.mask_BT)
         return Credit(advantage_BT, metrics={"groups_without_signal": silent})
 
+    def summed(known_QG: Array, score_BS: Array, weight_S: Array) -> Array:
+        return each_advantage(score_BS.T.reshape(-1, *known_QG.shape), weight_S, known_QG)
+
     clipped = partial(policy_loss, clip_low=config.clip_low, clip_high=config.clip_high, **options)
-    return Algorithm(targets_of(config, credit), ratio_loss(config, clipped), needs=needs(config))
+    wanted = needs(config, *(["scores"] if each else []))
+    return Algorithm(targets_of(config, credit), ratio_loss(config, clipped), needs=wanted)

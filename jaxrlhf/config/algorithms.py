@@ -15,6 +15,7 @@ PreferenceKind = Literal[
 ]
 """Losses on pairs relative to a reference; preference_loss gives the formulas."""
 
+Normalise = Literal["sum", "each"]
 KLPlace = Literal["reward", "loss", "exact_loss"]
 OffPolicy = Literal["none", "token", "sequence", "token_mask", "sequence_mask"]
 
@@ -32,6 +33,7 @@ class OnPolicyConfig:
     """Learns a value function."""
     in_groups: ClassVar[bool] = False
     """Compares the samples of a prompt: sample.n is at least 2."""
+    normalise: ClassVar[Normalise] = "sum"
     on_pairs: ClassVar[bool] = False
     """Learns from whole responses, two a prompt, instead of from tokens."""
     # Without a ratio π/π_old a rollout is right for one update.
@@ -104,6 +106,16 @@ class RatioConfig:
     """The ratio is clipped below at 1 − clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Settings of advantages in standard deviations of the prompt's samples."""
+
+    in_groups: ClassVar[bool] = True
+    normalise: Normalise = "sum"
+    """What is normalised within a prompt's samples: the weighted sum of the rewards, or each of
+    them before they are summed, and their sum then over the rollout (GDPO; arXiv:2601.05242)."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +194,9 @@ class ReinforcePPConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class GRPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
+class GRPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
     """Group-relative policy optimisation (arXiv:2402.03300)."""
 
-    in_groups: ClassVar[bool] = True
     name: Literal["grpo"] = "grpo"
     aggregation: Aggregation = "sequence"
     kl_coef: float = 0.04
@@ -203,10 +214,9 @@ class DrGRPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class DAPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
+class DAPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
     """GRPO with a higher upper clip, token means and dynamic sampling (arXiv:2503.14476)."""
 
-    in_groups: ClassVar[bool] = True
     name: Literal["dapo"] = "dapo"
     kl_coef: float = 0.0
     clip_high: float = 0.28
@@ -215,10 +225,9 @@ class DAPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class GSPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
+class GSPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
     """Group sequence policy optimisation: one ratio a response (arXiv:2507.18071)."""
 
-    in_groups: ClassVar[bool] = True
     name: Literal["gspo"] = "gspo"
     aggregation: Aggregation = "sequence"
     kl_coef: float = 0.0
@@ -228,10 +237,9 @@ class GSPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class CISPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
+class CISPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
     """Clipped importance weights on the policy gradient (MiniMax-M1; arXiv:2506.13585)."""
 
-    in_groups: ClassVar[bool] = True
     name: Literal["cispo"] = "cispo"
     kl_coef: float = 0.0
     clip_low: float = 1.0

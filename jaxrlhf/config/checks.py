@@ -21,7 +21,7 @@ from jaxrlhf.config.algorithms import (
     ReinforceConfig,
 )
 from jaxrlhf.config.model import CriticConfig, DecoderConfig, ReferenceConfig
-from jaxrlhf.config.rewards import name_of, reward_problems
+from jaxrlhf.config.rewards import name_of, normalise_problems, reward_problems
 from jaxrlhf.config.run import (
     Config,
     EvalConfig,
@@ -295,6 +295,7 @@ def _on_policy(config: Config) -> Iterator[str]:
             f"algorithm.length={algorithm.length}: aggregation={algorithm.aggregation} does not "
             "read it: set aggregation: fixed, or leave length out"
         )
+    yield from normalise_problems(algorithm, config.rewards)
     yield from _family(config, algorithm)
     yield from _width(config, data.max_prompt_tokens + sample.max_new_tokens)
 

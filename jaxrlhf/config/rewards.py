@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from jaxrlhf.config.algorithms import OnPolicyConfig
+
 
 @dataclass(frozen=True)
 class ServiceConfig:
@@ -173,6 +175,24 @@ def reward_problems(key: str, rewards: Sequence[RewardConfig]) -> Iterator[str]:
     # A gate adds nothing to the sum.
     if rewards and all(reward.gate for reward in rewards):
         yield f"{key}: all of them are gates: there is nothing that they could let pass: add one"
+
+
+def normalise_problems(algorithm: OnPolicyConfig, rewards: Sequence[RewardConfig]) -> Iterator[str]:
+    """What ``normalise: each`` has no place for, a line each: all that changes a sum of scores."""
+    if algorithm.normalise != "each":
+        return
+    why = "algorithm.normalise=each takes the scores of rewards one by one, not their sum"
+    for i, reward in enumerate(rewards):
+        if reward.gate:
+            yield f"rewards.{i}.gate: {why}, which a gate replaces: leave one of the two out"
+    for name in ("missing_eos_penalty", "overlong_buffer"):
+        if value := getattr(algorithm, name):
+            yield (
+                f"algorithm.{name}={value:g}: {why}, which pays the penalty: give one of the "
+                "rewards that charges for it, such as length, instead"
+            )
+    if algorithm.kl_in == "reward" and algorithm.kl_coef:
+        yield f"algorithm.kl_coef={algorithm.kl_coef:g}: {why}, which pays the KL: set kl_in: loss"
 
 
 def _source(key: str, kind: str, reward: RewardConfig) -> Iterator[str]:

@@ -27,7 +27,7 @@ from jaxrlhf.core.types import Array, Rollout
 from jaxrlhf.data.formats import Prompt, stack_columns
 from jaxrlhf.data.text import decode_rollout, repeat
 from jaxrlhf.mesh.processes import assemble, own_share
-from jaxrlhf.mesh.sharding import fetch, put_rows
+from jaxrlhf.mesh.sharding import fetch, put_rows, row_layout
 from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards import service, verifiers
 from jaxrlhf.rewards.functions import Asked, Scored, Source
@@ -174,8 +174,8 @@ class Judgement(NamedTuple):
     valid_B: Array
     parts: dict[str, Array | np.ndarray]
     """The unweighted scores [B] of each source, by name."""
-    applies: dict[str, np.ndarray]
-    """bool [B] of each source on the host, False where it does not apply; the others always do."""
+    applies: dict[str, np.ndarray] | None = None
+    """bool [B], False where a source does not apply, of those on the host; the others always do."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,17 @@ class Judge:
         known_B = jnp.isfinite(reward_B)
         return jnp.where(known_B, reward_B, jnp.nan), known_B
 
+    def scores(self, judgement: Judgement) -> tuple[Array, np.ndarray]:
+        """The unweighted scores of all sources, [B, S] float32, NaN where one does not apply or
+        failed, and their weights [S]: rows as they lie on the devices."""
+        parts = list(judgement.parts.values())
+        weight_S = np.array([source.weight for source in self.sources], np.float32)
+        if all(isinstance(x, jax.Array) for x in parts):
+            return jax.jit(_columns, out_shardings=row_layout(self.mesh))(parts), weight_S
+        with np.errstate(over="ignore"):  # beyond float32: infinite, and so not known
+            score_BS = np.stack(fetch(parts), axis=1).astype(np.float32)
+        return put_rows(score_BS, self.mesh), weight_S
+
     def _refuse_too_few(self, judgement: Judgement, problems: Mapping[str, str]) -> None:
         valid_B, parts = fetch((judgement.valid_B, judgement.parts))
         lost, rows = int((~valid_B).sum()), len(valid_B)
@@ -263,6 +274,10 @@ class Judge:
         completions = decode_rollout(self.tokenizer, token_BT, mask_BT, texts, ended)
         columns = {name: repeat(x, n) for name, x in stack_columns(prompts).items()}
         return Asked(texts, completions, columns, ended_B.tolist())
+
+
+def _columns(parts: list[Array]) -> Array:
+    return jnp.stack([x.astype(jnp.float32) for x in parts], axis=1)
 
 
 def make_judge(
@@ -332,7 +347,7 @@ def measures(judgement: Judgement) -> dict[str, float]:
 def _at(judgement: Judgement, name: str) -> np.ndarray:
     """bool [B], the rows that a source applies to."""
     everywhere_B = np.ones(len(judgement.valid_B), bool)
-    return judgement.applies.get(name, everywhere_B)
+    return (judgement.applies or {}).get(name, everywhere_B)
 
 
 def length_penalty(mask_BT: Array, start: int, end: int) -> Array:

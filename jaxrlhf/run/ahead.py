@@ -64,6 +64,10 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
         yield "value", valued
         extra = (rows("value", valued),)
     count = rollout.token_BT.shape[0]
+    if "scores" in run.algorithm.needs:
+        sources = len(config.rewards)
+        score_BS = on_rows(run, jax.ShapeDtypeStruct((count, sources), jnp.float32))
+        extra = (score_BS, jax.ShapeDtypeStruct((sources,), jnp.float32))
     judged = [jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.float32, jnp.bool_)]
     coefficients = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)}
     given = (rollout, rows("reference", scored), *on_rows(run, judged), coefficients, *extra)

@@ -152,8 +152,11 @@ def iterate(
     value_BT = rollout.value_BT
     if "critic" in states:
         value_BT = programs.value(states["critic"].params, frozen["critic"], *texts)
-    # KL in the reward; advantages over what was expected: V, or the greedy response's reward.
+    # KL in the reward; advantages over what was expected: V, or the greedy response's reward; or
+    # of each source's scores (GDPO).
     expected = [x for x in (baseline_B, value_BT) if x is not None]
+    if "scores" in run.algorithm.needs:
+        expected += run.judge.scores(judgement)
     coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}
     batch, measured = programs.targets(
         rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, *expected
@@ -285,10 +288,17 @@ def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float
 
 
 def signal_of(run: Run, judgement: Judgement) -> np.ndarray | None:
-    """``has_signal`` where dynamic sampling asks for it: several processes exchange rewards."""
-    if not isinstance(run.config.algorithm, DAPOConfig):
+    """``has_signal`` where dynamic sampling asks for it: several processes exchange rewards. Of
+    rewards that are normalised each, one whose scores differ is enough."""
+    settings, n = run.config.algorithm, run.config.sample.n
+    if not isinstance(settings, DAPOConfig):
         return None
-    return has_signal(judgement, run.config.sample.n)
+    if settings.normalise == "sum":
+        return has_signal(judgement, n)
+    assert run.judge is not None
+    weighed = [source.name for source in run.judge.sources if source.weight]
+    parts = [judgement._replace(reward_B=judgement.parts[name]) for name in weighed]
+    return np.any([has_signal(part, n) for part in parts], axis=0)
 
 
 def has_signal(judgement: Judgement, group: int) -> np.ndarray:
@@ -297,6 +307,7 @@ def has_signal(judgement: Judgement, group: int) -> np.ndarray:
         x_B.reshape(-1, group) for x_B in fetch((judgement.reward_B, judgement.valid_B))
     )
     # An unknown reward says nothing either way.
+    known_QG = known_QG & np.isfinite(reward_QG)
     highest_Q = np.where(known_QG, reward_QG, -np.inf).max(1)
     lowest_Q = np.where(known_QG, reward_QG, np.inf).min(1)
     return highest_Q > lowest_Q

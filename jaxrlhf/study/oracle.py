@@ -287,6 +287,8 @@ def targets(
         extra["value_BT"] = now.value_BT
     if "greedy" in algorithm.needs:
         extra["baseline_B"] = jnp.repeat(greedy(params, problem), rollout.n)
+    if "scores" in algorithm.needs:
+        extra |= {"score_BS": reward_B[:, None], "weight_S": jnp.ones(1)}
     batch, _ = algorithm.targets(
         replace(rollout, logp_BT=now.logp_BT, value_BT=now.value_BT),
         forward(problem.ref, *given).logp_BT,

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf.algorithms import group_advantage, rloo_advantage
+from jaxrlhf.algorithms import (
+    batch_advantage,
+    each_advantage,
+    group_advantage,
+    rloo_advantage,
+)
 
 BOTH = pytest.mark.parametrize("advantage", [group_advantage, rloo_advantage])
 
@@ -45,6 +50,49 @@ def test_group_advantage_unknown_reward():
         group_advantage(jnp.array([[1.0, 99, 0, 1]]), mask),
     ):
         np.testing.assert_allclose(advantage, wanted, atol=2e-4)
+
+
+def test_each_advantage_hand_computed():
+    """Two groups of three; the second source does not apply to the first of the second group."""
+    score_SQG = jnp.array([[[1, 0, 0], [0, 0, 0]], [[0, 10, 20], [jnp.nan, 1, 3]]], jnp.float32)
+    third = 1 / 3**0.5
+    first = np.array([[2 * third, -third, -third], [0, 0, 0]])
+    half = 0.5**0.5
+    second = np.array([[-1, 0, 1], [0, -half, half]])
+    for weights in ([1, 1], [2, -0.5], [0, 3]):
+        got = each_advantage(score_SQG, jnp.array(weights))
+        wanted = weights[0] * first + weights[1] * second
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_each_advantage_tells_apart_what_sums_do_not():
+    """Rewards (1, 0, 0) and (0, 1, 1): every sum is 1, and GRPO sees no difference."""
+    score_SQG = jnp.array([[[1, 0, 0]], [[0, 1, 1]], [[0, 0, 1]]], jnp.float32)
+    assert (group_advantage(score_SQG[:2].sum(0)) == 0).all()
+    weights = jnp.array([1, 1, 0.5])
+    assert abs(each_advantage(score_SQG, weights)).min() > 0.2
+    # Scales of a source do not matter, its weight does.
+    scaled = score_SQG * jnp.array([100, 0.01, 1])[:, None, None]
+    np.testing.assert_allclose(
+        each_advantage(scaled, weights), each_advantage(score_SQG, weights), rtol=1e-3, atol=1e-6
+    )
+
+
+def test_each_advantage_leaves_out_rows_that_do_not_count():
+    score_SQG = jnp.array([[[1, 0, 7]], [[2, 3, 9]]], jnp.float32)
+    mask_QG = jnp.array([[1, 1, 0]])
+    got = each_advantage(score_SQG, jnp.ones(2), mask_QG)
+    np.testing.assert_allclose(got, [[0, 0, 0]], atol=1e-6)
+    got = each_advantage(score_SQG, jnp.array([1, 0]), mask_QG)
+    np.testing.assert_allclose(got, [[0.5**0.5, -(0.5**0.5), 0]], rtol=1e-4)
+
+
+def test_batch_advantage_hand_computed():
+    """3, 1, −1 known: mean 1, standard deviation 2."""
+    got = batch_advantage(jnp.array([[3, 1], [-1, jnp.nan]]), jnp.array([[1, 1], [1, 0]]))
+    np.testing.assert_allclose(got, [[1, 0], [-1, 0]], rtol=1e-5)
+    assert (batch_advantage(jnp.ones((2, 2)), jnp.ones((2, 2))) == 0).all()
+    assert (batch_advantage(jnp.ones((2, 2)), jnp.eye(2)[:1].repeat(2, 0)) == 0).all()
 
 
 def test_rloo_advantage_hand_computed():

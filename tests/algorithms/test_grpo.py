@@ -78,6 +78,44 @@ def test_grpo_targets_ignores_scale_and_shift_of_a_groups_scores():
     np.testing.assert_allclose(moved.advantage_BT, batch.advantage_BT, rtol=1e-4, atol=1e-5)
 
 
+SCORES = jnp.array([[1, 0], [0, 4], [0.2, 5], [0.5, jnp.nan], [jnp.nan, 1], [3, jnp.nan]])
+"""Of two sources: the first has failed on row 4, which has no reward; the second does not apply to
+the others of that group."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GRPOConfig(normalise="each"), DAPOConfig(normalise="each"), CISPOConfig(normalise="each")],
+)
+def test_targets_of_scores_normalised_each_hand_computed(config):
+    """Each source within the group over the rows that it applies to, then the sum over the rollout:
+    first (1, 0, .2) and (.5, 3), second (0, 4, 5) and nothing."""
+    one, two = np.array([1, 0, 0.2]), np.array([0, 4, 5.0])
+    group = (one - 0.4) / one.std(ddof=1) + 0.25 * (two - 3) / two.std(ddof=1)
+    known = np.array([*group, -(0.5**0.5), 0.5**0.5])
+    wanted = np.insert((known - known.mean()) / known.std(ddof=1), 4, 0)
+    given = {"score_BS": SCORES, "weight_S": jnp.array([1, 0.25])}
+    batch, metrics = targets(config, beta=0.0, **given)
+    np.testing.assert_allclose(batch.advantage_BT, wanted[:, None] * KNOWN, rtol=1e-4, atol=1e-5)
+    assert metrics["groups_without_signal"] == 0
+    plain, raw = targets(type(config)(), beta=0.0)
+    np.testing.assert_array_equal(batch.weight_BT, plain.weight_BT)
+    assert metrics["score"] == raw["score"]  # as it came
+
+
+def test_targets_of_one_source_normalised_each_are_those_of_grpo_up_to_a_scale():
+    given = {"score_BS": REWARD[:, None], "weight_S": jnp.array([3.0])}
+    each, metrics = targets(GRPOConfig(normalise="each"), **given)
+    plain, _ = targets(GRPOConfig())
+    scale = np.std(np.delete(SCALED, 4), ddof=1)
+    np.testing.assert_allclose(scale * each.advantage_BT, plain.advantage_BT, rtol=1e-4, atol=1e-5)
+    assert metrics["groups_without_signal"] == 0
+    equal = {"score_BS": jnp.ones((6, 1)), "weight_S": jnp.ones(1)}
+    each, metrics = targets(GRPOConfig(normalise="each"), **equal)
+    assert metrics["groups_without_signal"] == 1
+    assert (each.advantage_BT == 0).all()
+
+
 def test_grpo_loss_clips(rows):
     """A = 1: e^.1 is above 1 + .05; A = −1: nothing is below 1 − .2, e^.4 stays."""
     config = GRPOConfig(clip_high=0.05)

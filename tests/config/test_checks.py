@@ -137,6 +137,10 @@ def test_check_passes(config):
         ),
         ({"algorithm": GRPOConfig(kl_coef=0.0, kl_controller="adaptive")}, "algorithm.kl_coef=0"),
         ({"algorithm": GRPOConfig(off_policy="token")}, "algorithm.off_policy=token: the old log"),
+        (
+            {"algorithm": GRPOConfig(overlong_buffer=4, normalise="each")},
+            "algorithm.overlong_buffer=4: algorithm.normalise=each takes the scores",
+        ),
         ({"algorithm": GRPOConfig(overlong_buffer=25)}, "algorithm.overlong_buffer=25: more"),
         ({"algorithm": OnlineDPOConfig(kind="exo_pair")}, "algorithm.kind=exo_pair"),
         (

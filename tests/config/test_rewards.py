@@ -8,6 +8,7 @@ import pytest
 from jaxrlhf.config import (
     Config,
     GateConfig,
+    GRPOConfig,
     IsolateConfig,
     LengthConfig,
     RewardConfig,
@@ -18,6 +19,7 @@ from jaxrlhf.config import (
     override,
     reward_problems,
 )
+from jaxrlhf.config.rewards import normalise_problems
 
 URL = "http://host:8000"
 
@@ -122,6 +124,25 @@ def test_reward_problems(reward, problem):
     first, *_ = reward_problems("rewards", [reward])
     assert first.startswith(problem)
     assert "\n" not in first
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "problem"),
+    [
+        ({}, RewardConfig("g", gate=GateConfig(1)), "rewards.1.gate: algorithm.normalise=each"),
+        ({"missing_eos_penalty": 1.0}, None, "algorithm.missing_eos_penalty=1: algorithm.normal"),
+        ({"overlong_buffer": 4}, None, "algorithm.overlong_buffer=4: algorithm.normalise=each"),
+        ({"kl_in": "reward"}, None, "algorithm.kl_coef=0.04: algorithm.normalise=each"),
+        ({"kl_in": "reward", "kl_coef": 0.0}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_normalise_each_has_no_place_for_what_changes_the_sum(changes, source, problem):
+    rewards = (RewardConfig("f"), *([source] if source else []))
+    algorithm = GRPOConfig(normalise="each", **changes)
+    found = list(normalise_problems(algorithm, rewards))
+    assert [text.startswith(problem) for text in found] == [True] * (problem is not None)
+    assert list(normalise_problems(replace(algorithm, normalise="sum"), rewards)) == []
 
 
 def test_special_tokens_are_kept_for_verifiers_unless_told_otherwise():

@@ -26,12 +26,10 @@ from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.words import goodness
 from jaxrlhf.models.load import Loader
 from jaxrlhf.models.tokenizer import load_tokenizer
-from jaxrlhf.rewards import judge as judging
-from jaxrlhf.rewards.functions import Asked, Scored
+from jaxrlhf.rewards.functions import Scored
 from jaxrlhf.rewards.judge import (
     Judge,
     Reward,
-    ask_together,
     check_truths,
     combine,
     fold,
@@ -45,23 +43,6 @@ from jaxrlhf.run import loop
 TOKENIZER = f"words:{runs.WORDS}"
 PROMPTS = [Prompt("the", {"answer": "good"}, "f:1"), Prompt("and", {}, "f:2")]
 TEXTS = ["good", "bad", "good and good", ""]
-
-
-@pytest.fixture
-def rollout():
-    """Two samples of each prompt, the third cut off."""
-    tokenizer = load_tokenizer(TOKENIZER)
-    token_BT = np.zeros((4, 6), np.int32)
-    mask_BT = np.zeros((4, 6), np.float32)
-    for row, text in enumerate(TEXTS):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        ids += [tokenizer.eos_token_id] * (row != 2)
-        token_BT[row, 2 : 2 + len(ids)] = ids
-        mask_BT[row, 2 : 2 + len(ids)] = 1
-    zero_BT = jnp.zeros((4, 6))
-    ended_B = jnp.array([True, True, False, True])
-    mask = jnp.array(mask_BT)
-    return Rollout(jnp.array(token_BT), mask, mask, zero_BT, zero_BT, ended_B, n=2)
 
 
 def judge(*configs, **options):
@@ -185,88 +166,6 @@ def test_judge_sends_a_service_the_text_that_it_is_to_read(tagged):
             assert made(tagged, [Prompt("the", {}, "f:1")]).reward_B.tolist() == [len(text)]
 
 
-def ones(prompts, completions, kind, **_):
-    """1.0 for kind a, and nothing to say of the rest."""
-    return [1.0 if of == "a" else None for of in kind]
-
-
-def twos(prompts, completions, kind, **_):
-    """2.0 for kind b, and nothing to say of the rest."""
-    return [2.0 if of == "b" else None for of in kind]
-
-
-def some(prompts, completions, kind, **_):
-    """Kind a: 0.5, and a failure for "bad". Kind b: 1.0 for one text, None for the rest."""
-    a, b = {"bad": "?"}, {"good and good": 1.0}
-    pairs = zip(kind, completions, strict=True)
-    return [b.get(text) if of == "b" else a.get(text, 0.5) for of, text in pairs]
-
-
-ONES, TWOS, SOME = (RewardConfig(function=f"test_judge:{n}") for n in ("ones", "twos", "some"))
-KINDS = [Prompt("the", {"kind": "a"}, "f:1"), Prompt("and", {"kind": "b"}, "f:2")]
-
-
-@pytest.mark.parametrize("isolate", [None, IsolateConfig()])
-def test_judge_source_that_does_not_apply_leaves_the_row_to_the_others(rollout, isolate):
-    configs = [replace(source, isolate=isolate) for source in (ONES, TWOS)]
-    judgement = judge(*configs)(rollout, KINDS)
-    np.testing.assert_array_equal(judgement.reward_B, [1, 1, 2, 2])
-    assert judgement.valid_B.all()
-    ones, twos = (f"test_judge:{name}" for name in ("ones", "twos"))
-    assert measures(judgement) == {
-        "reward/excluded": 0.0,
-        **{f"applies/{name}": 0.5 for name in (ones, twos)},
-        **{f"excluded/{name}": 0.0 for name in (ones, twos)},
-        **{f"reward/{ones}": 1.0, f"reward/{twos}": 2.0},
-    }
-
-
-def test_judge_source_that_fails_leaves_the_row_none(rollout):
-    """Rows: .5 and 1; failed and 1; 1 and none; none and none."""
-    judgement = judge(SOME, replace(ONES, weight=3.0), max_excluded=0.5)(rollout, KINDS)
-    np.testing.assert_array_equal(judgement.reward_B, [3.5, nan, 1, nan])
-    measured = measures(judgement)
-    assert measured["reward/excluded"] == 0.5
-    assert measured["applies/test_judge:some"] == 0.75
-    assert measured["excluded/test_judge:some"] == pytest.approx(1 / 3)
-    assert measured["reward/test_judge:some"] == 0.75
-    message = r"some has none for 1; to 1 no source of the sum applies: mend the source"
-    with pytest.raises(InputError, match=message):
-        judge(SOME, ONES, max_excluded=0.25)(rollout, KINDS)
-
-
-def test_judge_measures_of_a_source_that_never_applies(rollout):
-    prompts = [replace(prompt, columns={"kind": "c"}) for prompt in KINDS]
-    judgement = judge(ONES)(rollout, prompts)
-    assert not judgement.valid_B.any()
-    measured = measures(judgement)
-    assert math.isnan(measured["reward/test_judge:ones"])
-    assert measured["applies/test_judge:ones"] == measured["excluded/test_judge:ones"] == 0
-    assert measured["reward/excluded"] == 1
-
-
-def test_ask_together_carries_what_does_not_apply_from_one_process_to_the_others(monkeypatch):
-    """Two processes, one after the other; what they would exchange is added up here."""
-    asked = Asked(["p"] * 4, list("abcd"), {}, [True] * 4)
-    said = {"a": None, "b": 1.0, "c": math.nan, "d": None}
-    sent = []
-
-    def assemble(part_R, rows, count):
-        sent.append(np.zeros(count))
-        sent[-1][rows] = part_R
-        return sent[-1]
-
-    monkeypatch.setattr(judging, "assemble", assemble)
-    for process in range(2):
-        monkeypatch.setattr(judging, "own_share", lambda n, p=process: slice(p, p + 1))
-        ask_together(lambda own: Scored.of([said[x] for x in own.completions]), asked, 2)
-    whole = [sum(sent[start::2]) for start in range(2)]
-    monkeypatch.setattr(judging, "assemble", lambda *_: whole.pop(0))
-    scored = ask_together(lambda own: Scored.of([1.0] * len(own)), asked, 2)
-    np.testing.assert_array_equal(scored.score_B, [nan, 1, nan, nan])
-    np.testing.assert_array_equal(scored.applies(), [False, True, True, False])
-
-
 def test_length_penalty_by_hand():
     """Responses of 0, 2, 3, 4 and 6 tokens, padded: 0 up to 2, −1 from 4; a gap (the tokens of a
     tool) is not counted."""
@@ -339,35 +238,6 @@ def test_run_stops_where_too_many_rows_have_no_reward(tmp_path):
     message = f"16 of 16 completions got none, and max_excluded=0.5 of them may: {server.url}"
     assert message in str(error.value)
     assert "HTTP 500" in str(error.value)
-
-
-def by_kind(folder, kinds):
-    path = folder / "prompts.jsonl"
-    rows = [{"prompt": "the", "kind": kind} for kind in kinds]
-    return runs.write(path, rows)
-
-
-@pytest.mark.parametrize("name", ["grpo", "dapo"])
-def test_run_learns_from_every_row_of_two_tasks(tmp_path, name):
-    config = runs.of(name, tmp_path, rewards=(ONES, TWOS, runs.GOODNESS), steps=2)
-    data = replace(config.data, train=by_kind(tmp_path, "abab" * 4))
-    data = replace(data, eval=data.train)
-    loop.train(replace(config, data=data, max_excluded=0.0), one_device())
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for row in (row for row in lines if "valid" in row):
-        assert row["valid"] == 1
-        assert row["reward/test_judge:ones"] == 1
-        assert row["reward/test_judge:twos"] == 2
-        assert row["applies/test_judge:ones"] + row["applies/test_judge:twos"] == 1
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert math.isfinite(summary["proxy_after"])
-
-
-def test_run_to_whose_rows_nothing_applies_stops(tmp_path):
-    config = runs.of("grpo", tmp_path, rewards=(ONES, TWOS))
-    data = replace(config.data, train=by_kind(tmp_path, "cccc" * 4))
-    with pytest.raises(InputError, match="no usable reward for any completion"):
-        loop.train(replace(config, data=data, max_excluded=1.0), one_device())
 
 
 def test_run_checks_the_truth_of_every_row_before_it_starts(tmp_path):

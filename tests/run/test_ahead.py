@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import runs
 
-from jaxrlhf.config import LoraConfig, MeshConfig, PPOConfig, dump
+from jaxrlhf.config import (
+    GRPOConfig,
+    LengthConfig,
+    LoraConfig,
+    MeshConfig,
+    PPOConfig,
+    RewardConfig,
+    dump,
+)
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.run import loop
 from jaxrlhf.run.ahead import arguments, compiled_ahead
@@ -19,8 +27,13 @@ from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import fill, setup, start_of
 
 
+def gdpo(folder, *rewards):
+    return runs.of("grpo", folder, algorithm=GRPOConfig(normalise="each"), rewards=rewards)
+
+
 def configs(folder):
     base = runs.ppo(folder)
+    short = RewardConfig(length=LengthConfig(1, 8), weight=0.5)
     lora = replace(base.model, lora=LoraConfig(rank=4, alpha=8))
     rescored = PPOConfig(old_logp="rescore", minibatches=1)
     return {
@@ -29,6 +42,8 @@ def configs(folder):
         "lora-rescored": runs.ppo(folder, model=lora, algorithm=rescored),
         "remax": runs.of("remax", folder),
         "online_dpo": runs.of("online_dpo", folder),
+        "gdpo": gdpo(folder, runs.GOODNESS, short),
+        "gdpo-lengths": gdpo(folder, RewardConfig(length=LengthConfig(2, 4)), short),
     }
 
 
@@ -43,7 +58,7 @@ def assert_same(given, stated, name):
             assert x.sharding.is_equivalent_to(where, s.ndim), (name, x.sharding, where)
 
 
-KINDS = ["shared", "separate", "lora-rescored", "remax", "online_dpo"]
+KINDS = ["shared", "separate", "lora-rescored", "remax", "online_dpo", "gdpo", "gdpo-lengths"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
