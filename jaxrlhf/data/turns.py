@@ -25,7 +25,7 @@ FAMILIES = {
     "gpt_oss": ("<|channel|>analysis", "<|start|>"),
     "deepseek_r1": ("<｜Assistant｜><think>\\n", "split('</think>')[-1]"),
     "qwq": ("assistant\\n<think>\\n", "split('</think>')[-1]", "<tools>", "!last_query_index"),
-    "qwen3": ("<|im_start|>", "last_query_index", "enable_thinking", "!<function="),
+    "qwen3": ("<|im_start|>", "<think>\\n\\n</think>\\n\\n", "enable_thinking", "!<function="),
 }
 """Training templates that are shipped, and by what words (and by which not) those are known that
 they stand in for."""
@@ -161,9 +161,8 @@ def _by_prefixes(writer: Writer, chat: list[Message], turns: Sequence[int]) -> l
     for turn in turns:
         for part, open_turn in ((chat[:turn], True), (chat[: turn + 1], False)):
             text = writer.text(part, open_turn)
-            # Some write an end after the last turn alone.
             if not open_turn and not whole.startswith(text):
-                text = text.removesuffix(str(writer.tokenizer.eos_token))
+                text = _less_end(writer, text)
             if not whole.startswith(text) or len(text) < (cuts or [0])[-1]:
                 remedy = _remedy(writer)
                 if "jaxrlhf:templates" in remedy:
@@ -174,6 +173,13 @@ def _by_prefixes(writer: Writer, chat: list[Message], turns: Sequence[int]) -> l
                 return None
             cuts.append(len(text))
     return cuts
+
+
+def _less_end(writer: Writer, text: str) -> str:
+    """``text`` less the end that some templates write after the last turn, which has its own."""
+    less = text.removesuffix(str(writer.tokenizer.eos_token))
+    ends = tuple(writer.tokenizer.get_added_vocab())
+    return less if less.rstrip().endswith(ends) else text
 
 
 def _marked(writer: Writer, chat: list[Message], turns: Sequence[int]) -> list[int]:
