@@ -5,7 +5,7 @@ stands in the row is looked for in each of those ways: with JSON's escapes, or a
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -21,27 +21,39 @@ REMEDY = (
 )
 
 
-def check_past(writer: Writer, messages: Sequence[Message], text: str, first: int = 0) -> None:
+def check_past(writer: Writer, messages: Iterable[tuple[int, Message]], text: str) -> None:
     """Raise InputError if ``text`` leaves out what one of the messages says, or a call in it.
 
     Thoughts of past turns are not looked for: templates leave them out by design.
 
     Args:
-      first: the number of the first message, for the error.
+      messages: each with its place in the chat.
     """
     squeezed = _squeeze(text)
-    for index, message in enumerate(messages, first):
+    for index, message in messages:
         said = content_text(message)
         if message["role"] == "assistant":
             said = said.rpartition("</think>")[2]
-        _check(writer, chain([("content", said)], _calls(message)), squeezed, index)
+        for name, value in chain([("content", said)], _calls(message)):
+            if not _holds(squeezed, value):
+                _drop(writer, f"messages[{index}].{name}={shown(value)}")
 
 
-def check_learnt(writer: Writer, message: Message, text: str, index: int) -> None:
-    """Raise InputError if ``text``, all that is learnt of a message, leaves out a part of it."""
+def check_learnt(
+    writer: Writer, message: Message, text: str, index: int, header: Callable[[], str]
+) -> None:
+    """Raise InputError if ``text``, all that is learnt of a message, leaves out a part of it.
+
+    Args:
+      header: gives what stands before ``text`` in the turn, in which a thought may begin.
+    """
     thoughts = [(name, message[name]) for name in THOUGHTS if isinstance(message.get(name), str)]
-    said = [*thoughts[:1], ("content", content_text(message))]
-    _check(writer, chain(said, _calls(message)), _squeeze(text), index)
+    said = [*thoughts[:1], ("content", content_text(message)), *_calls(message)]
+    squeezed = _squeeze(text)
+    missed = [(name, value) for name, value in said if not _holds(squeezed, value)]
+    for name, value in missed:
+        if not _holds(_squeeze(header()) + squeezed, value):
+            _drop(writer, f"messages[{index}].{name}={shown(value)}")
 
 
 def check_tools(writer: Writer, prompt: list[Message], text: str) -> None:
@@ -52,10 +64,8 @@ def check_tools(writer: Writer, prompt: list[Message], text: str) -> None:
         _drop(writer, "the column tools")
 
 
-def _check(writer: Writer, said: Iterator[tuple[str, Any]], squeezed: str, index: int) -> None:
-    for name, value in said:
-        if not any(_squeeze(form) in squeezed for form in _forms(value)):
-            _drop(writer, f"messages[{index}].{name}={shown(value)}")
+def _holds(squeezed: str, value: Any) -> bool:
+    return any(_squeeze(form) in squeezed for form in _forms(value))
 
 
 def _drop(writer: Writer, what: str) -> None:

@@ -13,6 +13,7 @@ only the last turn is learnt.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -56,7 +57,7 @@ def render(writer: Writer, prompt: Text, answers: Sequence[Text]) -> tuple[str, 
     if prompt[-1]["role"] == "assistant":
         raise InputError(f"{where}: the prompt ends with an assistant's turn; end with a user's")
     text = writer.text(prompt, open_turn=True)
-    check_past(writer, prompt, text)
+    check_past(writer, enumerate(prompt), text)
     check_tools(writer, prompt, text)
     return text, tuple(_answer(writer, prompt, text, answer) for answer in answers)
 
@@ -77,13 +78,14 @@ def _answer(writer: Writer, prompt: list[Message], text: str, answer: Any) -> st
     if not whole.startswith(text):
         what = "the chat template renders the prompt otherwise once an answer follows"
         raise InputError(f"{writer.where}: {what}; {_remedy(writer)}")
-    check_learnt(writer, answer[0], _header(writer, prompt, text) + whole[len(text) :], len(prompt))
-    return whole[len(text) :]
+    made = whole[len(text) :]
+    check_learnt(writer, answer[0], made, len(prompt), lambda: _header(writer, prompt))
+    return made
 
 
-def _header(writer: Writer, prompt: list[Message], text: str) -> str:
-    """The header of the assistant's turn at the end of ``text``; it may begin a thought."""
-    before = writer.text(prompt, open_turn=False)
+def _header(writer: Writer, prompt: list[Message]) -> str:
+    """The header of the assistant's turn after a prompt; it may begin a thought."""
+    text, before = (writer.text(prompt, open_turn) for open_turn in (True, False))
     return text[len(before) :] if text.startswith(before) else ""
 
 
@@ -129,15 +131,13 @@ def cut_turns(writer: Writer, chat: list[Message], first: int) -> tuple[str, tup
         return text, pieces
     whole = writer.text(chat, open_turn=False)
     pieces = tuple(whole[a:b] for a, b in pairwise(cuts))
-    others = [message if i not in turns else None for i, message in enumerate(chat)]
-    for index, message in enumerate(others):
-        if message is not None:
-            check_past(writer, [message], whole, index)
+    check_past(writer, ((i, message) for i, message in enumerate(chat) if i not in turns), whole)
     for turn, piece in zip(turns, pieces[::2], strict=True):
-        prompt = chat[:turn]
-        header = _header(writer, prompt, writer.text(prompt, open_turn=True))
-        check_learnt(writer, chat[turn], header + piece, turn)
-    check_tools(writer, chat[: turns[0]], writer.text(chat[: turns[0]], open_turn=True))
+        header = partial(_header, writer, chat[:turn])
+        check_learnt(writer, chat[turn], piece, turn, header)
+    if writer.tools:
+        start = chat[: turns[0]]
+        check_tools(writer, start, writer.text(start, open_turn=True))
     return whole[: cuts[0]], pieces
 
 
@@ -196,8 +196,7 @@ def _marked(writer: Writer, chat: list[Message], turns: Sequence[int]) -> list[i
     cuts: list[int] = []
     for turn in turns:
         start, end = spans[every.index(turn)]
-        prompt = chat[:turn]
-        header = _header(writer, prompt, writer.text(prompt, open_turn=True))
+        header = _header(writer, chat[:turn])
         # Where it begins at the marks, before them, or not at all.
         begin = whole.find(header, max(0, start - len(header)), start + len(header))
         start = start if begin < 0 else max(start, begin + len(header))

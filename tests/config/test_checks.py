@@ -1,5 +1,6 @@
 """Every rule between fields, every range: what is refused, and the line that says so."""
 
+import re
 from dataclasses import replace
 from operator import attrgetter
 from typing import get_args
@@ -394,3 +395,22 @@ def test_check_mesh_resolves():
     decoder = replace(DECODER, heads=4, kv_heads=2)
     mesh = check_mesh(MeshConfig(fsdp=2, tensor=2), decoder, devices=8, rows=4)
     assert mesh == MeshConfig(2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"date": "2026-02-31"}, "data.date=2026-02-31: no such day: give YYYY-MM-DD"),
+        ({"date": "20260201"}, "data.date=20260201: no such day: give YYYY-MM-DD"),
+        (
+            {"template_kwargs": {"tools": []}},
+            "data.template_kwargs.tools: comes from the rows or the run: leave it out",
+        ),
+    ],
+)
+def test_check_refuses_settings_of_chats(data, message):
+    model = ModelConfig(path="x")
+    config = Config(SFTConfig(), model, data=DataConfig(train="x.jsonl", **data))
+    with pytest.raises(InputError, match=re.escape(message)):
+        check(config)
+    check(replace(config, data=DataConfig(train="x.jsonl", date="2026-02-28")))

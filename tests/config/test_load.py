@@ -294,3 +294,33 @@ def test_load_passes_what_older_versions_wrote_of_settings_that_are_not_read(tmp
 def test_override_refuses_what_an_algorithm_does_not_read(words):
     with pytest.raises(InputError, match=r"command line: algorithm\.\w+: rloo does not read it"):
         override(Config(algorithm=RLOOConfig()), words)
+
+
+KWARGS = {"enable_thinking": False, "documents": [{"title": "a", "day": "2026-01-02"}], "n": 1}
+
+
+def test_a_mapping_and_a_day_are_the_same_in_yaml_on_the_command_line_and_back(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "algorithm: {name: sft}\ndata: {date: 2026-01-02, template_kwargs: "
+        "{enable_thinking: false, documents: [{title: a, day: 2026-01-02}], n: 1}}"
+    )
+    config = load(path)
+    assert config.data == DataConfig(date="2026-01-02", template_kwargs=KWARGS)
+    for words in (
+        ["--data.template-kwargs", "{enable_thinking: true, day: 2026-01-03}"],
+        ["data.template_kwargs={enable_thinking: true, day: 2026-01-03}"],
+    ):
+        changed = override(config, words).data
+        assert changed.template_kwargs == {"enable_thinking": True, "day": "2026-01-03"}
+        assert changed.date == "2026-01-02"
+    assert override(config, ["--steps", "3"]).data == config.data
+    save(config, path)
+    assert load(path) == config
+    hash(config)
+
+
+@pytest.mark.parametrize("words", ["{a", "3", "[1]"])
+def test_what_is_no_mapping_is_refused(words):
+    with pytest.raises((InputError, SystemExit)):
+        override(Config(), ["--data.template-kwargs", words])

@@ -8,7 +8,7 @@ from chats import CHAT_TEMPLATE, assistant, user
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import token_batch
 from jaxrlhf.data.chat import ChatSettings, Writer
-from jaxrlhf.data.formats import read_completions
+from jaxrlhf.data.formats import read_completions, read_prompts
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows, imitated
 from jaxrlhf.data.turns import cut_turns, render
@@ -152,3 +152,59 @@ def test_read_completions_agrees_with_the_templates_generation_tags(jsonl):
     mask = tagged["assistant_masks"]
     assert imitated(row).astype(int).tolist() == mask[: len(ids)]
     assert sum(mask[len(ids) :]) == 0
+
+
+ARGUED = CHAT_TEMPLATE + "{{ greeting if enable_thinking else 'bad ' }}"
+
+
+def test_kwargs_reach_the_template_the_rows_before_the_settings(make_tokenizer, jsonl):
+    tokenizer = make_tokenizer(ARGUED)
+    settings = ChatSettings(kwargs={"enable_thinking": True, "greeting": "hello "})
+    rows = ({"prompt": [user("a")]}, {"prompt": [user("a")], "chat_template_kwargs": {}})
+    other = {"prompt": [user("a")], "chat_template_kwargs": {"enable_thinking": False}}
+    read = read_prompts(read_rows(jsonl(*rows, other)), tokenizer, chat=settings)
+    texts = [row.text.removeprefix("user : a <eos>\nassistant : ") for row in read.items]
+    assert texts == ["hello ", "hello ", "bad "]
+    assert read_prompts(read_rows(jsonl(rows[0])), tokenizer).items[0].text.endswith("bad ")
+
+
+def test_kwargs_that_a_template_does_not_have_are_refused(make_tokenizer, jsonl):
+    tokenizer, path = make_tokenizer(ARGUED), jsonl({"prompt": [user("a")]})
+    settings = ChatSettings(kwargs={"enable_thinkng": True})
+    with pytest.raises(InputError, match=f"{path}:1: data.template_kwargs.enable_thinkng: the ch"):
+        read_prompts(read_rows(path), tokenizer, chat=settings)
+    path = jsonl({"prompt": [user("a")], "chat_template_kwargs": {"greting": 1}})
+    with pytest.raises(InputError, match=f"{path}:1: chat_template_kwargs.greting: the chat temp"):
+        read_prompts(read_rows(path), tokenizer)
+    path = jsonl({"prompt": [user("a")], "chat_template_kwargs": 1})
+    with pytest.raises(InputError, match=f"{path}:1: chat_template_kwargs=1: is no object"):
+        read_prompts(read_rows(path), tokenizer)
+
+
+def test_marks_around_a_header_leave_it_out(jsonl):
+    """What the sampler is given is not learnt, wherever the template's marks begin."""
+    whole = (
+        TAGGED.replace("{% generation %}", "")
+        .replace(
+            "<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}",
+            "{% if m['role'] == 'assistant' %}{% generation %}<|im_start|>assistant\n",
+        )
+        .replace("{% else %}", "{% else %}<|im_start|>{{ m['role'] }}\n")
+    )
+    made = []
+    for template in (TAGGED, whole):
+        tokenizer = load_tokenizer("smollm2")
+        tokenizer.chat_template = template
+        rows = read_completions(
+            read_rows(jsonl({"messages": CHAT})), tokenizer, train_on="assistant"
+        )
+        made.append((rows.items[0].prompt, rows.items[0].pieces))
+    assert made[0] == made[1]
+    assert made[0][1][0] == "4<|im_end|>"
+
+
+def test_marks_that_do_not_tell_the_turns_apart_are_refused(make_tokenizer, jsonl):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE + "{% generation %}{% endgeneration %}")
+    path = jsonl({"messages": TWO_TURNS})
+    with pytest.raises(InputError, match=f"{path}:1: the chat template marks 1 stretches with"):
+        read_completions(read_rows(path), tokenizer, train_on="assistant")

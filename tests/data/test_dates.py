@@ -5,17 +5,22 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import jax
 import pytest
 from chats import CHAT_TEMPLATE, user
 from runs import GOODNESS, WORDS, ppo, write
 
-from jaxrlhf.config import Config, DataConfig, SFTConfig, load
+from jaxrlhf.apps import preferences
+from jaxrlhf.config import Config, DataConfig, PreferencesConfig, SFTConfig, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data import chat as chats_module
 from jaxrlhf.data.chat import ChatSettings, chat_settings, dated, with_date
 from jaxrlhf.data.formats import read_prompts
 from jaxrlhf.data.rows import read_rows
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.run.loop import train
+from jaxrlhf.study import evaluate
 
 TODAY = "{% for m in messages %}{{ m.content }} {% endfor %}{{ strftime_now('%d') }} "
 
@@ -97,7 +102,7 @@ def lines(config):
     ]
 
 
-def test_a_run_that_goes_on_the_day_after_is_the_same(clock, tmp_path):
+def test_a_run_that_goes_on_the_day_after_is_the_same(clock, tmp_path, monkeypatch):
     words = WORDS.split()
     rows = [{"prompt": [user(f"{words[i % 14]} the")]} for i in range(16)]
     template = tmp_path / "today.jinja"
@@ -128,3 +133,23 @@ def test_a_run_that_goes_on_the_day_after_is_the_same(clock, tmp_path):
     assert load(f"{parted.output}/config.yaml").data.date == "2026-01-01"
     assert "the 01" in lines(whole)[-1]["prompt"]
     assert lines(parted) == lines(whole)
+    # What is drawn from the run afterwards is asked as the run was.
+    clock("2026-01-02")
+    kept = load(f"{whole.output}/config.yaml")
+    tokenizer = load_tokenizer(kept.model.tokenizer)
+    asked = evaluate._prompts(kept.data.train, kept, tokenizer, 18, own=False)
+    assert {tokenizer.decode(row.prompt)[-3:] for row in asked.items} == {" 01"}
+    seen = []
+    monkeypatch.setattr(preferences, "judged", lambda *given: seen.extend(given[3]) or ())
+    pairs = PreferencesConfig(
+        model=whole.output,
+        judge="jaxrlhf.data.words:goodness",
+        train=kept.data.train,
+        eval=kept.data.train,
+        max_prompt_tokens=4,
+        max_new_tokens=2,
+        n=2,
+    )
+    with pytest.raises(InputError, match="no pairs"):
+        preferences.write_pairs(pairs, tmp_path, 0, make_mesh(kept.mesh, jax.devices()[:1]))
+    assert {row.source.text[-4:] for row in seen} == {" 01 "}
