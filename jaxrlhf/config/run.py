@@ -128,7 +128,8 @@ class OptimConfig:
 
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay to 0 over the run's optimizer steps."""
+    """Decay to 0 over the optimizer steps planned for what is trained: with a separate critic, the
+    policy's begin after critic.warmup."""
     warmup: int = 0
     """Optimizer steps of linear rise to the learning rate, the first at 1/warmup of it."""
     b1: float = 0.9

@@ -30,7 +30,7 @@ from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
 from jaxrlhf.run.feed import batches, example, packing_metrics, place
 from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation
-from jaxrlhf.run.programs import OnPolicyPrograms
+from jaxrlhf.run.programs import OnPolicyPrograms, on_schedule
 from jaxrlhf.run.record import known
 from jaxrlhf.run.session import Session, lock
 from jaxrlhf.run.setup import Run, fill, setup, start_of
@@ -175,7 +175,7 @@ def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States
     programs: OnPolicyPrograms = run.programs
     settings, frozen = run.config.algorithm, run.frozen
     assert isinstance(settings, OnPolicyConfig)
-    states, seen = dict(states), []
+    states, seen = on_schedule(run.config, states, step), []
     warming = step < run.config.critic.warmup
     count = jax.tree.leaves(batch)[0].shape[0]
     passes = (
@@ -335,6 +335,7 @@ def learn_from_rows(run: Run, session: Session) -> None:
     for step in session.steps():
         began = time.perf_counter()
         rows = batch_of(step)
+        session.states = on_schedule(run.config, session.states, step)
         session.states["policy"], metrics = run.programs.update(
             session.states["policy"], place(run, rows), run.frozen["policy"]
         )

@@ -29,6 +29,7 @@ from jaxrlhf.core.types import (
     Params,
     PreferenceBatch,
     Rollout,
+    States,
     StopTable,
     TrainState,
 )
@@ -37,6 +38,7 @@ from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import score, value
 from jaxrlhf.steps.update import (
+    at_position,
     candidate_logp,
     candidate_scores,
     candidate_token_scores,
@@ -45,6 +47,7 @@ from jaxrlhf.steps.update import (
     make_update,
     pairs_loss,
     policy_loss,
+    rate_schedule,
     reward_model_loss,
     sft_loss,
 )
@@ -201,8 +204,7 @@ def updates(
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
 
     def update(loss: Any, who: str, settings: Config) -> Program:
-        layout = layout_of(states[who])
-        return make_update(optimizer(settings), loss, config.optim.microbatches, layout=layout)
+        return update_of(settings, loss, states[who])
 
     programs: dict[str, Any] = {"critic_update": None, "warmup": None}
     coefficient = None
@@ -239,8 +241,7 @@ def offline_programs(
         "outputs": sft_loss,
     }
     loss = join[algorithm.reads](model, algorithm)
-    layout = layout_of(states["policy"])
-    update = make_update(optimizer(config), loss, config.optim.microbatches, layout=layout)
+    update = update_of(config, loss, states["policy"])
     reference = None
     if reference_model is not None:
 
@@ -256,19 +257,52 @@ def offline_programs(
     return OfflinePrograms(update, reference, scores=judged, loss_of_scores=jax.jit(algorithm.loss))
 
 
+def update_of(config: Config, loss: Any, state: TrainState) -> Program:
+    """One optimizer step by the config's optimizer; the new state lies where ``state`` does."""
+    rate = rate_schedule(config.optim, updates_before(config, config.steps))
+    layout, pieces = layout_of(state), config.optim.microbatches
+    return make_update(optimizer(config), loss, pieces, layout=layout, rate=rate)
+
+
 def optimizer(config: Config) -> Any:
-    """The optimizer of a run, its schedule over all of the run's updates."""
-    # A schedule counts optimizer steps, and there are several an iteration.
-    updates = 1
-    if is_on_policy(config):
-        updates = on_policy(config).epochs * on_policy(config).minibatches
-    return make_optimizer(config.optim, config.steps * updates)
+    """The policy's optimizer, its schedule over all the updates that the policy is to take; the
+    critic's is that of ``critic_config``."""
+    return make_optimizer(config.optim, updates_before(config, config.steps))
+
+
+def updates_before(config: Config, step: int) -> int:
+    """Updates that the policy's state is to have taken before iteration ``step`` (from 0).
+
+    max(step − w, 0)·epochs·minibatches, or step where rows are learnt from. w is critic.warmup
+    with a separate critic: the policy waits meanwhile, and so does its schedule. A shared head is
+    warmed up by the policy's own optimizer, so w is 0: those updates are its first.
+
+    ``updates_before(config, config.steps)`` is what a schedule decays over, and each iteration
+    starts at ``updates_before(config, step)``, whatever was left out before: updates after an early
+    stop (algorithm.target_kl), or those whose gradient was not finite. So the rate of the last
+    iteration is the planned one.
+    """
+    if not is_on_policy(config):
+        return step
+    settings = on_policy(config)
+    wait = config.critic.warmup if config.critic.kind == "separate" else 0
+    return max(step - wait, 0) * settings.epochs * settings.minibatches
 
 
 def critic_config(config: Config) -> Config:
-    """The config with the optimizer of a separate critic."""
+    """The config with the optimizer of a separate critic: its rate, and no warm-up to wait for."""
     rate = config.critic.learning_rate
-    return replace(config, optim=replace(config.optim, learning_rate=rate)) if rate else config
+    optim = replace(config.optim, learning_rate=rate) if rate else config.optim
+    return replace(config, optim=optim, critic=replace(config.critic, warmup=0))
+
+
+def on_schedule(config: Config, states: States, step: int) -> States:
+    """The states at the start of iteration ``step``, their schedules where the plan has them."""
+    of = {"policy": config, "critic": critic_config(config)}
+    return {
+        name: at_position(state, updates_before(of[name], step)) if name in of else state
+        for name, state in states.items()
+    }
 
 
 def layout_of(state: TrainState) -> Any:

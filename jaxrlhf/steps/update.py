@@ -5,6 +5,7 @@ loss(params, frozen, batch) that ``make_update`` differentiates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -172,14 +173,33 @@ def make_optimizer(config: OptimConfig, steps: int | None = None) -> optax.Gradi
 
     Args:
       config: learning rate and its schedule, betas, weight decay (relative to the learning rate).
-      steps: optimizer steps of the whole run, over which a schedule decays.
+      steps: optimizer steps that the state is to take in the whole run, over which a schedule
+        decays.
 
     Raises:
       ValueError: if the schedule decays and ``steps`` is not given.
     """
+    rate = rate_schedule(config, steps)
+    tx = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
+        ),
+    )
+    return tx if config.state_dtype == "float32" else keep_state_in(config.state_dtype, tx)
+
+
+def rate_schedule(config: OptimConfig, steps: int | None = None) -> optax.Schedule:
+    """rate(t), the learning rate of a state's optimizer step t (from 0), of T = ``steps``.
+
+    With peak η and w = ``warmup``: η·(t + 1)/w while t < w; then, of u = (t − w)/(T − w): η if
+    constant, η·(1 − u) if linear, η·(1 + cos πu)/2 if cosine, and 0 from T on where it decays.
+
+    Raises:
+      ValueError: as ``make_optimizer``.
+    """
     if config.schedule != "constant" and steps is None:
         raise ValueError(f"optim.schedule={config.schedule}: make_optimizer needs steps")
-    # rate(t) = peak·(t + 1)/warmup while t < warmup, then the schedule over what is left.
     decay = max((steps or 0) - config.warmup, 1)
     peak = config.learning_rate
     after = {
@@ -188,14 +208,35 @@ def make_optimizer(config: OptimConfig, steps: int | None = None) -> optax.Gradi
         "cosine": optax.cosine_decay_schedule(peak, decay),
     }[config.schedule]
     rise = optax.linear_schedule(peak / max(config.warmup, 1), peak, max(config.warmup - 1, 1))
-    rate = optax.join_schedules([rise, after], [config.warmup]) if config.warmup else after
-    tx = optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
-        ),
-    )
-    return tx if config.state_dtype == "float32" else keep_state_in(config.state_dtype, tx)
+    return optax.join_schedules([rise, after], [config.warmup]) if config.warmup else after
+
+
+def at_position(state: TrainState, position: int) -> TrainState:
+    """``state`` with its schedule at step ``position``: the t of the next step's rate(t).
+
+    Nothing else of it changes: Adam's count, of which its bias correction is, goes on. The number
+    is laid out where the old one was, so that no program is compiled anew; a process makes it for
+    its own devices. A state without a schedule is returned as it is.
+    """
+
+    def moved(x: Any) -> Any:
+        if not _is_schedule(x):
+            return x
+        count = np.asarray(position, x.count.dtype)
+        put = jax.make_array_from_callback((), x.count.sharding, lambda _: count)
+        return x._replace(count=put)
+
+    return replace(state, opt_state=jax.tree.map(moved, state.opt_state, is_leaf=_is_schedule))
+
+
+def _position(state: TrainState) -> Array:
+    """t of the state's next step, as its schedule counts."""
+    parts = jax.tree.leaves(state.opt_state, is_leaf=_is_schedule)
+    return next(x.count for x in parts if _is_schedule(x))
+
+
+def _is_schedule(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)
 
 
 def keep_state_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -236,6 +277,7 @@ def make_update(
     microbatches: int = 1,
     donate: bool = True,
     layout: Any = None,
+    rate: optax.Schedule | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """update(state, batch, frozen=None) → (state, metrics), jitted.
 
@@ -252,6 +294,8 @@ def make_update(
         is the same array) must be a copy.
       layout: shardings of the new state (sharding.train_state_shardings), so that it lies where
         the old one did; None leaves it to the compiler.
+      rate: the schedule of ``tx`` (``rate_schedule``): ``metrics["learning_rate"]`` is the rate of
+        this step. None leaves it out.
 
     ``frozen`` is an argument, not a closure: it is neither donated nor differentiated.
     """
@@ -267,6 +311,8 @@ def make_update(
             total, metrics, grads = value_and_grad(batch)
         else:
             total, metrics, grads = _accumulate(value_and_grad, _split(batch, microbatches))
+        if rate is not None:
+            metrics = {**metrics, "learning_rate": jnp.float32(rate(_position(state)))}
         return _apply(tx, state, total, metrics, grads)
 
     return jax.jit(update, donate_argnums=(0,) if donate else (), out_shardings=(layout, None))
@@ -318,18 +364,20 @@ def combine(name: str, left: Array, right: Array) -> Array:
 def combine_updates(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The metrics of an iteration from those of its updates, which may still be on the device.
 
-    Means, but the maximum of names that end in ``_max`` and the minimum of those in ``_min``;
-    over the minibatches that have the name.
+    Means, but the maximum of names that end in ``_max``, the minimum of those in ``_min``, and the
+    last of ``learning_rate``; over the minibatches that have the name.
     """
     how = {"max": np.max, "min": np.min}
     columns: dict[str, list[Any]] = {}
     for metrics in jax.device_get(list(minibatches)):
         for name, x in metrics.items():
             columns.setdefault(name, []).append(x)
-    return {
+    whole = {
         name: float(how.get(name.rpartition("_")[2], np.mean)(column))
         for name, column in columns.items()
     }
+    rates = {n: float(x[-1]) for n, x in columns.items() if n.endswith("learning_rate")}
+    return whole | rates
 
 
 def _apply(

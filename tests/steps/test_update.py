@@ -26,6 +26,7 @@ from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings, train_state_shardings
 from jaxrlhf.steps.score import reward, score
 from jaxrlhf.steps.update import (
+    at_position,
     candidate_logp,
     candidate_scores,
     candidate_token_scores,
@@ -116,6 +117,34 @@ def test_make_optimizer_schedule(config, rates):
 def test_make_optimizer_needs_steps_to_decay():
     with pytest.raises(ValueError, match=r"optim\.schedule=cosine: make_optimizer needs steps"):
         make_optimizer(OptimConfig(schedule="cosine"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_position_moves_the_schedule_alone(dtype):
+    """A gradient that never changes moves adam by rate(t); its bias correction is of its steps."""
+    config = OptimConfig(1.0, "linear", max_grad_norm=1e9, state_dtype=dtype)
+    tx = make_optimizer(config, steps=10)
+    grads, state = {"kernel": jnp.ones(())}, start({"kernel": jnp.zeros(())}, tx)
+    for position, rate in [(0, 1.0), (7, 0.3), (7, 0.3), (2, 0.8), (10, 0.0)]:
+        moved = at_position(state, position)
+        adam = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(x)]
+        also = [x for x in jax.tree.leaves(moved.opt_state, is_leaf=is_adam) if is_adam(x)]
+        jax.tree.map(np.testing.assert_array_equal, adam, also)
+        assert jax.tree.structure(moved) == jax.tree.structure(state)
+        change, opt_state = tx.update(grads, moved.opt_state, moved.params)
+        np.testing.assert_allclose(change["kernel"], -rate, rtol=1e-2, atol=1e-7)
+        state = replace(moved, opt_state=opt_state)
+    assert adam[0].count == 4
+
+
+def test_at_position_leaves_a_state_without_a_schedule():
+    state = start({"kernel": jnp.zeros(())}, optax.sgd(0.1))
+    jax.tree.map(np.testing.assert_array_equal, at_position(state, 3), state)
+
+
+def test_combine_updates_keeps_the_last_rate():
+    parts = [{"learning_rate": 1.0, "loss": 1.0}, {"learning_rate": 0.5, "loss": 2.0}]
+    assert combine_updates(parts) == {"learning_rate": 0.5, "loss": 1.5}
 
 
 def test_make_optimizer_eps_is_outside_the_root():
