@@ -28,6 +28,16 @@ def _text(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
     return str(tokenizer.decode(ids, **options))
 
 
+def _answer(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
+    """The text that ids add to a prompt: decoders of SentencePiece drop the space that begins a
+    text, and prompt and answer would be joined without it."""
+    text = _text(tokenizer, ids, special)
+    silent = () if special else _special(tokenizer)
+    first = next((token for token in ids if token not in silent), None)
+    begins = first is not None and str(tokenizer.convert_ids_to_tokens(first)).startswith("▁")
+    return f" {text}" if begins and not text.startswith(" ") else text
+
+
 def decode_rollout(
     tokenizer: Tokenizer,
     token_BT: np.ndarray,
@@ -55,7 +65,7 @@ def decode_rollout(
         )
     responses = [token_T[mask_T != 0] for token_T, mask_T in zip(token_BT, mask_BT, strict=True)]
     if ended_B is None:
-        return [_text(tokenizer, ids.tolist()) for ids in responses]
+        return [_answer(tokenizer, ids.tolist()) for ids in responses]
     rows = zip(responses, ended_B, strict=True)
     return [_kept(tokenizer, ids.tolist(), bool(ended)) for ids, ended in rows]
 
@@ -65,9 +75,9 @@ def _kept(tokenizer: Tokenizer, ids: list[int], ended: bool) -> str:
     last = ids[-1:] if ended else []
     # A stop token that is plain text is part of the text, as it is where special ones are removed.
     stop = "" if _text(tokenizer, last) else _text(tokenizer, last, special=True).strip()
-    text = _text(tokenizer, ids[: len(ids) - bool(stop)], special=True)
+    text = _answer(tokenizer, ids[: len(ids) - bool(stop)], special=True)
     closes = stop.startswith("</") and stop.replace("</", "<", 1) in text
-    return _text(tokenizer, ids, special=True) if closes else text
+    return _answer(tokenizer, ids, special=True) if closes else text
 
 
 def step_ends(ids: Sequence[int], tokenizer: Tokenizer, separator: str) -> list[int]:

@@ -1,12 +1,13 @@
 """Ids of a row are those of the whole text, as a sampler's history has them, of four tokenizers."""
 
+import numpy as np
 import pytest
 import tiny_models
 from chats import assistant, user
 
 from jaxrlhf.data.formats import Completion, Pair, read_completions, read_prompts
 from jaxrlhf.data.rows import Row, Rows
-from jaxrlhf.data.text import step_ends
+from jaxrlhf.data.text import decode_rollout, step_ends
 from jaxrlhf.data.tokens import encode_prompt, encode_rows
 
 CHAT = [
@@ -168,3 +169,18 @@ def test_step_ends_of_separators_that_are_split_over_tokens(name, separator):
         wanted = "".join(step + separator for step in steps[:count])
         for last, there in ((end + 1, True), (end, False)):
             assert tokenizer.decode(ids[:last]).startswith(wanted) == there
+
+
+@pytest.mark.parametrize("name", ["byte-level", "sentencepiece", "unigram"])
+@pytest.mark.parametrize("text", [" as he says", "good", " 42."])
+def test_decode_rollout_gives_what_prompt_and_answer_are_joined_of(name, text):
+    """A decoder of SentencePiece drops the first space: 'whois' is another pair than 'who is'."""
+    tokenizer, prompt = TOKENIZERS[name], "hello, who"
+    found = encoded(tokenizer, Completion(prompt, text, {}, "x:1"))
+    ids = np.array([found.prompt + found.answers[0]])
+    mask_BT = (np.arange(ids.shape[1]) >= len(found.prompt))[None]
+    assert decode_rollout(tokenizer, ids, mask_BT, [prompt]) == [text]
+    kept = decode_rollout(tokenizer, ids, mask_BT, [prompt], np.array([True]))
+    assert kept == [text]
+    again = encoded(tokenizer, Completion(prompt, kept[0], {}, "x:1"))
+    assert again.answers == found.answers
