@@ -144,6 +144,7 @@ def excluded_rows(history: History) -> Said:
         missing > MOST_EXCLUDED,
         f"{missing:.1%} of completions have no reward, {1 - valid_I[worst]:.1%} at step "
         f"{known.step_I[worst]}",
-        "look at the log for what rewards raised or returned (None and NaN count as missing); "
-        "mend the function, or what it asks",
+        "excluded/NAME says which reward failed (raised, or gave NaN or text), and applies/NAME to "
+        "how many rows each applies (None: not to this one): mend the function, or what it asks, "
+        "or add a reward for the other rows",
     )
