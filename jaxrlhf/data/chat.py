@@ -204,12 +204,15 @@ class Writer:
     def spans(self, chat: list[Message]) -> list[tuple[int, int]]:
         """Where in the text of a whole chat the template's ``{% generation %}`` marks are."""
         names = {**self.tokenizer.special_tokens_map, **self._kwargs}
-        plain = [{name: x for name, x in turn.items() if x is not None} for turn in chat]
+        tools: Any = self.tools
         try:
             _, (spans,) = render_jinja_template(
-                [plain], self.tools, chat_template=self._source,
-                return_assistant_tokens_mask=True, **names,
-            )  # fmt: skip
+                [chat],
+                tools,
+                chat_template=self._source,
+                return_assistant_tokens_mask=True,
+                **names,
+            )
         except FAILURES as error:
             raise self._failed(error) from error
         return [(int(start), int(end)) for start, end in spans]

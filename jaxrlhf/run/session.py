@@ -113,8 +113,8 @@ class Session:
         for note in filter(None, self.run.notes):
             self.show.note(note)
         for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
-            if rows is not None and (note := rows.note()):
-                self.show.note(note)
+            for line in rows.note().splitlines() if rows is not None else ():
+                self.show.note(line)
         self._handle_sigterm()
         return self
 
