@@ -25,7 +25,7 @@ from jaxrlhf.data.rows import Message, Text, shown
 FAMILIES = {
     "gpt_oss": ("<|channel|>analysis", "<|start|>"),
     "deepseek_r1": ("<｜Assistant｜><think>\\n", "split('</think>')[-1]"),
-    "qwq": ("assistant\\n<think>\\n", "split('</think>')[-1]", "<tools>", "!last_query_index"),
+    "qwq": ("assistant\\n<think>\\n", "split('</think>')[-1]", "<tools>", "!enable_thinking"),
     "qwen3": ("<|im_start|>", "<think>\\n\\n</think>\\n\\n", "enable_thinking", "!<function="),
 }
 """Training templates that are shipped, and by what words (and by which not) those are known that
@@ -76,8 +76,7 @@ def _answer(writer: Writer, prompt: list[Message], text: str, answer: Any) -> st
         )
     whole = writer.text(prompt + answer, open_turn=False)
     if not whole.startswith(text):
-        what = "the chat template renders the prompt otherwise once an answer follows"
-        raise InputError(f"{writer.where}: {what}; {_remedy(writer)}")
+        raise _changes(writer)
     made = whole[len(text) :]
     check_learnt(writer, answer[0], made, len(prompt), lambda: _header(writer, prompt))
     return made
@@ -87,6 +86,11 @@ def _header(writer: Writer, prompt: list[Message]) -> str:
     """The header of the assistant's turn after a prompt; it may begin a thought."""
     text, before = (writer.text(prompt, open_turn) for open_turn in (True, False))
     return text[len(before) :] if text.startswith(before) else ""
+
+
+def _changes(writer: Writer) -> InputError:
+    what = "the chat template renders the prompt otherwise once an answer follows"
+    return InputError(f"{writer.where}: {what}; {_remedy(writer)}")
 
 
 def _remedy(writer: Writer) -> str:
@@ -184,8 +188,17 @@ def _less_end(writer: Writer, text: str) -> str:
 
 def _marked(writer: Writer, chat: list[Message], turns: Sequence[int]) -> list[int]:
     """Where the template's marks around each of the assistant's turns begin and end; a header
-    inside of them is left out, which the sampler is given."""
-    spans = writer.spans(chat)
+    inside of them is left out, which the sampler is given.
+
+    Raises:
+      InputError: other marks than turns, or a first turn before which the prompt changes.
+    """
+    spans: list[tuple[int, int]] = []
+    for start, end in writer.spans(chat):
+        # Several in a row are one.
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        spans.append((start, end))
     every = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
     if len(spans) != len(every):
         raise InputError(
@@ -201,4 +214,7 @@ def _marked(writer: Writer, chat: list[Message], turns: Sequence[int]) -> list[i
         begin = whole.find(header, max(0, start - len(header)), start + len(header))
         start = start if begin < 0 else max(start, begin + len(header))
         cuts += [start, max(start, end)]
+    # What is sampled after must be what is learnt after.
+    if whole[: cuts[0]] != writer.text(chat[: turns[0]], open_turn=True):
+        raise _changes(writer)
     return cuts

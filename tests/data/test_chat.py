@@ -208,3 +208,26 @@ def test_marks_that_do_not_tell_the_turns_apart_are_refused(make_tokenizer, json
     path = jsonl({"messages": TWO_TURNS})
     with pytest.raises(InputError, match=f"{path}:1: the chat template marks 1 stretches with"):
         read_completions(read_rows(path), tokenizer, train_on="assistant")
+
+
+def test_marks_before_which_the_prompt_changes_are_refused(make_tokenizer, jsonl):
+    turn = "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    marked = CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}", turn + "{% else %}{{ m['content'] }}{% endif %}"
+    )
+    path = jsonl({"messages": TWO_TURNS})
+    rows = read_completions(read_rows(path), make_tokenizer(marked), train_on="assistant")
+    assert rows.items[0].pieces == ("b", " <eos>\nuser : c <eos>\nassistant : ", "d")
+    other = marked.replace("%}assistant : {", "%}assistant : ! {")
+    with pytest.raises(InputError, match=f"{path}:1: the chat template renders the prompt otherw"):
+        read_completions(read_rows(path), make_tokenizer(other), train_on="assistant")
+
+
+def test_marks_in_a_row_are_one(make_tokenizer, jsonl):
+    marked = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    marked += "{% generation %} !{% endgeneration %}"
+    turn = "{% if m['role'] == 'assistant' %}" + marked + "{% else %}{{ m['content'] }}{% endif %}"
+    template = CHAT_TEMPLATE.replace("{{ m['content'] }}", turn)
+    rows = read_rows(jsonl({"messages": TWO_TURNS}))
+    (row,) = read_completions(rows, make_tokenizer(template), train_on="assistant").items
+    assert row.pieces[::2] == ("b !", "d !")
