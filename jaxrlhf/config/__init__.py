@@ -59,7 +59,6 @@ from jaxrlhf.config.rewards import (
     LengthConfig,
     RewardConfig,
     ServiceConfig,
-    keeps_special_tokens,
     name_of,
     reward_problems,
 )

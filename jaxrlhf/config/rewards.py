@@ -138,11 +138,6 @@ READERS = {
 """Which kinds of source read an option; all of them read the others."""
 
 
-def keeps_special_tokens(config: RewardConfig) -> bool:
-    """Whether the completions that a source is given still have their special tokens."""
-    return bool(config.verifier) if config.special_tokens is None else config.special_tokens
-
-
 def name_of(config: RewardConfig) -> str:
     """What errors and metrics call a source."""
     service = _place(config.service.url) if config.service else ""

@@ -18,7 +18,6 @@ from jaxrlhf.config import (
     GateConfig,
     LengthConfig,
     RewardConfig,
-    keeps_special_tokens,
     name_of,
     reward_problems,
 )
@@ -54,6 +53,11 @@ class Reward:
     """A verifier's: completion → what it answers."""
     special: bool = False
     """Whether the completions that it is given have their special tokens."""
+
+
+def keeps_special_tokens(config: RewardConfig) -> bool:
+    """Whether the completions that a source is given still have their special tokens."""
+    return bool(config.verifier) if config.special_tokens is None else config.special_tokens
 
 
 def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tuple[Reward, ...]:

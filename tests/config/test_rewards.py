@@ -14,12 +14,12 @@ from jaxrlhf.config import (
     RewardConfig,
     ServiceConfig,
     dump,
-    keeps_special_tokens,
     load,
     override,
     reward_problems,
 )
 from jaxrlhf.config.rewards import normalise_problems
+from jaxrlhf.rewards.judge import keeps_special_tokens
 
 URL = "http://host:8000"
 
