@@ -31,6 +31,8 @@ RULES: Rules = {
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "group": None,
+    "pair": None,
     "vocab": "tensor",
     "head_dim": None,
     "layers": None,

@@ -1,19 +1,24 @@
 """Attention: each token looks at those before it, however long the row is."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import DECODE, constrain, devices_in_mesh, length_shards
+from jaxrlhf.mesh.sharding import constrain, devices_in_mesh, length_shards
 
 SCORES_A_DEVICE = 2**26
 """Attention scores that may exist at once on a device (256 MiB in float32)."""
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "slots", "kv_heads", "head_dim")
+KEPT = ("batch", "kv_heads", "slots", "head_dim")
+"""Keys and values as decoding reads them: the tokens of a head lie together."""
+
+LOWEST = -1e30
+"""A score that no exp(score − most) is felt of."""
 
 
 def attend(query: Array, key: Array, value: Array, allowed_BTS: Array) -> Array:
@@ -95,29 +100,55 @@ def _in_pieces(
     return constrain(mixed, QUERIES)[:, :tokens]
 
 
-def attend_cached(query: Array, keys: Array, values: Array, first: Array, mask_BS: Array) -> Array:
-    """``attend`` of rows' next tokens [B, T, N, H], which are in the slots from ``first`` on: to
-    the real ones up to them among the S in the cache.
+def attend_next(
+    query: Array,
+    new: tuple[Array, Array],
+    prompt: tuple[Array, Array],
+    prompt_mask_QP: Array,
+    earlier: tuple[Array, Array],
+    at: Array,
+) -> Array:
+    """``attend`` of the next token of B rows, whose keys and values lie in three places.
 
-    Scores that exceed ``SCORES_A_DEVICE`` are computed some queries at a time, which is exact.
+    One softmax over the prompt, the tokens since, and the token itself. Their parts are computed
+    where they lie, none is copied to stand beside the others: with m the largest score and
+    z = Σ exp(s − m) of all parts, what a row sees is Σ exp(s − m)·v / z.
+
+    Args:
+      query: [B, N, H]; B = Q·n, prompt-major.
+      new: key and value [B, K, H] of the token itself.
+      prompt: keys and values [Q, K, P, H] of the prompts, each one's shared by its n rows.
+      prompt_mask_QP: 1 on real tokens.
+      earlier: keys and values [B, K, S, H] of the tokens since; slots from ``at`` on are empty.
+
+    Returns:
+      [B, N, H], in the query's dtype.
     """
-    rows, tokens, slots = *query.shape[:2], keys.shape[1]
-    width = -(-tokens // min(pieces_of(query, slots), tokens))
-    pieces = -(-tokens // width)
-    slot_T = first + jnp.arange(tokens)
+    rows, heads, size = query.shape
+    prompts, kv_heads = prompt[0].shape[:2]
+    groups = heads // kv_heads
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def some(item: tuple[Array, Array]) -> Array:
-        query, slot_W = item
-        allowed = (jnp.arange(slots) <= slot_W[:, None]) & (mask_BS[:, None] != 0)
-        return attend(query, keys, values, allowed)
+    def of_prompt(x: Array) -> Array:
+        """[B, K, G, …] → [Q, K, n·G, …]: all that look at one prompt, as the rows of a product."""
+        x = x.reshape(prompts, -1, *x.shape[1:])
+        return jnp.swapaxes(x, 1, 2).reshape(prompts, kv_heads, -1, x.shape[-1])
 
-    if pieces == 1:
-        return some((query, slot_T))
+    def of_row(x: Array) -> Array:
+        """Back again."""
+        x = x.reshape(prompts, kv_heads, -1, groups, x.shape[-1])
+        return jnp.swapaxes(x, 1, 2).reshape(rows, kv_heads, groups, -1)
 
-    # T → [pieces, width]; what fills the last piece is its last column, again.
-    at = jnp.minimum(jnp.arange(pieces * width), tokens - 1).reshape(pieces, width)
-    lay: Any = (None, *QUERIES)
-    query = constrain(jnp.moveaxis(query[:, at], 1, 0), lay, DECODE)
-    mixed = constrain(jax.lax.map(some, (query, slot_T[at])), lay, DECODE)
-    mixed = jnp.moveaxis(mixed, 0, 1).reshape(rows, -1, *query.shape[3:])
-    return constrain(mixed[:, :tokens], QUERIES, DECODE)
+    query = (query * jnp.asarray(size**-0.5, query.dtype)).reshape(rows, kv_heads, groups, size)
+    first = product("qkmh,qkph->qkmp", of_prompt(query), prompt[0])
+    first = of_row(jnp.where(prompt_mask_QP[:, None, None] != 0, first, LOWEST))
+    since = product("bkgh,bksh->bkgs", query, earlier[0])
+    since = jnp.where(jnp.arange(since.shape[-1]) < at, since, LOWEST)
+    own = product("bkgh,bkh->bkg", query, new[0])[..., None]
+    most = jnp.maximum(jnp.maximum(first.max(-1, keepdims=True), since.max(-1, keepdims=True)), own)
+    first, since, own = jnp.exp(first - most), jnp.exp(since - most), jnp.exp(own - most)
+    total = first.sum(-1, keepdims=True) + since.sum(-1, keepdims=True) + own
+    seen = of_row(product("qkmp,qkph->qkmh", of_prompt(first.astype(query.dtype)), prompt[1]))
+    seen += product("bkgs,bksh->bkgh", since.astype(query.dtype), earlier[1])
+    seen += own * new[1][:, :, None].astype(jnp.float32)
+    return (seen / total).astype(query.dtype).reshape(rows, heads, size)

@@ -167,13 +167,21 @@ def rotate(x: Array, angles: Angles) -> Array:
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
+    def __init__(
+        self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None, fused: bool = False
+    ):
         embed = {"embed": c.embed}
         query = {"heads": c.heads, "head_dim": c.head_dim}
         key = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        self.q = Linear("q", embed, query, rngs, lora, c.qkv_bias)
-        self.k = Linear("k", embed, key, rngs, lora, c.qkv_bias)
-        self.v = Linear("v", embed, key, rngs, lora, c.qkv_bias)
+        if fused:
+            # Of each key head its queries, the key and the value: so it is split as heads are.
+            every = {"kv_heads": c.kv_heads, "group": c.heads // c.kv_heads + 2}
+            every |= {"head_dim": c.head_dim}
+            self.qkv = Linear("qkv", embed, every, rngs, None, c.qkv_bias)
+        else:
+            self.q = Linear("q", embed, query, rngs, lora, c.qkv_bias)
+            self.k = Linear("k", embed, key, rngs, lora, c.qkv_bias)
+            self.v = Linear("v", embed, key, rngs, lora, c.qkv_bias)
         self.o = Linear("o", query, embed, rngs, lora)
         if c.qk_norm:
             self.q_norm = RMSNorm("head_dim", c.head_dim, c)
@@ -181,7 +189,12 @@ class Attention(nnx.Module):
 
     def project(self, x: Array, angles: Angles, rules: Rules) -> tuple[Array, Array, Array]:
         """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated."""
-        query, key, value = self.q(x), self.k(x), self.v(x)
+        if hasattr(self, "qkv"):
+            every = self.qkv(x)
+            query, key, value = every[..., :-2, :], every[..., -2, :], every[..., -1, :]
+            query = query.reshape(*x.shape[:-1], -1, key.shape[-1])
+        else:
+            query, key, value = self.q(x), self.k(x), self.v(x)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query = constrain(query, ("batch", "length", "heads", "head_dim"), rules)
@@ -198,26 +211,42 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, appro
 class GatedMLP(nnx.Module):
     """down(activation(gate(x)) · up(x)) (arXiv:2002.05202)."""
 
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
+    def __init__(
+        self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None, fused: bool = False
+    ):
         self.activation = c.activation
         embed, hidden = {"embed": c.embed}, {"mlp": c.mlp}
-        self.gate = Linear("gate", embed, hidden, rngs, lora)
-        self.up = Linear("up", embed, hidden, rngs, lora)
+        if fused:
+            self.gate_up = Linear("gate_up", embed, {"pair": 2, **hidden}, rngs, None)
+        else:
+            self.gate = Linear("gate", embed, hidden, rngs, lora)
+            self.up = Linear("up", embed, hidden, rngs, lora)
         self.down = Linear("down", hidden, embed, rngs, lora)
 
     def __call__(self, x: Array, rules: Rules) -> Array:
-        wide = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
+        if hasattr(self, "gate_up"):
+            both = self.gate_up(x)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate, up = self.gate(x), self.up(x)
+        wide = ACTIVATIONS[self.activation](gate) * up
         return self.down(constrain(wide, ("batch", "length", "mlp"), rules))
 
 
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None = None):
+    def __init__(
+        self,
+        c: DecoderConfig,
+        rngs: nnx.Rngs,
+        lora: LoraConfig | None = None,
+        fused: bool = False,
+    ):
         self.attention_norm = RMSNorm("embed", c.embed, c)
-        self.attention = Attention(c, rngs, lora)
+        self.attention = Attention(c, rngs, lora, fused)
         self.mlp_norm = RMSNorm("embed", c.embed, c)
-        self.mlp = GatedMLP(c, rngs, lora)
+        self.mlp = GatedMLP(c, rngs, lora, fused)
 
     def __call__(
         self,

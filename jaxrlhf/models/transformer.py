@@ -14,36 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
-from jaxrlhf.models.attention import attend_before, attend_cached
+from jaxrlhf.models.attention import KEPT, attend_before
 from jaxrlhf.models.layers import POLICIES, Block, Ends, adapters_of, positions, rotary_angles
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of the tokens so far, [L, B, S, K, H]."""
-
-    key_LBSKH: Array
-    value_LBSKH: Array
-    mask_BS: Array
-    """1 where a slot holds a real token."""
-    index: Array
-    """int32, the slot that every row's next token goes to; [].
-
-    Rows of unequal length are padded on the left, and those that have ended go on with masked
-    tokens, so all are equally far."""
-
-
-_KEYS: Any = ("layers", "batch", "slots", "kv_heads", "head_dim")
-_MASK: Any = ("batch", "slots")
-_INDEX: Any = ()
-CACHE_AXES = Cache(_KEYS, _KEYS, _MASK, _INDEX)
-"""Its logical axes; it lies by the rules ``DECODE``."""
 
 
 class Declared(NamedTuple):
@@ -148,32 +126,24 @@ class Model:
         """The parameters in the compute dtype; done once a step, master copies stay float32."""
         return jax.tree.map(lambda x: x.astype(self.dtype), params)
 
-    def init_cache(self, rows: int, slots: int) -> Cache:
-        """An empty cache for ``rows`` sequences of up to ``slots`` tokens."""
-        c = self.decoder
-        shape = (c.layers, rows, slots, c.kv_heads, c.head_dim)
-        return Cache(
-            key_LBSKH=jnp.zeros(shape, self.dtype),
-            value_LBSKH=jnp.zeros(shape, self.dtype),
-            mask_BS=jnp.zeros((rows, slots), jnp.int32),
-            index=jnp.zeros((), jnp.int32),
-        )
-
     def apply(
         self,
         params: Params,
         token_BT: Array,
         attention_mask_BT: Array,
         lora: Params | None = None,
-        cache: Cache | None = None,
         segment_BT: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
+        keep: bool = False,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         """Hidden states after the last norm, [B, T, D] in the compute dtype.
 
-        Positions count real tokens, so padding on either side changes nothing. With a ``cache``,
-        the T tokens follow those already in it, and the cache with them added is returned. Without
-        one, ``segment_BT`` may say which of several rows in one each token belongs to: they do not
-        see each other, and positions start at 0 in each.
+        Positions count real tokens, so padding on either side changes nothing. ``segment_BT`` may
+        say which of several rows in one each token belongs to: they do not see each other, and
+        positions start at 0 in each.
+
+        Args:
+          keep: also return what later tokens look at: all layers' keys and values [L, B, K, T, H],
+            laid out for decoding.
 
         Raises:
           ValueError: if ``params`` or ``lora`` is not the tree that this model declares; the
@@ -182,20 +152,26 @@ class Model:
         declared = blocks(self.decoder, self.lora if lora is not None else None)
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
         check_tree(layers, declared.shapes, "layers")
-        outer = self._ends(params)
+        outer = self.outer(params)
         x = outer.embed(token_BT, self.dtype)
-        rules = RULES if cache is None else DECODE
-        x = constrain(x, ("batch", "length", "activation"), rules)
-        layers = self.cast(layers)
-        if cache is None:
-            x = self._run(declared.graph, layers, x, attention_mask_BT, segment_BT)
-        else:
-            x, cache = self._run_cached(declared.graph, layers, x, attention_mask_BT, cache)
-        return outer.norm(x), cache
+        x = constrain(x, ("batch", "length", "activation"))
+        angles = rotary_angles(positions(attention_mask_BT, segment_BT), self.decoder)
+
+        def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+            kept = None
+            if keep:
+                kept = tuple(constrain(jnp.swapaxes(y, 1, 2), KEPT, DECODE) for y in (key, value))
+            return attend_before(query, key, value, attention_mask_BT, segment_BT), kept
+
+        def layer(x: Array, weights: Params) -> tuple[Array, Any]:
+            return nnx.merge(declared.graph, weights)(x, angles, RULES, attend)
+
+        x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, self.cast(layers))
+        return outer.norm(x), kept
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """Logits [..., V] of hidden states [..., D], float32."""
-        return self._ends(params).logits(hidden)
+        return self.outer(params).logits(hidden)
 
     def scalar(self, params: Params, hidden: Array) -> Array:
         """The scalar head on hidden states [..., D] → [...], float32.
@@ -205,56 +181,14 @@ class Model:
         """
         if "head" not in params:
             raise ValueError("params hold no 'head': init(key, head=True), or load a reward model")
-        return self._ends(params).head(hidden)
+        return self.outer(params).head(hidden)
 
-    def _ends(self, params: Params) -> Any:
+    def outer(self, params: Params) -> Any:
+        """The module of what lies before and after the layers."""
         outer = {name: child for name, child in params.items() if name != "layers"}
         declared = ends(self.decoder, "head" in params)
         check_tree(outer, declared.shapes, "params")
         return nnx.merge(declared.graph, outer)
-
-    def _run(
-        self, graph: Any, layers: Params, x: Array, mask_BT: Array, segment_BT: Array | None
-    ) -> Array:
-        """All layers over whole rows."""
-        angles = rotary_angles(positions(mask_BT, segment_BT), self.decoder)
-
-        def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-            return attend_before(query, key, value, mask_BT, segment_BT), None
-
-        def layer(x: Array, weights: Params) -> tuple[Array, None]:
-            return nnx.merge(graph, weights)(x, angles, RULES, attend)
-
-        return jax.lax.scan(POLICIES[self.remat](layer), x, layers)[0]
-
-    def _run_cached(
-        self, graph: Any, layers: Params, x: Array, mask_BT: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
-        """All layers over the next tokens of rows whose earlier ones are in the cache."""
-
-        def write(old: Array, new: Array) -> Array:
-            """The T new entries [B, T, …] in their slots of [B, S, …]."""
-            new = new.astype(old.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(old, new, cache.index, axis=1)
-
-        mask_BS = write(cache.mask_BS, mask_BT)
-        seen_B1 = cache.mask_BS.sum(1, keepdims=True)
-        position_BT = jnp.maximum(seen_B1 + jnp.cumsum(mask_BT, axis=1) - 1, 0)
-        angles = rotary_angles(position_BT, self.decoder)
-
-        def layer(x: Array, item: Any) -> tuple[Array, Any]:
-            weights, keys, values = item
-
-            def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-                kept = write(keys, key), write(values, value)
-                return attend_cached(query, *kept, cache.index, mask_BS), kept
-
-            return nnx.merge(graph, weights)(x, angles, DECODE, attend)
-
-        # The cache is scanned over, not carried: XLA copies a carried one whole in every layer.
-        items = (layers, cache.key_LBSKH, cache.value_LBSKH)
-        x, (keys, values) = jax.lax.scan(layer, x, items)
-        return x, Cache(keys, values, mask_BS, cache.index + x.shape[1])
 
 
 def check_tree(params: Any, declared: Any, path: str) -> None:

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.config import is_on_policy, on_policy
 from jaxrlhf.data.batches import minibatch_rows
-from jaxrlhf.mesh.sharding import at_hand, few_rows_layout, row_layout
+from jaxrlhf.mesh.sharding import at_hand, few_rows_layout, row_layout, with_layout
+from jaxrlhf.models.decode import decode_layout
+from jaxrlhf.models.load import needs_head
 from jaxrlhf.run.setup import Run
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
         """What the program returns: rows, laid out as all rows are."""
         return on_rows(run, jax.eval_shape(getattr(programs, name), *given))
 
-    prompts = (policy, base, *_prompts(run, key))
+    yield "lay_out", (policy, base)
+    prompts = (policy, base, _decoding(run, policy, base), *_prompts(run, key))
     yield "sample", prompts
     # From here on each program's arguments are the shapes that the one before returns.
     rollout = rows("sample", prompts)
@@ -81,6 +84,13 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     for name, who in {"critic_update": "critic", "warmup": "policy", "update": "policy"}.items():
         if getattr(programs, name) is not None:
             yield name, (shapes(run.states[who]), batch, shapes(run.frozen[who]))
+
+
+def _decoding(run: Run, policy: Any, base: Any) -> Any:
+    """The policy as decoding reads it."""
+    adapted = run.model.lora is not None
+    layout = decode_layout(run.model, run.mesh, needs_head(run.config), adapted)
+    return with_layout(jax.eval_shape(run.programs.lay_out, policy, base), layout)
 
 
 def _prompts(run: Run, key: Any) -> tuple[Any, ...]:

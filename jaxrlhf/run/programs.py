@@ -34,6 +34,8 @@ from jaxrlhf.core.types import (
     TrainState,
 )
 from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
+from jaxrlhf.models.decode import Weights, decode_layout, lay_out
+from jaxrlhf.models.load import needs_head
 from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import score, value
@@ -59,8 +61,11 @@ Program = Callable[..., Any]
 class OnPolicyPrograms:
     """What one iteration of policy learning calls, in its order, and what held-out prompts need."""
 
+    lay_out: Program
+    """(params, frozen) → Weights of the policy as decoding reads them; a copy, for all rounds of
+    sampling of an iteration."""
     sample: Program
-    """(params, frozen, prompt_QP, prompt_mask_QP, key) → Rollout of Q·n responses."""
+    """(params, frozen, Weights, prompt_QP, prompt_mask_QP, key) → Rollout of Q·n responses."""
     greedy: Program
     """The same, but one greedy response a prompt: what ReMax compares with."""
     baseline: Program
@@ -149,6 +154,7 @@ def on_policy_programs(
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     held_out = replace(config.sample, n=config.eval.n, **plain)
     return OnPolicyPrograms(
+        lay_out=decode_weights(config, model, mesh),
         sample=sampler(model, config.sample, rows, shared, stops),
         greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few, stops=stops),
         baseline=jax.jit(baseline, out_shardings=rows),
@@ -171,11 +177,13 @@ def sampler(
     value: bool = False,
     stops: StopTable | None = None,
 ) -> Program:
-    """(params, frozen, prompt_QP, prompt_mask_QP, key, row_B = None) → Rollout; see ``sample``."""
+    """(params, frozen, Weights, prompt_QP, prompt_mask_QP, key, row_B = None) → Rollout; see
+    ``sample``."""
 
     def draw(
         params: Params,
         frozen: Any,
+        decoding: Weights,
         prompt_QP: Array,
         prompt_mask_QP: Array,
         key: Array,
@@ -183,9 +191,20 @@ def sampler(
     ) -> Rollout:
         weights, lora = combine_params(params, frozen)
         prompts = prompt_QP, prompt_mask_QP
-        return sample(model, weights, *prompts, key, settings, lora, value, row_B, stops)
+        how = settings, lora, value, row_B, stops
+        return sample(model, weights, *prompts, key, *how, decoding)
 
     return jax.jit(draw, out_shardings=layout)
+
+
+def decode_weights(config: Config, model: Model, mesh: Mesh) -> Program:
+    """(params, frozen) → Weights, laid out for decoding; see ``models.decode``."""
+
+    def arrange(params: Params, frozen: Any) -> Weights:
+        return lay_out(model, *combine_params(params, frozen))
+
+    layout = decode_layout(model, mesh, needs_head(config), model.lora is not None)
+    return jax.jit(arrange, out_shardings=layout)
 
 
 def merge(rollouts: tuple[Rollout, ...], row_B: Array) -> Rollout:

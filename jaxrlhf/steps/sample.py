@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
-from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, row_shards, vocab_shards
-from jaxrlhf.models.transformer import CACHE_AXES, Cache, Model
+from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards, vocab_shards
+from jaxrlhf.models.decode import Prompts, Weights, empty_cache, lay_out, read_prompts, step
+from jaxrlhf.models.transformer import Model
 
 
 def sample(
@@ -27,6 +28,7 @@ def sample(
     value: bool = False,
     row_B: Array | None = None,
     stops: StopTable | None = None,
+    weights: Weights | None = None,
 ) -> Rollout:
     """Draw ``sample_config.n`` responses to each prompt from the policy.
 
@@ -44,6 +46,7 @@ def sample(
       row_B: int32 [B], what stands for b in the keys, so that the draws do not depend on how many
         rows are in one call; None: 0, 1, … B − 1.
       stops: ``stop_table(tokenizer, sample_config.stop_strings, vocab)``; None without strings.
+      weights: ``lay_out(model, params, lora)``, where that is done: a second copy of the weights.
 
     Returns:
       Rollout of B = Q·n rows, prompt-major; T = P + max_new_tokens columns. Log-probs in nats.
@@ -58,77 +61,44 @@ def sample(
     check_sample(sample_config)
     width, context = prompt_QP.shape[1] + sample_config.max_new_tokens, model.decoder.context
     if width > context:
-        raise ValueError(
-            f"sample: {prompt_QP.shape[1]} prompt + {sample_config.max_new_tokens} new tokens "
-            f"exceed context={context}"
-        )
+        given = f"{prompt_QP.shape[1]} prompt + {sample_config.max_new_tokens} new tokens"
+        raise ValueError(f"sample: {given} exceed context={context}")
     if sample_config.stop_strings and stops is None:
         raise ValueError("sample: sample_config.stop_strings are sought by a table: give stops")
-    rows = prompt_QP.shape[0] * sample_config.n
-    # Gathered once here, or every decoded token would gather every layer again.
-    params, lora = decode_layout(model, params, lora)
-    hidden_BD, cache = _prefill(model, params, prompt_QP, prompt_mask_QP, sample_config, lora)
-    row_B = jnp.arange(rows) if row_B is None else row_B
-    chex.assert_shape(row_B, (rows,))
+    # Gathered once, or every decoded token would gather every layer again.
+    weights = lay_out(model, params, lora) if weights is None else weights
+    hidden_BD, read = _read(model, params, prompt_QP, prompt_mask_QP, sample_config.n, lora)
+    row_B = jnp.arange(len(hidden_BD)) if row_B is None else row_B
+    chex.assert_equal_shape_prefix([row_B, hidden_BD], 1)
     # A key a row, then one a token: draws depend on neither mesh nor batch width.
     key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
-    end = _decode(model, params, lora, hidden_BD, cache, key_B, sample_config, value, stops)
+    end = _decode(model, weights, hidden_BD, read, key_B, sample_config, value, stops)
     return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
 
 
-def _prefill(
+def _read(
     model: Model,
     params: Params,
     prompt_QP: Array,
     prompt_mask_QP: Array,
-    config: SampleConfig,
+    n: int,
     lora: Params | None,
-) -> tuple[Array, Cache]:
-    """Hidden state of each row's last prompt token, and the cache; prompts are run once each."""
-    slots = prompt_QP.shape[1] + config.max_new_tokens
-    # Each prompt once, its keys and values copied for its samples; where prompts do not divide
-    # over the devices, each row.
+) -> tuple[Array, Prompts]:
+    """Hidden state [B, D] of each row's last prompt token, and the prompts' keys and values."""
+    # Each prompt once; where prompts do not divide over the devices, once for each of its rows.
     once = prompt_QP.shape[0] % row_shards(DECODE) == 0
-    copies = 1 if once else config.n
-    prompt = jnp.repeat(prompt_QP, copies, axis=0)
-    mask = jnp.repeat(prompt_mask_QP, copies, axis=0)
-    cache = constrain_tree(model.init_cache(prompt.shape[0], slots), CACHE_AXES, DECODE)
-    hidden, cache = model.apply(params, prompt, mask, lora, cache)
-    assert cache is not None
-    copies = config.n if once else 1
-    last_BD = jnp.repeat(hidden[:, -1], copies, axis=0)
-    cache = Cache(
-        key_LBSKH=jnp.repeat(cache.key_LBSKH, copies, axis=1),
-        value_LBSKH=jnp.repeat(cache.value_LBSKH, copies, axis=1),
-        mask_BS=jnp.repeat(cache.mask_BS, copies, axis=0),
-        index=cache.index,
-    )
-    last_BD = constrain(last_BD, ("batch", "activation"), DECODE)
-    return last_BD, constrain_tree(cache, CACHE_AXES, DECODE)
-
-
-def decode_layout(
-    model: Model, params: Params, lora: Params | None
-) -> tuple[Params, Params | None]:
-    """The weights as the decode loop wants them: compute dtype, whole but for ``tensor``.
-
-    They are gathered over fsdp and context once. The last norm and the scalar head, which compute
-    in float32, stay so. Costs one copy of the weights, split over ``tensor`` alone.
-    """
-    axes = model.axes(head="head" in params)
-    wide = ("norm", "head")
-    params = {name: x if name in wide else model.cast(x) for name, x in params.items()}
-    if lora is not None:
-        lora = constrain_tree(model.cast(lora), model.lora_axes(), DECODE)
-    return constrain_tree(params, axes, DECODE), lora
+    before, after = (1, n) if once else (n, 1)
+    prompt, mask = (jnp.repeat(x, before, axis=0) for x in (prompt_QP, prompt_mask_QP))
+    hidden, prompts = read_prompts(model, params, prompt, mask, lora)
+    last_BD = jnp.repeat(hidden, after, axis=0)
+    return constrain(last_BD, ("batch", "activation"), DECODE), prompts
 
 
 def _decode(
     model: Model,
-    params: Params,
-    lora: Params | None,
+    weights: Weights,
     hidden_BD: Array,
-    cache: Cache,
+    prompts: Prompts,
     key_B: Array,
     config: SampleConfig,
     value: bool,
@@ -140,7 +110,9 @@ def _decode(
     def choose(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
         t, live_B = carry["t"], ~carry["done_B"]
-        logits_BV = constrain(model.logits(params, carry["hidden_BD"]), ("batch", "vocab"), DECODE)
+        logits_BV = constrain(
+            model.logits(weights.outer, carry["hidden_BD"]), ("batch", "vocab"), DECODE
+        )
         token_B, logp_B, sample_logp_B = _token(logits_BV, key_B, t, config)
         columns = {
             "token_BN": jnp.where(live_B, token_B, config.pad),
@@ -149,7 +121,7 @@ def _decode(
             "sample_logp_BN": jnp.where(live_B, sample_logp_B, 0.0),
         }
         if value:
-            value_B = model.scalar(params, carry["hidden_BD"])
+            value_B = model.scalar(weights.outer, carry["hidden_BD"])
             columns["value_BN"] = jnp.where(live_B, value_B, 0.0)
         written = {name: carry[name].at[:, t].set(column) for name, column in columns.items()}
         # The stop token itself is live: it is in the mask, and stopping is learnt.
@@ -161,17 +133,17 @@ def _decode(
         """Run the policy on the token just drawn, then draw the next."""
         # The cache has the tokens before the one just drawn.
         t = carry["t"] - 1
-        token_B1 = jax.lax.dynamic_slice_in_dim(carry["token_BN"], t, 1, 1)
-        live_B1 = jax.lax.dynamic_slice_in_dim(carry["mask_BN"], t, 1, 1).astype(jnp.int32)
-        hidden, cache = model.apply(params, token_B1, live_B1, lora, carry["cache"])
-        return choose({**carry, "hidden_BD": hidden[:, 0], "cache": cache})
+        token_B = jax.lax.dynamic_index_in_dim(carry["token_BN"], t, 1, keepdims=False)
+        hidden_BD, cache = step(model, weights, prompts, carry["cache"], token_B, t)
+        return choose({**carry, "hidden_BD": hidden_BD, "cache": cache})
 
     floats = ["mask_BN", "logp_BN", "sample_logp_BN"] + ["value_BN"] * value
     start = {
         "t": jnp.zeros((), jnp.int32),
         "done_B": jnp.zeros(rows, bool),
         "hidden_BD": hidden_BD,
-        "cache": cache,
+        # The last token drawn is never looked at.
+        "cache": empty_cache(model, rows, max(new - 1, 1)),
         "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
         **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
         "read_B": None if stops is None else jnp.zeros(rows, jnp.int32),

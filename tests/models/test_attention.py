@@ -1,4 +1,4 @@
-"""Attention equals its formula by hand: whole, in pieces, on meshes, and over a cache; a piece
+"""Attention equals its formula by hand: whole, in pieces, on meshes, and a token at a time; a piece
 holds no more scores than it may."""
 
 import math
@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import attention
-from jaxrlhf.models.attention import attend_before, attend_cached
+from jaxrlhf.models.attention import attend_before, attend_next
 
 B, T, N, K, H = 2, 13, 4, 2, 8  # an odd length: no number of pieces or devices divides it
 RNG = np.random.default_rng(0)
@@ -78,33 +78,32 @@ def test_attend_before_in_pieces_and_on_meshes(sizes, pieces, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), found, expected)
 
 
-SLOTS = 17
-FIRST = 3  # slots that are taken already
-
-
-@pytest.mark.parametrize("sizes", [None, (2, 1, 2, 1), (1, 2, 2, 1)], ids=str)
-@pytest.mark.parametrize("pieces", [1, 3, 100])
-def test_attend_cached_by_hand(sizes, pieces, monkeypatch):
-    """Real tokens before the T ones, in the first row but one; none after them."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    if sizes:
-        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:4])
-    allowed = math.ceil(B * N * T * SLOTS / mesh.size / pieces)
-    monkeypatch.setattr(attention, "SCORES_A_DEVICE", allowed)
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("at", [0, 5])
+def test_attend_next_by_hand(samples, at):
+    """Prompts of unequal length, shared by their samples; slots from ``at`` on hold garbage."""
     rng = np.random.default_rng(1)
-    keys, values = (rng.standard_normal((B, SLOTS, K, H)).astype(np.float32) for _ in range(2))
-    keys[:, FIRST : FIRST + T], values[:, FIRST : FIRST + T] = KEY, VALUE
-    mask_BS = np.pad(MASK, ((0, 0), (FIRST, SLOTS - FIRST - T)))
-    mask_BS[0, 1:FIRST] = mask_BS[1, :FIRST] = 1
-    with jax.set_mesh(mesh):
-        run = jax.jit(lambda *given: attend_cached(*given))
-        found = run(QUERY, keys, values, jnp.array(FIRST), mask_BS)
-    found = np.where(MASK[..., None, None] != 0, found, 0)
+    rows, slots, width = B * samples, 7, T
 
-    def seen(b, t):
-        return np.flatnonzero(mask_BS[b, : FIRST + t + 1])
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
 
-    np.testing.assert_allclose(found, by_hand(QUERY, keys, values, seen), atol=1e-5)
+    query, new = draw(rows, N, H), (draw(rows, K, H), draw(rows, K, H))
+    prompt = draw(B, K, width, H), draw(B, K, width, H)
+    earlier = 1e3 * draw(rows, K, slots, H), 1e3 * draw(rows, K, slots, H)
+    for x in earlier:
+        x[:, :, :at] /= 1e3
+    found = jax.jit(attend_next)(query, new, prompt, MASK, earlier, at)
+    for b, n in np.ndindex(rows, N):
+        q, k = b // samples, n // (N // K)
+        real = MASK[q] != 0
+        keys, values = (
+            np.concatenate([x[q, k, real], y[b, k, :at], z[b, k][None]]).astype(np.float64)
+            for x, y, z in zip(prompt, earlier, new, strict=True)
+        )
+        score = keys @ query[b, n] / np.sqrt(H)
+        weight = np.exp(score - score.max())
+        np.testing.assert_allclose(found[b, n], weight @ values / weight.sum(), atol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 100])
@@ -112,7 +111,3 @@ def test_no_more_scores_than_there_may_be(pieces, monkeypatch):
     longest = -(-T // min(pieces, T))
     monkeypatch.setattr(attention, "SCORES_A_DEVICE", math.ceil(B * N * T * T / pieces))
     assert most_scores(attend_before, QUERY, KEY, VALUE, MASK, keys=T) == B * N * T * longest
-    monkeypatch.setattr(attention, "SCORES_A_DEVICE", math.ceil(B * N * T * SLOTS / pieces))
-    keys, mask_BS = jnp.zeros((B, SLOTS, K, H)), jnp.ones((B, SLOTS), jnp.int32)
-    given = (QUERY, keys, keys, jnp.array(0), mask_BS)
-    assert most_scores(attend_cached, *given, keys=SLOTS) == B * N * SLOTS * longest

@@ -1,4 +1,4 @@
-"""The decoder: padding, causality, cache, adapters and variants, and trees that do not fit."""
+"""The decoder: padding, causality, adapters and variants, and trees that do not fit."""
 
 from dataclasses import replace
 from functools import partial
@@ -86,39 +86,12 @@ def test_apply_tells_positions_apart(model, params):
     assert jnp.abs(change[:, 5:]).max() > 1e-3
 
 
-# The cache
-
-
-@pytest.mark.parametrize("adapted", [False, True], ids=["weights", "lora"])
-def test_apply_cache_equals_no_cache(model, params, lora, adapted):
-    """4 tokens, 4, 1 and 1, in rows that are padded left, have a gap, or have ended."""
-    lora = lora if adapted else None
-    mask = jnp.array([[1] * 10, [0, 0, 0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
-
-    @jax.jit
-    def stepwise(params):
-        cache = model.init_cache(3, 12)  # two slots are never used
-        found = []
-        for start, end in ((0, 4), (4, 8), (8, 9), (9, 10)):
-            columns = TOKEN[:, start:end], mask[:, start:end]
-            hidden, cache = model.apply(params, *columns, lora, cache)
-            found.append(hidden)
-        return model.logits(params, jnp.concatenate(found, axis=1)), cache
-
-    found, cache = stepwise(params)
-    expected = logits(model, params, TOKEN, mask, lora)
-    real = np.asarray(mask) == 1
-    np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
-    assert cache.index == 10
-    np.testing.assert_array_equal(cache.mask_BS, np.pad(mask, ((0, 0), (0, 2))))
-
-
 # Variants
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_apply_variants(decoder, random_weights, variant):
-    """Each reads every one of its weights, and computes with a cache what it does without."""
+    """Each reads every one of its weights."""
     model = Model(replace(decoder, **VARIANTS[variant]))
     params = random_weights(model.shapes(), 2)
     names = flat(params)
@@ -133,15 +106,6 @@ def test_apply_variants(decoder, random_weights, variant):
         other[index] += jnp.linspace(-0.5, 0.5, other[index].size).reshape(other[index].shape)
         change = logits(model, structure.unflatten(other), TOKEN, FULL) - expected
         assert jnp.abs(change).max() > 1e-3, name
-
-    @jax.jit
-    def in_two_steps(params):
-        cache = model.init_cache(3, T)
-        first, cache = model.apply(params, TOKEN[:, :7], FULL[:, :7], None, cache)
-        second, _ = model.apply(params, TOKEN[:, 7:], FULL[:, 7:], None, cache)
-        return model.logits(params, jnp.concatenate([first, second], axis=1))
-
-    np.testing.assert_allclose(in_two_steps(params), expected, atol=1e-5)
 
 
 # Declarations

@@ -12,8 +12,9 @@ import scipy.stats
 from jaxrlhf.config import MeshConfig, SampleConfig
 from jaxrlhf.core.types import StopTable
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings
+from jaxrlhf.models.decode import lay_out
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.sample import BLOCK, decode_layout, draw, forbid, log_prob, sample, truncate
+from jaxrlhf.steps.sample import BLOCK, draw, forbid, log_prob, sample, truncate
 from jaxrlhf.steps.score import score, value
 
 NEW = 8
@@ -173,13 +174,13 @@ def test_sample_greedy_logp_is_that_of_temperature_one(model, params, generate):
 
 
 class Counting(Model):
-    """A model that counts how often it is run."""
+    """A model that counts how often it says which token is next."""
 
     calls = 0
 
-    def apply(self, *args, **kwargs):
+    def logits(self, *args, **kwargs):
         jax.debug.callback(lambda: setattr(Counting, "calls", Counting.calls + 1))
-        return super().apply(*args, **kwargs)
+        return super().logits(*args, **kwargs)
 
 
 def test_sample_stops(model, params):
@@ -238,19 +239,11 @@ def test_sample_same_tokens_on_eight_devices(model, params, prompts):
     np.testing.assert_allclose(eight.logp_BT, one.logp_BT, atol=1e-5)
 
 
-def test_decode_layout_computes_the_same_in_bfloat16(model, params, lora):
-    """Casting the weights once a rollout changes no bit of hidden states, logits or values."""
-    model = Model(model.decoder, dtype="bfloat16", lora=model.lora)
-
-    @partial(jax.jit, static_argnames="cast")
-    def outputs(cast):
-        weights, adapters = decode_layout(model, params, lora) if cast else (params, lora)
-        hidden, _ = model.apply(weights, PROMPT, PROMPT_MASK, adapters)
-        return hidden, model.logits(weights, hidden), model.scalar(weights, hidden)
-
-    for once, each_time in zip(outputs(True), outputs(False), strict=True):
-        assert once.dtype == each_time.dtype
-        np.testing.assert_array_equal(once.astype(jnp.float32), each_time.astype(jnp.float32))
+def test_sample_with_weights_laid_out_before_is_the_same(generate, model, params, lora):
+    for adapters in (None, lora):
+        weights = jax.jit(partial(lay_out, model))(params, adapters)
+        once = generate(lora=adapters, weights=weights)
+        jax.tree.map(np.testing.assert_array_equal, once, generate(lora=adapters))
 
 
 @pytest.mark.parametrize(

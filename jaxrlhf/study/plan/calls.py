@@ -17,7 +17,8 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import DECODE, at_hand, few_rows_layout, on_host, spec
-from jaxrlhf.models.transformer import CACHE_AXES
+from jaxrlhf.models.attention import KEPT
+from jaxrlhf.models.decode import Weights, slots_of
 from jaxrlhf.rewards.models import Member
 from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
@@ -65,7 +66,8 @@ def calls_of(run: Run) -> dict[str, Call]:
         for name, args in given.items()
     }
     rewards = _reward_models(run, given["reference"][1:], rounds)
-    return {"sample": out.pop("sample"), **rewards, **out, **_evaluation(run, given)}
+    first = {name: out.pop(name) for name in ("lay_out", "sample")}
+    return {**first, **rewards, **out, **_evaluation(run, given)}
 
 
 def _offline(run: Run) -> dict[str, Call]:
@@ -129,8 +131,8 @@ def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
     rows = -(-config.eval.batch_size // shards) * shards
     width = (rows, config.data.max_prompt_tokens)
     prompts = jax.ShapeDtypeStruct(width, jnp.int32, sharding=few_rows_layout(run.mesh, rows))
-    policy, base, *_, key = given["sample"]
-    draw = (policy, base, prompts, prompts, key)
+    policy, base, decoding, *_, key = given["sample"]
+    draw = (policy, base, decoding, prompts, prompts, key)
     rollout = on_rows(run, jax.eval_shape(run.programs.eval_sample, *draw))
     score = (given["reference"][0], rollout.token_BT, rollout.attention_mask_BT)
     assert run.reference is not None
@@ -174,7 +176,8 @@ def kinds_of(args: tuple[Any, ...]) -> list[str]:
             parts.append(("optimizer", (arg.opt_state, arg.step, arg.skipped)))
         else:
             network = isinstance(arg, dict) and bool({"layers", "lora"} & arg.keys())
-            parts.append(("parameters" if network else "rows", arg))
+            copy = "weights_copy" if isinstance(arg, Weights) else "rows"
+            parts.append(("parameters" if network else copy, arg))
     return [kind for kind, tree in parts for _ in jax.tree.leaves(tree)]
 
 
@@ -182,7 +185,7 @@ def arguments_by_kind(args: tuple[Any, ...], jaxpr: Any) -> dict[str, float]:
     """Bytes on each device of the arguments that a traced program reads, by kind."""
     # jit does not even pass the others
     _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
-    out = {"parameters": 0.0, "optimizer": 0.0, "rows": 0.0}
+    out = {"parameters": 0.0, "optimizer": 0.0, "rows": 0.0, "weights_copy": 0.0}
     leaves = jax.tree.leaves(args)
     for x, kind, kept in zip(leaves, kinds_of(args), used, strict=True):
         out[kind] += on_device(x) * kept
@@ -207,10 +210,24 @@ def fetched(params: Any) -> float:
 
 def cache_bytes(run: Run, rows: int) -> float:
     """The KV cache of a sampler's rows."""
-    slots = run.config.data.max_prompt_tokens + run.config.sample.max_new_tokens
-    key = jax.eval_shape(lambda: run.model.init_cache(rows, slots)).key_LBSKH
-    # values are as many as keys
-    return 2.0 * _decoding(run, key, CACHE_AXES.key_LBSKH) * key.dtype.itemsize
+    c, sample = run.model.decoder, run.config.sample
+    size, shards = 2 * np.dtype(run.model.dtype).itemsize, _shards(run)
+    # of prompts, each once where they divide over the devices, and of the tokens since
+    prompts = rows // sample.n if rows // sample.n % shards == 0 else rows
+    parts = (
+        (prompts, run.config.data.max_prompt_tokens),
+        (rows, slots_of(sample.max_new_tokens - 1)),
+    )
+    numbers = 0
+    for count, slots in parts:
+        shape = (count, c.kv_heads, slots, c.head_dim)
+        numbers += _decoding(run, SimpleNamespace(shape=shape), KEPT)
+    return float(size * c.layers * numbers)
+
+
+def _shards(run: Run) -> int:
+    """Pieces that the rows of a sampler are split into."""
+    return run.mesh.size // run.mesh.shape["tensor"]
 
 
 def decode_copy(run: Run) -> float:

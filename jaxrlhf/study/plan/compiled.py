@@ -24,7 +24,6 @@ from jaxrlhf.study.plan.calls import (
     arguments_by_kind,
     cache_bytes,
     calls_of,
-    decode_copy,
     decode_trips,
     refused,
     resident,
@@ -34,13 +33,13 @@ from jaxrlhf.study.plan.topology import CHIPS, GIB, Chip, Topology, chip_of
 WORKERS = 4
 """Most programs compiled at a time: each takes a core, and a GiB or two for a large model."""
 
-ARGUMENTS = ("parameters", "optimizer", "rows")
+ARGUMENTS = ("parameters", "optimizer", "rows", "weights_copy")
 """Kinds of bytes that come as arguments; their sum is what the compiler calls arguments."""
 
-KINDS = (*ARGUMENTS, "weights_copy", "kv_cache", "temporaries", "outputs", "elsewhere")
-"""Kinds of bytes on a device while a step runs: its arguments; what a sampler keeps, the weights in
-decode layout and the KV cache; all other temporaries, activations most of them; results that do not
-take an argument's place; and what the run holds besides, for other steps."""
+KINDS = (*ARGUMENTS, "kv_cache", "temporaries", "outputs", "elsewhere")
+"""Kinds of bytes on a device while a step runs: its arguments, of a sampler the weights in decode
+layout too; its KV cache; all other temporaries, activations most of them; results that do not take
+an argument's place; and what the run holds besides, for other steps."""
 
 
 @dataclass(frozen=True)
@@ -264,10 +263,8 @@ def _step(run: Run, name: str, call: Call, chip: Chip, mean_length: float | None
     # the compiler's temporaries have no names: what a sampler must keep is taken off their sum
     left = float(analysis.temp_size_in_bytes)
     if call.responses:
-        keeps = {"kv_cache": cache_bytes(run, call.responses), "weights_copy": decode_copy(run)}
-        for kind, size in keeps.items():
-            kinds[kind] = min(size, left)
-            left -= kinds[kind]
+        kinds["kv_cache"] = min(cache_bytes(run, call.responses), left)
+        left -= kinds["kv_cache"]
     kinds["temporaries"] = left
     # a result that takes a donated argument's place is counted there
     kinds["outputs"] = max(results - analysis.alias_size_in_bytes, 0.0)

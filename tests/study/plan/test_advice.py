@@ -146,7 +146,7 @@ def test_plan_refuses_what_does_not_fit(path):
     assert result.returncode == 2
     assert "KV cache" in result.stdout
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: does not fit 0.00 GiB: sample needs")
+    assert last.startswith("error: does not fit 0.00 GiB: lay_out needs")
     assert last.endswith(
         "take more devices, or LoRA, optim.state_dtype: bfloat16, reference.offload"
     )

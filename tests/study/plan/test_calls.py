@@ -52,7 +52,7 @@ def test_arguments_by_kind_leaves_out_what_is_not_read():
     network = {"layers": jnp.zeros(10), "head": jnp.zeros(1000)}
     traced = jax.jit(lambda p, x: p["layers"] + x).trace(network, 1.0)
     found = arguments_by_kind((network, jnp.float32(1)), traced.jaxpr)
-    assert found == {"parameters": 40, "optimizer": 0, "rows": 4}
+    assert found == {"parameters": 40, "optimizer": 0, "rows": 4, "weights_copy": 0}
 
 
 def test_refused_reads_the_compiler():
@@ -82,8 +82,9 @@ def test_resident_is_what_a_run_holds(lora, mesh, tmp_path):
 def test_cache_and_copy_by_hand(mesh, tmp_path):
     with jax.set_mesh(mesh):
         run = outline(runs.ppo(tmp_path, mesh=MeshConfig(2, 2, 2)), mesh)
-        # keys and values: 2 layers, 16 rows over 4, 4 + 8 slots, 2 heads over 2, head_dim 8
-        assert cache_bytes(run, 16) == 2 * 2 * 4 * 12 * 1 * 8 * 4
+        # keys and values: 2 layers, 8 prompts of 4 and 16 rows of 8 slots over 4, 2 heads over 2,
+        # head_dim 8
+        assert cache_bytes(run, 16) == 2 * 2 * (2 * 4 + 4 * 8) * 1 * 8 * 4
         # a layer: q and o 32x32, k and v 32x16, mlp 3 times 32x64, over 2; 5 norms; embedding
         layer = (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) // 2
         assert decode_copy(run) == 4 * (16 * 32 // 2 + 5 * 32 + 2 * layer)

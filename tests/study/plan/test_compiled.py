@@ -16,7 +16,7 @@ from jaxrlhf.study.plan.topology import chip_of, parse
 def test_plan_has_every_step_of_an_iteration(planned):
     calls = {step.name: step.calls for step in planned.steps}
     assert calls == {
-        "sample": 1, "reward 0": 1, "reference": 1, "value": 1, "targets": 1,
+        "lay_out": 1, "sample": 1, "reward 0": 1, "reference": 1, "value": 1, "targets": 1,
         "take": 4, "critic_update": 4, "update": 4,  # 2 epochs of 2 minibatches
     }  # fmt: skip
     assert planned.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
@@ -24,9 +24,9 @@ def test_plan_has_every_step_of_an_iteration(planned):
 
 
 def test_plan_of_the_decode_loop(planned):
-    sample = planned.steps[0]
+    sample = planned.steps[1]
     assert sample.trips == 7
-    assert sample.bytes["kv_cache"] == 2 * 2 * 4 * 12 * 1 * 8 * 4
+    assert sample.bytes["kv_cache"] == 2 * 2 * (2 * 4 + 4 * 8) * 1 * 8 * 4
     assert set(sample.bytes) <= set(KINDS)
 
 
@@ -54,7 +54,7 @@ def test_plan_time_and_shares(planned):
 def test_plan_mean_length(config, planned, cpu):
     short = plan(config, cpu, mean_length=1, names=("sample",)).steps[0]
     assert short.trips == 0
-    long = planned.steps[0]
+    long = planned.steps[1]
     assert short.flops < long.flops
     assert short.sent < long.sent
 
@@ -112,7 +112,7 @@ def test_plan_bfloat16_state_takes_half(config, planned, cpu):
 
 
 def test_arguments_are_the_kinds_that_come_first():
-    assert KINDS[:3] == ARGUMENTS
+    assert KINDS[:4] == ARGUMENTS
 
 
 def test_mesh_of_devices_that_are_here():

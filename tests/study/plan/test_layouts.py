@@ -9,23 +9,24 @@ import pytest
 import runs
 
 from jaxrlhf.config import DecoderConfig, MeshConfig, PPOConfig, RewardConfig, SampleConfig
-from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models import attention
-from jaxrlhf.models.transformer import CACHE_AXES
+from jaxrlhf.mesh.sharding import DECODE, RULES, constrain, constrain_tree, make_mesh
+from jaxrlhf.models import attention, decode
 from jaxrlhf.run.setup import outline
 from jaxrlhf.steps import sample as sampling
 from jaxrlhf.steps import score as scoring
 from jaxrlhf.study.plan.calls import calls_of
 from jaxrlhf.study.plan.hlo import collectives, open_loops, parse
 
-PROMPT, NEW = 4, 33
+PROMPT, NEW = 4, 41
 VOCAB, EMBED, SLOTS = 640, 96, PROMPT + NEW  # 2.5 blocks of a draw
+KEPT = 40  # slots of new tokens
 ROWS = 32
 HEAD_KERNEL = EMBED * 16
 """The smallest weight that a loop could gather."""
 MESHES = [(2, 2, 2, 1), (1, 2, 2, 2)]
 """data, fsdp, tensor, context."""
 NAMES = (
+    "lay_out",
     "sample",
     "reward 0",
     "reference",
@@ -118,10 +119,10 @@ def loop_gathers(module):
 
 
 def cache_exchanges(module):
-    """What is sent of the cache: of all slots, more than a number for each."""
+    """What is sent of the cache of new tokens: of all slots, more than a number for each."""
     found = collectives(module, trips=NEW - 1)
     shapes = map(largest, found)
-    return [x for x in shapes if SLOTS in x.dims and x.elements > ROWS * SLOTS]
+    return [x for x in shapes if KEPT in x.dims and x.elements > ROWS * KEPT]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,11 +142,16 @@ def test_decode_loop_gathers_neither_weights_nor_logits(modules):
     assert loop_gathers(module("sample")) == []
 
 
-def test_weights_gathered_in_the_decode_loop_would_be_found(tmp_path):
-    def as_they_lie(model, params, lora):
-        return params, lora
+def test_weights_gathered_in_the_decode_loop_would_be_found(tmp_path, monkeypatch):
+    def late(model, weights, *rest):
+        """Each step lays the weights out anew; what does not change, XLA would move out."""
+        changing = jax.tree.map(lambda x: jax.numpy.where(rest[-1] >= 0, x, 0), weights)
+        names = decode.axes(model, "head" in weights.outer, False)
+        changing = constrain_tree(changing, names, RULES)
+        return decode.step(model, constrain_tree(changing, names, DECODE), *rest)
 
-    with broken(tmp_path, MESHES[-1], sampling, "decode_layout", as_they_lie) as (module, _):
+    monkeypatch.setattr(sampling, "step", late)
+    with broken(tmp_path, MESHES[-1], decode, "DECODE", RULES) as (module, _):
         assert loop_gathers(module("sample"))
 
 
@@ -155,18 +161,17 @@ def test_sampler_exchanges_no_cache(modules):
 
 
 def test_an_exchange_of_the_cache_would_be_found(tmp_path):
-    whole = replace(
-        CACHE_AXES,
-        key_LBSKH=("layers", None, "slots", "kv_heads", "head_dim"),
-        value_LBSKH=("layers", None, "slots", "kv_heads", "head_dim"),
-    )
-    with broken(tmp_path, MESHES[-1], sampling, "CACHE_AXES", whole) as (module, _):
+    def whole(query, new, prompt, mask, earlier, at):
+        earlier = jax.tree.map(lambda x: constrain(x, (None,) * 4, DECODE), earlier)
+        return attention.attend_next(query, new, prompt, mask, earlier, at)
+
+    with broken(tmp_path, MESHES[-1], decode, "attend_next", whole) as (module, _):
         assert cache_exchanges(module("sample"))
 
 
 def test_sampler_splits_the_cache_over_all_devices(modules):
     module, _ = modules
-    share = 3 * ROWS * SLOTS * 2 * 16 // 8  # layers, rows, slots, heads, numbers
+    share = ROWS * KEPT * 2 * 16 // 8  # rows, slots, heads, numbers
     (loop,) = open_loops(module("sample"))
     held = [
         shape
@@ -174,9 +179,9 @@ def test_sampler_splits_the_cache_over_all_devices(modules):
         for op in ops.values()
         if op.name == loop
         for shape in op.shapes
-        if SLOTS in shape.dims and len(shape.dims) > 3
+        if KEPT in shape.dims and len(shape.dims) > 3
     ]
-    assert len(held) == 2
+    assert len(held) == 3 * 2  # of each layer
     assert {shape.elements for shape in held} == {share}
 
 

@@ -1,0 +1,169 @@
+"""The decoder a token at a time: weights laid out for it, prompts read once, and a step.
+
+Every byte that a step moves should be one that it needs: each weight once, the keys and values so
+far once. So the layers are unrolled over a list of their weights, products that read one input are
+one product, and each layer has a cache of its own, which is read as it was before the step and
+written in place after it. Under ``lax.scan`` over stacked layers XLA slices every layer's weights
+out into buffers, and copies the caches whole, for every token.
+
+A prompt is read once, and its keys and values are shared by all of its samples.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxrlhf.config import DecoderConfig
+from jaxrlhf.core.types import Array, Params
+from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, shardings
+from jaxrlhf.models.attention import KEPT, attend_next
+from jaxrlhf.models.layers import Block, rotary_angles
+from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
+
+Layer = tuple[Array, Array]
+"""Keys and values of one layer: of prompts [Q, K, P, H], of the tokens since [B, K, S, H]."""
+
+
+class Weights(NamedTuple):
+    """Parameters as a step reads them; see ``lay_out``."""
+
+    outer: Params
+    """Embedding, last norm, projection, and head."""
+    layers: tuple[Params, ...]
+    """Those of each layer, with its adapters; fused where there are none."""
+
+
+class Prompts(NamedTuple):
+    """What the samples of prompts share."""
+
+    layers: tuple[Layer, ...]
+    mask_QP: Array
+    """1 on real tokens."""
+
+
+@functools.lru_cache(maxsize=64)
+def fused(decoder: DecoderConfig) -> Declared:
+    """A layer whose products that read one input are one: q, k and v; gate and up."""
+    return declare(lambda rngs: Block(decoder, rngs, fused=True))
+
+
+def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights:
+    """The weights as the decode loop reads them: compute dtype, whole but for ``tensor``, a tree a
+    layer.
+
+    They are gathered over fsdp and context here, once. The last norm and the scalar head, which
+    compute in float32, stay so. Costs one copy of the weights, split over ``tensor`` alone.
+    """
+    outer = {name: x for name, x in params.items() if name != "layers"}
+    outer = {name: x if name in ("norm", "head") else model.cast(x) for name, x in outer.items()}
+    stacked = params["layers"] if lora is None else merge(params["layers"], lora)
+    layers = []
+    for index in range(model.decoder.layers):
+        layer = model.cast(jax.tree.map(lambda x, index=index: x[index], stacked))
+        layers.append(_fuse(layer) if lora is None else layer)
+    found = Weights(outer, tuple(layers))
+    return constrain_tree(found, axes(model, "head" in params, lora is not None), DECODE)
+
+
+def axes(model: Model, head: bool, adapted: bool) -> Weights:
+    """The logical axes of ``Weights``: the same tree with tuples of names."""
+    outer = {name: x for name, x in model.axes(head).items() if name != "layers"}
+    layer = fused(model.decoder).axes
+    if adapted:
+        stacked = blocks(model.decoder, model.lora).axes
+        layer = jax.tree.map(lambda names: names[1:], stacked, is_leaf=lambda x: type(x) is tuple)
+    return Weights(outer, (layer,) * model.decoder.layers)
+
+
+def decode_layout(model: Model, mesh: Mesh, head: bool, adapted: bool) -> Weights:
+    """Where each array of ``Weights`` lies on a mesh."""
+    names = axes(model, head, adapted)
+
+    def place(tree: Any) -> Any:
+        return shardings(tree, mesh, DECODE)
+
+    return Weights(place(names.outer), tuple(place(layer) for layer in names.layers))
+
+
+def _fuse(layer: Params) -> Params:
+    """A layer's weights with q, k, v and gate, up joined, as ``fused`` declares them."""
+    attention, mlp = layer["attention"], layer["mlp"]
+
+    def every(name: str) -> Array:
+        q, k, v = (attention[part][name] for part in "qkv")
+        q = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
+        return jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+
+    rest = {name: x for name, x in attention.items() if name not in ("q", "k", "v")}
+    gate_up = jnp.stack([mlp[name]["kernel"] for name in ("gate", "up")], axis=-2)
+    return {
+        **layer,
+        "attention": {**rest, "qkv": {name: every(name) for name in attention["q"]}},
+        "mlp": {"gate_up": {"kernel": gate_up}, "down": mlp["down"]},
+    }
+
+
+def read_prompts(
+    model: Model, params: Params, token_QP: Array, mask_QP: Array, lora: Params | None = None
+) -> tuple[Array, Prompts]:
+    """Hidden states [Q, D] of the last tokens of left-padded prompts, and what their samples share.
+
+    This is the forward pass of scoring and updating, over stacked layers.
+    """
+    hidden, kept = model.apply(params, token_QP, mask_QP, lora, keep=True)
+    assert kept is not None
+    layers = tuple((kept[0][i], kept[1][i]) for i in range(model.decoder.layers))
+    return hidden[:, -1], Prompts(layers, mask_QP)
+
+
+def slots_of(tokens: int) -> int:
+    """Slots of a cache for so many new tokens: GPUs copy what is no multiple of their tiles."""
+    tile = 64 if tokens > 64 else 8
+    return -(-tokens // tile) * tile
+
+
+def empty_cache(model: Model, rows: int, tokens: int) -> tuple[Layer, ...]:
+    """Room for the keys and values of so many new tokens of each row."""
+    c, slots = model.decoder, slots_of(tokens)
+    zeros = jnp.zeros((rows, c.kv_heads, slots, c.head_dim), model.dtype)
+    return tuple((constrain(zeros, KEPT, DECODE),) * 2 for _ in range(c.layers))
+
+
+def step(
+    model: Model,
+    weights: Weights,
+    prompts: Prompts,
+    cache: tuple[Layer, ...],
+    token_B: Array,
+    at: Array,
+) -> tuple[Array, tuple[Layer, ...]]:
+    """Hidden states [B, D] of each row's new token number ``at``, and the caches with it."""
+    adapted = "qkv" not in weights.layers[0]["attention"]
+    graph = (blocks(model.decoder, model.lora) if adapted else fused(model.decoder)).graph
+    outer = model.outer(weights.outer)
+    samples = token_B.shape[0] // prompts.mask_QP.shape[0]
+    position_B = jnp.repeat(prompts.mask_QP.sum(1), samples) + at
+    angles = rotary_angles(position_B[:, None], model.decoder)
+    x = outer.embed(token_B[:, None], model.dtype)
+    x = constrain(x, ("batch", "length", "activation"), DECODE)
+    written = []
+    for layer, prompt, earlier in zip(weights.layers, prompts.layers, cache, strict=True):
+
+        def attend(
+            query: Array, key: Array, value: Array, prompt: Layer = prompt, earlier: Layer = earlier
+        ) -> tuple[Array, Any]:
+            new = key[:, 0], value[:, 0]
+            seen = attend_next(query[:, 0], new, prompt, prompts.mask_QP, earlier, at)
+            pairs = zip(earlier, new, strict=True)
+            return seen[:, None], tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, x[:, :, None], at, axis=2)
+                for old, x in pairs
+            )
+
+        x, both = nnx.merge(graph, layer)(x, angles, DECODE, attend)
+        written.append(both)
+    return outer.norm(x[:, 0]), tuple(written)

@@ -1,0 +1,96 @@
+"""A token at a time is the same as all at once: of each family, with adapters, on meshes."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_transformer import FULL, TOKEN, VARIANTS, logits
+
+from jaxrlhf.config import MeshConfig
+from jaxrlhf.mesh.sharding import DECODE, make_mesh, shardings
+from jaxrlhf.models.decode import (
+    axes,
+    decode_layout,
+    empty_cache,
+    fused,
+    lay_out,
+    read_prompts,
+    slots_of,
+    step,
+)
+from jaxrlhf.models.transformer import Model
+
+P, NEW, SAMPLES = 4, 5, 2
+GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
+MASK = FULL.at[1, :3].set(0)  # a prompt of one token
+MORE = jnp.array(np.random.default_rng(5).integers(0, 300, (3 * SAMPLES, NEW)), jnp.int32)
+
+
+@partial(jax.jit, static_argnums=0)
+def stepwise(model, params, lora=None):
+    """Logits of the prompts' last tokens and of the new ones, two continuations a prompt."""
+    weights = lay_out(model, params, lora)
+    hidden, prompts = read_prompts(model, params, TOKEN[:, :P], MASK[:, :P], lora)
+    found = [jnp.repeat(hidden, SAMPLES, axis=0)]
+    cache = empty_cache(model, 3 * SAMPLES, NEW)  # three slots are never used
+    assert cache[0][0].shape[2] == slots_of(NEW) == 8
+    for at in range(NEW):
+        hidden, cache = step(model, weights, prompts, cache, MORE[:, at], jnp.array(at))
+        found.append(hidden)
+    return model.logits(weights.outer, jnp.stack(found, axis=1))
+
+
+def whole(model, params, lora=None):
+    rows = [jnp.repeat(x[:, :P], SAMPLES, axis=0) for x in (TOKEN, MASK)]
+    token = jnp.concatenate([rows[0], MORE], axis=1)
+    mask = jnp.concatenate([rows[1], jnp.ones_like(MORE)], axis=1)
+    return logits(model, params, token, mask, lora)[:, P - 1 :]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "gemma"])
+def test_step_equals_the_whole_row(decoder, random_weights, variant):
+    model = Model(replace(decoder, **(VARIANTS | {"gemma": GEMMA})[variant]))
+    params = random_weights(model.shapes(), 2)
+    np.testing.assert_allclose(stepwise(model, params), whole(model, params), atol=2e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["weights", "lora"])
+def test_step_equals_the_whole_row_with_adapters(model, params, lora, adapted):
+    lora = lora if adapted else None
+    expected = whole(model, params, lora)
+    np.testing.assert_allclose(stepwise(model, params, lora), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["weights", "lora"])
+def test_lay_out_is_what_it_declares(model, params, lora, adapted):
+    """Shapes and axes of every array, in the compute dtype but for norm and head."""
+    model = Model(model.decoder, "bfloat16", model.lora)
+    lora = lora if adapted else None
+    weights = jax.eval_shape(lambda params, lora: lay_out(model, params, lora), params, lora)
+    names = axes(model, "head" in params, adapted)
+    ranks = jax.tree.map(lambda x, axes: len(axes) == x.ndim, weights, names)
+    assert all(jax.tree.leaves(ranks))
+    if not adapted:
+        shapes = jax.tree.map(lambda x: x.shape, weights.layers[0])
+        assert shapes == jax.tree.map(lambda x: x.shape, fused(model.decoder).shapes)
+    wide = {name for name, x in weights.outer.items() if jax.tree.leaves(x)[0].dtype == "float32"}
+    assert wide == {"norm", "head"}
+    assert {x.dtype for x in jax.tree.leaves(weights.layers)} == {jnp.dtype("bfloat16")}
+
+
+def test_lay_out_gathers_over_all_but_tensor(model, params):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    where = decode_layout(model, mesh, "head" in params, False)
+    with jax.set_mesh(mesh):
+        laid = jax.device_put(params, shardings(model.axes("head" in params), mesh))
+        weights = jax.jit(partial(lay_out, model), out_shardings=where)(laid)
+    kernel = weights.layers[0]["attention"]["qkv"]["kernel"]
+    c = model.decoder
+    group = c.heads // c.kv_heads + 2
+    assert kernel.shape == (c.embed, c.kv_heads, group, c.head_dim)
+    share = kernel.sharding.shard_shape(kernel.shape)
+    assert share == (c.embed, c.kv_heads // 2, group, c.head_dim)
+    assert DECODE["group"] is DECODE["pair"] is None
