@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import pydantic
 import tyro
@@ -55,13 +55,16 @@ def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CO
 
     Flags (``--optim.learning-rate 1e-5``, ``--data.packing``, ``--data.no-packing``,
     ``--sample.stop 1 2``, ``--rewards.0.weight 2``; ``-`` and ``_`` are the same) or assignments
-    (``optim.learning_rate=1e-5``, ``data.packing=true``); of two for one field the last counts.
+    (``optim.learning_rate=1e-5``, ``data.packing=true``, ``sample.stop=[1, 2]``); of two for one
+    field the last counts. A value is read as in the YAML (``null``, which may also be ``None``,
+    ``[q, v]``, ``{a: 1}``), but a field of text takes it as it is.
     They change fields of parts that are there: another algorithm, one more reward, LoRA or a
     decoder where there is none are written in the YAML.
 
     Raises:
-      InputError: a number that is not finite.
-      SystemExit: on ``--help``, and on words that tyro refuses.
+      InputError: a value that is not YAML or of the wrong type, a number that is not finite, a
+        value for a whole part.
+      SystemExit: on ``--help``, and on words that name no field or lack a value; tyro says why.
     """
     constants = _constants(type(config.algorithm), _members(get_type_hints(Config)["algorithm"]))
     for word in words:
@@ -69,16 +72,152 @@ def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CO
         if named and (name := named[1].replace("-", "_")) in constants:
             unread = f"{config.algorithm.name} does not read it: leave it out"
             raise InputError(f"command line: algorithm.{name}: {unread}")
-    # tyro parses by the types of the fields; what it made is checked as YAML is.
-    changed = tyro.cli(
-        Config,
-        prog=prog,
-        description="Train as CONFIG, a YAML file, says; each option changes one of its fields.",
-        args=[_flag(word) for word in words],
-        default=config,
-        config=(tyro.conf.AvoidSubcommands,),
+    content = dataclasses.asdict(config)
+    left, unknown = list(words), []
+    while left:
+        word = left.pop(0)
+        found = _named_by(config, word)
+        values = None if found is None else _values(config, found, left)
+        if found is None or values is None:
+            unknown.append(_flag(word))
+            continue
+        section: Any = content
+        for part in found.path[:-1]:
+            section = section[part]
+        section[found.path[-1]] = _parsed(found, values)
+    if unknown:
+        # tyro knows the same fields, has the help, and finds the nearest name to a wrong one.
+        tyro.cli(
+            Config,
+            prog=prog,
+            description="Train as CONFIG, a YAML file, says; each option changes one of its "
+            "fields, and so does an assignment, as optim.warmup=5. Values are written as in the "
+            "YAML: null, [1, 2], {a: 1}.",
+            args=unknown,
+            default=config,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+        raise InputError(f"command line: {unknown[0]}: is no field of CONFIG (see --help)")
+    return build(Config, content, "command line")
+
+
+class _Field(NamedTuple):
+    """A field that a command-line word names."""
+
+    path: list[str | int]
+    kind: Any
+    """The type in its annotation."""
+    value: str | None
+    """What stands behind ``=``; None without one."""
+    off: bool
+    """Whether a flag says no: ``--data.no-packing``."""
+
+    @property
+    def key(self) -> str:
+        return ".".join(map(str, self.path))
+
+
+def _named_by(config: Config, word: str) -> _Field | None:
+    """The field that ``--key``, ``--key=value`` or ``key=value`` names; None if it names none."""
+    match = re.fullmatch(r"(--)?([\w.-]+?)(?:=(.*))?", word, re.DOTALL)
+    if not match or not (match[1] or match[3] is not None):
+        return None
+    key = match[2].replace("-", "_")
+    parts = (_aliases().get(key, key) if match[1] else key).split(".")
+    at, kind, path, off = config, Config, [], False
+    for part in parts:
+        hints = get_type_hints(type(at)) if dataclasses.is_dataclass(at) else {}
+        bare = part.removeprefix("no_")
+        if isinstance(at, tuple) and part.isdecimal() and int(part) < len(at):
+            at, name = at[int(part)], int(part)
+            kind = type(at) if dataclasses.is_dataclass(at) else None
+        elif part in hints or (match[1] and match[3] is None and hints.get(bare) is bool):
+            name = part if part in hints else bare
+            off, kind, at = part not in hints, hints[name], getattr(at, name)
+        else:
+            return None
+        path.append(name)
+    # Which algorithm it is decides what fields there are.
+    if kind is None or path == ["algorithm", "name"]:
+        return None
+    return _Field(path, kind, match[3], off)
+
+
+@functools.cache
+def _aliases() -> dict[str, str]:
+    """Short flags → dotted keys: ``process`` → ``distributed.process``."""
+    return {
+        alias.removeprefix("--"): f"{section}.{name}"
+        for section, kind in get_type_hints(Config).items()
+        if dataclasses.is_dataclass(kind)
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        for note in getattr(hint, "__metadata__", ())
+        for alias in getattr(note, "aliases", None) or ()
+    }
+
+
+def _values(config: Config, field: _Field, left: list[str]) -> list[str] | None:
+    """The words that are the field's value, taken off ``left``; None if it lacks one."""
+    if field.value is not None:
+        return [field.value]
+    if field.kind is bool:
+        return ["false" if field.off else "true"]
+    several = _item(field.kind) is not None
+    values = []
+    while left and not left[0].startswith("--") and (several or not values):
+        # A list ends where the next assignment begins; one value may look like one.
+        if several and _named_by(config, left[0]):
+            break
+        values.append(left.pop(0))
+    return values if values or several else None
+
+
+def _parsed(field: _Field, values: Sequence[str]) -> Any:
+    """The value of a field as a YAML file would have it."""
+    members, item = _members(field.kind), _item(field.kind)
+    if any(map(dataclasses.is_dataclass, (*members, item))):
+        if types.NoneType in get_args(field.kind) and values in (["null"], ["None"]):
+            return None
+        given = f"command line: {field.key}={' '.join(values)!r:.80}"
+        raise InputError(f"{given}: a whole part: give its fields one by one, or in the YAML")
+    if item is None:
+        return _scalar(field.kind, values[0], field.key)
+    if len(values) == 1 and values[0].lstrip().startswith("["):
+        return _yaml(values[0], field.key)
+    return [_scalar(item, value, field.key) for value in values]
+
+
+def _item(kind: Any) -> Any:
+    """The type of the items of a list; None for any other type."""
+    found = (get_args(member)[0] for member in _members(kind) if get_origin(member) is tuple)
+    return next(found, None)
+
+
+def _scalar(kind: Any, text: str, key: str) -> Any:
+    if types.NoneType in get_args(kind) and text in ("null", "None"):
+        return None
+    words = all(
+        member is str or (get_origin(member) is Literal and isinstance(get_args(member)[0], str))
+        for member in _members(kind)
     )
-    return build(Config, dataclasses.asdict(changed), "command line")
+    return text if words else _yaml(text, key)
+
+
+def _yaml(text: str, key: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise InputError(
+            f"command line: {key}={text!r:.80}: not YAML ({problem}): write it as 5, null, [1, 2] "
+            "or {a: 1}"
+        ) from None
+
+
+def _flag(word: str) -> str:
+    """An assignment to what might be a field of Config as a flag; every other word as it is."""
+    match = re.match(r"(\w+)[\w.-]*=", word)
+    return f"--{word}" if match and match[1] in Config.__dataclass_fields__ else word
 
 
 def read(path: Path) -> Any:
@@ -195,20 +334,6 @@ def _members(kind: Any) -> Sequence[Any]:
     if get_origin(kind) in (Union, types.UnionType):
         return [member for member in get_args(kind) if member is not types.NoneType]
     return [kind]
-
-
-def _flag(word: str) -> str:
-    """An assignment to a field of Config as a flag; every other word as it is."""
-    match = re.fullmatch(r"(\w+)((?:\.\w+)*)=(.*)", word, re.DOTALL)
-    if not match or match[1] not in Config.__dataclass_fields__:
-        return word
-    key, value = match[1] + match[2], match[3]
-    if value.lower() == "true":
-        return f"--{key}"
-    if value.lower() == "false":
-        head, dot, last = key.rpartition(".")
-        return f"--{head}{dot}no-{last}"
-    return f"--{key}={value}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -33,6 +34,7 @@ from jaxrlhf.config import (
     override,
     save,
 )
+from jaxrlhf.config.load import _named_by, _parsed, build
 from jaxrlhf.core.errors import InputError
 
 DECODER = DecoderConfig(8, 4, 1, 2, 1, 2, 8, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64))
@@ -174,7 +176,7 @@ def test_override_values_are_no_assignments():
 
 
 def test_override_not_finite():
-    with pytest.raises(InputError, match=r"command line: optim\.learning_rate=nan"):
+    with pytest.raises(InputError, match=r"command line: optim\.learning_rate=.nan.: should be"):
         override(Config(), ["--optim.learning-rate", "nan"])
 
 
@@ -186,6 +188,126 @@ def test_override_refuses_unknown_words(words, capsys):
         override(Config(), words)
     assert stop.value.code == 2
     assert words[0] in capsys.readouterr().err
+
+
+def at(config, key):
+    for part in key.split("."):
+        config = config[int(part)] if part.isdecimal() else getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["algorithm.value_clip=null"], None),
+        (["algorithm.value_clip=None"], None),
+        (["--algorithm.value-clip", "null"], None),
+        (["--algorithm.value-clip=None"], None),
+        (["sample.stop=[1, 2]"], (1, 2)),
+        (["sample.stop=1"], (1,)),
+        (["sample.stop=[]"], ()),
+        (["--sample.stop", "[1,2]"], (1, 2)),
+        (["--sample.stop", "1", "2", "steps=3"], (1, 2)),
+        (["--sample.stop"], ()),
+        (["model.lora.targets=[q, v]"], ("q", "v")),
+        (["--model.lora.targets", "q", "v"], ("q", "v")),
+        (["model.lora.targets=[q]", "--model.lora.targets", "[v]"], ("v",)),
+        (["rewards.0.ensemble=[a,b]"], ("a", "b")),
+        (["--rewards.0.ensemble", "[a,b]"], ("a", "b")),
+        (["model.lora=null"], None),
+        (["data.packing=yes"], True),
+        (["--data.packing=false"], False),
+        (["output=[1, null]"], "[1, null]"),
+        (["output=null"], "null"),
+        (["--output", "steps=3"], "steps=3"),
+        (["--output", "1e3"], "1e3"),
+        (["--process", "2"], 2),
+    ],
+)
+def test_override_reads_values_as_the_file_does(words, value):
+    config = Config(rewards=(RewardConfig(model="m"),), model=ModelConfig(lora=LoraConfig()))
+    key = words[0].removeprefix("--").partition("=")[0].replace("-", "_")
+    key = {"process": "distributed.process"}.get(key, key)
+    assert at(override(config, words), key) == value
+
+
+def leaves(config, key=""):
+    """Every field that is no part, by its dotted key, and its value."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{key}{field.name}"
+        parts = value if isinstance(value, tuple) else (value,)
+        if not any(map(dataclasses.is_dataclass, parts)):
+            yield name, value
+        elif isinstance(value, tuple):
+            for i, part in enumerate(value):
+                yield from leaves(part, f"{name}.{i}.")
+        else:
+            yield from leaves(value, f"{name}.")
+
+
+def test_override_takes_every_field_as_the_saved_file_writes_it():
+    written = [(key, value) for key, value in leaves(FULL) if key != "algorithm.name"]
+    assert len(written) > 100
+    for key, value in written:
+        plain = list(value) if isinstance(value, tuple) else value
+        text = value if isinstance(value, str) else json.dumps(plain)
+        for words in ([f"{key}={text}"], [f"--{key.replace('_', '-')}={text}"]):
+            assert override(FULL, words) == FULL, words
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("sample.stop=[1,x]", "sample.stop.1='x': should be a valid integer"),
+        ("sample.stop=[1,", "sample.stop='[1,': not YAML (expected the node content"),
+        ("sample.stop={a: 1}", "sample.stop.0={'a': 1}: should be a valid integer"),
+        ("model.lora.targets=[1]", "model.lora.targets.0=1: should be 'q', 'k', 'v'"),
+        ("optim.learning_rate=null", "optim.learning_rate=None: should be a valid number"),
+        ("--optim.learning-rate=fast", "optim.learning_rate='fast': should be a valid number"),
+        ("algorithm.value_clip=x", "algorithm.value_clip='x': should be a valid number"),
+        ("optim.schedule=step", "optim.schedule='step': should be 'constant', 'linear' or"),
+        ("data.packing=null", "data.packing=None: should be a valid boolean"),
+        ("steps=true", "steps=True: should be a number, not true or false"),
+        ("model.lora=8", "model.lora='8': a whole part: give its fields one by one, or in the"),
+        ("rewards=[]", "rewards='[]': a whole part: give its fields"),
+        ("optim=null", "optim='null': a whole part: give its fields"),
+    ],
+)
+def test_override_names_key_value_and_remedy(word, message):
+    config = Config(rewards=(RewardConfig("f"),), model=ModelConfig(lora=LoraConfig()))
+    with pytest.raises(InputError) as error:
+        override(config, [word])
+    assert str(error.value).startswith(f"command line: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_override_reads_mappings():
+    @dataclasses.dataclass
+    class Part:
+        options: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    word = "options={thinking: false, depth: {most: 2}}"
+    field = _named_by(Part(), word)
+    assert build(Part, {"options": _parsed(field, [field.value])}, "command line") == Part(
+        {"thinking": False, "depth": {"most": 2}}
+    )
+    with pytest.raises(InputError, match=r"options='x': should be a valid dictionary"):
+        build(Part, {"options": _parsed(field, ["x"])}, "command line")
+
+
+@pytest.mark.parametrize("words", [["--steps"], ["--steps", "3", "4"]])
+def test_override_refuses_a_value_too_few_or_too_many(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        override(Config(), words)
+    assert stop.value.code == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+def test_override_help_says_how_values_are_written(capsys):
+    with pytest.raises(SystemExit) as stop:
+        override(Config(), ["--help"])
+    assert stop.value.code == 0
+    assert "null, [1, 2], {a: 1}" in " ".join(capsys.readouterr().out.split())
 
 
 FULL = Config(
