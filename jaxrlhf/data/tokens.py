@@ -168,7 +168,8 @@ def _encode_row(
     prompt = encode_prompt(tokenizer, text, where, row.chat)
     spans, ends = None, ()
     if isinstance(row, Completion) and row.pieces:
-        ids, spans = encode_turns(tokenizer, row.pieces, where, stop, *ended, text, strings)
+        whole = _ended(row, "ended")
+        ids, spans = encode_turns(tokenizer, row.pieces, where, stop, whole, text, strings)
         answers: tuple[Ids, ...] = (ids,)
     else:
         answers = tuple(

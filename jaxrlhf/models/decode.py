@@ -130,7 +130,8 @@ def empty_cache(model: Model, rows: int, tokens: int) -> tuple[Layer, ...]:
     """Room for the keys and values of so many new tokens of each row."""
     c, slots = model.decoder, slots_of(tokens)
     zeros = jnp.zeros((rows, c.kv_heads, slots, c.head_dim), model.dtype)
-    return tuple((constrain(zeros, KEPT, DECODE),) * 2 for _ in range(c.layers))
+    zeros = constrain(zeros, KEPT, DECODE)
+    return tuple((zeros, zeros) for _ in range(c.layers))
 
 
 def step(
