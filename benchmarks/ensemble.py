@@ -95,7 +95,7 @@ def compare(
             output=str(folder / name),
         )
         summary = train(config, mesh)
-        lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+        lines = (Path(config.output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         gold = [x["eval/gold"] for x in map(json.loads, lines) if "eval/gold" in x]
         results.append(
             {

@@ -3,14 +3,16 @@
 ``--help`` must answer at once: what takes long to import is imported by the command that needs it.
 """
 
+import codecs
 import difflib
 import gc
+import io
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import tyro
 from tyro.conf import Positional, arg
@@ -30,6 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # In a test, or another program, the interpreter is not this command's to change.
     if words is None:
         settle()
+        never_refuse(sys.stdout)
         words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
@@ -43,9 +46,46 @@ def main(words: Sequence[str] | None = None) -> int:
     except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except UnicodeEncodeError as error:
+        # Text files are UTF-8 everywhere; the names of files are what the locale can say.
+        if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
+            raise
+        print(f"error: {beyond_locale(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def never_refuse(stream: TextIO) -> None:
+    """Have a stream write ``?`` for what its encoding lacks, where it would raise."""
+    if isinstance(stream, io.TextIOWrapper):
+        lacking = codecs.lookup(stream.encoding).name != "utf-8"
+        if lacking or stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def as_text(word: str) -> str:
+    """A word of the command line that is no file's name, read as UTF-8 whatever the locale.
+
+    Raises:
+      InputError: it is not UTF-8.
+    """
+    if not any("\udc80" <= c <= "\udcff" for c in word):
+        return word
+    # What a locale cannot read, Python hands on as bytes in disguise (PEP 383).
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{word!a:.80}: is not UTF-8: write it so") from None
+
+
+def beyond_locale(error: UnicodeEncodeError) -> str:
+    """What to say of a file's name that the locale cannot say."""
+    return (
+        f"{error.object!a:.80}: the locale's encoding, {error.encoding}, has no such name of a "
+        "file: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+    )
 
 
 def usage() -> str:
@@ -121,7 +161,7 @@ def compile_cache() -> Path:
 
     # Code compiled for one processor may use instructions that another lacks.
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     kind = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     text = "\n".join([platform.machine(), platform.processor(), *sorted(kind)])
     cpu = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -282,7 +322,8 @@ def generate(
     from jaxrlhf.apps.generate import complete
 
     judge = RewardConfig(reward, reward_model) if reward or reward_model else None
-    for row in complete(model, prompt, wish, judge, keep, beta, seed):
+    texts = tuple(map(as_text, prompt))
+    for row in complete(model, texts, wish, judge, keep, beta, seed):
         for text, score in row:
             print(text if score is None else f"{score:.3f}\t{text}")
 

@@ -64,7 +64,8 @@ def flat(stages: dict[str, Any]) -> dict[str, Any]:
 
 def show(folder: Path, summary: dict[str, Any]) -> None:
     """Print completions of the first held-out prompts from both ends of a run, and its figures."""
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    content = (folder / "samples.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in content.split("\n") if line]
     rows = [row for row in rows if row.get("split") == "eval"]
     last = max(row["step"] for row in rows)
     # Prompt → its first row, of step 0 and of the last step.

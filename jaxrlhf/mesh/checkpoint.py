@@ -207,7 +207,7 @@ class Checkpoints:
         path = self.folder / str(self.latest()) / "host" / "metadata"
         if is_first():
             try:
-                note = unseal(json.loads(path.read_text()))
+                note = unseal(json.loads(path.read_text(encoding="utf-8")))
                 write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
             except OSError as error:
                 raise InputError(f"{path}: {error.strerror}; make room and start again") from None

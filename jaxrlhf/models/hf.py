@@ -79,7 +79,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
         raise InputError(f"{folder}: no model.safetensors; give a folder with safetensors weights")
     # The index: {"weight_map": {name of a tensor: file that holds it}}.
     try:
-        places = json.loads(index.read_text())["weight_map"]
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
         outside = next((file for file in files if Path(file).name != file), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -224,7 +224,7 @@ def _scored(decoder: DecoderConfig, params: Any) -> tuple[DecoderConfig, Any, fl
 def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     # transformers 4 does not know this name of 5; both know the other one for the same class.
     if config.get("tokenizer_class") == "TokenizersBackend":
         _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -264,4 +264,5 @@ def _write_weights(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

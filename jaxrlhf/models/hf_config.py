@@ -103,7 +103,7 @@ def read_bias(path: Path) -> float:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; give a folder with config.json") from None
     except ValueError as error:

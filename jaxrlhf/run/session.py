@@ -236,7 +236,7 @@ class Session:
         measured = self.run.normalise_rows is None or "normalisation" in self.host
         if self.is_left() or not path.is_file() or not measured:
             return None
-        summary = json.loads(path.read_text())
+        summary = json.loads(path.read_text(encoding="utf-8"))
         # Of a shorter run that has since been given more steps.
         if summary.get("steps") != self.start:
             return None
@@ -283,10 +283,11 @@ def lock(output: str | Path) -> TextIO:
       InputError: another run writes to ``output``, or the folder cannot be written.
     """
     if not is_first():
-        return open(os.devnull)
+        return open(os.devnull, encoding="utf-8")
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
-        file = open(Path(output) / ".lock", "a+")  # noqa: SIM115 -- open is what holds the lock
+        # Not in a with: the open file is what holds the lock
+        file = open(Path(output) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(
             f"output={str(output)!r}: cannot be written ({error.strerror}); choose another folder"

@@ -114,7 +114,7 @@ def plan_of(job: Job, folder: Path, cached: bool = False) -> Plan | None:
         words = ["plan", str(job.config), "--topology", job.topology, "--json", *job.changes]
         # a process of its own: a topology is chosen before jax starts
         command = [sys.executable, "-m", "jaxrlhf", *words]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
         # the status says whether the plan fits, not whether there is one
         if not done.stdout.strip():
             raise InputError(f"{job.words}: ended with status {done.returncode} and no plan")
