@@ -139,12 +139,12 @@ def attend_next(
         x = x.reshape(prompts, kv_heads, -1, groups, x.shape[-1])
         return jnp.swapaxes(x, 1, 2).reshape(rows, kv_heads, groups, -1)
 
-    query = (query * jnp.asarray(size**-0.5, query.dtype)).reshape(rows, kv_heads, groups, size)
-    first = product("qkmh,qkph->qkmp", of_prompt(query), prompt[0])
+    query, scale = query.reshape(rows, kv_heads, groups, size), size**-0.5
+    first = scale * product("qkmh,qkph->qkmp", of_prompt(query), prompt[0])
     first = of_row(jnp.where(prompt_mask_QP[:, None, None] != 0, first, LOWEST))
-    since = product("bkgh,bksh->bkgs", query, earlier[0])
+    since = scale * product("bkgh,bksh->bkgs", query, earlier[0])
     since = jnp.where(jnp.arange(since.shape[-1]) < at, since, LOWEST)
-    own = product("bkgh,bkh->bkg", query, new[0])[..., None]
+    own = scale * product("bkgh,bkh->bkg", query, new[0])[..., None]
     most = jnp.maximum(jnp.maximum(first.max(-1, keepdims=True), since.max(-1, keepdims=True)), own)
     first, since, own = jnp.exp(first - most), jnp.exp(since - most), jnp.exp(own - most)
     total = first.sum(-1, keepdims=True) + since.sum(-1, keepdims=True) + own

@@ -88,9 +88,7 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     (nats a token); ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
     """
     # Batches only bound the memory: draws follow from a prompt's place in the file.
-    decoding = run.programs.lay_out(params, run.frozen["policy"])
-    drawn = [_draw(run, params, decoding, rows, *batch) for batch in batches(run, len(rows))]
-    del decoding
+    drawn = [_draw(run, params, rows, *batch) for batch in batches(run, len(rows))]
     columns = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
     tokens = [t[m != 0].tolist() for t, m in zip(columns["token"], columns["mask"], strict=True)]
     count = columns["mask"].sum(1)
@@ -119,12 +117,7 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
 
 
 def _draw(
-    run: Run,
-    params: Params,
-    decoding: Any,
-    rows: tuple[Encoded, ...],
-    row_Q: np.ndarray,
-    real_Q: np.ndarray,
+    run: Run, params: Params, rows: tuple[Encoded, ...], row_Q: np.ndarray, real_Q: np.ndarray
 ) -> dict[str, np.ndarray]:
     """One batch of completions: everything that is measured of them, real rows only.
 
@@ -137,9 +130,11 @@ def _draw(
     stream = jax.random.fold_in(stream, 0)  # as it has been for the first batch
     frozen = run.frozen["policy"]
     row_B = (row_Q[:, None] * n + np.arange(n)).ravel().astype(np.int32)
+    decoding = run.programs.lay_out(params, frozen)
     rollout: Rollout = run.programs.eval_sample(
         params, frozen, decoding, *put_rows(arrays, run.mesh), stream, row_B
     )
+    del decoding
     assert run.reference is not None
     ref_logp_BT = run.programs.eval_reference(
         at_hand(run.reference.params), rollout.token_BT, rollout.attention_mask_BT

@@ -125,24 +125,27 @@ def iterate(
     assert run.reference is not None
     policy, base = states["policy"].params, frozen["policy"]
 
-    # A copy of π_θ as decoding reads it, for as long as there is sampling.
-    decoding = programs.lay_out(policy, base)
     # y ~ π_θ(·|x) and r(x, y): once, or until enough groups have a signal (DAPO).
     rounds: list[Judged] = []
     while not enough(run, rounds):
         draw, prompts, arrays = draw_prompts(run, session, step)
+        # A copy of π_θ as decoding reads it, which is gone before the rewards need memory.
+        decoding = programs.lay_out(policy, base)
         rollout = programs.sample(policy, base, decoding, *arrays)
-        session.lap("sample", rollout)
+        greedy = None
+        if "greedy" in run.algorithm.needs:
+            greedy = programs.greedy(policy, base, decoding, *arrays)
+        del decoding
+        session.lap("sample", rollout, greedy)
         judgement = run.judge(rollout, prompts)
         refuse_worthless(judgement, draw)
         baseline_B = None
-        if "greedy" in run.algorithm.needs:
-            greedy = programs.greedy(policy, base, decoding, *arrays)
+        if greedy is not None:
             baseline_B = judge_greedy(run, greedy, prompts, draw)
         session.lap("reward", judgement.reward_B)
         rounds.append(Judged(rollout, judgement, baseline_B, signal_of(run, judgement)))
     (rollout, judgement, baseline_B, _), metrics = pick_groups(run, rounds)
-    del rounds, decoding  # nor need DAPO's other rollouts outlive the choice
+    del rounds  # DAPO's other rollouts need not outlive the choice
     texts = (rollout.token_BT, rollout.attention_mask_BT)
 
     # log π_old(y_t|s_t): the sampler's, or scored again as the update will.

@@ -62,8 +62,7 @@ class OnPolicyPrograms:
     """What one iteration of policy learning calls, in its order, and what held-out prompts need."""
 
     lay_out: Program
-    """(params, frozen) → Weights of the policy as decoding reads them; a copy, for all rounds of
-    sampling of an iteration."""
+    """(params, frozen) → Weights of the policy as decoding reads them: a copy."""
     sample: Program
     """(params, frozen, Weights, prompt_QP, prompt_mask_QP, key) → Rollout of Q·n responses."""
     greedy: Program

@@ -49,7 +49,7 @@ def calls_of(run: Run) -> dict[str, Call]:
     given = dict(arguments(run, jax.ShapeDtypeStruct(key.shape, key.dtype)))
     settings, prompts = on_policy(config), config.data.batch_size
     rounds = settings.rounds if isinstance(settings, DAPOConfig) else 1
-    often = {"sample": rounds, "greedy": rounds, "warmup": 0}
+    often = {"lay_out": rounds, "sample": rounds, "greedy": rounds, "warmup": 0}
     updates = settings.epochs * settings.minibatches
     often |= dict.fromkeys(("take", "critic_update", "update"), updates)
     drawn = {"sample": prompts * config.sample.n, "greedy": prompts}
