@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import runs
 import tiny_models
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from jaxrlhf.apps.cli import export
 from jaxrlhf.apps.generate import complete
@@ -97,9 +97,12 @@ def test_what_a_run_adds_goes_wherever_its_policy_goes(tmp_path):
         bench, _ = read_entrants(wish, load_config(place), runs.one_device())
         assert bench.sampling.stop == stop
     assert load(Path(again.output) / "config.yaml").sample.stop == (EOS, DOT)
-    # Outside: transformers stops where the run did, in both files.
+    # Outside: transformers stops where the run did.
     assert GenerationConfig.from_pretrained(out).eos_token_id == [EOS, DOT]
     assert said(out, "config.json")["eos_token_id"] == [EOS, DOT]
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    prompt = TOKENIZER("hi", return_tensors="pt").input_ids
+    assert theirs.generate(prompt, max_new_tokens=8)[0, prompt.shape[1] :].tolist() == [DOT]
 
 
 def load_config(place):
