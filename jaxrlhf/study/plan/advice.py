@@ -76,7 +76,7 @@ def table(plan: Plan) -> str:
     exchanges = [["step", *sent]] if sent else [["none"]]
     for step in plan.steps:
         cells = [f"{step.bytes.get(kind, 0.0) / GIB:.3f}" for kind in kinds]
-        too_large = "!" * (step.peak > plan.memory)
+        too_large = "!" * (step in plan.too_large)
         memory.append([step.name, *cells, f"{step.peak / GIB:.3f}{too_large}"])
         times = [f"{1e3 * step.seconds[name]:.3g}" for name in ("compute", "memory", "links")]
         bound = max(step.seconds, key=lambda name: step.seconds[name])
@@ -109,7 +109,10 @@ def verdict(plan: Plan) -> str:
             f"an iteration takes {plan.time:.3g} s at least"
         )
     needs = [
-        f"{step.name} needs {step.peak / GIB:.2f} GiB, {(step.peak - plan.memory) / GIB:.2f} more"
+        f"{step.name} needs {step.peak / GIB:.2f} GiB or more, and its compiler ran out of memory"
+        if step.at_least
+        else f"{step.name} needs {step.peak / GIB:.2f} GiB, "
+        f"{(step.peak - plan.memory) / GIB:.2f} more"
         for step in plan.too_large
     ]
     return f"does not fit {plan.memory / GIB:.2f} GiB: {'; '.join(needs)}"

@@ -243,10 +243,39 @@ def _decoding(run: Run, x: Any, axes: Any) -> int:
     return math.prod(jax.sharding.NamedSharding(run.mesh, spec(axes, DECODE)).shard_shape(x.shape))
 
 
-def refused(message: str) -> float | None:
-    """Bytes that a program would take, out of a compiler's refusal; None if it says something else.
+class Refusal(NamedTuple):
+    """What a compiler says of a program that is too large, bytes on a device; None if not said."""
 
-    A TPU compiler does not compile what exceeds a chip: ``Used 21.30G of 15.75G hbm``.
+    used: float | None = None
+    """Of the whole program, its arguments included."""
+    temporaries: float | None = None
+    """Of what it computes on the way alone."""
+    at_least: bool = False
+    """They may be more: it is what it asked for last, or nothing is said."""
+
+
+def refused(message: str) -> Refusal | None:
+    """A compiler's refusal of a program for its size; None if it says something else.
+
+    A TPU compiler does not compile what exceeds a chip: ``Used 21.30G of 15.75G hbm``, or ``Ran out
+    of memory on HBM, the total memory required for HLO temporaries (21.30G) exceeds …``. Others say
+    RESOURCE_EXHAUSTED, or out of memory, and maybe what was asked for last. A core's own memory
+    (vmem, smem) is not meant: no layout of the run changes what a kernel takes of it.
     """
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return float(found[1]) * 2.0 ** (10 * " KMGT".index(found[2] or " ")) if found else None
+    size = r"([\d.]+)\s*([KMGTP]?)(?:i?B|\s*bytes)?"
+    if re.search(r"memory space (?!hbm)\w|of [\d.]+\w* [vs]mem", message, re.I):
+        return None
+    if found := re.search(rf"Used {size} of [\d.]+\s*\w* hbm", message, re.I):
+        return Refusal(used=_bytes(*found.groups()))
+    if not re.search(r"out of memory|RESOURCE_EXHAUSTED|exceeded hbm capacity", message, re.I):
+        return None
+    if found := re.search(rf"required for HLO temporaries \({size}\)", message, re.I):
+        return Refusal(temporaries=_bytes(*found.groups()))
+    if found := re.search(rf"allocat(?:e|ing) {size}", message, re.I):
+        return Refusal(temporaries=_bytes(*found.groups()), at_least=True)
+    return Refusal(at_least=True)
+
+
+def _bytes(number: str, unit: str) -> float:
+    """``21.5`` and ``G`` → bytes; units are powers of 1024."""
+    return float(number.rstrip(".")) * 2.0 ** (10 * " KMGTP".index(unit.upper() or " "))

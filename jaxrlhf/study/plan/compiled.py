@@ -21,6 +21,7 @@ from jaxrlhf.run.setup import Run, outline
 from jaxrlhf.study.plan import hlo
 from jaxrlhf.study.plan.calls import (
     Call,
+    Refusal,
     arguments_by_kind,
     cache_bytes,
     calls_of,
@@ -65,6 +66,8 @@ class Step:
     """Bytes of its arguments on each device as the compiler has them, padding included."""
     refused: bool = False
     """The compiler refused it for its size: what it sends and moves is not known."""
+    at_least: bool = False
+    """Refused without a word on how large it is: its bytes may be more."""
 
     @property
     def peak(self) -> float:
@@ -133,7 +136,9 @@ def from_json(found: Mapping[str, Any]) -> Plan:
     """The plan that ``as_json`` has written; what is derived is derived again."""
 
     def made(kind: Any, row: Mapping[str, Any], **other: Any) -> Any:
-        return kind(**{field.name: row[field.name] for field in fields(kind)} | other)
+        # What an older plan does not say is as it is by default.
+        known = {field.name: row[field.name] for field in fields(kind) if field.name in row}
+        return kind(**known | other)
 
     steps = [
         made(Step, row, collectives={kind: tuple(x) for kind, x in row["collectives"].items()})
@@ -248,12 +253,12 @@ def _step(run: Run, name: str, call: Call, chip: Chip, mean_length: float | None
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = refused(str(error))
-        if used is None:
+        refusal = refused(str(error))
+        if refusal is None:
             raise
-        kinds["temporaries"] = used - sum(kinds.values())
-        kinds["elsewhere"] = elsewhere
-        return Step(name, call.calls, kinds, flops, 0.0, {}, seconds, trips, refused=True)
+        kinds |= without_room(refusal, sum(kinds.values()), elsewhere, chip.memory)
+        told = {"refused": True, "at_least": refusal.at_least}
+        return Step(name, call.calls, kinds, flops, 0.0, {}, seconds, trips, **told)
     module, analysis = hlo.parse(compiled.as_text()), compiled.memory_analysis()
     results = float(analysis.output_size_in_bytes)
     moved = sum(kinds.values()) + results + hlo.product_bytes(module, trips)
@@ -271,6 +276,23 @@ def _step(run: Run, name: str, call: Call, chip: Chip, mean_length: float | None
     kinds["elsewhere"] = elsewhere
     given = float(analysis.argument_size_in_bytes)
     return Step(name, call.calls, kinds, flops, moved, sent, seconds, trips, given)
+
+
+def without_room(
+    refusal: Refusal, arguments: float, elsewhere: float, memory: float
+) -> dict[str, float]:
+    """Bytes on a device of a program that does not compile, by kind, but for its ``arguments``.
+
+    temporaries are what the compiler says, or all that it used less the arguments; where it says
+    neither, or less, what would fill the device's ``memory``, for so much at least was asked.
+    """
+    if refusal.used is not None:
+        temporaries = refusal.used - arguments
+    else:
+        temporaries = refusal.temporaries or 0.0
+    if refusal.at_least:
+        temporaries = max(temporaries, memory - arguments - elsewhere, 0.0)
+    return {"temporaries": temporaries, "elsewhere": elsewhere}
 
 
 def with_stand_ins(config: Config) -> tuple[Config, list[str]]:

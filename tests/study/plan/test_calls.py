@@ -15,6 +15,7 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.run.setup import outline, setup
 from jaxrlhf.study.plan.calls import (
+    Refusal,
     arguments_by_kind,
     cache_bytes,
     calls_of,
@@ -57,9 +58,40 @@ def test_arguments_by_kind_leaves_out_what_is_not_read():
 
 def test_refused_reads_the_compiler():
     said = "XLA:TPU compile permanent error. Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5G"
-    assert refused(said) == 21.5 * 2**30
-    assert refused("Used 512.00M of 256M hbm") == 2**29
+    assert refused(said) == Refusal(used=21.5 * 2**30)
+    assert refused("Used 512.00M of 256M hbm") == Refusal(used=2**29)
     assert refused("something else") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "refusal"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (21.50G) exceeds available HBM (15.75G).",
+            Refusal(temporaries=21.5 * 2**30),
+        ),
+        (
+            "Ran out of memory in memory space hbm. Used 1.50TiB of 15.75G hbm. Exceeded hbm "
+            "capacity by 1.48T. Memory usage report: ",
+            Refusal(used=1.5 * 2**40),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes.",
+            Refusal(temporaries=2**30, at_least=True),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 2.00GiB.",
+            Refusal(temporaries=2**31, at_least=True),
+        ),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.", Refusal(at_least=True)),
+        ("Ran out of memory for value: %fusion.1", Refusal(at_least=True)),
+        ("Ran out of memory in memory space vmem. Used 20M of 16M vmem.", None),
+        ("INVALID_ARGUMENT: 21.50G of 15.75G", None),
+    ],
+)
+def test_refused_reads_every_wording(said, refusal):
+    assert refused(said) == refusal
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4)])

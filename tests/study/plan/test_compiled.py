@@ -1,6 +1,7 @@
 """Plans of tiny runs on fake devices: their bytes, loops and shares; and the devices themselves."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,16 @@ import runs
 
 from jaxrlhf.config import MeshConfig, ModelConfig, ReferenceConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.study.plan.compiled import ARGUMENTS, KINDS, as_json, mesh_of, plan, with_stand_ins
+from jaxrlhf.study.plan.advice import table, verdict
+from jaxrlhf.study.plan.compiled import (
+    ARGUMENTS,
+    KINDS,
+    as_json,
+    from_json,
+    mesh_of,
+    plan,
+    with_stand_ins,
+)
 from jaxrlhf.study.plan.topology import chip_of, parse
 
 
@@ -147,3 +157,39 @@ def test_mesh_of_tpus():
         assert mesh_of(MeshConfig(), parse(name)).size == count
     with pytest.raises(InputError, match="libtpu refuses it"):
         mesh_of(MeshConfig(), parse("v5e:3x5"))
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict_says"),
+    [
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (300.00G) "
+            "exceeds available HBM (15.75G).",
+            r"update needs 300\.\d\d GiB, \d+\.\d\d more$",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: something or other",
+            r"update needs \d+\.\d\d GiB or more, and its compiler ran out of memory$",
+        ),
+    ],
+)
+def test_plan_of_a_step_that_the_compiler_refuses(said, verdict_says, config, cpu, monkeypatch):
+    def compile(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    found = plan(config, cpu, names=("update",))
+    (step,) = found.steps
+    assert found.too_large == (step,)
+    assert min(step.bytes.values()) >= 0
+    assert step.peak >= found.memory * (1 - 1e-9)
+    assert re.search(verdict_says, verdict(found))
+    assert "!" in next(line for line in table(found).splitlines() if line.startswith("update"))
+    assert from_json(json.loads(json.dumps(as_json(found)))) == found
+
+
+def test_from_json_reads_a_plan_of_before(planned):
+    old = as_json(planned)
+    for step in old["steps"]:
+        del step["at_least"]
+    assert from_json(old) == planned
