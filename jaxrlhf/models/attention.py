@@ -102,24 +102,23 @@ def _in_pieces(
 
 def attend_next(
     query: Array,
-    new: tuple[Array, Array],
     prompt: tuple[Array, Array],
     prompt_mask_QP: Array,
-    earlier: tuple[Array, Array],
+    since: tuple[Array, Array],
     at: Array,
 ) -> Array:
-    """``attend`` of the next token of B rows, whose keys and values lie in three places.
+    """``attend`` of the next token of B rows, whose keys and values lie in two places.
 
-    One softmax over the prompt, the tokens since, and the token itself. Their parts are computed
-    where they lie, none is copied to stand beside the others: with m the largest score and
-    z = Σ exp(s − m) of all parts, what a row sees is Σ exp(s − m)·v / z.
+    One softmax over the prompt and the tokens since. Its parts are computed where they lie, none is
+    copied to stand beside the other: with m the largest score and z = Σ exp(s − m) of both parts,
+    what a row sees is Σ exp(s − m)·v / z.
 
     Args:
       query: [B, N, H]; B = Q·n, prompt-major.
-      new: key and value [B, K, H] of the token itself.
       prompt: keys and values [Q, K, P, H] of the prompts, each one's shared by its n rows.
       prompt_mask_QP: 1 on real tokens.
-      earlier: keys and values [B, K, S, H] of the tokens since; slots from ``at`` on are empty.
+      since: keys and values [B, K, S, H] of the new tokens up to this one, in the slots 0 … ``at``;
+        what the others hold is not read.
 
     Returns:
       [B, N, H], in the query's dtype.
@@ -142,13 +141,11 @@ def attend_next(
     query, scale = query.reshape(rows, kv_heads, groups, size), size**-0.5
     first = scale * product("qkmh,qkph->qkmp", of_prompt(query), prompt[0])
     first = of_row(jnp.where(prompt_mask_QP[:, None, None] != 0, first, LOWEST))
-    since = scale * product("bkgh,bksh->bkgs", query, earlier[0])
-    since = jnp.where(jnp.arange(since.shape[-1]) < at, since, LOWEST)
-    own = scale * product("bkgh,bkh->bkg", query, new[0])[..., None]
-    most = jnp.maximum(jnp.maximum(first.max(-1, keepdims=True), since.max(-1, keepdims=True)), own)
-    first, since, own = jnp.exp(first - most), jnp.exp(since - most), jnp.exp(own - most)
-    total = first.sum(-1, keepdims=True) + since.sum(-1, keepdims=True) + own
+    later = scale * product("bkgh,bksh->bkgs", query, since[0])
+    later = jnp.where(jnp.arange(later.shape[-1]) <= at, later, LOWEST)
+    most = jnp.maximum(first.max(-1, keepdims=True), later.max(-1, keepdims=True))
+    first, later = jnp.exp(first - most), jnp.exp(later - most)
+    total = first.sum(-1, keepdims=True) + later.sum(-1, keepdims=True)
     seen = of_row(product("qkmp,qkph->qkmh", of_prompt(first.astype(query.dtype)), prompt[1]))
-    seen += product("bkgs,bksh->bkgh", since.astype(query.dtype), earlier[1])
-    seen += own * new[1][:, :, None].astype(jnp.float32)
+    seen += product("bkgs,bksh->bkgh", later.astype(query.dtype), since[1])
     return (seen / total).astype(query.dtype).reshape(rows, heads, size)

@@ -2,9 +2,9 @@
 
 Every byte that a step moves should be one that it needs: each weight once, the keys and values so
 far once. So the layers are unrolled over a list of their weights, products that read one input are
-one product, and each layer has a cache of its own, which is read as it was before the step and
-written in place after it. Under ``lax.scan`` over stacked layers XLA slices every layer's weights
-out into buffers, and copies the caches whole, for every token.
+one product, and each layer has a cache of its own, which is written in place and then read. Under
+``lax.scan`` over stacked layers XLA slices every layer's weights out into buffers, and copies the
+caches whole, for every token.
 
 A prompt is read once, and its keys and values are shared by all of its samples.
 """
@@ -152,18 +152,18 @@ def step(
     x = outer.embed(token_B[:, None], model.dtype)
     x = constrain(x, ("batch", "length", "activation"), DECODE)
     written = []
-    for layer, prompt, earlier in zip(weights.layers, prompts.layers, cache, strict=True):
+    for layer, prompt, before in zip(weights.layers, prompts.layers, cache, strict=True):
 
         def attend(
-            query: Array, key: Array, value: Array, prompt: Layer = prompt, earlier: Layer = earlier
+            query: Array, key: Array, value: Array, prompt: Layer = prompt, before: Layer = before
         ) -> tuple[Array, Any]:
-            new = key[:, 0], value[:, 0]
-            seen = attend_next(query[:, 0], new, prompt, prompts.mask_QP, earlier, at)
-            pairs = zip(earlier, new, strict=True)
-            return seen[:, None], tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, x[:, :, None], at, axis=2)
-                for old, x in pairs
+            # Written, in place, before it is read: else XLA would read a copy, and write another.
+            since: Any = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(x, 1, 2), at, axis=2)
+                for old, x in zip(before, (key, value), strict=True)
             )
+            seen = attend_next(query[:, 0], prompt, prompts.mask_QP, since, at)
+            return seen[:, None], since
 
         x, both = nnx.merge(graph, layer)(x, angles, DECODE, attend)
         written.append(both)

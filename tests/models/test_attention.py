@@ -81,25 +81,24 @@ def test_attend_before_in_pieces_and_on_meshes(sizes, pieces, monkeypatch):
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("at", [0, 5])
 def test_attend_next_by_hand(samples, at):
-    """Prompts of unequal length, shared by their samples; slots from ``at`` on hold garbage."""
+    """Prompts of unequal length, shared by their samples; slots after ``at`` hold garbage."""
     rng = np.random.default_rng(1)
     rows, slots, width = B * samples, 7, T
 
     def draw(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
-    query, new = draw(rows, N, H), (draw(rows, K, H), draw(rows, K, H))
-    prompt = draw(B, K, width, H), draw(B, K, width, H)
-    earlier = 1e3 * draw(rows, K, slots, H), 1e3 * draw(rows, K, slots, H)
-    for x in earlier:
-        x[:, :, :at] /= 1e3
-    found = jax.jit(attend_next)(query, new, prompt, MASK, earlier, at)
+    query, prompt = draw(rows, N, H), (draw(B, K, width, H), draw(B, K, width, H))
+    since = draw(rows, K, slots, H), draw(rows, K, slots, H)
+    for x in since:
+        x[:, :, at + 1 :] *= 1e3
+    found = jax.jit(attend_next)(query, prompt, MASK, since, at)
     for b, n in np.ndindex(rows, N):
         q, k = b // samples, n // (N // K)
         real = MASK[q] != 0
         keys, values = (
-            np.concatenate([x[q, k, real], y[b, k, :at], z[b, k][None]]).astype(np.float64)
-            for x, y, z in zip(prompt, earlier, new, strict=True)
+            np.concatenate([x[q, k, real], y[b, k, : at + 1]]).astype(np.float64)
+            for x, y in zip(prompt, since, strict=True)
         )
         score = keys @ query[b, n] / np.sqrt(H)
         weight = np.exp(score - score.max())
