@@ -281,7 +281,9 @@ def _prompts(path: str, config: Config, tokenizer: Any, vocab: int, own: bool) -
     rows = read(read_rows(path, skip), tokenizer, skip, chat_settings(config.data))
     once: dict[str, Prompt] = {}
     for row in rows.items:
-        prompt = row if isinstance(row, Prompt) else Prompt(row.prompt, row.columns, row.where)
+        prompt = row
+        if not isinstance(row, Prompt):
+            prompt = Prompt(row.prompt, row.columns, row.where, row.chat)
         once.setdefault(prompt.text, prompt)
     rows = Rows(tuple(once.values()), rows.path, rows.skipped, rows.notes)
     return encode_rows(rows, tokenizer, vocab, ANY_LENGTH, skip_bad_rows=skip)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny_models
 from chats import assistant, user
+from tokenizers import normalizers
 
 from jaxrlhf.data.formats import Completion, Pair, read_completions, read_prompts
 from jaxrlhf.data.rows import Row, Rows
@@ -184,3 +185,13 @@ def test_decode_rollout_gives_what_prompt_and_answer_are_joined_of(name, text):
     assert kept == [text]
     again = encoded(tokenizer, Completion(prompt, kept[0], {}, "x:1"))
     assert again.answers == found.answers
+
+
+@pytest.mark.parametrize(("before", "text"), [("cafe", "\u0301 x"), ("\u1100", "\u1161z")])
+def test_an_accent_is_not_lost_to_the_letter_before_it(before, text):
+    """Qwen's tokenizers compose characters (NFC), across the border too."""
+    tokenizer = tiny_models.byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    found = encoded(tokenizer, Completion(before, text, {}, "x:1"))
+    assert found.prompt == encode_prompt(tokenizer, before, "x:1")
+    assert tokenizer.decode(found.prompt + found.answers[0][:-1]) == before + text

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import tiny_models
 
 from jaxrlhf.apps import cli
 from jaxrlhf.config import (
@@ -24,12 +25,13 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.stats import maj_at_k, pass_at_k
+from jaxrlhf.data.tokens import load_data
 from jaxrlhf.data.words import goodness
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.rewards.judge import Judge, load_rewards
 from jaxrlhf.run import loop
 from jaxrlhf.study import evaluate
-from jaxrlhf.study.evaluate import _mesh_config, _new_tokens, evaluate_model, shape_of
+from jaxrlhf.study.evaluate import _mesh_config, _new_tokens, _prompts, evaluate_model, shape_of
 
 GOLD = "jaxrlhf.data.words:goodness"
 
@@ -202,6 +204,19 @@ def test_evaluate_model_refuses_reward_models(tmp_path):
     save(config, f"{config.output}/config.yaml")
     with pytest.raises(InputError, match="a reward model, which completes nothing"):
         evaluate_model(EvaluateConfig(config.output))
+
+
+def test_prompts_of_rows_are_those_that_are_learnt(tmp_path):
+    """A tokenizer that begins texts with a token of its own, and a template that does not."""
+    tokenizer = tiny_models.byte_level(bos=True)
+    chat = [{"role": "user", "content": "hi"}]
+    rows = [{"prompt": chat, "completion": [{"role": "assistant", "content": "good"}]}]
+    path = runs.write(tmp_path / "rows.jsonl", rows)
+    config = Config(SFTConfig(), data=DataConfig(path, eval=path))
+    (learnt,) = load_data(config, path, tokenizer, 10**6).items
+    (measured,) = _prompts(path, config, tokenizer, 10**6, own=True).items
+    assert measured.prompt == learnt.prompt
+    assert tokenizer.bos_token_id not in measured.prompt
 
 
 def test_new_tokens_refuses_a_handful():
