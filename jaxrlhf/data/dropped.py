@@ -29,14 +29,21 @@ def check_past(writer: Writer, messages: Iterable[tuple[int, Message]], text: st
     Args:
       messages: each with its place in the chat.
     """
-    squeezed = _squeeze(text)
+    squeezed, said = _squeeze(text), []
     for index, message in messages:
-        said = content_text(message)
+        content = content_text(message)
         if message["role"] == "assistant":
-            said = said.rpartition("</think>")[2]
-        for name, value in chain([("content", said)], _calls(message)):
+            content = content.rpartition("</think>")[2]
+        said.append((index, content))
+        for name, value in chain([("content", content)], _calls(message)):
             if not _holds(squeezed, value):
                 _drop(writer, f"messages[{index}].{name}={shown(value)}")
+    # What stands in another message too is there as often as there are messages that say it.
+    whole = [text for _, content in said if (text := _squeeze(content)) and text in squeezed]
+    for index, content in said:
+        part = _squeeze(content)
+        if part in whole and squeezed.count(part) < sum(part in other for other in whole):
+            _drop(writer, f"messages[{index}].content={shown(content)}")
 
 
 def check_learnt(

@@ -255,3 +255,17 @@ def test_parquet_and_jsonl_render_alike(train_on, make_tokenizer, jsonl, tmp_pat
         )
         assert one.columns == other.columns
     assert made[1][0].columns["truth"] == {"value": {"x": 1}, "list": [None, 1]}
+
+
+WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}" + CHAT_TEMPLATE.partition("%}")[2]
+
+
+@pytest.mark.parametrize("said", ["be kind", "yes", "say yes"])
+def test_a_message_that_stands_in_another_is_missed_too(said, make_tokenizer, jsonl):
+    """The system's words are not in the text because the user's, which hold them, are."""
+    chat = [{"role": "system", "content": said}, user("so say yes now")]
+    path = jsonl({"prompt": chat})
+    with pytest.raises(InputError, match=r"rows.jsonl:1: .* leaves out messages\[0\].content="):
+        read_prompts(read_rows(path), make_tokenizer(WITHOUT_SYSTEM))
+    twice = jsonl({"prompt": [user("yes"), assistant("say yes"), user("yes")]})
+    assert len(read_prompts(read_rows(twice), make_tokenizer(CHAT_TEMPLATE))) == 1
