@@ -127,8 +127,8 @@ def test_commands_in_an_ascii_locale(command, german, tmp_path):
 
 
 def test_a_file_that_the_locale_cannot_name_is_a_line_of_error(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(dump(runs.sft(tmp_path, output=str(tmp_path / "größe"))), encoding="utf-8")
+    path, deep = tmp_path / "run.yaml", tmp_path / ("a" * 70) / "größe"  # a path that is cut
+    path.write_text(dump(runs.sft(tmp_path, output=str(deep))), encoding="utf-8")
     done = run("train", str(path), **ASCII)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]

@@ -82,8 +82,9 @@ def as_text(word: str) -> str:
 
 def beyond_locale(error: UnicodeEncodeError) -> str:
     """What to say of a file's name that the locale cannot say."""
+    name = ascii(error.object[-60:])  # of a path its end, where the name is
     return (
-        f"{error.object!a:.80}: the locale's encoding, {error.encoding}, has no such name of a "
+        f"{name}: the locale's encoding, {error.encoding}, has no such name of a "
         "file: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
     )
 
