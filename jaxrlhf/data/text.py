@@ -191,3 +191,28 @@ def show_batch(tokenizer: Any, batch: Any) -> str:
         for name, token_T, mask_T, real in zip(names, token_CT, mask_CT, real_CT, strict=False)
         if real.any()
     )
+
+
+def units(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> list[tuple[list[int], int, int]]:
+    """Tokens with the text that they stand for; those that share a character are one unit.
+
+    The bytes of a character may lie in several tokens, the first of them with a space before it.
+    Offsets leave out white space, which belongs to the token after it, and marks that a
+    normalisation has joined with the letter before them, to which they belong.
+    """
+    found: list[tuple[list[int], int, int]] = []
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        last, begin, reached = found[-1] if found else ([], 0, 0)
+        if last and start < reached:
+            found[-1] = ([*last, token], begin, max(end, reached))
+            continue
+        if last:
+            reached += len(text[reached:start].rstrip())
+            found[-1] = (last, begin, reached)
+        found.append(([token], min(start, reached), max(end, reached)))
+    if found:
+        last, begin, reached = found[-1]
+        found[-1] = (last, begin, reached + len(text[reached:].rstrip()))
+    return found

@@ -51,7 +51,7 @@ from jaxrlhf.data.formats import (
     read_prompts,
 )
 from jaxrlhf.data.rows import Rows, read_rows, shown, transform
-from jaxrlhf.data.text import step_ends
+from jaxrlhf.data.text import step_ends, units
 
 Ids = list[int]
 Source = Prompt | Completion | Pair | Ranked | Stepwise
@@ -307,22 +307,21 @@ def _continued(tokenizer: Tokenizer, before: str, pieces: Sequence[str], where: 
     except Exception:  # the Rust tokenizer raises bare Exception
         return [_ids(tokenizer, piece, where) for piece in pieces]
     parts: list[Ids] = [[] for _ in cuts]
-    index, reached = int(not before), 0
-    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-        # Offsets may leave out white space, which belongs to the token after it.
-        start, reached = min(start, reached), max(end, reached)
+    index = int(not before)
+    for ids, start, end in units(text, found["input_ids"], found["offset_mapping"]):
         while index < len(pieces) and end > cuts[index] <= start:
             index += 1
         across = index < len(pieces) and end > cuts[index]
         # A token of the template that takes in the white space around it is not to be cut.
-        if across and added_tokens(tokenizer).get(token) == text[start:end].strip():
+        taken = len(ids) == 1 and added_tokens(tokenizer).get(ids[0])
+        if across and taken == text[start:end].strip():
             index += text[start : cuts[index]].isspace()
-            parts[index].append(token)
+            parts[index] += ids
             continue
         while index < len(pieces) and end > cuts[index]:
             parts[index] += _inside(tokenizer, text, start, cuts[index], where)
-            start, index, token = cuts[index], index + 1, None
-        parts[index] += _inside(tokenizer, text, start, end, where) if token is None else [token]
+            start, index = cuts[index], index + 1
+        parts[index] += _inside(tokenizer, text, start, end, where) if across else ids
     return parts[1:]
 
 

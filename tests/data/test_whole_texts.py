@@ -1,5 +1,7 @@
 """Ids of a row are those of the whole text, as a sampler's history has them, of four tokenizers."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import tiny_models
@@ -10,6 +12,7 @@ from jaxrlhf.data.formats import Completion, Pair, read_completions, read_prompt
 from jaxrlhf.data.rows import Row, Rows
 from jaxrlhf.data.text import decode_rollout, step_ends
 from jaxrlhf.data.tokens import encode_prompt, encode_rows
+from jaxrlhf.models.tokenizer import load_tokenizer
 
 CHAT = [
     user("hello, who is he?"),
@@ -89,6 +92,34 @@ def test_an_answer_does_not_begin_as_a_text():
     tokens = tokenizer.convert_ids_to_tokens(found.answers[0])
     assert tokens == ["g", "o", "o", "d", "</s>"]
     assert tokenizer.tokenize("good")[0] == "▁g"
+
+
+BYTES_IN_A_TOKEN = [  # of a character whose bytes lie in several tokens, some beside a space
+    ("hi ", "🔥🔥 good"),
+    ("good ", "日本"),
+    ("hello 🔚 ", "🔚.\n"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), BYTES_IN_A_TOKEN)
+def test_a_character_of_several_tokens_is_not_written_twice(prompt, answer):
+    """SmolLM2 has a token for a space and the first two bytes of an emoji."""
+    tokenizer = load_tokenizer("smollm2")
+    found = encoded(tokenizer, Completion(prompt, answer, {}, "x:1"))
+    assert tokenizer.decode(found.prompt) == prompt
+    assert tokenizer.decode(found.answers[0][:-1]) == answer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("he\u0301", "日本"), ("a", "\u0301s"), ("e", "\u0301")]
+)
+def test_letters_that_a_normalisation_joins_are_not_written_twice(prompt, answer):
+    """Qwen's tokenizers read NFC; the offsets of what they join leave out its second half."""
+    tokenizer = tiny_models.byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    found = encoded(tokenizer, Completion(prompt, answer, {}, "x:1"))
+    assert tokenizer.decode(found.prompt) == unicodedata.normalize("NFC", prompt)
+    assert tokenizer.decode(found.answers[0][:-1]) == answer
 
 
 def test_bos_is_the_templates_in_a_chat_and_the_tokenizers_in_plain_text():
