@@ -118,8 +118,8 @@ class SampleConfig:
     pad: int = 0
     """Token id written after the end; masks, not ids, say what is padding."""
     forbidden: tuple[tuple[int, int], ...] = ()
-    """Ranges (first, last + 1) of ids that are never drawn; a run writes those here that the model
-    has and its tokenizer has not."""
+    """Ranges (first, last + 1) of ids that are never drawn. A run writes those here that the model
+    has and its tokenizer has not, and refuses others."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from jaxrlhf.config import Config, DataConfig
 from jaxrlhf.config.load import read
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.rows import Message, Row, locate, one_line, shown
+from jaxrlhf.data.rows import Message, Row, content_text, locate, one_line, shown
 from jaxrlhf.mesh.processes import assemble, is_first
 
 CLOCK = "strftime_now"
@@ -184,28 +184,46 @@ class Writer:
           tools: False leaves the row's tools out.
 
         Raises:
-          InputError: a missing or failing chat template, or one that writes parts of a message's
-            content as Python writes a list.
+          InputError: a missing or failing chat template.
         """
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": open_turn}
         given = {"tools": self.tools if tools else None, "chat_template": self._source}
         try:
-            text = str(self.tokenizer.apply_chat_template(chat, **given, **options, **self._kwargs))
+            chat = self._readable(chat)
+            return str(self.tokenizer.apply_chat_template(chat, **given, **options, **self._kwargs))
         except FAILURES as error:
-            raise self._failed(error) from error
-        for index, message in enumerate(chat):
-            if isinstance(message.get("content"), list) and str(message["content"]) in text:
-                raise InputError(
-                    f"{self.where}: the chat template takes no parts in messages[{index}].content; "
-                    "make it one text"
-                )
-        return text
+            raise self._failed(error, chat) from error
+
+    def _readable(self, chat: list[Message]) -> list[Message]:
+        """The chat as its template can read it: parts of text joined, unless it takes parts."""
+        if not any(isinstance(message.get("content"), list) for message in chat):
+            return chat
+        if self._takes_parts:
+            return chat
+        return [
+            {**message, "content": content_text(message)}
+            if isinstance(message.get("content"), list)
+            else message
+            for message in chat
+        ]
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes the text of a part, and not the part as Python writes it."""
+        probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+        options: dict[str, Any] = {"tokenize": False, "chat_template": self._source}
+        try:
+            text = str(self.tokenizer.apply_chat_template(probe, **options, **self._kwargs))
+        except FAILURES:
+            return False
+        return "probe" in text and "'text'" not in text and '"text"' not in text
 
     def spans(self, chat: list[Message]) -> list[tuple[int, int]]:
         """Where in the text of a whole chat the template's ``{% generation %}`` marks are."""
         names = {**self.tokenizer.special_tokens_map, **self._kwargs}
         tools: Any = self.tools
         try:
+            chat = self._readable(chat)
             _, (spans,) = render_jinja_template(
                 [chat],
                 tools,
@@ -214,17 +232,20 @@ class Writer:
                 **names,
             )
         except FAILURES as error:
-            raise self._failed(error) from error
+            raise self._failed(error, chat) from error
         return [(int(start), int(end)) for start, end in spans]
 
     def marks(self) -> bool:
         """Whether the template says itself which text is the assistant's."""
         return re.search(r"{%-?\s*generation\s*-?%}", self.template) is not None
 
-    def _failed(self, error: BaseException) -> InputError:
-        return InputError(
-            f"{self.where}: the chat template failed ({one_line(error)}); mend the row or template"
-        )
+    def _failed(self, error: BaseException, chat: list[Message]) -> InputError:
+        remedy = "mend the row or template"
+        calls = [call for message in chat for call in message.get("tool_calls") or ()]
+        # Some templates join the arguments to other text, as DeepSeek's do.
+        if any(isinstance((x.get("function") or x).get("arguments"), dict) for x in calls):
+            remedy += "; if it joins a call's arguments to text, give them as a JSON string"
+        return InputError(f"{self.where}: the chat template failed ({one_line(error)}); {remedy}")
 
 
 FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)

@@ -45,10 +45,18 @@ class Ends:
         """``sample`` with these ends, beside those that it brings.
 
         Raises:
-          InputError: it brings an id that the model does not have.
+          InputError: it brings an id that the model does not have, or forbids other ids than those
+            without a text.
         """
         for token in sample.stop:
             _known("sample.stop", token, self.vocab)
+        # Those of a run's config.yaml are the model's; what else is given would not be read.
+        if sample.forbidden not in ((), self.unused):
+            given, own = ([list(x) for x in ranges] for ranges in (sample.forbidden, self.unused))
+            raise InputError(
+                f"sample.forbidden={given!r:.80}: a run forbids the ids that are no tokens, here "
+                f"{own!r:.80}, and no others: leave it out"
+            )
         return replace(
             sample,
             stop=tuple(dict.fromkeys((*self.stop, *sample.stop))),

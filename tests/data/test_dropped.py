@@ -139,9 +139,18 @@ def test_an_empty_system_prompt_and_parts_of_text_are_rendered(make_tokenizer, j
     path = jsonl({"prompt": [user(parts)]})
     (row,) = read_prompts(read_rows(path), make_tokenizer(PARTS)).items
     assert row.text == "user : a b <eos>\nassistant : "
-    # This one writes what Python makes of the list.
-    with pytest.raises(InputError, match=f"{path}:1: the chat template takes no parts in messages"):
-        read_prompts(read_rows(path), make_tokenizer(CHAT_TEMPLATE))
+    # These would write what Python makes of the list, or fail: they get one text.
+    for content in ("m['content']", "m['content'].strip()"):
+        template = CHAT_TEMPLATE.replace("m['content']", content)
+        (row,) = read_prompts(read_rows(path), make_tokenizer(template)).items
+        assert row.text == "user : a b <eos>\nassistant : "
+
+
+def test_arguments_that_a_template_joins_to_text_are_to_be_a_string(make_tokenizer, jsonl):
+    joins = TOOLED.replace("m.tool_calls | tojson", "m.tool_calls[0].function.arguments + '!'")
+    path = jsonl({"prompt": [user("a"), CALLING, user("b")]})
+    with pytest.raises(InputError, match=r"rows.jsonl:1: .* failed .* give them as a JSON string"):
+        read_prompts(read_rows(path), make_tokenizer(joins))
 
 
 @pytest.mark.parametrize(

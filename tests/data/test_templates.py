@@ -14,7 +14,7 @@ from chats import assistant, byte_tokenizer, user
 from jaxrlhf.config import DataConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.chat import ChatSettings, chat_settings, dated
-from jaxrlhf.data.formats import read_completions
+from jaxrlhf.data.formats import read_completions, read_prompts
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.tokens import encode_rows, imitated
 
@@ -245,3 +245,19 @@ def test_a_shipped_template_keeps_what_every_turn_says(shipped, tmp_path):
     _, single = read(tokenizer, chat, settings, tmp_path)
     assert "First thought." not in tokenizer.decode(single.prompt)
     assert "Second thought." in tokenizer.decode(single.answers[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_of_text_are_read_as_the_text_that_they_are(name, tmp_path):
+    """As OpenAI's clients write a message; most templates take one text alone."""
+    tokenizer = tokenizer_of(name)
+    texts = []
+    for content in (
+        "hi there",
+        [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}],
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"prompt": [{"role": "user", "content": content}]}))
+        (row,) = read_prompts(read_rows(str(path)), tokenizer, chat=ChatSettings(date=DAY)).items
+        texts.append(row.text)
+    assert "".join(texts[1].split()) == "".join(texts[0].split())

@@ -95,6 +95,15 @@ def test_settle_refuses_an_id_that_the_model_lacks():
         read_ends("", TOKENIZER, 300).settle(SampleConfig(stop=(300,)))
 
 
+def test_settle_refuses_to_forbid_what_it_would_not():
+    ends = read_ends("", TOKENIZER, 300)
+    with pytest.raises(
+        InputError, match=r"sample\.forbidden=\[\[22, 23\]\]: a run forbids .* leave"
+    ):
+        ends.settle(SampleConfig(forbidden=((22, 23),)))
+    assert ends.settle(SampleConfig(forbidden=((SIZE, 300),))).forbidden == ((SIZE, 300),)
+
+
 def test_unused_ids_are_those_between_and_after_the_tokens(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
