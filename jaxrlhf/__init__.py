@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxrlhf.models.ends import read_ends as read_ends
     from jaxrlhf.models.load import build as build
     from jaxrlhf.models.load import load_model as load_model
+    from jaxrlhf.models.stop_strings import stop_table as stop_table
     from jaxrlhf.models.transformer import Model as Model
     from jaxrlhf.run.loop import train as train
     from jaxrlhf.steps.sample import sample as sample
@@ -43,6 +44,7 @@ _HOMES = {
     "Model": "jaxrlhf.models.transformer",
     "load_model": "jaxrlhf.models.load",
     "read_ends": "jaxrlhf.models.ends",
+    "stop_table": "jaxrlhf.models.stop_strings",
     "make_mesh": "jaxrlhf.mesh.sharding",
     "sample": "jaxrlhf.steps.sample",
     "forward": "jaxrlhf.steps.score",

@@ -373,7 +373,7 @@ def _offline(config: Config) -> Iterator[str]:
         yield f"eval.gold: algorithm.name={name} samples nothing that it could judge: leave it out"
     if config.eval.n != EvalConfig.n:
         yield f"eval.n={config.eval.n}: algorithm.name={name} samples nothing: leave it out"
-    # A run writes the tokenizer's ends to its config.yaml.
+    # A run writes what ends the model's responses to its config.yaml.
     names = ("stop", "stop_strings", "pad", "forbidden")
     ends = {name: getattr(config.sample, name) for name in names}
     unread = {

@@ -18,12 +18,11 @@ Masks follow lengths, never ``token != pad``: padding and end-of-sequence may sh
 """
 
 import hashlib
-import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -298,9 +297,6 @@ def _continued(tokenizer: Tokenizer, before: str, pieces: Sequence[str], where: 
     """
     text = before + "".join(pieces)
     cuts = list(accumulate((len(before), *map(len, pieces))))
-    # An accent that would go over to the letter before it, in a piece of its own.
-    if any(_composes(text, cut) for cut in cuts[:-1]):
-        return [_inside(tokenizer, text, *piece, where) for piece in pairwise(cuts)]
     try:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     # Whole words that run into one another are in no vocabulary without unknown words.
@@ -323,13 +319,6 @@ def _continued(tokenizer: Tokenizer, before: str, pieces: Sequence[str], where: 
             start, index = cuts[index], index + 1
         parts[index] += _inside(tokenizer, text, start, end, where) if across else ids
     return parts[1:]
-
-
-def _composes(text: str, cut: int) -> bool:
-    """Whether what stands before and after ``cut`` is one character as Unicode composes it."""
-    sides = text[max(cut - 1, 0) : cut], text[cut : cut + 1]
-    apart = "".join(unicodedata.normalize("NFC", side) for side in sides)
-    return unicodedata.normalize("NFC", "".join(sides)) != apart
 
 
 def _inside(tokenizer: Tokenizer, text: str, start: int, end: int, where: str) -> Ids:

@@ -7,7 +7,6 @@ run keeps in its config.yaml. Training, sampling, evaluation, preferences, servi
 them from there.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from jaxrlhf.config import SampleConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.gguf import open_gguf
+from jaxrlhf.models.hf_config import read_object
 from jaxrlhf.models.load import is_run, run_config
 from jaxrlhf.models.read import gguf_file
 
@@ -128,7 +128,7 @@ def read_generation(path: str) -> dict[str, Any]:
     while is_run(path):
         path = run_config(path).model.path
     file = Path(path) / GENERATION
-    return _read_object(file) if path and file.is_file() else {}
+    return read_object(file) if path and file.is_file() else {}
 
 
 def generation_config(ends: Ends, start: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _said(path: str) -> Iterator[tuple[str, list[int], list[str]]]:
     else:
         for name in (GENERATION, "config.json"):
             if (found := Path(path) / name).is_file():
-                said = _read_object(found)
+                said = read_object(found)
                 ids = _ids(f"{found}: eos_token_id", said.get("eos_token_id"))
                 texts = said.get("stop_strings") if name == GENERATION else None
                 yield f"{found}: eos_token_id", ids, _strings(f"{found}: stop_strings", texts)
@@ -187,13 +187,3 @@ def _known(where: str, token: int, vocab: int) -> int:
             f"{where}: {token} is none of the model's {vocab} token ids: mend it, or leave it out"
         )
     return int(token)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: no JSON object: download it again")
-    return value

@@ -50,7 +50,7 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
     Raises:
       InputError: the file is missing or malformed, or says something that the decoder cannot do.
     """
-    config = _read_object(path)
+    config = read_object(path)
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise InputError(f"{path}: model_type={family!r}; supported are {', '.join(_FAMILIES)}")
@@ -89,19 +89,20 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
 
 def is_reward_model(path: Path) -> bool:
     """Whether a config.json is that of a …ForSequenceClassification: a trunk with a score."""
-    architectures = _read_object(path).get("architectures") or [] if path.is_file() else []
+    architectures = read_object(path).get("architectures") or [] if path.is_file() else []
     return any(str(name).endswith("ForSequenceClassification") for name in architectures)
 
 
 def read_bias(path: Path) -> float:
     """What a reward model adds to its score, ``score_bias``; transformers' own have no bias."""
-    bias = _read_object(path).get("score_bias", 0.0)
+    bias = read_object(path).get("score_bias", 0.0)
     if not isinstance(bias, int | float) or isinstance(bias, bool) or not math.isfinite(bias):
         raise InputError(f"{path}: score_bias={bias!r}; it must be a number")
     return float(bias)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an InputError where it is missing or none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

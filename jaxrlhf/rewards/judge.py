@@ -14,13 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import (
-    GateConfig,
-    LengthConfig,
-    RewardConfig,
-    name_of,
-    reward_problems,
-)
+from jaxrlhf.config import GateConfig, LengthConfig, RewardConfig, name_of, reward_problems
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Rollout
 from jaxrlhf.data.formats import Prompt, stack_columns

@@ -82,7 +82,7 @@ def test_read_ends_of_gguf():
         ({"eos_token_id": [True]}, {}, r"eos_token_id=\[True\]: give a token id"),
         ({"eos_token_id": -1}, {}, "eos_token_id=-1: give a token id"),
         ({"stop_strings": ["a", ""]}, {}, r"stop_strings=\['a', ''\]: give a text"),
-        ([], {}, "generation_config.json: no JSON object"),
+        ([], {}, "generation_config.json: not a JSON object"),
     ],
 )
 def test_read_ends_refuses(folder, generation, config, message):
