@@ -164,9 +164,12 @@ class Model:
             return attend_before(query, key, value, attention_mask_BT, segment_BT), kept
 
         def layer(x: Array, weights: Params) -> tuple[Array, Any]:
-            return nnx.merge(declared.graph, weights)(x, angles, RULES, attend)
+            return nnx.merge(declared.graph, self.cast(weights))(x, angles, RULES, attend)
 
-        x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, self.cast(layers))
+        # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
+        # is not to make another.
+        layers = layers if keep else self.cast(layers)
+        x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, layers)
         return outer.norm(x), kept
 
     def logits(self, params: Params, hidden: Array) -> Array:
