@@ -33,17 +33,8 @@ from jaxrlhf.config.algorithms import (
     SimPOConfig,
     TokenLossConfig,
 )
-from jaxrlhf.config.checks import (
-    AXES,
-    across_slices,
-    check,
-    check_mesh,
-    check_sample,
-    check_seed,
-    resolve_mesh,
-    rows_at_once,
-    sizes_of,
-)
+from jaxrlhf.config.axes import AXES, across_slices, check_mesh, resolve_mesh, sizes_of
+from jaxrlhf.config.checks import check, check_sample, check_seed, rows_at_once
 from jaxrlhf.config.load import dump, load, override, save
 from jaxrlhf.config.model import (
     CriticConfig,

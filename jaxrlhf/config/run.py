@@ -117,6 +117,10 @@ class SampleConfig:
     """Texts that end a response, with the token that completes one."""
     pad: int = 0
     """Token id written after the end; masks, not ids, say what is padding."""
+    slots: int = 0
+    """Most responses decoded at once; 0: all. With fewer, a response that ends makes room for the
+    next, so that short ones do not wait for long ones. Each slot has a copy of its prompt's keys
+    and values; draws are the same."""
     forbidden: tuple[tuple[int, int], ...] = ()
     """Ranges (first, last + 1) of ids that are never drawn. A run writes those here that the model
     has and its tokenizer has not, and refuses others."""

@@ -8,11 +8,12 @@ devices, and on the devices only while a step reads them.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils, multihost_utils
@@ -159,6 +160,35 @@ row_shards, length_shards, vocab_shards = (
 
 """Pieces that this axis is split into, by RULES or those given, under the mesh in force; 1 without
 one."""
+
+
+def in_pieces(f: Callable[[Any], Any], rows: Any, pieces: int, rules: Rules = RULES) -> Any:
+    """``f`` of a part of the rows at a time, one after the other, and its results joined.
+
+    ``rows`` and what ``f`` returns are trees of arrays [B, …]. A piece has equally many rows of
+    each device, so that none moves; ``pieces`` × ``row_shards`` must divide B.
+    """
+    if pieces == 1:
+        return f(rows)
+    shards = row_shards(rules)
+
+    def hold(x: Array, at: int) -> Array:
+        """Rows split over the devices along axis ``at``; the others as they come."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return x
+        free: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        free[at] = rules["batch"]
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
+
+    def cut(x: Array) -> Array:
+        x = hold(x.reshape(shards, pieces, -1, *x.shape[1:]), 0)
+        return hold(jnp.moveaxis(x, 1, 0).reshape(pieces, -1, *x.shape[3:]), 1)
+
+    def joined(x: Array) -> Array:
+        x = hold(x.reshape(pieces, shards, -1, *x.shape[2:]), 1)
+        return hold(jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:]), 0)
+
+    return jax.tree.map(joined, jax.lax.map(f, jax.tree.map(cut, rows)))
 
 
 def devices_in_mesh() -> int:

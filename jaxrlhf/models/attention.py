@@ -119,6 +119,7 @@ def attend_next(
       prompt_mask_QP: 1 on real tokens.
       since: keys and values [B, K, S, H] of the new tokens up to this one, in the slots 0 … ``at``;
         what the others hold is not read.
+      at: one number, or one for each row, [B].
 
     Returns:
       [B, N, H], in the query's dtype.
@@ -142,6 +143,7 @@ def attend_next(
     first = scale * product("qkmh,qkph->qkmp", of_prompt(query), prompt[0])
     first = of_row(jnp.where(prompt_mask_QP[:, None, None] != 0, first, LOWEST))
     later = scale * product("bkgh,bksh->bkgs", query, since[0])
+    at = at.reshape(-1, 1, 1, 1)
     later = jnp.where(jnp.arange(later.shape[-1]) <= at, later, LOWEST)
     most = jnp.maximum(first.max(-1, keepdims=True), later.max(-1, keepdims=True))
     first, later = jnp.exp(first - most), jnp.exp(later - most)

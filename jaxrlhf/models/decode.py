@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import DecoderConfig
 from jaxrlhf.core.types import Array, Params
-from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, shardings
+from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, in_pieces, shardings
 from jaxrlhf.models.attention import KEPT, attend_next
 from jaxrlhf.models.layers import Block, rotary_angles
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
@@ -108,16 +108,27 @@ def _fuse(layer: Params) -> Params:
 
 
 def read_prompts(
-    model: Model, params: Params, token_QP: Array, mask_QP: Array, lora: Params | None = None
+    model: Model,
+    params: Params,
+    token_QP: Array,
+    mask_QP: Array,
+    lora: Params | None = None,
+    pieces: int = 1,
 ) -> tuple[Array, Prompts]:
     """Hidden states [Q, D] of the last tokens of left-padded prompts, and what their samples share.
 
-    This is the forward pass of scoring and updating, over stacked layers.
+    This is the forward pass of scoring and updating, over stacked layers; of so many pieces of each
+    device's prompts one after the other.
     """
-    hidden, kept = model.apply(params, token_QP, mask_QP, lora, keep=True)
-    assert kept is not None
-    layers = tuple((kept[0][i], kept[1][i]) for i in range(model.decoder.layers))
-    return hidden[:, -1], Prompts(layers, mask_QP)
+
+    def read(rows: tuple[Array, Array]) -> tuple[Array, tuple[Layer, ...]]:
+        hidden, kept = model.apply(params, *rows, lora, keep=True)
+        assert kept is not None
+        layers = tuple((kept[0][i], kept[1][i]) for i in range(model.decoder.layers))
+        return hidden[:, -1], layers
+
+    hidden, layers = in_pieces(read, (token_QP, mask_QP), pieces, DECODE)
+    return hidden, Prompts(layers, mask_QP)
 
 
 def slots_of(tokens: int) -> int:
@@ -142,7 +153,10 @@ def step(
     token_B: Array,
     at: Array,
 ) -> tuple[Array, tuple[Layer, ...]]:
-    """Hidden states [B, D] of each row's new token number ``at``, and the caches with it."""
+    """Hidden states [B, D] of each row's new token number ``at``, and the caches with it.
+
+    ``at`` is one number, or one for each row, [B].
+    """
     adapted = "qkv" not in weights.layers[0]["attention"]
     graph = (blocks(model.decoder, model.lora) if adapted else fused(model.decoder)).graph
     outer = model.outer(weights.outer)
@@ -159,7 +173,7 @@ def step(
         ) -> tuple[Array, Any]:
             # Written, in place, before it is read: else XLA would read a copy, and write another.
             since: Any = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(x, 1, 2), at, axis=2)
+                write(old, jnp.swapaxes(x, 1, 2), at)
                 for old, x in zip(before, (key, value), strict=True)
             )
             seen = attend_next(query[:, 0], prompt, prompts.mask_QP, since, at)
@@ -168,3 +182,9 @@ def step(
         x, both = nnx.merge(graph, layer)(x, angles, DECODE, attend)
         written.append(both)
     return outer.norm(x[:, 0]), tuple(written)
+
+
+def write(old: Array, new: Array, at: Array) -> Array:
+    """A cache [B, K, S, H] with the new token's [B, K, 1, H] in slot ``at``, one or [B]."""
+    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+    return jax.vmap(update)(old, new, at) if at.ndim else update(old, new, at)

@@ -157,7 +157,8 @@ def _described(config: Config, mesh: Mesh | None) -> Run:
     check(config)
     mesh = mesh or make_mesh(config.mesh)
     model = build(config.model)
-    check_mesh(config_of(mesh), model.decoder, mesh.size, rows_at_once(config))
+    given = rows_at_once(config), config.sample.slots
+    check_mesh(config_of(mesh), model.decoder, mesh.size, *given)
     check_context(config, model)
     return Run(
         config=config,

@@ -26,7 +26,7 @@ from jaxrlhf.models import attention
 from jaxrlhf.run import loop
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
-from jaxrlhf.steps import sample as draws
+from jaxrlhf.steps import draw as draws
 from jaxrlhf.steps import score as scoring
 
 ITERATIONS = 5

@@ -217,7 +217,8 @@ def _divides(config: Config, devices: int) -> bool:
     """Whether the config is one that ``setup`` accepts."""
     try:
         check(config)
-        check_mesh(config.mesh, build(config.model).decoder, devices, rows_at_once(config))
+        given = rows_at_once(config), config.sample.slots
+        check_mesh(config.mesh, build(config.model).decoder, devices, *given)
     except InputError:
         return False
     return True
