@@ -6,6 +6,7 @@ the optimum π* of the KL-regularised objective itself (``importance_resample``)
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jaxrlhf.core.types import Params, Rollout
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import check_ids, encode_prompt, pad_rows
-from jaxrlhf.mesh.sharding import make_mesh, put_rows
+from jaxrlhf.mesh.sharding import DECODE, make_mesh, put_rows, row_shards
 from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import Loader, load_model, scores_texts
 from jaxrlhf.models.stop_strings import stop_table
@@ -30,6 +31,9 @@ from jaxrlhf.steps.sample import sample
 
 CHOICE = 0x7FFFFFFD
 """Stream of the draws among completions, beside those of their rows."""
+
+AT_ONCE = 64
+"""Completions that a device decodes at once, unless ``SampleConfig.slots`` says another number."""
 
 Keep = Literal["all", "best", "resample"]
 
@@ -85,6 +89,7 @@ def complete(
     with jax.set_mesh(mesh):
         model, params, tokenizer = load_model(path, mesh)
         ends = read_ends(path, tokenizer, model.decoder.vocab)
+        config = replace(config, slots=config.slots or AT_ONCE * row_shards(DECODE))
         rollout = _draw(model, params, tokenizer, sources, ends.settle(config), key, mesh)
         host = jax.device_get(rollout)
         text_B = decode_rollout(tokenizer, host.token_BT, host.mask_BT, [""] * len(host.token_BT))

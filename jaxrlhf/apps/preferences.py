@@ -20,13 +20,16 @@ from jaxrlhf.data.formats import read_prompts
 from jaxrlhf.data.rows import read_rows
 from jaxrlhf.data.text import decode_rollout, repeat
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
-from jaxrlhf.mesh.sharding import put_rows, row_shards
+from jaxrlhf.mesh.sharding import DECODE, put_rows, row_shards
 from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import Loader, is_run, run_config, tokenizer_path
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.rewards.functions import call, resolve
 from jaxrlhf.steps.sample import sample
+
+BATCHES = 8
+"""Times ``batch_size`` prompts that are sampled in one call, ``batch_size`` of them at once."""
 
 STREAM = 2**24
 """Numbers of completions that one file has to itself."""
@@ -75,7 +78,12 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     # Chats as the run rendered them that the policy comes from.
     chat = chat_settings(run_config(config.model).data) if is_run(config.model) else PLAIN
     ends = read_ends(config.model, tokenizer, vocab)
-    settings = ends.settle(SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n))
+    # As many at once as asked for, and several times as many in line, so that none waits for the
+    # longest of its batch.
+    shards = row_shards(DECODE)
+    slots = -(-config.batch_size * config.n // shards) * shards
+    wish = SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, slots=slots)
+    settings = ends.settle(wish)
     stops = stop_table(tokenizer, settings.stop_strings, vocab)
     draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
     judge = resolve(config.judge)
@@ -87,7 +95,7 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
         rows = read_prompts(read_rows(source), tokenizer, chat=chat)
         prompts = encode_rows(rows, tokenizer, vocab, config.max_prompt_tokens).items * rounds
         drawn += [(name, x, job * STREAM + i * config.n) for i, x in enumerate(prompts)]
-    for row_Q, real_Q in held_out_batches(len(drawn), config.batch_size, row_shards()):
+    for row_Q, real_Q in held_out_batches(len(drawn), BATCHES * config.batch_size, row_shards()):
         names, prompts, first_Q = zip(*(drawn[i] for i in row_Q), strict=True)
         arrays = put_rows(prompt_arrays(prompts, config.max_prompt_tokens, settings.pad), mesh)
         row_B = (np.array(first_Q)[:, None] + np.arange(config.n)).ravel().astype(np.int32)

@@ -162,7 +162,7 @@ row_shards, length_shards, vocab_shards = (
 one."""
 
 
-def in_pieces(f: Callable[[Any], Any], rows: Any, pieces: int, rules: Rules = RULES) -> Any:
+def map_pieces(f: Callable[[Any], Any], rows: Any, pieces: int, rules: Rules = RULES) -> Any:
     """``f`` of a part of the rows at a time, one after the other, and its results joined.
 
     ``rows`` and what ``f`` returns are trees of arrays [B, …]. A piece has equally many rows of

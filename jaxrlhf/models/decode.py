@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import DecoderConfig
 from jaxrlhf.core.types import Array, Params
-from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, in_pieces, shardings
+from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, map_pieces, shardings
 from jaxrlhf.models.attention import KEPT, attend_next
 from jaxrlhf.models.layers import Block, rotary_angles
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
@@ -127,7 +127,7 @@ def read_prompts(
         layers = tuple((kept[0][i], kept[1][i]) for i in range(model.decoder.layers))
         return hidden[:, -1], layers
 
-    hidden, layers = in_pieces(read, (token_QP, mask_QP), pieces, DECODE)
+    hidden, layers = map_pieces(read, (token_QP, mask_QP), pieces, DECODE)
     return hidden, Prompts(layers, mask_QP)
 
 
