@@ -145,6 +145,15 @@ def empty_cache(model: Model, rows: int, tokens: int) -> tuple[Layer, ...]:
     return tuple((zeros, zeros) for _ in range(c.layers))
 
 
+def grow(cache: tuple[Layer, ...], tokens: int) -> tuple[Layer, ...]:
+    """The cache with room for so many new tokens, no fewer than it has room for."""
+    more = slots_of(max(tokens, 1)) - cache[0][0].shape[2]
+    if more <= 0:
+        return cache
+    longer = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, more), (0, 0)))
+    return tuple(tuple(constrain(longer(x), KEPT, DECODE) for x in y) for y in cache)  # type: ignore[misc]
+
+
 def step(
     model: Model,
     weights: Weights,

@@ -29,6 +29,18 @@ class Drawn(NamedTuple):
     """How much of the stop strings the row has read with it; see ``StopTable``."""
 
 
+def columns_of(found: Drawn) -> dict[str, Array]:
+    """What a rollout holds of a token that counts, by the names of its columns."""
+    columns = {
+        "token_BN": found.token_B,
+        # A stop token counts too: stopping is learnt.
+        "mask_BN": jnp.ones(found.token_B.shape, jnp.float32),
+        "logp_BN": found.logp_B,
+        "sample_logp_BN": found.sample_logp_B,
+    }
+    return columns if found.value_B is None else {**columns, "value_BN": found.value_B}
+
+
 def choose(
     model: Model,
     weights: Weights,

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards
-from jaxrlhf.models.decode import Prompts, Weights, empty_cache, lay_out, read_prompts, step
+from jaxrlhf.models.decode import Prompts, Weights, empty_cache, grow, lay_out, read_prompts, step
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.draw import choose
+from jaxrlhf.steps.draw import choose, columns_of
 from jaxrlhf.steps.slots import decode_in_slots
+
+LONG = 1024
+"""New tokens from which on decoding has two loops, the first over caches of half the length. More
+loops read less yet, and each is a program to compile."""
 
 
 def sample(
@@ -111,6 +115,7 @@ def _decode(
 ) -> dict[str, Any]:
     """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
     rows, new = hidden_BD.shape[0], config.max_new_tokens
+    stages = (new // 2, new) if new >= LONG else (new,)
 
     def drawn(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
@@ -119,14 +124,9 @@ def _decode(
             model, weights, carry["hidden_BD"], key_B, t, carry["read_B"], config, value, stops
         )
         columns = {
-            "token_BN": jnp.where(live_B, found.token_B, config.pad),
-            # The stop token itself is live: it is in the mask, and stopping is learnt.
-            "mask_BN": live_B.astype(jnp.float32),
-            "logp_BN": jnp.where(live_B, found.logp_B, 0.0),
-            "sample_logp_BN": jnp.where(live_B, found.sample_logp_B, 0.0),
+            name: jnp.where(live_B, x, config.pad if name == "token_BN" else 0)
+            for name, x in columns_of(found).items()
         }
-        if found.value_B is not None:
-            columns["value_BN"] = jnp.where(live_B, found.value_B, 0.0)
         written = {name: carry[name].at[:, t].set(column) for name, column in columns.items()}
         done_B = carry["done_B"] | (live_B & found.ended_B)
         return {**carry, **written, "t": t + 1, "done_B": done_B, "read_B": found.read_B}
@@ -145,15 +145,23 @@ def _decode(
         "done_B": jnp.zeros(rows, bool),
         "hidden_BD": hidden_BD,
         # The last token drawn is never looked at.
-        "cache": empty_cache(model, rows, max(new - 1, 1)),
+        "cache": empty_cache(model, rows, max(stages[0] - 1, 1)),
         "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
         **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
         "read_B": None if stops is None else jnp.zeros(rows, jnp.int32),
     }
+
+    def loop(carry: dict[str, Any], most: int) -> dict[str, Any]:
+        return jax.lax.while_loop(
+            lambda carry: (carry["t"] < most) & ~carry["done_B"].all(), extend, carry
+        )
+
     # The first token comes from the prompt's last hidden state, so the loop begins with a token.
-    return jax.lax.while_loop(
-        lambda carry: (carry["t"] < new) & ~carry["done_B"].all(), extend, drawn(start)
-    )
+    carry = drawn(start)
+    # A step reads all of its caches: as long as responses are short, so are they.
+    for most in stages:
+        carry = loop({**carry, "cache": grow(carry["cache"], most - 1)}, most)
+    return carry
 
 
 def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: int) -> Rollout:

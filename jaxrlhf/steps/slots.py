@@ -23,7 +23,7 @@ from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards
 from jaxrlhf.models.attention import KEPT
 from jaxrlhf.models.decode import Layer, Prompts, Weights, empty_cache, step
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.draw import Drawn, choose
+from jaxrlhf.steps.draw import Drawn, choose, columns_of
 
 FILLED = 8
 """At most one slot in so many is filled at once; more wait for the next time, without a step."""
@@ -104,7 +104,9 @@ def decode_in_slots(
             token_XS=found.token_B,
             read_XS=found.read_B,
             cache=cache,
-            columns={name: _put_at(now.columns[name], *at, x) for name, x in _kept(found).items()},
+            columns={
+                name: _put_at(now.columns[name], *at, x) for name, x in columns_of(found).items()
+            },
             ended_XR=_put(now.ended_XR, now.row_XS, found.ended_B),
         )
 
@@ -185,7 +187,7 @@ def _start(model: Model, queue: Queue, prompts: Prompts, slots: int, config: Sam
 
     layers = tuple(tuple(constrain(room(x), KEPT, DECODE) for x in y) for y in prompts.layers)
     columns = {}
-    for name, first_XR in _kept(queue.first).items():
+    for name, first_XR in columns_of(queue.first).items():
         blank = jnp.full((shards, rows, new), config.pad if name == "token_BN" else 0)
         columns[name] = blank.astype(first_XR.dtype).at[:, :, 0].set(first_XR)
         columns[name] = constrain(columns[name], ("batch", None, None), DECODE)
@@ -230,17 +232,6 @@ def _fill(queue: Queue, now: Slots) -> Slots:
         next_X=now.next_X + taken_XC.sum(1),
         prompts=jax.tree.map(copied, now.prompts, queue.prompts),
     )
-
-
-def _kept(found: Drawn) -> dict[str, Array]:
-    """What is returned of a token, by the names of ``sample``'s columns."""
-    columns = {
-        "token_BN": found.token_B,
-        "mask_BN": jnp.ones(found.token_B.shape, jnp.float32),
-        "logp_BN": found.logp_B,
-        "sample_logp_BN": found.sample_logp_B,
-    }
-    return columns if found.value_B is None else {**columns, "value_BN": found.value_B}
 
 
 def _split(x: Array, shards: int, axes: tuple[str, ...] = ()) -> Array:

@@ -13,6 +13,7 @@ from jaxrlhf.core.types import StopTable
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings
 from jaxrlhf.models.decode import lay_out
 from jaxrlhf.models.transformer import Model
+from jaxrlhf.steps import sample as sampling
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import score, value
 
@@ -211,6 +212,22 @@ def test_sample_value_equals_value(model, params, lora, rich):
     )
     assert jnp.abs(expected).max() > 0.1
     np.testing.assert_allclose(rich.value_BT, expected * rich.mask_BT, atol=1e-4)
+
+
+def test_sample_over_caches_that_grow_is_the_same(model, params, generate, monkeypatch):
+    """Responses of which some end in the first loop, others in the second."""
+    config = replace(RICH, max_new_tokens=20)
+    expected = generate(config, value=True)
+    assert expected.mask_BT.sum(1).min() < 10 < expected.mask_BT.sum(1).max()
+    monkeypatch.setattr(sampling, "LONG", 20)
+    draw = jax.jit(lambda *given: sample(model, *given, config, value=True))
+    text = draw.lower(params, PROMPT, PROMPT_MASK, KEY).as_text()
+    caches = [f"tensor<8x2x{slots}x8xf32>" for slots in (16, 24)]
+    assert [cache in text for cache in caches] == [True, True]
+    found = draw(params, PROMPT, PROMPT_MASK, KEY)
+    for name in ("token_BT", "mask_BT", "ended_B"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompts", [4, 2], ids=["prompts divide", "only rows divide"])
