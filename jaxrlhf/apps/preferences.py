@@ -78,12 +78,7 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     # Chats as the run rendered them that the policy comes from.
     chat = chat_settings(run_config(config.model).data) if is_run(config.model) else PLAIN
     ends = read_ends(config.model, tokenizer, vocab)
-    # As many at once as asked for, and several times as many in line, so that none waits for the
-    # longest of its batch.
-    shards = row_shards(DECODE)
-    slots = -(-config.batch_size * config.n // shards) * shards
-    wish = SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, slots=slots)
-    settings = ends.settle(wish)
+    settings = ends.settle(_sampling(config))
     stops = stop_table(tokenizer, settings.stop_strings, vocab)
     draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
     judge = resolve(config.judge)
@@ -118,6 +113,14 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     for name, lines in rows.items():
         write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
     return {f"{name}_pairs": len(rows[name]) for name in groups}
+
+
+def _sampling(config: PreferencesConfig) -> SampleConfig:
+    """As many completions at once as asked for; several times as many are in line, so that none
+    waits for the longest of its batch."""
+    shards = row_shards(DECODE)
+    slots = -(-config.batch_size * config.n // shards) * shards
+    return SampleConfig(max_new_tokens=config.max_new_tokens, n=config.n, slots=slots)
 
 
 def _no_pairs(name: str, groups: Sequence[Group], config: PreferencesConfig) -> InputError:

@@ -120,9 +120,8 @@ def _decode(
     def drawn(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
         t, live_B = carry["t"], ~carry["done_B"]
-        found = choose(
-            model, weights, carry["hidden_BD"], key_B, t, carry["read_B"], config, value, stops
-        )
+        before = carry["hidden_BD"], key_B, t, carry["read_B"]
+        found = choose(model, weights, *before, config, value, stops)
         columns = {
             name: jnp.where(live_B, x, config.pad if name == "token_BN" else 0)
             for name, x in columns_of(found).items()

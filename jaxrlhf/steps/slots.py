@@ -96,7 +96,7 @@ def decode_in_slots(
         hidden_BD, cache = step(model, weights, now.prompts, now.cache, *given)
         found = drawn(hidden_BD, _take(queue.key_XR, now.row_XS), now.t_XS, now.read_XS)
         over_XS = found.ended_B | (now.t_XS + 1 == new)
-        at = now.row_XS, now.t_XS
+        at, kept = (now.row_XS, now.t_XS), columns_of(found)
         return now._replace(
             row_XS=jnp.where(over_XS, rows, now.row_XS),
             # A free slot stays at its first token: it is run too, and nothing of it is kept.
@@ -104,9 +104,7 @@ def decode_in_slots(
             token_XS=found.token_B,
             read_XS=found.read_B,
             cache=cache,
-            columns={
-                name: _put_at(now.columns[name], *at, x) for name, x in columns_of(found).items()
-            },
+            columns={name: _put_at(x, *at, kept[name]) for name, x in now.columns.items()},
             ended_XR=_put(now.ended_XR, now.row_XS, found.ended_B),
         )
 
