@@ -263,6 +263,11 @@ def _on_policy(config: Config) -> Iterator[str]:
     assert isinstance(algorithm, OnPolicyConfig)
     if sample.temperature == 0:
         yield "sample.temperature=0: greedy; refused in training: give a number above 0"
+    if sample.cache != "model" and algorithm.old_logp == "sampler":
+        yield (
+            f"sample.cache={sample.cache}: log-probs of the sampler are not the policy's then: set "
+            "algorithm.old_logp: rescore, or leave cache out"
+        )
     if not config.rewards:
         yield "rewards: missing: give at least one, with a function or a model"
     rows = data.batch_size * sample.n

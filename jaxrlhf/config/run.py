@@ -121,6 +121,10 @@ class SampleConfig:
     """Most responses decoded at once; 0: all. With fewer, a response that ends makes room for the
     next, so that short ones do not wait for long ones. Each slot has a copy of its prompt's keys
     and values; draws are the same."""
+    cache: Literal["model", "bfloat16", "int8"] = "model"
+    """What keys and values are kept in while decoding: model.dtype, or a smaller one, int8 with a
+    scale a vector. Draws are then of slightly another policy than the one that is scored:
+    algorithm.old_logp has to be rescore."""
     forbidden: tuple[tuple[int, int], ...] = ()
     """Ranges (first, last + 1) of ids that are never drawn. A run writes those here that the model
     has and its tokenizer has not, and refuses others."""

@@ -1,6 +1,5 @@
 """Attention: each token looks at those before it, however long the row is."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -8,14 +7,13 @@ import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import constrain, devices_in_mesh, length_shards
+from jaxrlhf.models.cache import Layer, mixed, scores
 
 SCORES_A_DEVICE = 2**26
 """Attention scores that may exist at once on a device (256 MiB in float32)."""
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "slots", "kv_heads", "head_dim")
-KEPT = ("batch", "kv_heads", "slots", "head_dim")
-"""Keys and values as decoding reads them: the tokens of a head lie together."""
 
 LOWEST = -1e30
 """A score that no exp(score − most) is felt of."""
@@ -102,9 +100,9 @@ def _in_pieces(
 
 def attend_next(
     query: Array,
-    prompt: tuple[Array, Array],
+    prompt: Layer,
     prompt_mask_QP: Array,
-    since: tuple[Array, Array],
+    since: Layer,
     at: Array,
 ) -> Array:
     """``attend`` of the next token of B rows, whose keys and values lie in two places.
@@ -125,9 +123,8 @@ def attend_next(
       [B, N, H], in the query's dtype.
     """
     rows, heads, size = query.shape
-    prompts, kv_heads = prompt[0].shape[:2]
+    prompts, kv_heads = prompt[0].x.shape[:2]
     groups = heads // kv_heads
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def of_prompt(x: Array) -> Array:
         """[B, K, G, …] → [Q, K, n·G, …]: all that look at one prompt, as the rows of a product."""
@@ -140,14 +137,14 @@ def attend_next(
         return jnp.swapaxes(x, 1, 2).reshape(rows, kv_heads, groups, -1)
 
     query, scale = query.reshape(rows, kv_heads, groups, size), size**-0.5
-    first = scale * product("qkmh,qkph->qkmp", of_prompt(query), prompt[0])
+    first = scale * scores(of_prompt(query), prompt[0])
     first = of_row(jnp.where(prompt_mask_QP[:, None, None] != 0, first, LOWEST))
-    later = scale * product("bkgh,bksh->bkgs", query, since[0])
+    later = scale * scores(query, since[0])
     at = at.reshape(-1, 1, 1, 1)
     later = jnp.where(jnp.arange(later.shape[-1]) <= at, later, LOWEST)
     most = jnp.maximum(first.max(-1, keepdims=True), later.max(-1, keepdims=True))
     first, later = jnp.exp(first - most), jnp.exp(later - most)
     total = first.sum(-1, keepdims=True) + later.sum(-1, keepdims=True)
-    seen = of_row(product("qkmp,qkph->qkmh", of_prompt(first.astype(query.dtype)), prompt[1]))
-    seen += product("bkgs,bksh->bkgh", later.astype(query.dtype), since[1])
+    seen = of_row(mixed(of_prompt(first), prompt[1], query.dtype))
+    seen += mixed(later, since[1], query.dtype)
     return (seen / total).astype(query.dtype).reshape(rows, heads, size)

@@ -17,15 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxrlhf.config import DecoderConfig
+from jaxrlhf.config import DecoderConfig, SampleConfig
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, map_pieces, shardings
-from jaxrlhf.models.attention import KEPT, attend_next
+from jaxrlhf.models.attention import attend_next
+from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
 from jaxrlhf.models.layers import Block, rotary_angles
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
-
-Layer = tuple[Array, Array]
-"""Keys and values of one layer: of prompts [Q, K, P, H], of the tokens since [B, K, S, H]."""
 
 
 class Weights(NamedTuple):
@@ -107,6 +105,11 @@ def _fuse(layer: Params) -> Params:
     }
 
 
+def kind_of(model: Model, config: SampleConfig) -> Kind:
+    """What a sampler keeps keys and values in."""
+    return model.dtype if config.cache == "model" else config.cache
+
+
 def read_prompts(
     model: Model,
     params: Params,
@@ -114,44 +117,26 @@ def read_prompts(
     mask_QP: Array,
     lora: Params | None = None,
     pieces: int = 1,
+    kind: Kind | None = None,
 ) -> tuple[Array, Prompts]:
     """Hidden states [Q, D] of the last tokens of left-padded prompts, and what their samples share.
 
     This is the forward pass of scoring and updating, over stacked layers; of so many pieces of each
-    device's prompts one after the other.
+    device's prompts one after the other. ``kind`` is what keys and values are kept in; None: the
+    model's dtype.
     """
 
     def read(rows: tuple[Array, Array]) -> tuple[Array, tuple[Layer, ...]]:
         hidden, kept = model.apply(params, *rows, lora, keep=True)
         assert kept is not None
-        layers = tuple((kept[0][i], kept[1][i]) for i in range(model.decoder.layers))
-        return hidden[:, -1], layers
+        both = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(model.decoder.layers)]
+        layers = tuple((store(key, dtype), store(value, dtype)) for key, value in both)
+        return hidden[:, -1], laid_out(layers)
+
+    dtype = kind or model.dtype
 
     hidden, layers = map_pieces(read, (token_QP, mask_QP), pieces, DECODE)
     return hidden, Prompts(layers, mask_QP)
-
-
-def slots_of(tokens: int) -> int:
-    """Slots of a cache for so many new tokens: GPUs copy what is no multiple of their tiles."""
-    tile = 64 if tokens > 64 else 8
-    return -(-tokens // tile) * tile
-
-
-def empty_cache(model: Model, rows: int, tokens: int) -> tuple[Layer, ...]:
-    """Room for the keys and values of so many new tokens of each row."""
-    c, slots = model.decoder, slots_of(tokens)
-    zeros = jnp.zeros((rows, c.kv_heads, slots, c.head_dim), model.dtype)
-    zeros = constrain(zeros, KEPT, DECODE)
-    return tuple((zeros, zeros) for _ in range(c.layers))
-
-
-def grow(cache: tuple[Layer, ...], tokens: int) -> tuple[Layer, ...]:
-    """The cache with room for so many new tokens, no fewer than it has room for."""
-    more = slots_of(max(tokens, 1)) - cache[0][0].shape[2]
-    if more <= 0:
-        return cache
-    longer = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, more), (0, 0)))
-    return tuple(tuple(constrain(longer(x), KEPT, DECODE) for x in y) for y in cache)  # type: ignore[misc]
 
 
 def step(
@@ -181,9 +166,10 @@ def step(
             query: Array, key: Array, value: Array, prompt: Layer = prompt, before: Layer = before
         ) -> tuple[Array, Any]:
             # Written, in place, before it is read: else XLA would read a copy, and write another.
-            since: Any = tuple(
-                write(old, jnp.swapaxes(x, 1, 2), at)
-                for old, x in zip(before, (key, value), strict=True)
+            keys, values = before
+            since = (
+                write(keys, jnp.swapaxes(key, 1, 2), at),
+                write(values, jnp.swapaxes(value, 1, 2), at),
             )
             seen = attend_next(query[:, 0], prompt, prompts.mask_QP, since, at)
             return seen[:, None], since
@@ -191,9 +177,3 @@ def step(
         x, both = nnx.merge(graph, layer)(x, angles, DECODE, attend)
         written.append(both)
     return outer.norm(x[:, 0]), tuple(written)
-
-
-def write(old: Array, new: Array, at: Array) -> Array:
-    """A cache [B, K, S, H] with the new token's [B, K, 1, H] in slot ``at``, one or [B]."""
-    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
-    return jax.vmap(update)(old, new, at) if at.ndim else update(old, new, at)

@@ -20,7 +20,8 @@ from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
-from jaxrlhf.models.attention import KEPT, attend_before
+from jaxrlhf.models.attention import attend_before
+from jaxrlhf.models.cache import KEPT
 from jaxrlhf.models.layers import POLICIES, Block, Ends, adapters_of, positions, rotary_angles
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards
-from jaxrlhf.models.decode import Prompts, Weights, empty_cache, grow, lay_out, read_prompts, step
+from jaxrlhf.models.cache import empty_cache, grow
+from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out, read_prompts, step
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import choose, columns_of
 from jaxrlhf.steps.slots import decode_in_slots
@@ -98,7 +99,8 @@ def _read(
     each = len(prompt) // shards
     some = config.slots // shards or each
     pieces = each // some if each % some == 0 else 1
-    hidden, prompts = read_prompts(model, params, prompt, mask, lora, pieces)
+    kind = kind_of(model, config)
+    hidden, prompts = read_prompts(model, params, prompt, mask, lora, pieces, kind)
     last_BD = jnp.repeat(hidden, n // again, axis=0)
     return constrain(last_BD, ("batch", "activation"), DECODE), prompts
 
@@ -144,7 +146,7 @@ def _decode(
         "done_B": jnp.zeros(rows, bool),
         "hidden_BD": hidden_BD,
         # The last token drawn is never looked at.
-        "cache": empty_cache(model, rows, max(stages[0] - 1, 1)),
+        "cache": empty_cache(model.decoder, kind_of(model, config), rows, stages[0] - 1),
         "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
         **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
         "read_B": None if stops is None else jnp.zeros(rows, jnp.int32),

@@ -20,8 +20,8 @@ import numpy as np
 from jaxrlhf.config import SampleConfig
 from jaxrlhf.core.types import Array, StopTable
 from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards
-from jaxrlhf.models.attention import KEPT
-from jaxrlhf.models.decode import Layer, Prompts, Weights, empty_cache, step
+from jaxrlhf.models.cache import KEPT, Layer, empty_cache, laid_out
+from jaxrlhf.models.decode import Prompts, Weights, kind_of, step
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import Drawn, choose, columns_of
 
@@ -169,8 +169,7 @@ def _queue(
     )
     live_XR = ~first.ended_B & (new > 1)
     row_XR = jnp.argsort(~live_XR, axis=1, stable=True).astype(jnp.int32)
-    layers = tuple(tuple(_split(x, shards, KEPT[1:]) for x in layer) for layer in prompts.layers)
-    of_rows = Prompts(layers, _split(prompts.mask_QP, shards))  # type: ignore[arg-type]
+    of_rows = Prompts(_split_caches(prompts.layers, shards), _split(prompts.mask_QP, shards))
     return Queue(row_XR, live_XR.sum(1), key_XR, first, of_rows)
 
 
@@ -183,7 +182,7 @@ def _start(model: Model, queue: Queue, prompts: Prompts, slots: int, config: Sam
     def room(x: Array) -> Array:
         return jnp.zeros((shards * slots, *x.shape[1:]), x.dtype)
 
-    layers = tuple(tuple(constrain(room(x), KEPT, DECODE) for x in y) for y in prompts.layers)
+    layers = laid_out(jax.tree.map(room, prompts.layers))
     columns = {}
     for name, first_XR in columns_of(queue.first).items():
         blank = jnp.full((shards, rows, new), config.pad if name == "token_BN" else 0)
@@ -195,8 +194,8 @@ def _start(model: Model, queue: Queue, prompts: Prompts, slots: int, config: Sam
         token_XS=nothing_XS,
         read_XS=None if queue.first.read_B is None else nothing_XS,
         next_X=jnp.zeros(shards, jnp.int32),
-        prompts=Prompts(layers, room(prompts.mask_QP)),  # type: ignore[arg-type]
-        cache=empty_cache(model, shards * slots, max(new - 1, 1)),
+        prompts=Prompts(layers, room(prompts.mask_QP)),
+        cache=empty_cache(model.decoder, kind_of(model, config), shards * slots, new - 1),
         columns=columns,
         ended_XR=queue.first.ended_B,
     )
@@ -214,11 +213,12 @@ def _fill(queue: Queue, now: Slots) -> Slots:
     row_XC = _take(queue.row_XR, place_XC)
     samples = rows // queue.prompts.mask_QP.shape[1]
 
-    def copied(here: Array, prompt_XQ: Array) -> Array:
-        axes = KEPT[1:] if here.ndim == len(KEPT) else ()
-        new = _take(prompt_XQ, row_XC // samples)
-        return _joined(_put(_split(here, shards, axes), slot_XC, new))
+    def copied(here_XS: Array, prompt_XQ: Array) -> Array:
+        return _joined(_put(here_XS, slot_XC, _take(prompt_XQ, row_XC // samples)))
 
+    here, there = now.prompts, queue.prompts
+    layers = jax.tree.map(copied, _split_caches(here.layers, shards), there.layers)
+    mask = copied(_split(here.mask_QP, shards), there.mask_QP)
     first = queue.first
     return now._replace(
         row_XS=_put(now.row_XS, slot_XC, row_XC),
@@ -228,7 +228,7 @@ def _fill(queue: Queue, now: Slots) -> Slots:
         if first.read_B is None
         else _put(now.read_XS, slot_XC, _take(first.read_B, row_XC)),
         next_X=now.next_X + taken_XC.sum(1),
-        prompts=jax.tree.map(copied, now.prompts, queue.prompts),
+        prompts=Prompts(layers, mask),
     )
 
 
@@ -236,6 +236,10 @@ def _split(x: Array, shards: int, axes: tuple[str, ...] = ()) -> Array:
     """[X·S, …] → [X, S, …]; ``axes`` are those after the rows, if they are split too."""
     x = x.reshape(shards, -1, *x.shape[1:])
     return constrain(x, ("batch", None, *(axes or (None,) * (x.ndim - 2))), DECODE)
+
+
+def _split_caches(layers: tuple[Layer, ...], shards: int) -> tuple[Layer, ...]:
+    return jax.tree.map(lambda x: _split(x, shards, KEPT[1 : x.ndim]), layers)
 
 
 def _joined(x: Array) -> Array:

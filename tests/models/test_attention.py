@@ -13,6 +13,7 @@ from jaxrlhf.config import MeshConfig
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import attention
 from jaxrlhf.models.attention import attend_before, attend_next
+from jaxrlhf.models.cache import Stored
 
 B, T, N, K, H = 2, 13, 4, 2, 8  # an odd length: no number of pieces or devices divides it
 RNG = np.random.default_rng(0)
@@ -92,7 +93,8 @@ def test_attend_next_by_hand(samples, at):
     since = draw(rows, K, slots, H), draw(rows, K, slots, H)
     for x in since:
         x[:, :, at + 1 :] *= 1e3
-    found = jax.jit(attend_next)(query, prompt, MASK, since, at)
+    kept = [tuple(Stored(x, None) for x in layer) for layer in (prompt, since)]
+    found = jax.jit(attend_next)(query, kept[0], MASK, kept[1], at)
     for b, n in np.ndindex(rows, N):
         q, k = b // samples, n // (N // K)
         real = MASK[q] != 0

@@ -11,16 +11,8 @@ from test_transformer import FULL, TOKEN, VARIANTS, logits
 
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.mesh.sharding import DECODE, make_mesh, shardings
-from jaxrlhf.models.decode import (
-    axes,
-    decode_layout,
-    empty_cache,
-    fused,
-    lay_out,
-    read_prompts,
-    slots_of,
-    step,
-)
+from jaxrlhf.models.cache import empty_cache, slots_of
+from jaxrlhf.models.decode import axes, decode_layout, fused, lay_out, read_prompts, step
 from jaxrlhf.models.transformer import Model
 
 P, NEW, SAMPLES = 4, 5, 2
@@ -29,14 +21,14 @@ MASK = FULL.at[1, :3].set(0)  # a prompt of one token
 MORE = jnp.array(np.random.default_rng(5).integers(0, 300, (3 * SAMPLES, NEW)), jnp.int32)
 
 
-@partial(jax.jit, static_argnums=0)
-def stepwise(model, params, lora=None):
+@partial(jax.jit, static_argnames=("model", "kind"))
+def stepwise(model, params, lora=None, kind="float32"):
     """Logits of the prompts' last tokens and of the new ones, two continuations a prompt."""
     weights = lay_out(model, params, lora)
-    hidden, prompts = read_prompts(model, params, TOKEN[:, :P], MASK[:, :P], lora)
+    hidden, prompts = read_prompts(model, params, TOKEN[:, :P], MASK[:, :P], lora, kind=kind)
     found = [jnp.repeat(hidden, SAMPLES, axis=0)]
-    cache = empty_cache(model, 3 * SAMPLES, NEW)  # three slots are never used
-    assert cache[0][0].shape[2] == slots_of(NEW) == 8
+    cache = empty_cache(model.decoder, kind, 3 * SAMPLES, NEW)  # three slots are never used
+    assert cache[0][0].x.shape[2] == slots_of(NEW) == 8
     for at in range(NEW):
         hidden, cache = step(model, weights, prompts, cache, MORE[:, at], jnp.array(at))
         found.append(hidden)
@@ -94,3 +86,13 @@ def test_lay_out_gathers_over_all_but_tensor(model, params):
     share = kernel.sharding.shard_shape(kernel.shape)
     assert share == (c.embed, c.kv_heads // 2, group, c.head_dim)
     assert DECODE["group"] is DECODE["pair"] is None
+
+
+@pytest.mark.parametrize(("kind", "most"), [("bfloat16", 0.05), ("int8", 0.1)])
+def test_step_over_smaller_caches_is_close(decoder, random_weights, kind, most):
+    """Kept in fewer bits, keys and values change logits of a spread of some units by little."""
+    model = Model(decoder)
+    params = random_weights(model.shapes(), 2)
+    expected = stepwise(model, params)
+    change = np.abs(stepwise(model, params, kind=kind) - expected)
+    assert 1e-4 < change.max() < most * np.std(expected)

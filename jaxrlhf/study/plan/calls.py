@@ -17,8 +17,8 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import DECODE, at_hand, few_rows_layout, on_host, spec
-from jaxrlhf.models.attention import KEPT
-from jaxrlhf.models.decode import Weights, slots_of
+from jaxrlhf.models.cache import KEPT, slots_of
+from jaxrlhf.models.decode import Weights, kind_of
 from jaxrlhf.rewards.models import Member
 from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
@@ -211,7 +211,9 @@ def fetched(params: Any) -> float:
 def cache_bytes(run: Run, rows: int) -> float:
     """The KV cache of a sampler's rows."""
     c, sample = run.model.decoder, run.config.sample
-    size, shards = 2 * np.dtype(run.model.dtype).itemsize, _shards(run)
+    kind, shards = kind_of(run.model, sample), _shards(run)
+    # of int8 also a float32 a vector
+    size = 2 * (jnp.dtype(kind).itemsize + (4 / c.head_dim if kind == "int8" else 0))
     # of prompts, each once where they divide over the devices, and of the tokens since
     prompts = rows // sample.n if rows // sample.n % shards == 0 else rows
     parts = (
