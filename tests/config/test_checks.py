@@ -108,6 +108,7 @@ def test_check_passes(config):
         ({"seed": 2**32}, "seed=4294967296: must be below 4294967296"),
         ({"output": ""}, "output: empty"),
         ({"sample": SampleConfig(temperature=0.0)}, "greedy; refused in training"),
+        ({"sample": SampleConfig(cache="int8")}, "sample.cache=int8: log-probs of the sampler are"),
         ({"sample": SampleConfig(temperature=-1.0)}, "sample.temperature=-1.0: must be at least 0"),
         ({"sample": SampleConfig(top_p=0.0)}, "sample.top_p=0.0: must be in (0, 1]"),
         ({"sample": SampleConfig(top_p=1.1)}, "sample.top_p=1.1: must be in (0, 1]"),
@@ -389,6 +390,14 @@ def test_check_mesh_refuses(mesh, changes, rows, message):
     with pytest.raises(InputError) as error:
         check_mesh(mesh, replace(DECODER, **changes), devices=8, rows=rows)
     assert message in str(error.value)
+
+
+def test_check_mesh_refuses_slots_that_do_not_divide():
+    decoder, given = replace(DECODER, heads=4, kv_heads=2), {"devices": 8, "rows": 4}
+    mesh = MeshConfig(fsdp=2, context=2)
+    assert check_mesh(mesh, decoder, **given, slots=16).context == 2
+    with pytest.raises(InputError, match=r"sample.slots=12 % \(data·fsdp·context\)=8 is not 0"):
+        check_mesh(mesh, decoder, **given, slots=12)
 
 
 def test_check_mesh_resolves():
