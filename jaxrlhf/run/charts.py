@@ -25,6 +25,12 @@ TRAINING = {
     "explained_variance": ("Explained variance of the value function", "share"),
     "clip_fraction": ("Clipped ratios", "share"),
     "grad_norm": ("Gradient norm", ""),
+    "tokens_per_second": ("Speed of an iteration", "tokens a second"),
+    "mfu": ("MFU: FLOPs of the update that the model needs, of the peak", "share"),
+    "bandwidth_share": ("Weights and keys that decoding reads, of the peak bandwidth", "share"),
+    "sample_share": ("Time of sampling in an iteration", "share"),
+    "idle_share": ("Steps of decoding for rows that had ended", "share"),
+    "recompiles": ("Programs compiled anew", "count"),
 }
 """Metrics of the iterations that are drawn, their titles and units."""
 

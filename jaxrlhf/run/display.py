@@ -21,6 +21,10 @@ ROWS = {
     "loss": "loss",
     "accuracy": "accuracy",
     "tokens_per_second": "tokens/s",
+    "mfu": "MFU",
+    "bandwidth_share": "bandwidth",
+    "sample_share": "sampling",
+    "idle_share": "idle",
     "value_explained_variance": "value expl. var.",
 }
 """Metrics that are shown where a run has them, in this order, and their labels. ``reward`` is what

@@ -96,6 +96,9 @@ def learn_on_policy(run: Run, session: Session) -> None:
         seconds = time.perf_counter() - began
         tokens = float(metrics["length"]) * rows
         metrics |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        passes = metrics["updates"] / settings.minibatches
+        warming = step < run.config.critic.warmup
+        metrics |= session.meter.metrics(session.host["seconds"], seconds, passes, warming)
         session.host["tokens"] = session.host.get("tokens", 0.0) + tokens
         session.record(step + 1, metrics, shown(run, rollout, judgement))
         # Not before the first step, so that a user sees one at once.
@@ -137,6 +140,7 @@ def iterate(
             greedy = programs.greedy(policy, base, decoding, *arrays)
         del decoding
         session.lap("sample", rollout, greedy)
+        session.meter.sampled(rollout, greedy)
         judgement = run.judge(rollout, prompts)
         refuse_worthless(judgement, draw)
         baseline_B = None
@@ -168,6 +172,7 @@ def iterate(
         rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, *expected
     )
     session.lap("score", batch)
+    session.meter.learns(batch)
 
     # θ ← θ − α·∇loss, epochs × minibatches times; the old states are donated.
     states, learnt = update(run, states, batch, step)
@@ -279,12 +284,15 @@ def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float
     signal_Q = np.concatenate([part.signal_Q for part in rounds if part.signal_Q is not None])
     kept = min(int(signal_Q.sum()), wanted) / wanted
     metrics = {"rounds": float(len(rounds)), "groups_kept": kept}
-    if len(rounds) == 1:
+    most = run.config.algorithm.rounds
+    if most == 1:
         return rounds[0], metrics
     # Stable: groups with a signal first, each kind in the order it was sampled.
     picked = np.argsort(~signal_Q, kind="stable")[:wanted]
     row_B = (picked[:, None] * n + np.arange(n)).reshape(-1).astype(np.int32)
-    rollout = run.programs.merge(tuple(part.rollout for part in rounds), row_B)
+    # As many rollouts as there can be, whatever their number: the program is compiled once.
+    rollouts = [part.rollout for part in rounds] + [rounds[0].rollout] * (most - len(rounds))
+    rollout = run.programs.merge(tuple(rollouts), row_B)
     whole = jax.tree.map(
         lambda *parts: np.concatenate(parts)[row_B], *fetch([part.judgement for part in rounds])
     )
@@ -341,6 +349,7 @@ def learn_from_rows(run: Run, session: Session) -> None:
     for step in session.steps():
         began = time.perf_counter()
         rows = batch_of(step)
+        session.meter.learns(rows)
         session.states = on_schedule(run.config, session.states, step)
         session.states["policy"], metrics = run.programs.update(
             session.states["policy"], place(run, rows), run.frozen["policy"]
@@ -348,6 +357,7 @@ def learn_from_rows(run: Run, session: Session) -> None:
         session.lap("update", metrics)
         metrics = jax.device_get(metrics) | packing_metrics(rows)
         metrics["seconds"] = time.perf_counter() - began
+        metrics |= session.meter.metrics(session.host["seconds"], metrics["seconds"])
         session.record(step + 1, metrics, [])
         evaluate_between(run, session, step + 1)
 

@@ -35,6 +35,7 @@ from jaxrlhf.run.held_out import Evaluation
 from jaxrlhf.run.record import Recorder, plain
 from jaxrlhf.run.report import write_report
 from jaxrlhf.run.setup import Run
+from jaxrlhf.run.speed import Meter
 from jaxrlhf.run.stopping import exchange, has_ended, is_over
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Session:
       host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``,
         ``normalisation``.
       start: iterations already done.
+      meter: counts what the iteration at hand does.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Session:
         self.states: dict[str, TrainState] = run.states
         self.host: dict[str, Any] = {"seconds": {}}
         self.start = 0
+        self.meter = Meter(run)
         self._lapped = time.perf_counter() if began is None else began
         self._feed = feed
         self._stopped = False
@@ -110,7 +113,7 @@ class Session:
         )
         if self.start:
             self.show.note(f"resumed after iteration {self.start} of {config.steps}")
-        for note in filter(None, self.run.notes):
+        for note in filter(None, (*self.run.notes, self.meter.note())):
             self.show.note(note)
         for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
             for line in rows.note().splitlines() if rows is not None else ():
@@ -153,6 +156,7 @@ class Session:
         """The iterations that are left; a SIGTERM ends them after the one in progress."""
         done = self.start
         while done < self.run.config.steps and not has_ended(self.host):
+            self.meter.begin(self.host["seconds"])
             yield done
             done += 1
             self._end_of(done)

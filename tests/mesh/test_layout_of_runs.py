@@ -26,6 +26,7 @@ from jaxrlhf.models import attention
 from jaxrlhf.run import loop
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
+from jaxrlhf.run.speed import TIMED
 from jaxrlhf.steps import draw as draws
 from jaxrlhf.steps import score as scoring
 
@@ -128,7 +129,7 @@ def logs_of(make, mesh, tmp_path):
         config = make(folder, away)
         loop.train(config, mesh)
         rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-        timing = ("seconds", "tokens_per_second")
+        timing = TIMED
         logs.append([{k: x for k, x in row.items() if k not in timing} for row in rows])
     return logs
 

@@ -22,6 +22,7 @@ from jaxrlhf.config import CheckpointConfig, EvalConfig, MeshConfig, RewardConfi
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader
 from jaxrlhf.run.loop import train
+from jaxrlhf.run.speed import TIMED
 
 PROGRAM = """
 import sys
@@ -77,7 +78,7 @@ def finish(processes, seconds=600):
 def logged(folder):
     """What a run has logged, but for its clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
 
 
 def config_of(name, folder):

@@ -15,11 +15,12 @@ from typing import NamedTuple, get_args
 from jaxrlhf.config import AXES, Config, check, check_mesh, is_on_policy, rows_at_once
 from jaxrlhf.config.model import Remat
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.chips import CHIPS, GIB
 from jaxrlhf.models.load import build
 from jaxrlhf.run.setup import outline
 from jaxrlhf.study.plan.calls import decode_copy, resident
 from jaxrlhf.study.plan.compiled import KINDS, Plan, as_json, mesh_of, plan, with_stand_ins
-from jaxrlhf.study.plan.topology import CHIPS, GIB, Topology
+from jaxrlhf.study.plan.topology import Topology
 
 TRIES = 12
 """Most candidates that are compiled."""

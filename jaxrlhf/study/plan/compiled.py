@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import Config, MeshConfig, across_slices, resolve_mesh
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.chips import CHIPS, GIB, Chip
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import is_run
 from jaxrlhf.models.read import is_reward_folder
@@ -29,7 +30,7 @@ from jaxrlhf.study.plan.calls import (
     refused,
     resident,
 )
-from jaxrlhf.study.plan.topology import CHIPS, GIB, Chip, Topology, chip_of
+from jaxrlhf.study.plan.topology import Topology, chip_of
 
 WORKERS = 4
 """Most programs compiled at a time: each takes a core, and a GiB or two for a large model."""

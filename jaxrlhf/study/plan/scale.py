@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from jaxrlhf.config import load
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.chips import GIB
 from jaxrlhf.study.plan.advice import columns, table
 from jaxrlhf.study.plan.compiled import Plan, from_json
-from jaxrlhf.study.plan.topology import GIB, parse
+from jaxrlhf.study.plan.topology import parse
 
 CONFIGS = Path("configs/scale")
 

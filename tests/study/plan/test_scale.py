@@ -8,11 +8,12 @@ import pytest
 
 from jaxrlhf.config import check, check_mesh, load, rows_at_once
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.chips import GIB
 from jaxrlhf.models.load import build
 from jaxrlhf.study.plan import scale
 from jaxrlhf.study.plan.compiled import Plan, Step, as_json, from_json
 from jaxrlhf.study.plan.scale import Job, job_of, main, plan_of, scaling, weak_jobs
-from jaxrlhf.study.plan.topology import GIB, parse
+from jaxrlhf.study.plan.topology import parse
 
 CONFIGS = sorted(Path("configs/scale").glob("*.yaml"))
 STEP = Step(

@@ -3,7 +3,8 @@
 import pytest
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.study.plan.topology import CHIPS, Topology, chip_of, environment, parse
+from jaxrlhf.mesh.chips import CHIPS
+from jaxrlhf.study.plan.topology import Topology, chip_of, environment, parse
 
 
 @pytest.mark.parametrize(
