@@ -51,8 +51,8 @@ def config_of(given: Task, folder: Path) -> Config:
     rows = [{"prompt": text} for text in texts]
     algorithm = {
         "sft": SFTConfig(),
-        "grpo": GRPOConfig(minibatches=given.minibatches),
-        "ppo": PPOConfig(minibatches=given.minibatches),
+        "grpo": GRPOConfig(minibatches=given.minibatches, epochs=1),
+        "ppo": PPOConfig(minibatches=given.minibatches, epochs=1),
     }[given.learns]
     data = DataConfig(batch_size=len(texts), max_prompt_tokens=given.prompt)
     config = Config(

@@ -41,6 +41,11 @@ def shape(folder: str) -> ModelConfig:
     )
 
 
+def slots(given: Task) -> int:
+    """Of the cache: Tunix pads prompts to at least 16 tokens."""
+    return max(given.prompt, 16) + given.new
+
+
 def load(folder: str, mesh: jax.sharding.Mesh) -> Llama3:
     return create_model_from_safe_tensors(folder, shape(folder), mesh, jnp.float32)
 
@@ -53,7 +58,7 @@ def read_tokenizer(folder: str) -> Any:
 
 def sample(given: Task, mesh: jax.sharding.Mesh) -> None:
     c = shape(given.folder)
-    cache = CacheConfig(given.prompt + given.new, c.num_layers, c.num_kv_heads, c.head_dim)
+    cache = CacheConfig(slots(given), c.num_layers, c.num_kv_heads, c.head_dim)
     sampler = Sampler(load(given.folder, mesh), read_tokenizer(given.folder), cache)
     for seed in range(given.repeats + 2):
         CLOCK.tick()
@@ -128,7 +133,7 @@ def learn(given: Task, mesh: jax.sharding.Mesh) -> None:
     rollout = RolloutConfig(
         max_tokens_to_generate=given.new,
         max_prompt_length=given.prompt,
-        kv_cache_size=given.prompt + given.new,
+        kv_cache_size=slots(given),
         temperature=1.0,
         top_p=1.0,
     )
@@ -152,14 +157,14 @@ def learn(given: Task, mesh: jax.sharding.Mesh) -> None:
         learner: Any = PPOLearner(made, PPOConfig(num_iterations=1), reward)
     else:
         learner = GRPOLearner(made, GRPOConfig(num_generations=given.n, beta=0.04), reward)
-    learner.train([{"prompts": prompts}] * given.steps)
+    learner.train([{"prompts": np.array(prompts)}] * given.steps)
 
 
 def main() -> None:
     given = task()
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     do = {"sampling": sample, "sft": sft}.get(given.subject, learn)
-    with mesh:
+    with jax.set_mesh(mesh):
         do(given, mesh)
     tell(given, CLOCK)
 

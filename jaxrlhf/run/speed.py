@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.config import DecoderConfig, is_on_policy, is_reward_model
+from jaxrlhf.config import DecoderConfig, MeshConfig, is_on_policy, is_reward_model
 from jaxrlhf.core.types import AnyBatch, Array, PreferenceBatch, Rollout
 from jaxrlhf.mesh.chips import CHIPS, name_of
+from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.setup import Run
 
@@ -56,12 +57,12 @@ def measured() -> Ceiling:
 
     Takes about 0.2 s, once a process. Other work on the machine makes it too low.
     """
-    device = jax.local_devices()[0]
-    x = jax.device_put(np.ones((1024, 1024), np.float32), device)
-    y = jax.device_put(np.ones((16, 2**20), np.float32), device)
-    product = _quickest(jax.jit(lambda x: x @ x), x)
-    read = _quickest(jax.jit(lambda y: y.sum(1)), y)
-    return Ceiling(2 * 1024**3 / product, y.nbytes / read)
+    # The run's mesh may have devices that this process has not.
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
+        x, y = jnp.ones((1024, 1024)), jnp.ones((16, 2**20))
+        product = _quickest(jax.jit(lambda x: x @ x), x)
+        seen = _quickest(jax.jit(lambda y: y.sum(1)), y)
+    return Ceiling(2 * 1024**3 / product, y.nbytes / seen)
 
 
 def _quickest(call: Callable[[Array], Array], given: Array, tries: int = 4) -> float:

@@ -113,6 +113,18 @@ def test_metrics_are_shares_of_the_ceiling(monkeypatch, tmp_path):
     }
 
 
+def test_cpus_are_measured_under_the_mesh_of_a_run(monkeypatch):
+    """Whose devices the measurement does not use; fake ones share what is measured."""
+    speed.measured.cache_clear()
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        found = ceiling(mesh)
+    assert found == speed.measured()
+    assert min(speed.measured()) > 0
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    assert ceiling(mesh) == tuple(3 * x for x in speed.measured())
+
+
 def test_unknown_devices_have_no_ceiling_and_a_note(tmp_path):
     device = SimpleNamespace(platform="gpu", device_kind="Abacus 9")
     mesh = SimpleNamespace(devices=np.array([device]), size=1)
