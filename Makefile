@@ -1,5 +1,6 @@
 # make demo    train the demo                 make test    run every test
 # make setup   .venv for development          make lint    ruff and pyright
+# make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
 # PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment,
 # WORKERS=n how many processes run the tests (each takes up to 4 GiB).
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test lint clean
+.PHONY: setup setup-demo setup-test demo test lint benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -30,8 +31,12 @@ lint: setup-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Each peer has a virtual environment in .venv-peers/: a few GiB, made at the first call.
+benchmark: setup-test
+	$(VENV)/bin/python benchmarks/peers $(ARGS)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-peers
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 on the PATH: give one with make PYTHON=/path/to/python" >&2; exit 2; }

@@ -258,8 +258,8 @@ def main() -> None:
     results: list[dict[str, list[dict[str, Any]]]] = [{} for _ in tasks]
     for turn in range(arguments.rounds):
         for given, result in zip(tasks, results, strict=True):
-            # A row of SFT is a prompt as long as prompt and answer.
-            write_prompts(folder, given.prompt + given.new * (given.subject == "sft"))
+            # A row of SFT is a text as long as prompt and answer, its end included.
+            write_prompts(folder, given.prompt + (given.new - 1) * (given.subject == "sft"))
             for name in arguments.peers:
                 if given.subject not in PEERS[name].subjects:
                     continue

@@ -54,7 +54,8 @@ COMMON = {
 def sft(given: Task, output: str) -> None:
     model, tokenizer = load(given.folder)
     length = given.prompt + given.new
-    rows = [tokenizer(text)["input_ids"][:length] for text in given.prompts()]
+    rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in given.prompts()]
+    assert {len(row) for row in rows} == {length}
     settings = SFTConfig(
         output, **COMMON, per_device_train_batch_size=given.rows, max_steps=given.steps,
         max_length=length,

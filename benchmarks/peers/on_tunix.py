@@ -76,7 +76,9 @@ def sample(given: Task, mesh: jax.sharding.Mesh) -> None:
 def sft(given: Task, mesh: jax.sharding.Mesh) -> None:
     tokenizer = read_tokenizer(given.folder)
     length = given.prompt + given.new
-    rows = np.array([tokenizer.encode(text)[:length] for text in given.prompts()])
+    end = tokenizer.eos_token_id
+    rows = np.array([[*tokenizer.encode(text), end] for text in given.prompts()])
+    assert rows.shape == (given.rows, length)
 
     def batches() -> Iterator[TrainingInput]:
         for _ in range(given.steps + 1):
