@@ -143,9 +143,7 @@ def iterate(
         session.meter.sampled(rollout, greedy)
         judgement = run.judge(rollout, prompts)
         refuse_worthless(judgement, draw)
-        baseline_B = None
-        if greedy is not None:
-            baseline_B = judge_greedy(run, greedy, prompts, draw)
+        baseline_B = None if greedy is None else judge_greedy(run, greedy, prompts, draw)
         session.lap("reward", judgement.reward_B)
         rounds.append(Judged(rollout, judgement, baseline_B, signal_of(run, judgement)))
     (rollout, judgement, baseline_B, _), metrics = pick_groups(run, rounds)
