@@ -223,6 +223,8 @@ class Meter:
         steps of rows that had ended. ``recompiles``: programs that it waited for to be compiled,
         left out of a launch's first iteration, which compiles them all. Of rows from a file,
         ``tokens_per_second``: tokens of the batch, prompts included, a second.
+        ``bandwidth_share`` and ``idle_share`` are left out where ``sample.slots`` are fewer than
+        the rows: masks do not tell how many steps those took.
 
         Args:
           seconds: of all phases so far.
@@ -239,20 +241,26 @@ class Meter:
             flops = passes * tokens * self._flops_a_token(tokens / max(texts, 1), warming)
             out["mfu"] = flops / phase["update"] / best.flops
         if loops:
+            out["sample_share"] = phase["sample"] / spent
+        if loops and not self._refilled():
             total = {name: float(sum(loop[name] for loop in loops)) for name in loops[0]}
             if best is not None:
                 needed = decode_bytes(
                     self._run.model, self._run.mesh, total["steps"], total["slots"]
                 )
                 out["bandwidth_share"] = needed / phase["sample"] / best.bandwidth
-            out["sample_share"] = phase["sample"] / spent
             out["idle_share"] = 1 - total["tokens"] / total["row_steps"]
-        else:
+        if not loops:
             out["tokens_per_second"] = tokens / spent
         if not self._first:
             out["recompiles"] = compilations().here() - self._compiled
         self._first = False
         return out
+
+    def _refilled(self) -> bool:
+        """Whether a response that ends makes room for the next."""
+        config = self._run.config
+        return 0 < config.sample.slots < config.data.batch_size * config.sample.n
 
     def _flops_a_token(self, length: float, warming: bool) -> float:
         """Of one pass of the update over a token of rows of this mean length."""

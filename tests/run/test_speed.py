@@ -111,6 +111,10 @@ def test_metrics_are_shares_of_the_ceiling(monkeypatch, tmp_path):
         "sample_share": 0.25,
         "idle_share": pytest.approx(1 - 4 / 6),
     }
+    run.config = replace(config, sample=replace(config.sample, slots=2))  # of 16 rows
+    assert meter.metrics({"sample": 6.0, "update": 9.0}, 4.0).keys() == {
+        "mfu", "sample_share", "recompiles",
+    }  # fmt: skip
 
 
 def test_cpus_are_measured_under_the_mesh_of_a_run(monkeypatch):
