@@ -219,7 +219,7 @@ class Meter:
 
         ``mfu``: FLOPs of the update over its seconds, a share of the ceiling. ``bandwidth_share``:
         bytes that decoding has to read over the seconds of sampling, likewise. ``sample_share``:
-        sampling's part of the iteration's seconds. ``idle_share``: 1 − Σ_b n_b / (rows·max_b n_b),
+        sampling's part of the phases' seconds. ``idle_share``: 1 − Σ_b n_b / (rows·max_b n_b),
         steps of rows that had ended. ``recompiles``: programs that it waited for to be compiled,
         left out of a launch's first iteration, which compiles them all. Of rows from a file,
         ``tokens_per_second``: tokens of the batch, prompts included, a second.
@@ -241,7 +241,7 @@ class Meter:
             flops = passes * tokens * self._flops_a_token(tokens / max(texts, 1), warming)
             out["mfu"] = flops / phase["update"] / best.flops
         if loops:
-            out["sample_share"] = phase["sample"] / spent
+            out["sample_share"] = phase["sample"] / sum(phase.values())
         if loops and not self._refilled():
             total = {name: float(sum(loop[name] for loop in loops)) for name in loops[0]}
             if best is not None:

@@ -108,7 +108,7 @@ def test_metrics_are_shares_of_the_ceiling(monkeypatch, tmp_path):
     assert found == {
         "mfu": pytest.approx(2 * 8 * train_flops(model(), 4.0) / 2.0 / 1e6),
         "bandwidth_share": pytest.approx(decode_bytes(model(), one_device(), 3, 10) / 1e5),
-        "sample_share": 0.25,
+        "sample_share": pytest.approx(1 / 3),
         "idle_share": pytest.approx(1 - 4 / 6),
     }
     run.config = replace(config, sample=replace(config.sample, slots=2))  # of 16 rows
