@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import KL_CONTROLLERS
-from jaxrlhf.config import Config, DAPOConfig, OnPolicyConfig, is_on_policy
+from jaxrlhf.config import Config, DAPOConfig, OnPolicyConfig, is_on_policy, on_policy
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.stats import over_prompts
 from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, States
@@ -24,7 +24,7 @@ from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import prompt_arrays
 from jaxrlhf.mesh.processes import pace
-from jaxrlhf.mesh.sharding import at_hand, fetch, make_mesh, put_rows
+from jaxrlhf.mesh.sharding import at_hand, constrain, fetch, make_mesh, put_rows
 from jaxrlhf.mesh.watchdog import guarded
 from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
@@ -117,6 +117,14 @@ class Judged(NamedTuple):
     """bool, whether the rewards of a prompt's samples differ, for dynamic sampling."""
 
 
+class Scored(NamedTuple):
+    """Responses with log π_old, log π_ref, and V where it is learnt."""
+
+    rollout: Rollout
+    ref_logp_BT: Array
+    value_BT: Array | None
+
+
 def iterate(
     run: Run, session: Session, step: int
 ) -> tuple[States, dict[str, Any], Rollout, Judgement]:
@@ -130,6 +138,7 @@ def iterate(
 
     # y ~ π_θ(·|x) and r(x, y): once, or until enough groups have a signal (DAPO).
     rounds: list[Judged] = []
+    scored: Scored | None = None
     while not enough(run, rounds):
         draw, prompts, arrays = draw_prompts(run, session, step)
         # A copy of π_θ as decoding reads it, which is gone before the rewards need memory.
@@ -141,6 +150,8 @@ def iterate(
         del decoding
         session.lap("sample", rollout, greedy)
         session.meter.sampled(rollout, greedy)
+        # Not waited for: devices score what was sampled while the host asks for its rewards.
+        scored = score(run, states, rollout) if scores_at_once(run.config) else None
         judgement = run.judge(rollout, prompts)
         refuse_worthless(judgement, draw)
         baseline_B = None if greedy is None else judge_greedy(run, greedy, prompts, draw)
@@ -148,26 +159,17 @@ def iterate(
         rounds.append(Judged(rollout, judgement, baseline_B, signal_of(run, judgement)))
     (rollout, judgement, baseline_B, _), metrics = pick_groups(run, rounds)
     del rounds  # DAPO's other rollouts need not outlive the choice
-    texts = (rollout.token_BT, rollout.attention_mask_BT)
-
-    # log π_old(y_t|s_t): the sampler's, or scored again as the update will.
-    if settings.old_logp == "rescore":
-        logp_BT = programs.rescore(policy, base, *texts)
-        rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
-    # log π_ref(y_t|s_t)
-    ref_logp_BT = programs.reference(at_hand(run.reference.params), *texts)
-    # V(s_t): by a critic of its own, or the sampler's, where it shares the policy's trunk.
-    value_BT = rollout.value_BT
-    if "critic" in states:
-        value_BT = programs.value(states["critic"].params, frozen["critic"], *texts)
+    # log π_old(y_t|s_t), log π_ref(y_t|s_t), V(s_t)
+    scored = scored or score(run, states, rollout)
     # KL in the reward; advantages over what was expected: V, or the greedy response's reward; or
     # of each source's scores (GDPO).
-    expected = [x for x in (baseline_B, value_BT) if x is not None]
+    expected = [x for x in (baseline_B, scored.value_BT) if x is not None]
     if "scores" in run.algorithm.needs:
         expected += run.judge.scores(judgement)
     coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}
+    rewards = judgement.reward_B, judgement.valid_B
     batch, measured = programs.targets(
-        rollout, ref_logp_BT, judgement.reward_B, judgement.valid_B, coefficients, *expected
+        scored.rollout, scored.ref_logp_BT, *rewards, coefficients, *expected
     )
     session.lap("score", batch)
     session.meter.learns(batch)
@@ -177,6 +179,29 @@ def iterate(
     session.lap("update", learnt)
     metrics = {**metrics, **measured, **measures(judgement), **learnt, **coefficients}
     return states, metrics, rollout, judgement
+
+
+def scores_at_once(config: Config) -> bool:
+    """Whether responses are scored before their rewards are known: not where groups are chosen by
+    them (DAPO), nor if the reference's weights would be on the devices beside a reward model's."""
+    return not isinstance(config.algorithm, DAPOConfig) and not config.reference.offload
+
+
+def score(run: Run, states: States, rollout: Rollout) -> Scored:
+    """What the networks say of responses; nothing waits for it."""
+    programs: OnPolicyPrograms = run.programs
+    assert run.reference is not None
+    texts = (rollout.token_BT, rollout.attention_mask_BT)
+    # log π_old: the sampler's, or scored again as the update will.
+    if on_policy(run.config).old_logp == "rescore":
+        logp_BT = programs.rescore(states["policy"].params, run.frozen["policy"], *texts)
+        rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
+    ref_logp_BT = programs.reference(at_hand(run.reference.params), *texts)
+    # V: by a critic of its own, or the sampler's, where it shares the policy's trunk.
+    value_BT = rollout.value_BT
+    if "critic" in states:
+        value_BT = programs.value(states["critic"].params, run.frozen["critic"], *texts)
+    return Scored(rollout, ref_logp_BT, value_BT)
 
 
 def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
@@ -328,7 +353,7 @@ def has_signal(judgement: Judgement, group: int) -> np.ndarray:
 def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, Any]]:
     """A few completions of an iteration, with their rewards."""
     rows = (rollout.token_BT, rollout.attention_mask_BT, rollout.mask_BT, judgement.reward_B)
-    token_BT, attention_BT, mask_BT, reward_B = (x[:SHOWN] for x in fetch(rows))
+    token_BT, attention_BT, mask_BT, reward_B = fetch(_first_rows(rows))
     blank = [""] * len(token_BT)
     prompts = decode_rollout(run.tokenizer, token_BT, attention_BT * (mask_BT == 0), blank)
     completions = decode_rollout(run.tokenizer, token_BT, mask_BT, blank)
@@ -336,6 +361,12 @@ def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, An
         {"prompt": prompt, "completion": completion, "reward": float(reward)}
         for prompt, completion, reward in zip(prompts, completions, reward_B, strict=True)
     ]
+
+
+@jax.jit
+def _first_rows(rows: Any) -> Any:
+    """The rows that are shown, whole on every device, so that a host fetches no others."""
+    return jax.tree.map(lambda x: constrain(x[:SHOWN], (None,) * x.ndim), rows)
 
 
 def learn_from_rows(run: Run, session: Session) -> None:
