@@ -9,6 +9,7 @@ after the blocks, and what a backward pass keeps of a block.
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -22,6 +23,17 @@ from jaxrlhf.mesh.sharding import Rules, constrain
 
 Angles = tuple[Array, Array]
 """cos and sin of the rotary embedding, [B, T, 1, H/2], float32."""
+
+
+def exact(dtype: Any) -> AbstractContextManager[Any]:
+    """Products that are traced inside have the precision of ``dtype`` on every device.
+
+    Left to themselves GPUs multiply float32 arrays in TF32, with 10 bits of each number, and TPUs
+    in bfloat16, with 7: log-probs of sampler and update would differ by as much. Of bfloat16 arrays
+    nothing is changed: the product of two numbers is exact in float32, in which sums are taken.
+    """
+    wide = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if wide else nullcontext()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -43,10 +55,11 @@ def _low_rank_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Arr
     """With low = x·A: d low = dy·Bᵀ, dA = xᵀ·d low, dx = d low·Aᵀ, dB = lowᵀ·dy."""
     x, a, b, low = saved
     rows, outs = tuple(range(low.ndim - 1)), tuple(range(1, b.ndim))
-    dlow = jnp.tensordot(dy, b, (tuple(axis + low.ndim - 2 for axis in outs), outs))
-    da = jnp.moveaxis(jnp.tensordot(dlow, x, (rows, rows)), 0, -1)
-    dx = jnp.tensordot(dlow, a, ((low.ndim - 1,), (contract,)))
-    return dx, da, jnp.tensordot(low, dy, (rows, rows))
+    with exact(x.dtype):
+        dlow = jnp.tensordot(dy, b, (tuple(axis + low.ndim - 2 for axis in outs), outs))
+        da = jnp.moveaxis(jnp.tensordot(dlow, x, (rows, rows)), 0, -1)
+        dx = jnp.tensordot(dlow, a, ((low.ndim - 1,), (contract,)))
+        return dx, da, jnp.tensordot(low, dy, (rows, rows))
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
@@ -292,7 +305,9 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 def to_vocab(x: Array, weight: Array, axis: int) -> Array:
     """Logits: x [..., D] · a weight whose ``axis`` is D → [..., V], summed and given in float32."""
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+    weight, wide = weight.astype(x.dtype), jnp.float32
+    with exact(x.dtype):
+        return jax.lax.dot_general(x, weight, dims, preferred_element_type=wide)
 
 
 class Embed(nnx.Module):
@@ -323,7 +338,8 @@ class Head(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
 
     def __call__(self, x: Array) -> Array:
-        return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
+        with exact("float32"):
+            return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
 
 
 class Ends(nnx.Module):

@@ -22,7 +22,15 @@ from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
 from jaxrlhf.models.attention import attend_before
 from jaxrlhf.models.cache import KEPT
-from jaxrlhf.models.layers import POLICIES, Block, Ends, adapters_of, positions, rotary_angles
+from jaxrlhf.models.layers import (
+    POLICIES,
+    Block,
+    Ends,
+    adapters_of,
+    exact,
+    positions,
+    rotary_angles,
+)
 
 
 class Declared(NamedTuple):
@@ -170,7 +178,8 @@ class Model:
         # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
         # is not to make another.
         layers = layers if keep else self.cast(layers)
-        x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, layers)
+        with exact(self.dtype):
+            x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, layers)
         return outer.norm(x), kept
 
     def logits(self, params: Params, hidden: Array) -> Array:
@@ -223,7 +232,8 @@ def merge_lora(model: Model, params: Params, lora: Params) -> Params:
     def add(weights: Params, adapters: Params) -> Params:
         if "lora_a" in adapters:
             product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
-            change = scale * product(adapters["lora_a"], adapters["lora_b"])
+            with exact("float32"):
+                change = scale * product(adapters["lora_a"], adapters["lora_b"])
             return {**weights, "kernel": weights["kernel"] + change}
         return {**weights, **{name: add(weights[name], child) for name, child in adapters.items()}}
 

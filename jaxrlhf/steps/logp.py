@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import constrain, devices_in_mesh, length_shards, row_shards
-from jaxrlhf.models.layers import to_vocab
+from jaxrlhf.models.layers import exact, to_vocab
 
 LOGITS_A_DEVICE = 2**25
 """Logits that may exist at once on a device (128 MiB in float32)."""
@@ -158,10 +158,11 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
             dz -= dspread[..., None] * p * (log_p + spread[..., None])
         dz = (dz / temperature).astype(hidden.dtype)
         dz = constrain(dz, (*SPLIT, "vocab"))
-        dhidden = jnp.tensordot(dz, weight, ((4,), (1 - axis,)))
-        if sums is not None:
-            product = "arcwd,arcwv->acdv" if axis == 0 else "arcwd,arcwv->acvd"
-            sums += jnp.einsum(product, hidden, dz, preferred_element_type=jnp.float32)
+        with exact(hidden.dtype):
+            dhidden = jnp.tensordot(dz, weight, ((4,), (1 - axis,)))
+            if sums is not None:
+                product = "arcwd,arcwv->acdv" if axis == 0 else "arcwd,arcwv->acvd"
+                sums += jnp.einsum(product, hidden, dz, preferred_element_type=jnp.float32)
         return sums, constrain(dhidden, (*SPLIT, "activation"))
 
     sums = None
