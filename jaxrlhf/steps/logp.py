@@ -104,7 +104,8 @@ def _in_pieces(
 def _gathered(weight: Array, axis: int, hidden: Array) -> Array:
     names: list[str | None] = list(WEIGHT[axis])
     names[axis] = None
-    return constrain(weight.astype(hidden.dtype), names)
+    # Rounded where it lies, so that half as much is sent.
+    return constrain(constrain(weight.astype(hidden.dtype), WEIGHT[axis]), names)
 
 
 def _logits(hidden: Array, weight: Array, axis: int, temperature: Array) -> Array:
