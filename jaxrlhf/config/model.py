@@ -6,6 +6,9 @@ from typing import Literal
 Remat = Literal["none", "dots", "full"]
 """How much of a layer is computed again in the backward pass, from nothing to all of it."""
 
+AttentionKernel = Literal["auto", "pieces", "cudnn", "splash"]
+"""By what attention over whole rows is computed; see ``ModelConfig.attention``."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -71,9 +74,14 @@ class ModelConfig:
     """Where the tokenizer comes from, if not from ``path``: any of the same, words:TEXT or
     chars:TEXT."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; parameters are kept in float32."""
+    """What the model computes in; parameters are kept in float32. float32 is that on every device:
+    GPUs do not multiply in TF32, nor TPUs in bfloat16, at several times the cost of bfloat16."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
+    attention: AttentionKernel = "auto"
+    """Over whole rows, in scoring and updates. cudnn (NVIDIA GPUs), splash (TPUs): scores are never
+    in memory; bfloat16 alone, rows not split by mesh.context, and with cudnn not packed. pieces:
+    some queries at a time. auto: the devices' kernel where it fits, else pieces."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it, for memory. none: nothing. dots:
     all of a layer but its products with weights. full: whole layers, for a third more time."""

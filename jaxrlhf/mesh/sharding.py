@@ -197,6 +197,12 @@ def devices_in_mesh() -> int:
     return 1 if mesh.empty else mesh.size
 
 
+def device_kind() -> str:
+    """What the devices of the mesh in force are, those to compile for; of jax's own without one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def row_layout(mesh: Mesh) -> NamedSharding:
     """Where arrays with a leading row axis lie between the steps: rows over data·fsdp."""
     return NamedSharding(mesh, spec(("batch",)))

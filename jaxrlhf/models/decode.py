@@ -22,7 +22,7 @@ from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, map_pieces, shardings
 from jaxrlhf.models.attention import attend_next
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
-from jaxrlhf.models.layers import Block, rotary_angles
+from jaxrlhf.models.layers import Block, exact, rotary_angles
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
 
 
@@ -174,6 +174,7 @@ def step(
             seen = attend_next(query[:, 0], prompt, prompts.mask_QP, since, at)
             return seen[:, None], since
 
-        x, both = nnx.merge(graph, layer)(x, angles, DECODE, attend)
+        with exact(model.dtype):
+            x, both = nnx.merge(graph, layer)(x, angles, DECODE, attend)
         written.append(both)
     return outer.norm(x[:, 0]), tuple(written)

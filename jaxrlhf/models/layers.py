@@ -9,6 +9,7 @@ after the blocks, and what a backward pass keeps of a block.
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -22,6 +23,17 @@ from jaxrlhf.mesh.sharding import Rules, constrain
 
 Angles = tuple[Array, Array]
 """cos and sin of the rotary embedding, [B, T, 1, H/2], float32."""
+
+
+def exact(dtype: Any) -> AbstractContextManager[Any]:
+    """Products that are traced inside have the precision of ``dtype`` on every device.
+
+    Left to themselves GPUs multiply float32 arrays in TF32, with 10 bits of each number, and TPUs
+    in bfloat16, with 7: log-probs of sampler and update would differ by as much. Of bfloat16 arrays
+    nothing is changed: the product of two numbers is exact in float32, in which sums are taken.
+    """
+    wide = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if wide else nullcontext()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -43,10 +55,11 @@ def _low_rank_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Arr
     """With low = x·A: d low = dy·Bᵀ, dA = xᵀ·d low, dx = d low·Aᵀ, dB = lowᵀ·dy."""
     x, a, b, low = saved
     rows, outs = tuple(range(low.ndim - 1)), tuple(range(1, b.ndim))
-    dlow = jnp.tensordot(dy, b, (tuple(axis + low.ndim - 2 for axis in outs), outs))
-    da = jnp.moveaxis(jnp.tensordot(dlow, x, (rows, rows)), 0, -1)
-    dx = jnp.tensordot(dlow, a, ((low.ndim - 1,), (contract,)))
-    return dx, da, jnp.tensordot(low, dy, (rows, rows))
+    with exact(x.dtype):
+        dlow = jnp.tensordot(dy, b, (tuple(axis + low.ndim - 2 for axis in outs), outs))
+        da = jnp.moveaxis(jnp.tensordot(dlow, x, (rows, rows)), 0, -1)
+        dx = jnp.tensordot(dlow, a, ((low.ndim - 1,), (contract,)))
+        return dx, da, jnp.tensordot(low, dy, (rows, rows))
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
@@ -274,7 +287,9 @@ def look_up(vocab: int, dtype: str, table: Array, token: Array) -> Array:
     Its gradient adds up in float32. In bfloat16 the thousands of a frequent token would not: a sum
     stops growing where what is added is less than a 256th of it.
     """
-    return constrain(table.astype(dtype), ("vocab", None))[token]
+    # Rounded where it lies, so that half as much is sent.
+    narrow = constrain(table.astype(dtype), ("vocab", "embed"))
+    return constrain(narrow, ("vocab", None))[token]
 
 
 def _look_up_forward(vocab: int, dtype: str, table: Array, token: Array) -> tuple[Array, Array]:
@@ -292,7 +307,9 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 def to_vocab(x: Array, weight: Array, axis: int) -> Array:
     """Logits: x [..., D] · a weight whose ``axis`` is D → [..., V], summed and given in float32."""
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+    weight, wide = weight.astype(x.dtype), jnp.float32
+    with exact(x.dtype):
+        return jax.lax.dot_general(x, weight, dims, preferred_element_type=wide)
 
 
 class Embed(nnx.Module):
@@ -323,7 +340,8 @@ class Head(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
 
     def __call__(self, x: Array) -> Array:
-        return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
+        with exact("float32"):
+            return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
 
 
 class Ends(nnx.Module):
@@ -332,6 +350,7 @@ class Ends(nnx.Module):
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, head: bool):
         self.embed = Embed(c, rngs)
         self.norm = RMSNorm("embed", c.embed, c)
+        self.tied = c.tied
         if not c.tied:
             self.unembed = Unembed(c, rngs)
         if head:
@@ -339,9 +358,11 @@ class Ends(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] → logits [..., V], float32."""
-        if hasattr(self, "unembed"):
-            return to_vocab(x, self.unembed.kernel[...], 0)
-        return to_vocab(x, self.embed.table[...], 1)
+        return to_vocab(x, *self.projection())
+
+    def projection(self) -> tuple[Array, int]:
+        """The output projection, and which of its axes is D."""
+        return (self.embed.table[...], 1) if self.tied else (self.unembed.kernel[...], 0)
 
 
 # A scan's forward and backward loops share nothing as it is, so nothing must be kept from merging.

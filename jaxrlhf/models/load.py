@@ -42,7 +42,7 @@ def build(config: ModelConfig, head: bool = False) -> Model:
       InputError: if ``path`` and ``decoder`` are both missing, or the path holds no model.
     """
     decoder = config.decoder or read_decoder(config.path, head)
-    return Model(decoder=decoder, dtype=config.dtype, lora=config.lora, remat=config.remat)
+    return Model(decoder, config.dtype, config.lora, config.remat, config.attention)
 
 
 INIT = 0x7FFFFFFE

@@ -17,12 +17,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
-from jaxrlhf.config.model import Remat
+from jaxrlhf.config.model import AttentionKernel, Remat
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
 from jaxrlhf.models.attention import attend_before
 from jaxrlhf.models.cache import KEPT
-from jaxrlhf.models.layers import POLICIES, Block, Ends, adapters_of, positions, rotary_angles
+from jaxrlhf.models.kernels import attend_cudnn, attend_splash, choose, real_first, reorder
+from jaxrlhf.models.layers import (
+    POLICIES,
+    Block,
+    Ends,
+    adapters_of,
+    exact,
+    positions,
+    rotary_angles,
+)
 
 
 class Declared(NamedTuple):
@@ -79,6 +88,7 @@ class Model:
     """What the layers compute in; float32 or bfloat16."""
     lora: LoraConfig | None = None
     remat: Remat = "none"
+    attention: AttentionKernel = "auto"
 
     def init(self, key: Array, head: bool = False) -> Params:
         """Random float32 parameters; ``head`` adds the scalar head (zeros)."""
@@ -154,15 +164,29 @@ class Model:
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
         check_tree(layers, declared.shapes, "layers")
         outer = self.outer(params)
+        kernel = choose(self.attention, self.decoder, self.dtype, segment_BT is not None)
+        back_BT = None
+        if kernel == "cudnn":
+            order_BT, back_BT = real_first(attention_mask_BT)
+            token_BT, attention_mask_BT = (
+                reorder(x, order_BT) for x in (token_BT, attention_mask_BT)
+            )
         x = outer.embed(token_BT, self.dtype)
         x = constrain(x, ("batch", "length", "activation"))
         angles = rotary_angles(positions(attention_mask_BT, segment_BT), self.decoder)
 
+        def in_place(x: Array) -> Array:
+            return x if back_BT is None else reorder(x, back_BT)
+
         def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
             kept = None
             if keep:
-                kept = tuple(constrain(jnp.swapaxes(y, 1, 2), KEPT, DECODE) for y in (key, value))
-            return attend_before(query, key, value, attention_mask_BT, segment_BT), kept
+                placed = (jnp.swapaxes(in_place(y), 1, 2) for y in (key, value))
+                kept = tuple(constrain(y, KEPT, DECODE) for y in placed)
+            if kernel == "cudnn":
+                return attend_cudnn(query, key, value, attention_mask_BT), kept
+            over_rows = attend_splash if kernel == "splash" else attend_before
+            return over_rows(query, key, value, attention_mask_BT, segment_BT), kept
 
         def layer(x: Array, weights: Params) -> tuple[Array, Any]:
             return nnx.merge(declared.graph, self.cast(weights))(x, angles, RULES, attend)
@@ -170,12 +194,17 @@ class Model:
         # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
         # is not to make another.
         layers = layers if keep else self.cast(layers)
-        x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, layers)
-        return outer.norm(x), kept
+        with exact(self.dtype):
+            x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, layers)
+        return in_place(outer.norm(x)), kept
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """Logits [..., V] of hidden states [..., D], float32."""
         return self.outer(params).logits(hidden)
+
+    def projection(self, params: Params) -> tuple[Array, int]:
+        """The output projection, [D, V] or [V, D], and which of its axes is D."""
+        return self.outer(params).projection()
 
     def scalar(self, params: Params, hidden: Array) -> Array:
         """The scalar head on hidden states [..., D] → [...], float32.
@@ -219,7 +248,8 @@ def merge_lora(model: Model, params: Params, lora: Params) -> Params:
     def add(weights: Params, adapters: Params) -> Params:
         if "lora_a" in adapters:
             product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
-            change = scale * product(adapters["lora_a"], adapters["lora_b"])
+            with exact("float32"):
+                change = scale * product(adapters["lora_a"], adapters["lora_b"])
             return {**weights, "kernel": weights["kernel"] + change}
         return {**weights, **{name: add(weights[name], child) for name, child in adapters.items()}}
 

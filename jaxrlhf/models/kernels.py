@@ -1,0 +1,171 @@
+"""Attention by kernels of the hardware's makers, in which scores are never in memory.
+
+cuDNN's on NVIDIA GPUs and splash attention on TPUs (both after arXiv:2205.14135): a tile of scores
+at a time, on the chip, forwards and backwards; tiles after the diagonal are skipped. They compute
+in bfloat16 and sum in float32. Elsewhere, and where they do not fit, ``attend_before``'s pieces.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from jaxrlhf.config import DecoderConfig
+from jaxrlhf.config.model import AttentionKernel
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.sharding import device_kind, length_shards, row_shards, spec
+
+QUERIES = ("batch", None, "heads", None)
+KEYS = ("batch", None, "kv_heads", None)
+
+TILES = (512, 256, 128)
+"""Queries and keys of a tile on a TPU; the largest that rows divide by."""
+
+CUDNN, INTERPRET = "cudnn", False
+"""How the kernels are carried out; tests have others, for the CPU."""
+
+
+def choose(
+    wanted: AttentionKernel, decoder: DecoderConfig, dtype: str, packed: bool
+) -> AttentionKernel:
+    """The kernel for the devices of the mesh in force: one of cudnn, splash, pieces.
+
+    Args:
+      wanted: ``model.attention``.
+      packed: rows are of several segments.
+
+    Raises:
+      InputError: ``wanted`` names a kernel that does not run there.
+    """
+    fitting: AttentionKernel = "cudnn" if device_kind().startswith("NVIDIA") else "splash"
+    lacks = {
+        "devices": f"the devices are {device_kind()}: NVIDIA GPUs have cudnn, TPUs splash",
+        "dtype": f"it computes in bfloat16, and model.dtype is {dtype}",
+        "context": "the mesh splits rows by context",
+        "head_dim": f"heads are of {decoder.head_dim}: it takes multiples of 64, cudnn of 8 to 128",
+        "packed": "cudnn takes no packed rows (data.packing)",
+    }
+    size, cudnn = decoder.head_dim, fitting == "cudnn"
+    fits = {
+        "devices": device_kind().startswith(("NVIDIA", "TPU")) and wanted in ("auto", fitting),
+        "dtype": dtype == "bfloat16",
+        "context": length_shards() == 1,
+        "head_dim": (size % 8 == 0 and size <= 128) if cudnn else size % 64 == 0,
+        "packed": not (packed and cudnn),
+    }
+    if wanted == "pieces" or (wanted == "auto" and not all(fits.values())):
+        return "pieces"
+    for name, fit in fits.items():
+        if not fit:
+            raise InputError(f"model.attention={wanted}: {lacks[name]}: set auto or pieces")
+    return fitting
+
+
+def real_first(mask_BT: Array) -> tuple[Array, Array]:
+    """Where each column of rows comes from if the real tokens stand first, and where it goes back.
+
+    Both [B, T]. Real tokens keep their order, and so their positions, which count them.
+    """
+    order_BT = jnp.argsort(mask_BT == 0, axis=1, stable=True)
+    return order_BT, jnp.argsort(order_BT, axis=1)
+
+
+def reorder(x: Array, order_BT: Array) -> Array:
+    """Columns of x [B, T, …] in another order."""
+
+    def row(x: Array, order: Array) -> Array:
+        # A permutation: its gradient is one too, and nothing has to be added up.
+        return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+    return jax.vmap(row)(x, order_BT)
+
+
+def attend_cudnn(query: Array, key: Array, value: Array, mask_BT: Array) -> Array:
+    """``attend_before`` by cuDNN, of rows whose real tokens stand first."""
+    tokens = query.shape[1]
+    # Its gradient takes even lengths alone.
+    given = (_wide(x, 2) for x in (query, key, value, (mask_BT != 0)[:, :, None, None]))
+
+    def device(query: Array, key: Array, value: Array, real: Array) -> Array:
+        # What the kernel leaves where no token is real is not for the gradient to see.
+        query, key, value = (jnp.where(real, x, 0) for x in (query, key, value))
+        lengths = jnp.maximum(real.sum((1, 2, 3), dtype=jnp.int32), 1)
+        seen = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation=CUDNN,  # type: ignore[arg-type]
+        )
+        return jnp.where(real, seen, 0)
+
+    return _on_each_device(device, *given)[:, :tokens]
+
+
+def attend_splash(
+    query: Array, key: Array, value: Array, mask_BT: Array, segment_BT: Array | None = None
+) -> Array:
+    """``attend_before`` by splash attention. Padding is a segment of its own, number 0."""
+    tokens = query.shape[1]
+    segment_BT = jnp.where(mask_BT != 0, 1 if segment_BT is None else segment_BT + 1, 0)
+
+    def device(query: Array, key: Array, value: Array, segment: Array) -> Array:
+        kernel = _splash_kernel(*query.shape[1:3])
+
+        def row(query: Array, key: Array, value: Array, segment: Array) -> Array:
+            query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
+            ids = splash.SegmentIds(segment, segment)
+            return jnp.swapaxes(kernel(query, key, value, segment_ids=ids), 0, 1)
+
+        scaled = (query * query.shape[-1] ** -0.5).astype(query.dtype)
+        return jax.vmap(row)(scaled, key, value, segment[:, :, 0, 0])
+
+    given = (_wide(x, TILES[-1]) for x in (query, key, value, segment_BT[:, :, None, None]))
+    return _on_each_device(device, *given)[:, :tokens]
+
+
+def _splash_kernel(tokens: int, heads: int) -> Any:
+    tile = next(size for size in TILES if tokens % size == 0)
+    causal = masks.MultiHeadMask([masks.CausalMask((tokens, tokens))] * heads)
+    forwards = {"block_q": tile, "block_kv": tile}
+    of_keys = {"block_q_dkv": tile, "block_kv_dkv": tile}
+    of_queries = {"block_q_dq": tile, "block_kv_dq": tile}
+    return splash.make_splash_mha(
+        causal,
+        block_sizes=splash.BlockSizes(**forwards, **of_keys, **of_queries),  # type: ignore[arg-type]
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=INTERPRET,
+    )
+
+
+def _wide(x: Array, multiple: int) -> Array:
+    """x [B, T, …] with zeros after it, up to a multiple of so many columns."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _on_each_device(attend: Any, query: Array, key: Array, value: Array, rows: Array) -> Array:
+    """``attend`` of each device's rows and heads: of a kernel XLA knows no parts.
+
+    Args:
+      rows: [B, T, 1, 1], what is known of the rows' tokens.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(query, key, value, rows)
+    lacks = -query.shape[0] % row_shards()
+
+    def even(x: Array) -> Array:
+        return jnp.pad(x, [(0, lacks)] + [(0, 0)] * 3)
+
+    mapped = jax.shard_map(
+        attend,
+        in_specs=(spec(QUERIES), spec(KEYS), spec(KEYS), spec(("batch", None, None, None))),
+        out_specs=spec(QUERIES),
+        check_vma=False,
+    )
+    return mapped(*map(even, (query, key, value, rows)))[: query.shape[0]]

@@ -1,0 +1,147 @@
+"""Attention by kernels equals attention in pieces, by values and gradients where the kernels can be
+interpreted or have a plain twin; which kernel is chosen where."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import MeshConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models import kernels, transformer
+from jaxrlhf.models.attention import attend_before
+from jaxrlhf.models.kernels import attend_cudnn, attend_splash, choose, real_first, reorder
+
+B, T, N, K, H = 2, 199, 4, 2, 8  # an odd length: no number of tiles divides it
+RNG = np.random.default_rng(0)
+QUERY, KEY, VALUE, SLOPE = (
+    RNG.standard_normal((B, T, heads, H)).astype(np.float32) for heads in (N, K, K, N)
+)
+MASK = np.ones((B, T), np.int32)
+MASK[0, :40] = MASK[0, 150:160] = MASK[1, 170:] = 0  # on the left, with a gap; on the right
+SEGMENT = jnp.array([[1] * 100 + [2] * 99] * B)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Kernels as a CPU carries them out."""
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+    monkeypatch.setattr(kernels, "CUDNN", "xla")
+
+
+def run(attend, query, key, value, mask):
+    """What real tokens see, and its gradients."""
+
+    def total(query, key, value):
+        seen = attend(query, key, value, mask) * mask[:, :, None, None]
+        return (seen * SLOPE).sum(), seen
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+
+
+def cudnn_anywhere(query, key, value, mask):
+    """``attend_cudnn`` of rows as they come."""
+    order, back = real_first(mask)
+    seen = attend_cudnn(*(reorder(x, order) for x in (query, key, value, mask)))
+    return reorder(seen, back)
+
+
+FORMS = {
+    "cudnn": (cudnn_anywhere, attend_before),
+    "splash": (attend_splash, attend_before),
+    "splash packed": (
+        partial(attend_splash, segment_BT=SEGMENT),
+        partial(attend_before, segment_BT=SEGMENT),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+def test_kernels_equal_pieces(form, config, on_cpu):
+    """Whole, and with rows and heads on eight devices, which rows do not divide by."""
+    kernel, plain = FORMS[form]
+    expected = run(plain, QUERY, KEY, VALUE, MASK)
+    if config is None:
+        found = run(kernel, QUERY, KEY, VALUE, MASK)
+    else:
+        with jax.set_mesh(make_mesh(config)):
+            found = run(kernel, QUERY, KEY, VALUE, MASK)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_model_with_kernels_equals_that_with_pieces(
+    kernel, model, params, lora, on_cpu, monkeypatch
+):
+    """Hidden states and gradients where tokens are real; what decoding reads of every place."""
+    token = jnp.array(RNG.integers(0, 300, (3, 12)), jnp.int32)
+    mask = jnp.array([[1] * 12, [0] * 4 + [1] * 8, [1] * 5 + [0] * 2 + [1] * 2 + [0] * 3])
+    slope = jnp.array(RNG.standard_normal((3, 12, 32)), jnp.float32) * mask[..., None]
+
+    def total(params):
+        hidden, kept = model.apply(params, token, mask, lora, keep=True)
+        kept = jax.tree.map(lambda x: x * mask[None, :, None, :, None], kept)
+        return (hidden * slope).sum(), (hidden * mask[..., None], kept)
+
+    expected = jax.jit(jax.grad(total, has_aux=True))(params)
+    monkeypatch.setattr(transformer, "choose", lambda *_: kernel)
+    found = jax.jit(jax.grad(total, has_aux=True))(params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
+
+
+def test_real_first_keeps_the_order():
+    order, back = real_first(jnp.array([[0, 1, 0, 1, 1]]))
+    np.testing.assert_array_equal(order, [[1, 3, 4, 0, 2]])
+    x = jnp.arange(10).reshape(1, 5, 2)
+    np.testing.assert_array_equal(reorder(x, order)[0, :, 0], [2, 6, 8, 0, 4])
+    np.testing.assert_array_equal(reorder(reorder(x, order), back), x)
+
+
+H100, V5E = "NVIDIA H100 80GB HBM3", "TPU v5 lite"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size", "packed", "kernel"),
+    [
+        (H100, "bfloat16", 128, False, "cudnn"),
+        (H100, "bfloat16", 40, False, "cudnn"),
+        (V5E, "bfloat16", 128, False, "splash"),
+        (V5E, "bfloat16", 64, True, "splash"),
+        (H100, "float32", 128, False, "pieces"),  # the kernels would compute in less
+        (V5E, "float32", 128, False, "pieces"),
+        (H100, "bfloat16", 128, True, "pieces"),
+        (H100, "bfloat16", 256, False, "pieces"),
+        (V5E, "bfloat16", 40, False, "pieces"),
+        ("cpu", "bfloat16", 128, False, "pieces"),
+    ],
+)
+def test_choose_takes_what_fits(kind, dtype, size, packed, kernel, decoder, monkeypatch):
+    monkeypatch.setattr(kernels, "device_kind", lambda: kind)
+    decoder = replace(decoder, head_dim=size)
+    assert choose("auto", decoder, dtype, packed) == kernel
+    assert choose("pieces", decoder, dtype, packed) == "pieces"
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, context=2))):
+        assert choose("auto", decoder, dtype, packed) == "pieces"
+    if kernel != "pieces":
+        assert choose(kernel, decoder, dtype, packed) == kernel
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "dtype", "size", "packed", "why"),
+    [
+        ("cudnn", V5E, "bfloat16", 128, False, "the devices are TPU v5 lite"),
+        ("splash", "cpu", "bfloat16", 128, False, "the devices are cpu"),
+        ("cudnn", H100, "float32", 128, False, "model.dtype is float32"),
+        ("splash", V5E, "bfloat16", 40, False, "heads are of 40"),
+        ("cudnn", H100, "bfloat16", 128, True, "no packed rows"),
+    ],
+)
+def test_choose_refuses_what_does_not(wanted, kind, dtype, size, packed, why, decoder, monkeypatch):
+    monkeypatch.setattr(kernels, "device_kind", lambda: kind)
+    with pytest.raises(InputError, match=f"model.attention={wanted}: .*{why}.*: set auto or"):
+        choose(wanted, replace(decoder, head_dim=size), dtype, packed)
