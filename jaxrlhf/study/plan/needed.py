@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxrlhf.core.types import TrainState
+from jaxrlhf.models.decode import kind_of
 from jaxrlhf.run.setup import Run
 from jaxrlhf.study.plan.calls import Call, arguments_by_kind, kinds_of, on_device
 
@@ -87,7 +88,10 @@ def _token(run: Run, call: Call, copy: float, trips: int) -> float:
     slots = prompts * run.config.data.max_prompt_tokens + rows * (trips + 1) / 2
     heads = c.kv_heads / run.mesh.shape["tensor"]
     size = np.dtype(run.model.dtype).itemsize
-    cache = 2 * size * c.layers * slots / shards * heads * c.head_dim
+    kind = kind_of(run.model, sample)
+    # of int8 also a float32 a vector
+    vector = c.head_dim * np.dtype(kind).itemsize + (4 if kind == "int8" else 0)
+    cache = 2 * c.layers * slots / shards * heads * vector
     table = 0.0 if c.tied else c.vocab * c.embed * size / run.mesh.shape["tensor"]
     return copy - table + cache
 
