@@ -210,19 +210,22 @@ def plan(words: list[str]) -> None:
         "--topology",
         required=True,
         metavar="NAME",
-        help="v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 (chips along each dimension); cpu:8, "
-        "h100:8, h200:8 (fake CPU devices); here",
+        help="v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 (chips along each dimension); a100:8, "
+        "h100:8, h200:8, b200:8; cpu:8 (fake CPU devices); here",
     )
     parser.add_argument("--mean-length", type=float, metavar="TOKENS", help="of a response; "
         "without it every response is as long as it may be")  # fmt: skip
     parser.add_argument("--memory", type=float, metavar="GIB", help="of a device, if not its own")
     parser.add_argument("--search", action="store_true", help="rank other meshes, microbatches")
+    parser.add_argument("--explain", default="", metavar="STEP", help="plan this step alone, and "
+        "list the instructions that move most bytes")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     # What is left over are changes of the config, which its loader reads.
     given, changes = parser.parse_known_args(words)
+    from jaxrlhf.study.plan.gpus import tools
     from jaxrlhf.study.plan.topology import environment, parse
 
-    topology = parse(given.topology)
+    topology = parse(given.topology, gpus=tools() is not None)
     if given.mean_length is not None and not 1 <= given.mean_length < math.inf:
         raise InputError(
             f"--mean-length {given.mean_length:g}: must be at least 1 token, and finite"
@@ -237,11 +240,12 @@ def plan(words: list[str]) -> None:
     if mean is not None and is_on_policy(config) and mean > most:
         raise InputError(f"--mean-length {mean:g}: above sample.max_new_tokens={most}: lower it")
     # Fake devices are asked for by variables, which jax reads when it is imported.
-    os.environ.update(environment(topology, os.environ.get("XLA_FLAGS", "")))
+    os.environ.update(environment(topology, os.environ.get("XLA_FLAGS", ""), tools()))
     prepare_jax()
     from jaxrlhf.study.plan.advice import run
 
-    run(config, topology, given.mean_length, given.memory, given.search, not given.json)
+    memory, rank = given.memory, given.search
+    run(config, topology, given.mean_length, memory, rank, not given.json, given.explain)
 
 
 @command("demo", "a whole training run in minutes, on a CPU too: demo [--tiny]")

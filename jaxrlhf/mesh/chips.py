@@ -38,6 +38,7 @@ CHIPS = {
     "a100": Chip("NVIDIA A100", 0, 0.94 * 80e9, 312e12, 2039e9, 300e9, GPU),
     "h100": Chip("NVIDIA H100", 0, 0.94 * 80e9, 989e12, 3350e9, 450e9, GPU),
     "h200": Chip("NVIDIA H200", 0, 0.94 * 141e9, 989e12, 4800e9, 450e9, GPU),
+    "b200": Chip("NVIDIA B200", 0, 0.94 * 180e9, 2250e12, 8000e9, 900e9, GPU),
     "cpu": Chip("cpu", 0, 16 * GIB, 1e11, 2e10, 1e10, HOST),
 }
 """Name → facts. Published peaks are not reached: a roofline is a lower bound of the time."""

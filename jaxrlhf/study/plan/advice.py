@@ -17,9 +17,16 @@ from jaxrlhf.config.model import Remat
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.chips import CHIPS, GIB
 from jaxrlhf.models.load import build
-from jaxrlhf.run.setup import outline
 from jaxrlhf.study.plan.calls import decode_copy, resident
-from jaxrlhf.study.plan.compiled import KINDS, Plan, as_json, mesh_of, plan, with_stand_ins
+from jaxrlhf.study.plan.compiled import (
+    KINDS,
+    Plan,
+    Step,
+    as_json,
+    outlines,
+    plan,
+    with_stand_ins,
+)
 from jaxrlhf.study.plan.topology import Topology
 
 TRIES = 12
@@ -44,14 +51,24 @@ def run(
     memory_gib: float | None = None,
     rank: bool = False,
     as_text: bool = True,
+    explain: str = "",
 ) -> None:
     """Print a run's plan; with ``rank`` also other layouts; as JSON without ``as_text``.
+
+    Args:
+      explain: name of a step whose heaviest instructions are shown; no other is compiled.
 
     Raises:
       InputError: the run does not fit; the message says what to change.
     """
     memory = None if memory_gib is None else memory_gib * GIB
-    found = plan(config, topology, mean_length, memory, tell=partial(print, file=sys.stderr))
+    names = (explain,) if explain else ()
+    tell = partial(print, file=sys.stderr)
+    found = plan(config, topology, mean_length, memory, names, tell)
+    if explain:
+        text = f"{table(found)}\n\n{explained(found.steps[0])}"
+        print(text if as_text else json.dumps(as_json(found)))
+        return
     # at once: what follows compiles for minutes more
     if as_text:
         print(table(found))
@@ -75,6 +92,7 @@ def table(plan: Plan) -> str:
     work = [["step", "calls", "GFLOP", "compute ms", "memory ms", "links ms", "bound", "share"]]
     sent = sorted({kind for step in plan.steps for kind in step.collectives})
     exchanges = [["step", *sent]] if sent else [["none"]]
+    through = [["step", "moved", "needed", "moved / needed"]]
     for step in plan.steps:
         cells = [f"{step.bytes.get(kind, 0.0) / GIB:.3f}" for kind in kinds]
         too_large = "!" * (step in plan.too_large)
@@ -83,6 +101,7 @@ def table(plan: Plan) -> str:
         bound = max(step.seconds, key=lambda name: step.seconds[name])
         cells = [f"{step.flops / 1e9:.4g}", *times, bound, f"{plan.share(step):.1%}"]
         work.append([step.name, str(step.calls), *cells])
+        through += _through(step)
         if sent:
             pairs = [step.collectives.get(kind, (0, 0.0)) for kind in sent]
             cells = [f"{size / 1e6:.4g} in {count}" if count else "-" for count, size in pairs]
@@ -95,10 +114,29 @@ def table(plan: Plan) -> str:
         f"{chip.bandwidth / 1e9:g} GB/s memory, {chip.link / 1e9:g} GB/s links ({chip.source})",
         *("", "GiB on a device while a step runs", *columns(memory)),
         *("", "a call on a device, at least", *columns(work)),
+        *("", "GiB through a device's memory", *columns(through)),
         *("", "exchanges of a call, MB that each device sends", *columns(exchanges), ""),
         *(f"note: {remark}" for remark in plan.remarks),
     ]
     return "\n".join([*lines, verdict(plan)])
+
+
+def _through(step: Step) -> list[list[str]]:
+    """Rows of what a step moves, and one trip of its decode loop."""
+    found = {step.name: (step.moved, step.needed), f"{step.name}: a token": step.token}
+    return [
+        [name, f"{moved / GIB:.4g}", f"{least / GIB:.4g}", f"{moved / least:.2f}"]
+        for name, (moved, least) in found.items()
+        if moved and least
+    ]
+
+
+def explained(step: Step) -> str:
+    """The instructions of a step that move most, a line each."""
+    rows = [["instruction", "GiB a call", "share", "source"]]
+    for what, source, size, share in step.heaviest:
+        rows.append([what, f"{size / GIB:.4g}", f"{share:.1%}", source or "-"])
+    return "\n".join([f"{step.name}: what moves most", *columns(rows)])
 
 
 def verdict(plan: Plan) -> str:
@@ -228,7 +266,7 @@ def _divides(config: Config, devices: int) -> bool:
 def _held(config: Config, topology: Topology) -> float:
     """Bytes a device that it must have: for all networks, and for the copy that is sampled with."""
     config, _ = with_stand_ins(config)
-    run = outline(config, mesh_of(config.mesh, topology))
+    _, run = outlines(config, topology)
     return resident(run) + is_on_policy(run.config) * decode_copy(run)
 
 

@@ -23,6 +23,7 @@ from jaxrlhf.rewards.models import Member
 from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
 from jaxrlhf.run.setup import Run
+from jaxrlhf.steps.sample import LONG
 from jaxrlhf.steps.score import reward, token_scores
 
 
@@ -157,6 +158,15 @@ def decode_trips(config: Config, responses: int, mean_length: float | None) -> i
     going = 1 - 1 / max(mean_length, 1.0)
     longest = sum(1 - (1 - going**t) ** responses for t in range(most))
     return round(longest) - 1
+
+
+def trips_of_loops(config: Config, responses: int, trips: int) -> tuple[int, ...]:
+    """Those of each decode loop: a sampler of many new tokens has two, one after the other."""
+    new = config.sample.max_new_tokens
+    if new < LONG or 0 < config.sample.slots < responses:
+        return (trips,)
+    first = min(trips, new // 2 - 1)
+    return first, trips - first
 
 
 def on_device(x: Any) -> float:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,11 +30,18 @@ from jaxrlhf.study.plan.calls import (
     decode_trips,
     refused,
     resident,
+    trips_of_loops,
 )
+from jaxrlhf.study.plan.gpus import EXTRA, GPUS, described
+from jaxrlhf.study.plan.moved import Move, moves, source, sources, total
+from jaxrlhf.study.plan.needed import needed
 from jaxrlhf.study.plan.topology import Topology, chip_of
 
 WORKERS = 4
 """Most programs compiled at a time: each takes a core, and a GiB or two for a large model."""
+
+HEAVIEST = 10
+"""Instructions that a plan keeps of each step."""
 
 ARGUMENTS = ("parameters", "optimizer", "rows", "weights_copy")
 """Kinds of bytes that come as arguments; their sum is what the compiler calls arguments."""
@@ -56,7 +64,7 @@ class Step:
     flops: float
     """Of matrix products, on each device, a call."""
     moved: float
-    """Bytes to and from memory, on each device, a call: arguments, results, matrix products."""
+    """Bytes that its instructions move to and from memory, on each device, a call."""
     collectives: dict[str, tuple[int, float]]
     """Kind → (how many, bytes that each device sends), a call."""
     seconds: dict[str, float]
@@ -67,6 +75,12 @@ class Step:
     """Bytes of its arguments on each device as the compiler has them, padding included."""
     refused: bool = False
     """The compiler refused it for its size: what it sends and moves is not known."""
+    needed: float = 0.0
+    """Bytes that a call must move at least (``needed.needed``)."""
+    token: tuple[float, float] = (0.0, 0.0)
+    """Of a sampler: what a trip of its decode loop moves, and what it must move."""
+    heaviest: tuple[tuple[str, str, float, float], ...] = ()
+    """The instructions that move most: what they are, their source, bytes a call, its share."""
     at_least: bool = False
     """Refused without a word on how large it is: its bytes may be more."""
 
@@ -142,7 +156,13 @@ def from_json(found: Mapping[str, Any]) -> Plan:
         return kind(**known | other)
 
     steps = [
-        made(Step, row, collectives={kind: tuple(x) for kind, x in row["collectives"].items()})
+        made(
+            Step,
+            row,
+            collectives={kind: tuple(x) for kind, x in row["collectives"].items()},
+            token=tuple(row.get("token", (0.0, 0.0))),
+            heaviest=tuple(tuple(x) for x in row.get("heaviest", ())),
+        )
         for row in found["steps"]
     ]
     return made(Plan, found, steps=tuple(steps), remarks=tuple(found["remarks"]))
@@ -162,6 +182,8 @@ def mesh_of(config: MeshConfig, topology: Topology) -> Mesh:
         return make_mesh(config)
     if topology.compiler == "tpu":
         return make_mesh(config, _tpus(topology, config.slices))
+    if topology.compiler == "gpu":
+        return make_mesh(replace(config, slices=1), _gpus(topology))
     devices = jax.devices("cpu")[: topology.devices]
     if len(devices) < topology.devices:
         raise InputError(
@@ -194,6 +216,34 @@ def _tpus(topology: Topology, slices: int) -> list[Any]:
         ) from None
 
 
+def _gpus(topology: Topology) -> list[Any]:
+    """GPUs to compile for, eight a host."""
+    hosts = topology.devices // 8 if topology.devices % 8 == 0 else 1
+    shape, text = f"1x{hosts}x{topology.devices // hosts}", described(topology.chip)
+    found = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=text)
+    return list(found.devices)
+
+
+def outlines(config: Config, topology: Topology) -> tuple[Run, Run]:
+    """A run as it is compiled for a topology, and as its bytes are counted.
+
+    They differ where a network is offloaded and GPUs are compiled for that are not there: those
+    have no host memory. The second is then on as many fake CPU devices, which have.
+    """
+    mesh = mesh_of(config.mesh, topology)
+    away = [config.reference.offload, *(reward.offload for reward in config.rewards)]
+    if topology.compiler != "gpu" or not any(away):
+        run = outline(config, mesh)
+        return run, run
+    held = replace(
+        config,
+        reference=replace(config.reference, offload=False),
+        rewards=tuple(replace(reward, offload=False) for reward in config.rewards),
+    )
+    fake = mesh_of(config.mesh, replace(topology, compiler="cpu"))
+    return outline(held, mesh), outline(config, fake)
+
+
 def plan(
     config: Config,
     topology: Topology,
@@ -211,20 +261,29 @@ def plan(
       tell: is called with a line before each step is compiled, and may show it.
 
     Raises:
-      InputError: the config cannot be laid out there, or libtpu is missing.
+      InputError: the config cannot be laid out there, libtpu is missing, or a name is no step's.
     """
     config, assumed = with_stand_ins(config)
-    mesh = mesh_of(config.mesh, topology)
+    run, counted = outlines(config, topology)
+    mesh = run.mesh
     chip = topology.chip or chip_of(mesh.devices.flat[0].device_kind)
-    run = outline(config, mesh)
     with jax.set_mesh(mesh):
-        calls = {name: x for name, x in calls_of(run).items() if not names or name in names}
+        every = calls_of(run)
+    if counted is not run:
+        with jax.set_mesh(counted.mesh):
+            fetched = {name: call.fetched for name, call in calls_of(counted).items()}
+        every = {name: x._replace(fetched=fetched[name]) for name, x in every.items()}
+    held = resident(counted)
+    if unknown := set(names) - set(every):
+        there = ", ".join(every)
+        raise InputError(f"step {', '.join(sorted(unknown))}: the run has none: give {there}")
+    calls = {name: x for name, x in every.items() if not names or name in names}
 
     def work(item: tuple[str, Call]) -> Step:
         tell(f"compiling {item[0]}")
         # the mesh in force is a thread's own
         with jax.set_mesh(mesh):
-            return _step(run, *item, CHIPS[chip], mean_length)
+            return _step(run, *item, CHIPS[chip], held, mean_length)
 
     # XLA gives the interpreter away while it compiles
     with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1, WORKERS)) as pool:
@@ -236,34 +295,43 @@ def plan(
         mesh=dict(mesh.shape),
         memory=memory or CHIPS[chip].memory,
         steps=steps,
-        remarks=(*assumed, *_remarks(run, calls, topology, mean_length)),
+        remarks=(*assumed, *_remarks(counted, calls, topology, mean_length)),
     )
 
 
-def _step(run: Run, name: str, call: Call, chip: Chip, mean_length: float | None) -> Step:
-    """One program: traced for its FLOPs, compiled for its bytes."""
+def _step(
+    run: Run, name: str, call: Call, chip: Chip, held: float, mean_length: float | None
+) -> Step:
+    """One program: traced for its FLOPs, compiled for its bytes; ``held`` as ``resident``."""
     traced = call.program.trace(*call.args)
     kinds = arguments_by_kind(call.args, traced.jaxpr)
     # networks and optimizers that are on the device and not arguments of this call
-    elsewhere = resident(run) + call.fetched - kinds["parameters"] - kinds["optimizer"]
+    elsewhere = held + call.fetched - kinds["parameters"] - kinds["optimizer"]
     trips = decode_trips(run.config, call.responses, mean_length) if call.responses else None
+    loops = None if trips is None else trips_of_loops(run.config, call.responses, trips)
     # if the work is split evenly
-    flops = hlo.flops(traced.jaxpr, trips) / run.mesh.size
+    flops = hlo.flops(traced.jaxpr, loops) / run.mesh.size
     seconds = {"compute": flops / chip.flops, "memory": 0.0, "links": 0.0}
     lowered = traced.lower()
     try:
-        compiled = lowered.compile()
+        compiled = _compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
         refusal = refused(str(error))
         if refusal is None:
             raise
         kinds |= without_room(refusal, sum(kinds.values()), elsewhere, chip.memory)
-        told = {"refused": True, "at_least": refusal.at_least}
+        told: dict[str, Any] = {"refused": True, "at_least": refusal.at_least}
         return Step(name, call.calls, kinds, flops, 0.0, {}, seconds, trips, **told)
-    module, analysis = hlo.parse(compiled.as_text()), compiled.memory_analysis()
-    results = float(analysis.output_size_in_bytes)
-    moved = sum(kinds.values()) + results + hlo.product_bytes(module, trips)
-    sent = hlo.totals(hlo.collectives(module, trips))
+    text, analysis = compiled.as_text(), compiled.memory_analysis()
+    module, results = hlo.parse(text), float(analysis.output_size_in_bytes)
+    found = moves(module, loops)
+    moved, least = total(found), needed(run, call, traced.jaxpr, results, trips)
+    decode = hlo.open_loops(module)
+    inside = total(x for x in found if x.loops and x.loops[0] in decode)
+    more: dict[str, Any] = {"needed": least.call, "heaviest": heaviest(found, text)}
+    if trips and inside:
+        more["token"] = (inside / trips, least.token)
+    sent = hlo.totals(hlo.collectives(module, loops))
     seconds["memory"] = moved / chip.bandwidth
     seconds["links"] = sum(size for _, size in sent.values()) / chip.link
     # the compiler's temporaries have no names: what a sampler must keep is taken off their sum
@@ -276,7 +344,36 @@ def _step(run: Run, name: str, call: Call, chip: Chip, mean_length: float | None
     kinds["outputs"] = max(results - analysis.alias_size_in_bytes, 0.0)
     kinds["elsewhere"] = elsewhere
     given = float(analysis.argument_size_in_bytes)
-    return Step(name, call.calls, kinds, flops, moved, sent, seconds, trips, given)
+    return Step(name, call.calls, kinds, flops, moved, sent, seconds, trips, given, **more)
+
+
+def _compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # without a choice by time XLA's own products for GPUs do not take every size: cuBLAS does
+        if "output tile sizes" not in str(error):
+            raise
+        return lowered.compile({"xla_gpu_enable_triton_gemm": False})
+
+
+def heaviest(found: list[Move], text: str) -> tuple[tuple[str, str, float, float], ...]:
+    """The ``HEAVIEST`` instructions that move most, alike ones of a source line as one.
+
+    Returns:
+      (instruction, ``file:line``, bytes of a call, share of it) of each.
+    """
+    frames, sums = sources(text), dict[tuple[str, str], float]()
+    for move in found:
+        shape = next(iter(move.op.shapes), None)
+        size = f"{shape.dtype}[{','.join(map(str, shape.dims))}]" if shape else ""
+        # numbers tell copies of an instruction apart: those of different layers, mostly
+        name = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", move.op.name)
+        key = f"{name} {size}".strip(), source(move.op, frames)
+        sums[key] = sums.get(key, 0.0) + move.total
+    whole = sum(sums.values()) or 1.0
+    most = sorted(sums.items(), key=lambda item: -item[1])[:HEAVIEST]
+    return tuple((*key, size, size / whole) for key, size in most)
 
 
 def without_room(
@@ -331,7 +428,15 @@ def _remarks(
             "slower network than the links that it is reckoned with"
         )
     if topology.compiler == "cpu":
-        found.append("compiled for CPU devices: temporaries and collectives are that compiler's")
+        said = "compiled for CPU devices: temporaries and collectives are that compiler's"
+        if topology.chip in GPUS:
+            said += f"; pip install '{EXTRA}' for the GPU's"
+        found.append(said)
+    if topology.compiler == "gpu" and any(call.fetched for call in calls.values()):
+        found.append(
+            "compiled with what is offloaded on the devices, as those not here have no host "
+            "memory, and taken off the bytes elsewhere"
+        )
     if mean_length is not None:
         found.append(
             f"responses of {mean_length:g} tokens on average, each token as likely to be the last"

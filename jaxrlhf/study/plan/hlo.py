@@ -34,11 +34,21 @@ SENT = {
 """Bytes that each device sends, of an operand of ``size`` bytes among n devices on a ring."""
 
 
+NEAR = r"T\(.*S\((?!5\))[1-9]"
+"""A layout in a memory on the chip: only TPUs' layouts have tiles, and 5 is the host's memory."""
+
+
+Trips = int | tuple[int, ...] | None
+"""Of the loops whose trips a program does not say, one after the other; a number if it is one."""
+
+
 class Shape(NamedTuple):
     """One array of a result, as it lies on one device."""
 
     dtype: str
     dims: tuple[int, ...]
+    near: bool = False
+    """In a TPU's memory on the chip: reading it moves nothing to or from the device's own."""
 
     @property
     def elements(self) -> int:
@@ -127,8 +137,8 @@ def _instruction(line: str) -> Op | None:
         stop += 1
     inside, after = line[found.end() : stop - 1], line[stop:]
     shapes = tuple(
-        Shape(dtype, tuple(int(n) for n in re.findall(r"\d+", dims)))
-        for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", kind)
+        Shape(dtype, tuple(map(int, re.findall(r"\d+", dims))), bool(re.search(NEAR, layout)))
+        for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", kind)
         if dtype in BITS
     )
     text = inside if opcode in ("constant", "parameter") else after
@@ -136,21 +146,18 @@ def _instruction(line: str) -> Op | None:
     return Op(name, opcode, shapes, operands, text, bool(root))
 
 
-def visits(module: Module, trips: int | None = None) -> Iterator[Visit]:
+def visits(module: Module, trips: Trips = None) -> Iterator[Visit]:
     """Every instruction that the program carries out, those in loops with their trips.
 
     Each branch of a conditional counts.
 
     Args:
-      trips: of the loop whose trips the program does not say, such as one that may end early.
+      trips: of the loops whose trips the program does not say, such as those that may end early.
 
     Raises:
-      InputError: there is such a loop, and ``trips`` is not given, or there are several.
+      InputError: as ``stated``.
     """
-    unknown = sorted(open_loops(module))
-    # one number cannot be right for two loops
-    if len(unknown) > 1:
-        raise InputError(f"loops {', '.join(unknown)}: trips of more than one are not known")
+    counts = stated(module, trips)
 
     def carried_out(name: str, times: int, loops: tuple[str, ...]) -> Iterator[Visit]:
         for op in module.computations.get(name, {}).values():
@@ -158,9 +165,7 @@ def visits(module: Module, trips: int | None = None) -> Iterator[Visit]:
             inside = times, loops
             if op.opcode == "while":
                 known = known_trips(module, op, name)
-                count = trips if known is None else known
-                if count is None:
-                    raise InputError(f"loop {op.name}: its trips are not known: state them")
+                count = counts[op.name] if known is None else known
                 inside = times * count, (*loops, op.name)
             elif op.opcode not in CALLERS:
                 continue
@@ -179,14 +184,31 @@ def called(op: Op) -> list[str]:
     return names
 
 
-def open_loops(module: Module) -> set[str]:
-    """The while loops whose trips the program does not say: of a sampler, the decode loop."""
-    return {
+def open_loops(module: Module) -> list[str]:
+    """The while loops whose trips the program does not say: of a sampler, the decode loops."""
+    return [
         op.name
         for name, ops in module.computations.items()
         for op in ops.values()
         if op.opcode == "while" and known_trips(module, op, name) is None
-    }
+    ]
+
+
+def stated(module: Module, trips: Trips) -> dict[str, int]:
+    """Name → trips of the open loops, in the order of the program.
+
+    Raises:
+      InputError: there are others than ``trips`` says.
+    """
+    found = open_loops(module)
+    given = (trips,) if isinstance(trips, int) else trips or ()
+    if len(found) == 1 and not given:
+        raise InputError(f"loop {found[0]}: its trips are not known: state them")
+    # one number cannot be right for two loops
+    if found and len(found) != len(given):
+        names = ", ".join(sorted(found))
+        raise InputError(f"loops {names}: trips of more than one are not known")
+    return dict(zip(found, given, strict=False))
 
 
 def known_trips(module: Module, loop: Op, computation: str) -> int | None:
@@ -236,7 +258,7 @@ def _plain(ops: dict[str, Op], name: str) -> Op:
     return op
 
 
-def collectives(module: Module, trips: int | None = None) -> list[Collective]:
+def collectives(module: Module, trips: Trips = None) -> list[Collective]:
     """Every exchange of a program; ``trips`` as in ``visits``."""
     out = []
     for visit in _exchanges(module, trips):
@@ -250,7 +272,7 @@ def collectives(module: Module, trips: int | None = None) -> list[Collective]:
     return out
 
 
-def _exchanges(module: Module, trips: int | None) -> list[Visit]:
+def _exchanges(module: Module, trips: Trips) -> list[Visit]:
     """One visit of each exchange, also of one that a TPU carries out in pieces beside other work.
 
     Every piece, a fusion called async_collective_fusion, names the whole exchange again, some of
@@ -302,21 +324,7 @@ def group_size(op: Op, devices: int) -> int:
     raise ValueError(f"{op.name}: replica_groups cannot be read: {op.text:.120}")
 
 
-def product_bytes(module: Module, trips: int | None = None) -> float:
-    """Bytes of operands and results of all matrix products on one device.
-
-    What they read and write if each passes memory once: a lower bound where products are large,
-    and the whole story of decoding, which reads weights and cache for a single token.
-    """
-    total = 0.0
-    for op, computation, times, _ in visits(module, trips):
-        if op.opcode in ("dot", "convolution"):
-            ops = module.computations[computation]
-            total += times * (op.bytes + sum(ops[n].bytes for n in op.operands if n in ops))
-    return total
-
-
-def flops(jaxpr: ClosedJaxpr | Jaxpr, trips: int | None = None) -> float:
+def flops(jaxpr: ClosedJaxpr | Jaxpr, trips: Trips = None) -> float:
     """FLOPs of all matrix products of a jaxpr, over all devices.
 
     A product [M, K]·[K, N] is 2·M·N·K FLOPs. What a scan repeats counts once a step, the dearest
@@ -324,16 +332,21 @@ def flops(jaxpr: ClosedJaxpr | Jaxpr, trips: int | None = None) -> float:
     XLA's own count has the body of a loop only once.
 
     Args:
-      trips: iterations of each while loop: a jaxpr does not say how many there are.
+      trips: iterations of each while loop, a number for all or one each, in order: a jaxpr does
+        not say how many there are.
 
     Raises:
       InputError: there is a while loop, and ``trips`` is not given.
     """
+    return _flops(jaxpr, iter(trips) if isinstance(trips, tuple) else itertools.repeat(trips))
+
+
+def _flops(jaxpr: ClosedJaxpr | Jaxpr, trips: Iterator[int | None]) -> float:
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum(_equation(equation, trips) for equation in inner.eqns)
 
 
-def _equation(equation: Any, trips: int | None) -> float:
+def _equation(equation: Any, trips: Iterator[int | None]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -346,7 +359,7 @@ def _equation(equation: Any, trips: int | None) -> float:
         return 2.0 * math.prod(out.shape) * math.prod(kernel.shape) / features
     values = (x if isinstance(x, tuple | list) else (x,) for x in params.values())
     bodies = [x for x in itertools.chain(*values) if isinstance(x, ClosedJaxpr | Jaxpr)]
-    parts = [flops(body, trips) for body in bodies]
+    parts = [_flops(body, trips) for body in bodies]
     # a loop without products needs no trips
     if not any(parts):
         return 0.0
@@ -356,9 +369,10 @@ def _equation(equation: Any, trips: int | None) -> float:
     if name == "scan":
         repeats = params["length"]
     elif name == "while":
-        if trips is None:
+        known = next(trips, None)
+        if known is None:
             raise InputError("a while loop whose trips are not known: state them")
-        repeats = trips
+        repeats = known
     elif name == "shard_map":
         # the body is of one device; the parameter's name differs by jax's version
         axes = params.get("newly_manual_axes", params.get("manual_axes", ()))

@@ -41,8 +41,8 @@ Nothing here has been run on the hardware. These are compiled plans, which
     python -m jaxrlhf.study.plan.scale PLANS > docs/scale.md
 
 writes: it plans every config of `configs/scale/` that has no plan in the folder PLANS yet. Times
-are a roofline's: lower bounds, to compare layouts with. Plans for H100 and H200 are compiled by the
-CPU compiler: their arguments are exact, their temporaries and exchanges a stand-in."""
+are a roofline's: lower bounds, to compare layouts with. Plans for H100 and H200 whose
+notes say so are compiled by the CPU compiler: their arguments are exact, the rest is a stand-in."""
 
 SCALING = """## Weak scaling: {title}
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from jaxrlhf.core.errors import InputError
@@ -18,16 +19,20 @@ class Topology:
     """A key of ``CHIPS``; "" for the devices that are here, until they are asked."""
     devices: int
     """How many; 0 for those that are here."""
-    compiler: Literal["tpu", "cpu", "here"]
-    """What compiles: libtpu, the CPU compiler on as many fake devices, or the one that is here."""
+    compiler: Literal["tpu", "gpu", "cpu", "here"]
+    """What compiles: libtpu, XLA's for GPUs, the CPU compiler on as many fake devices, or the one
+    that is here."""
 
 
-def parse(name: str) -> Topology:
+def parse(name: str, gpus: bool = False) -> Topology:
     """The topology that a name describes.
 
     ``v5e:16x16`` (also v4, v5p, v6e: chips along each dimension of the slice's torus); ``cpu:8``,
-    fake CPU devices; ``h100:8`` (also a100, h200), as many fake CPU devices with that GPU's memory
-    and speeds, whose temporaries are then the CPU compiler's; ``here``, the devices jax finds.
+    fake CPU devices; ``h100:8`` (also a100, h200, b200), GPUs; ``here``, the devices jax finds.
+
+    Args:
+      gpus: XLA's compiler for GPUs is installed. Without it GPUs are as many fake CPU devices with
+        their memory and speeds, whose temporaries are then the CPU compiler's.
 
     Raises:
       InputError: the name is none of these.
@@ -45,14 +50,19 @@ def parse(name: str) -> Topology:
             f"--topology {name}: {kind} takes {dims} size{'s' * (dims > 1)}, as in {kind}:{example}"
         )
     count = math.prod(int(size) for size in shape.split("x"))
-    return Topology(name, kind, count, "tpu" if torus else "cpu")
+    if torus:
+        return Topology(name, kind, count, "tpu")
+    return Topology(name, kind, count, "gpu" if gpus and kind != "cpu" else "cpu")
 
 
-def environment(topology: Topology, xla_flags: str = "") -> dict[str, str]:
+def environment(
+    topology: Topology, xla_flags: str = "", tools: Path | None = None
+) -> dict[str, str]:
     """Variables to set before jax is imported, so that it finds such devices.
 
     Args:
       xla_flags: XLA_FLAGS as they are.
+      tools: of GPUs, the folder of NVIDIA's assembler.
     """
     if topology.compiler == "here":
         return {}
@@ -70,6 +80,14 @@ def environment(topology: Topology, xla_flags: str = "") -> dict[str, str]:
             "TPU_WORKER_HOSTNAMES": "localhost",
         }
     fake = f"--xla_force_host_platform_device_count={topology.devices}"
+    if topology.compiler == "gpu":
+        # a choice among kernels by their time needs the device
+        fake += f" --xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={tools}"
+        variables |= {
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            # that there is no driver is no fault here
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        }
     return {**variables, "XLA_FLAGS": f"{xla_flags} {fake}".strip()}
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import runs
 
-from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.config import DecoderConfig, MeshConfig, RewardConfig, SampleConfig
 from jaxrlhf.study.plan.compiled import plan
 from jaxrlhf.study.plan.topology import parse
 
@@ -31,3 +31,24 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="session")
 def planned(config, cpu):
     return plan(config, cpu)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A small model of Llama's proportions, on one device: 16 rows of 32 + 33 tokens."""
+    decoder = DecoderConfig(
+        vocab=2048, embed=256, layers=3, heads=8, kv_heads=2, head_dim=32, mlp=896, tied=False
+    )
+    sample = SampleConfig(max_new_tokens=33, n=4)
+    config = runs.ppo(tmp_path_factory.mktemp("llama"), sample=sample, mesh=MeshConfig(1, 1, 1))
+    return replace(
+        config,
+        model=replace(config.model, decoder=decoder),
+        data=replace(config.data, batch_size=4, max_prompt_tokens=32),
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_steps(llama):
+    found = plan(llama, parse("cpu:1"), names=("sample", "reference", "update"))
+    return {step.name: step for step in found.steps}

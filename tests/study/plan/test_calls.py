@@ -25,6 +25,7 @@ from jaxrlhf.study.plan.calls import (
     on_device,
     refused,
     resident,
+    trips_of_loops,
 )
 
 
@@ -144,3 +145,13 @@ def test_decode_trips(config):
     two = replace(config, sample=replace(config.sample, max_new_tokens=2))
     # the longest of 3 rows has 1 token, and 2 unless all three end at the first: 1 + 7/8, less 1
     assert decode_trips(two, 3, 2.0) == 1
+
+
+def test_trips_of_loops(tmp_path):
+    config = runs.ppo(tmp_path)
+    assert trips_of_loops(config, 16, 7) == (7,)
+    long = replace(config, sample=replace(config.sample, max_new_tokens=1024))
+    assert trips_of_loops(long, 16, 1023) == (511, 512)
+    assert trips_of_loops(long, 16, 100) == (100, 0)
+    slots = replace(long, sample=replace(long.sample, slots=4))
+    assert trips_of_loops(slots, 16, 1023) == (1023,)

@@ -27,7 +27,6 @@ from jaxrlhf.study.plan.hlo import (
     group_size,
     known_trips,
     parse,
-    product_bytes,
     totals,
     visits,
 )
@@ -100,6 +99,19 @@ def test_shape_bytes():
     assert Shape("pred", ()).bytes == 1
 
 
+def test_shape_on_a_chip():
+    line = "HloModule f\n\nENTRY %m (x: f32[8]) -> f32[8] {\n  %x = f32[8]{LAYOUT} parameter(0)\n}"
+    for layout, near in (
+        ("0", False),
+        ("0:T(128)", False),
+        ("0:T(128)S(1)", True),
+        ("0:T(128)S(5)", False),
+        ("0:S(1)", False),
+    ):
+        (shape,) = parse(line.replace("LAYOUT", layout)).computations["m"]["x"].shapes
+        assert shape.near is near
+
+
 def test_visits_multiply_nested_trips():
     assert times(NOTED, "r") == [15]
     assert times(NOTED, "x.3") == [5]
@@ -115,6 +127,7 @@ def test_visits_one_stated_number_is_not_for_two_loops():
     text = LOOP.replace("%zero = s32[] constant(0)", "%zero = s32[] constant(1)")
     with pytest.raises(InputError, match=r"loops w, w\.3: trips of more than one are not known"):
         times(text, "r", trips=7)
+    assert sorted(times(text, "r", trips=(2, 7))) == [14]
 
 
 def test_known_trips_needs_a_start_at_zero():
@@ -263,11 +276,6 @@ def test_collectives_in_a_loop(mesh):
     (one,) = (x for x in collectives(module) if x.kind == "all-gather")
     assert (one.visit.times, one.sent, len(one.visit.loops)) == (6, 8 * 32 * 4 * 3, 1)
     assert one.visit.op.shapes == (Shape("f32", (32, 32)),)
-
-
-def test_product_bytes(mesh):
-    module = program(lambda x, w: x @ w, mesh, ((64, 32), P("fsdp")), ((32, 96), P()))
-    assert product_bytes(module) == 4 * (16 * 32 + 32 * 96 + 16 * 96)
 
 
 A, B = jnp.ones((4, 8)), jnp.ones((8, 16))

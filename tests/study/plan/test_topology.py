@@ -1,5 +1,7 @@
 """Names of topologies and chips, and what is set for them before jax starts."""
 
+from pathlib import Path
+
 import pytest
 
 from jaxrlhf.core.errors import InputError
@@ -37,6 +39,25 @@ def test_parse(name, chip, devices, compiler):
 def test_parse_refuses(name, message):
     with pytest.raises(InputError, match=message):
         parse(name)
+
+
+def test_parse_with_the_compiler_of_gpus():
+    assert parse("b200:16", gpus=True) == Topology("b200:16", "b200", 16, "gpu")
+    assert parse("cpu:2", gpus=True).compiler == "cpu"
+    assert parse("v5e:2x4", gpus=True).compiler == "tpu"
+
+
+def test_environment_of_gpus():
+    found = environment(parse("h100:4", gpus=True), "--xla_a=1", Path("/x/cuda_nvcc"))
+    assert found["JAX_PLATFORMS"] == "cpu"
+    assert found["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] == "1"
+    assert found["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+    assert found["XLA_FLAGS"].split() == [
+        "--xla_a=1",
+        "--xla_force_host_platform_device_count=4",
+        "--xla_gpu_autotune_level=0",
+        "--xla_gpu_cuda_data_dir=/x/cuda_nvcc",
+    ]
 
 
 def test_environment():
