@@ -43,13 +43,19 @@ GPUS = {
 
 
 def tools() -> Path | None:
-    """The folder of NVIDIA's assembler, if it and jax's CUDA plugin are installed; else None."""
+    """The folder of NVIDIA's assembler, if it, cuDNN and jax's CUDA plugin are installed; else None.
+
+    cuDNN builds its attention while a program is compiled.
+    """
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         return None
     # a namespace package: its parts may lie in several places
     spec = importlib.util.find_spec("nvidia")
     places = (spec and spec.submodule_search_locations) or ()
-    found = (Path(place) / "cuda_nvcc" for place in places)
+    folders = [Path(place) for place in places]
+    if not any((folder / "cudnn" / "lib").is_dir() for folder in folders):
+        return None
+    found = (folder / "cuda_nvcc" for folder in folders)
     return next((folder for folder in found if (folder / "bin" / "ptxas").is_file()), None)
 
 

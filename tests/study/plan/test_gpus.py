@@ -39,12 +39,14 @@ def test_tools_without_the_extra(monkeypatch):
     assert tools() is None
 
 
-def test_tools_without_the_assembler(monkeypatch, tmp_path):
+def test_tools_want_the_assembler_and_cudnn(monkeypatch, tmp_path):
     found = type("", (), {"submodule_search_locations": [str(tmp_path)]})
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: found)
     assert tools() is None
     (tmp_path / "cuda_nvcc" / "bin").mkdir(parents=True)
     (tmp_path / "cuda_nvcc" / "bin" / "ptxas").touch()
+    assert tools() is None
+    (tmp_path / "cudnn" / "lib").mkdir(parents=True)
     assert tools() == tmp_path / "cuda_nvcc"
 
 
