@@ -332,6 +332,7 @@ class Ends(nnx.Module):
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, head: bool):
         self.embed = Embed(c, rngs)
         self.norm = RMSNorm("embed", c.embed, c)
+        self.tied = c.tied
         if not c.tied:
             self.unembed = Unembed(c, rngs)
         if head:
@@ -339,9 +340,11 @@ class Ends(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] → logits [..., V], float32."""
-        if hasattr(self, "unembed"):
-            return to_vocab(x, self.unembed.kernel[...], 0)
-        return to_vocab(x, self.embed.table[...], 1)
+        return to_vocab(x, *self.projection())
+
+    def projection(self) -> tuple[Array, int]:
+        """The output projection, and which of its axes is D."""
+        return (self.embed.table[...], 1) if self.tied else (self.unembed.kernel[...], 0)
 
 
 # A scan's forward and backward loops share nothing as it is, so nothing must be kept from merging.

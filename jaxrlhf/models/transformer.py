@@ -177,6 +177,10 @@ class Model:
         """Logits [..., V] of hidden states [..., D], float32."""
         return self.outer(params).logits(hidden)
 
+    def projection(self, params: Params) -> tuple[Array, int]:
+        """The output projection, [D, V] or [V, D], and which of its axes is D."""
+        return self.outer(params).projection()
+
     def scalar(self, params: Params, hidden: Array) -> Array:
         """The scalar head on hidden states [..., D] → [...], float32.
 

@@ -5,15 +5,12 @@ update differentiates ``forward`` itself: what is scored and what is trained are
 """
 
 import chex
-import jax
 import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array, Outputs, Params
-from jaxrlhf.mesh.sharding import constrain, devices_in_mesh
+from jaxrlhf.mesh.sharding import constrain
 from jaxrlhf.models.transformer import Model
-
-LOGITS_A_DEVICE = 2**25
-"""Logits that may exist at once on a device (128 MiB in float32)."""
+from jaxrlhf.steps.logp import token_logp
 
 
 def forward(
@@ -57,7 +54,9 @@ def forward(
         known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
     # Token t is predicted by the hidden state at t − 1.
     before = hidden[:, first - 1 : -1]
-    logp, spread = _token_logp(model, params, before, token_BT[:, first:], temperature, entropy)
+    logp, spread = token_logp(
+        before, *model.projection(params), token_BT[:, first:], temperature, entropy
+    )
 
     def full(x: Array) -> Array:
         return jnp.pad(jnp.where(known, x, 0.0), ((0, 0), (first, 0)))
@@ -138,50 +137,3 @@ def last_token(attention_mask_BT: Array) -> Array:
     """Column of each row's last 1, int32 [B]."""
     columns = jnp.arange(attention_mask_BT.shape[1])
     return jnp.max(jnp.where(attention_mask_BT != 0, columns, 0), axis=1)
-
-
-def _token_logp(
-    model: Model,
-    params: Params,
-    hidden_BTD: Array,
-    token_BT: Array,
-    temperature: float | Array,
-    entropy: bool,
-) -> tuple[Array, Array]:
-    """log softmax(logits/temperature)[token] and its entropy, a few columns at a time."""
-    rows, columns = token_BT.shape
-    # [B, T, V] in float32 would be the largest array of the step: 8 rows × 256 × 49k take 400 MB.
-    budget = LOGITS_A_DEVICE * devices_in_mesh() // (rows * model.decoder.vocab)
-    width = max(1, min(columns, budget))
-    pieces = -(-columns // width)
-    width = -(-columns // pieces)
-    extra = pieces * width - columns
-
-    def split(x: Array, *axes: str) -> Array:
-        """Piece i has the columns i, i + pieces, …: some of those on each device."""
-        x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
-        x = constrain(x, ("batch", "length", *axes))
-        x = jnp.moveaxis(x.reshape(rows, width, pieces, *x.shape[2:]), 2, 0)
-        return constrain(x, (None, "batch", "length", *axes))
-
-    # The gradient computes each piece's logits again, so that none is kept.
-    @jax.checkpoint
-    def piece(item: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, token = item
-        logits = model.logits(params, hidden) / temperature
-        logits = constrain(logits, ("batch", "length", "vocab"))
-        # log softmax(z)_v = z_v − logsumexp(z); entropy = logsumexp(z) − Σ softmax(z)·z.
-        total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-        if not entropy:
-            return chosen - total, jnp.zeros_like(total)
-        spread = total - (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
-        return chosen - total, spread
-
-    logp, spread = jax.lax.map(piece, (split(hidden_BTD, "activation"), split(token_BT)))
-
-    def joined(x: Array) -> Array:
-        x = jnp.moveaxis(constrain(x, (None, "batch", "length")), 0, 2).reshape(rows, -1)
-        return constrain(x, ("batch", "length"))[:, :columns]
-
-    return joined(logp), joined(spread)

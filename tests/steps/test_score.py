@@ -2,7 +2,6 @@
 
 import re
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps import score as scoring
+from jaxrlhf.steps import logp as log_probs
 from jaxrlhf.steps.score import forward, last_token, reward, score, value
 
 T = 12
@@ -21,21 +20,20 @@ whole = jax.jit(forward, static_argnames=("model", "entropy", "value", "first"))
 
 
 class Stub:
-    """hidden[i] = i in every row; logits of position i from a table; the head is the identity."""
+    """hidden[i] = onehot(i) in every row; logits of position i from a table; the head says i."""
 
     def __init__(self, table):
         self.table = jnp.array(table, jnp.float32)
-        self.decoder = SimpleNamespace(vocab=self.table.shape[1])
 
     def apply(self, params, token_BT, attention_mask_BT, lora=None, cache=None, segment_BT=None):
-        position = jnp.arange(token_BT.shape[1], dtype=jnp.float32)
-        return jnp.broadcast_to(position[:, None], (*token_BT.shape, 1)), None
+        position = jnp.eye(token_BT.shape[1], len(self.table))
+        return jnp.broadcast_to(position, (*token_BT.shape, len(self.table))), None
 
-    def logits(self, params, hidden):
-        return self.table[hidden[..., 0].astype(jnp.int32)]
+    def projection(self, params):
+        return self.table, 0
 
     def scalar(self, params, hidden):
-        return hidden[..., 0]
+        return hidden @ jnp.arange(hidden.shape[-1], dtype=jnp.float32)
 
 
 def naive(model, params, token, mask, temperature=1.0, lora=None):
@@ -126,7 +124,7 @@ def test_forward_pieces_equal_the_whole(monkeypatch, model, params, lora):
 
     expected = run(at_once)
     for columns in (100, 4):
-        monkeypatch.setattr(scoring, "LOGITS_A_DEVICE", columns * 3 * 300)
+        monkeypatch.setattr(log_probs, "LOGITS_A_DEVICE", columns * 3 * 300)
         found = run(in_pieces)
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found, expected)
 
@@ -159,7 +157,7 @@ def largest_logits(model, params):
 def test_forward_never_holds_all_logits(monkeypatch, model, params):
     """All logits would be [2, 63, 300], 37800 elements; the embedding table, [300, 32], is 9600."""
     assert largest_logits(model, params) >= 2 * 63 * 300  # in one piece, as it is allowed to be
-    monkeypatch.setattr(scoring, "LOGITS_A_DEVICE", 2 * 300 * 8)
+    monkeypatch.setattr(log_probs, "LOGITS_A_DEVICE", 2 * 300 * 8)
     assert largest_logits(model, params) == 9600
 
 

@@ -1,0 +1,182 @@
+"""Log-probs of tokens and entropies of what they were drawn from, without all logits at once.
+
+[B, T, V] in float32 would be the largest array of a step: 8 rows × 256 × 49k take 400 MB. So the
+logits are computed some columns at a time, and again for the gradient, which is written here by
+hand: of logits z = h·W/τ, log-prob z_token − log Σ exp z and entropy H, with p = softmax(z),
+
+    ∂logp/∂z = onehot(token) − p        ∂H/∂z = −p·(log p + H)
+
+On a mesh each device adds up the weight's gradient of its own rows and columns, whole over fsdp,
+and the sums are added to each other once, after the last piece.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.sharding import constrain, devices_in_mesh, length_shards, row_shards
+from jaxrlhf.models.layers import to_vocab
+
+LOGITS_A_DEVICE = 2**25
+"""Logits that may exist at once on a device (128 MiB in float32)."""
+
+SPLIT = ("batch", None, "length", None)
+"""Of [devices over rows, their rows, devices over columns, their columns]: a piece as it lies."""
+
+WEIGHT = (("embed", "vocab"), ("vocab", "embed"))
+"""Axes of the output projection: where its axis 0 is D, and where its axis 1 is."""
+
+
+class Saved(NamedTuple):
+    """What the gradient reads again; all but the weight in pieces."""
+
+    hidden: Array
+    token: Array
+    weight: Array
+    """In the compute dtype, gathered over fsdp."""
+    temperature: Array
+    total: Array
+    """log Σ exp z."""
+    spread: Array
+    trained: Array | None
+    """None if nobody asks for the weight's gradient."""
+
+
+def token_logp(
+    hidden_BTD: Array,
+    weight: Array,
+    axis: int,
+    token_BT: Array,
+    temperature: float | Array,
+    entropy: bool,
+) -> tuple[Array, Array]:
+    """log softmax(h·W/temperature)[token] and the entropy of that softmax, float32 [B, T], nats.
+
+    Args:
+      hidden_BTD: in the compute dtype, in which the products are taken; sums are float32.
+      weight: float32, [D, V] or [V, D]; ``axis`` says which of its axes is D.
+      token_BT: int32.
+      entropy: static; if False, zeros stand in its place.
+    """
+    rows, columns = token_BT.shape
+    shards = row_shards(), length_shards()
+    budget = LOGITS_A_DEVICE * devices_in_mesh() // (rows * weight.shape[1 - axis])
+    pieces = -(-columns // max(1, min(columns, budget)))
+    height = -(-rows // shards[0])
+    width = -(-columns // (shards[1] * pieces))
+
+    def split(x: Array, *axes: str) -> Array:
+        """[B, T, …] → [pieces, devices, rows, devices, columns, …]: of every piece each device has
+        some columns."""
+        lacks = height * shards[0] - rows, width * shards[1] * pieces - columns
+        x = jnp.pad(x, [(0, more) for more in lacks] + [(0, 0)] * (x.ndim - 2))
+        x = constrain(x, ("batch", "length", *axes))
+        x = x.reshape(shards[0], height, shards[1], width, pieces, *x.shape[2:])
+        return constrain(jnp.moveaxis(x, 4, 0), (None, *SPLIT, *axes))
+
+    def joined(x: Array) -> Array:
+        x = jnp.moveaxis(constrain(x, (None, *SPLIT)), 0, 4).reshape(shards[0] * height, -1)
+        return constrain(x, ("batch", "length"))[:rows, :columns]
+
+    found: Any = _in_pieces(
+        axis,
+        entropy,
+        split(hidden_BTD, "activation"),
+        weight,
+        split(token_BT),
+        jnp.asarray(temperature, jnp.float32),
+    )
+    logp, spread = map(joined, found)
+    return logp, spread
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_pieces(
+    axis: int, entropy: bool, hidden: Array, weight: Array, token: Array, temperature: Array
+) -> Any:
+    """``token_logp`` of pieces, which lie along the first axis."""
+    return _forward(axis, entropy, hidden, _gathered(weight, axis, hidden), token, temperature)[:2]
+
+
+def _gathered(weight: Array, axis: int, hidden: Array) -> Array:
+    names: list[str | None] = list(WEIGHT[axis])
+    names[axis] = None
+    return constrain(weight.astype(hidden.dtype), names)
+
+
+def _logits(hidden: Array, weight: Array, axis: int, temperature: Array) -> Array:
+    return constrain(to_vocab(hidden, weight, axis) / temperature, (*SPLIT, "vocab"))
+
+
+def _forward(
+    axis: int, entropy: bool, hidden: Array, weight: Array, token: Array, temperature: Array
+) -> tuple[Array, Array, Array]:
+    """Log-probs, entropies, and log Σ exp z."""
+
+    def piece(item: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        hidden, token = item
+        logits = _logits(hidden, weight, axis, temperature)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        spread = jnp.zeros_like(total)
+        if entropy:
+            log_p = logits - total[..., None]
+            spread = -(jnp.exp(log_p) * log_p).sum(-1)
+        return chosen - total, spread, total
+
+    return jax.lax.map(piece, (hidden, token))
+
+
+def _keep(axis: int, entropy: bool, hidden: Any, weight: Any, token: Any, temperature: Any) -> Any:
+    whole = _gathered(weight.value, axis, hidden.value)
+    given = hidden.value, whole, token.value, temperature.value
+    logp, spread, total = _forward(axis, entropy, *given)
+    trained = jnp.zeros(()) if weight.perturbed else None
+    return (logp, spread), Saved(
+        hidden.value, token.value, whole, temperature.value, total, spread, trained
+    )
+
+
+def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
+    """Of one piece after the other; the weight's gradient a device, added up over devices last."""
+    weight, temperature = saved.weight, saved.temperature
+    slopes = tuple(
+        jnp.zeros_like(saved.total) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x
+        for x in given
+    )
+
+    def piece(sums: Array | None, item: Any) -> tuple[Array | None, Array]:
+        hidden, token, total, spread, dlogp, dspread = item
+        log_p = _logits(hidden, weight, axis, temperature) - total[..., None]
+        chosen = jnp.arange(log_p.shape[-1]) == token[..., None]
+        p = jnp.exp(log_p)
+        dz = dlogp[..., None] * (chosen - p)
+        if entropy:
+            dz -= dspread[..., None] * p * (log_p + spread[..., None])
+        dz = (dz / temperature).astype(hidden.dtype)
+        dz = constrain(dz, (*SPLIT, "vocab"))
+        dhidden = jnp.tensordot(dz, weight, ((4,), (1 - axis,)))
+        if sums is not None:
+            product = "arcwd,arcwv->acdv" if axis == 0 else "arcwd,arcwv->acvd"
+            sums += jnp.einsum(product, hidden, dz, preferred_element_type=jnp.float32)
+        return sums, constrain(dhidden, (*SPLIT, "activation"))
+
+    sums = None
+    names: list[str | None] = list(WEIGHT[axis])
+    if saved.trained is not None:
+        names[axis] = None
+        shards = saved.token.shape[1], saved.token.shape[3]
+        sums = jnp.zeros((*shards, *weight.shape), jnp.float32)
+        sums = constrain(sums, ("batch", "length", *names))
+    items = saved.hidden, saved.token, saved.total, saved.spread, *slopes
+    sums, dhidden = jax.lax.scan(piece, sums, items)
+    dweight = None if sums is None else constrain(sums.sum((0, 1)), WEIGHT[axis])
+    # z = h·W/τ, so that Σ dz·z, over the vocabulary, is h·dh over the embedding.
+    wide = saved.hidden.astype(jnp.float32), dhidden.astype(jnp.float32)
+    return dhidden, dweight, None, -(wide[0] * wide[1]).sum() / temperature
+
+
+_in_pieces.defvjp(_keep, _backward, symbolic_zeros=True)
