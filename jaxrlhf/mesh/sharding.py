@@ -197,6 +197,15 @@ def devices_in_mesh() -> int:
     return 1 if mesh.empty else mesh.size
 
 
+def platform() -> str:
+    """What the devices of the mesh in force are ("cpu", "gpu", "tpu"); jax's default without one.
+
+    Of programs for devices that are not here: those that they are compiled for.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def row_layout(mesh: Mesh) -> NamedSharding:
     """Where arrays with a leading row axis lie between the steps: rows over data·fsdp."""
     return NamedSharding(mesh, spec(("batch",)))

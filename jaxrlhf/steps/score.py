@@ -89,12 +89,15 @@ def value(
     token_BT: Array,
     attention_mask_BT: Array,
     lora: Params | None = None,
+    segment_BT: Array | None = None,
 ) -> Array:
     """V(tokens < t), reward units, float32 [B, T]; column 0 is 0; see ``forward``."""
     chex.assert_rank([token_BT, attention_mask_BT], 2)
-    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora)
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
     real = attention_mask_BT != 0
     known = real[:, 1:] & real[:, :-1]
+    if segment_BT is not None:
+        known &= segment_BT[:, 1:] == segment_BT[:, :-1]
     return jnp.pad(jnp.where(known, model.scalar(params, hidden[:, :-1]), 0.0), ((0, 0), (1, 0)))
 
 
@@ -123,14 +126,16 @@ def token_scores(
     token_BT: Array,
     attention_mask_BT: Array,
     lora: Params | None = None,
+    segment_BT: Array | None = None,
 ) -> Array:
     """The scalar head at every token, unshifted: float32 [B, T]; ``reward`` is its last column's.
 
     Process reward models read it at the last token of each step. Columns without a real token mean
-    nothing.
+    nothing. ``segment_BT`` as in ``forward``.
     """
     chex.assert_rank([token_BT, attention_mask_BT], 2)
-    return model.scalar(params, model.apply(params, token_BT, attention_mask_BT, lora)[0])
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
+    return model.scalar(params, hidden)
 
 
 def last_token(attention_mask_BT: Array) -> Array:
