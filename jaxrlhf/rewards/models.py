@@ -17,7 +17,7 @@ from jaxrlhf.data.text import mark_step_ends
 from jaxrlhf.mesh.sharding import at_hand, fetch, on_host, put_rows
 from jaxrlhf.models.load import Loader, Network, offloaded
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.packed import in_pieces
+from jaxrlhf.steps.packed import PackedRows, in_pieces
 from jaxrlhf.steps.score import last_token, token_scores
 
 
@@ -126,7 +126,8 @@ def packed_scores(
 ) -> Array:
     """``token_scores``, [B, T], 0 on padding, of packed rows: a piece at a time."""
 
-    def scores(token_RT: Array, mask_RT: Array, segment_RT: Array) -> Array:
+    def scores(rows: PackedRows) -> Array:
+        token_RT, mask_RT, segment_RT, _ = rows
         return token_scores(model, params, token_RT, mask_RT, lora, segment_RT)
 
     return in_pieces(scores, token_BT, attention_mask_BT)

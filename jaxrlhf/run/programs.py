@@ -38,7 +38,7 @@ from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
 from jaxrlhf.models.decode import Weights, decode_layout, lay_out
 from jaxrlhf.models.load import needs_head
 from jaxrlhf.models.transformer import Model, combine_params
-from jaxrlhf.steps.packed import in_pieces
+from jaxrlhf.steps.packed import PackedRows, in_pieces
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import forward, value
 from jaxrlhf.steps.update import (
@@ -201,11 +201,12 @@ def packed_logp(config: Config, model: Model, temperature: float) -> Program:
     def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
 
-        def logp(token_RT: Array, mask_RT: Array, segment_RT: Array) -> Array:
-            rows = token_RT, mask_RT, temperature
-            return forward(model, weights, *rows, lora=lora, segment_BT=segment_RT).logp_BT
+        def logp(rows: PackedRows) -> Array:
+            token_RT, mask_RT, segment_RT, wanted_RT = rows
+            more = {"lora": lora, "segment_BT": segment_RT, "wanted_BT": wanted_RT}
+            return forward(model, weights, token_RT, mask_RT, temperature, **more).logp_BT
 
-        return in_pieces(logp, token_BT, mask_BT, most).at[:, :first].set(0)
+        return in_pieces(logp, token_BT, mask_BT, most, first)
 
     return rescore
 
@@ -217,8 +218,10 @@ def packed_value(config: Config, model: Model) -> Program:
     def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
 
-        def values(token_RT: Array, mask_RT: Array, segment_RT: Array) -> Array:
-            return value(model, weights, token_RT, mask_RT, lora, segment_RT)
+        def values(rows: PackedRows) -> Array:
+            return value(
+                model, weights, rows.token_RT, rows.attention_mask_RT, lora, rows.segment_RT
+            )
 
         return in_pieces(values, token_BT, mask_BT, most)
 

@@ -8,8 +8,9 @@ that nobody outside sees a packed row; losses over whole rows too read rows as t
 Axes: I pieces of R packed rows, each as wide (T) as the B rows that are packed.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -25,8 +26,16 @@ nearly empty."""
 
 TOKENS_AT_ONCE_ELSEWHERE = 8192
 
-Network = Callable[[Array, Array, Array], Array]
-"""(token_RT, attention_mask_RT, segment_RT) → float32 [R, T], a number a token; see ``forward``."""
+
+class PackedRows(NamedTuple):
+    """One piece, as a network reads it; the arguments of ``forward``, [R, T]."""
+
+    token_RT: Array
+    attention_mask_RT: Array
+    segment_RT: Array
+    """int32, the row that a token is of, from 1; 0 on padding."""
+    wanted_RT: Array
+    """bool, the tokens whose log-probs are asked for."""
 
 
 @struct.dataclass
@@ -45,9 +54,7 @@ class Packing:
 class Piece:
     """One piece of a batch: the packed rows, and the rows that lie in them."""
 
-    token_RT: Array
-    segment_RT: Array
-    """int32, the row that a token is of, from 1; 0 on padding."""
+    rows: PackedRows
     target_BT: Array
     """int32, where in the flat [R·T] each token of the batch is; R·T for those of other pieces."""
     batch: Batch
@@ -118,33 +125,36 @@ def first_fit(length_B: Array, width: int) -> tuple[Array, Array]:
 
 
 def in_pieces(
-    network: Network, token_BT: Array, attention_mask_BT: Array, most: int | None = None
+    network: Callable[[PackedRows], Array],
+    token_BT: Array,
+    attention_mask_BT: Array,
+    most: int | None = None,
+    first: int = 0,
 ) -> Array:
-    """What a network says of each token, float32 [B, T], 0 on padding; a piece at a time.
+    """What a network says of each token, float32 [B, T], a piece of the rows at a time.
 
     Args:
-      network: a function of packed rows.
+      network: gives a number a token.
       most: packed rows at once; see ``pack``.
+      first: static; the result is 0 in columns before it, and on padding.
     """
     packing = pack(attention_mask_BT, most)
-    token_IRT = _read(token_BT, packing)
+    wanted_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]) >= first, token_BT.shape)
+    rows = _rows(packing, token_BT, wanted_BT)
 
     def add(i: Array, found_IRT: Array) -> Array:
-        segment_RT = _segments(packing, i, token_BT.shape[1])
-        found_RT = network(token_IRT[i], segment_RT != 0, segment_RT)
-        return found_IRT.at[i].set(constrain(found_RT, ("batch", "length")))
+        return found_IRT.at[i].set(constrain(network(rows(i)), ("batch", "length")))
 
-    nothing = constrain(jnp.zeros(token_IRT.shape), (None, "batch", "length"))
+    nothing = constrain(jnp.zeros(packing.source_IRT.shape), (None, "batch", "length"))
     found_IRT = jax.lax.fori_loop(0, packing.used, add, nothing)
-    return _take(found_IRT, packing.target_BT)
+    return _take(found_IRT, packing.target_BT).at[:, :first].set(0)
 
 
 def pieces_of(batch: Batch, most: int) -> tuple[Callable[[Any], Piece], Array]:
     """(i → piece i of a batch, number of pieces that hold a token); see ``pack``."""
     packing = pack(batch.attention_mask_BT, most)
-    token_IRT = _read(batch.token_BT, packing)
-    _, rows, width = token_IRT.shape
-    size = rows * width
+    rows = _rows(packing, batch.token_BT, batch.mask_BT != 0)
+    size = math.prod(packing.source_IRT.shape[1:])
 
     def piece(i: Any) -> Piece:
         target_BT = packing.target_BT - i * size
@@ -153,8 +163,7 @@ def pieces_of(batch: Batch, most: int) -> tuple[Callable[[Any], Piece], Array]:
         own = batch.replace(  # type: ignore[attr-defined]
             mask_BT=batch.mask_BT * here_B1, weight_BT=batch.weight_BT * here_B1
         )
-        segment_RT = _segments(packing, i, width)
-        return Piece(token_IRT[i], segment_RT, jnp.where(here_BT, target_BT, size), own)
+        return Piece(rows(i), jnp.where(here_BT, target_BT, size), own)
 
     return piece, packing.used
 
@@ -165,28 +174,34 @@ def read(
     """(what a network says of a batch's rows, the batch), whether its rows are packed or not.
 
     Args:
-      network: (token, attention mask, …) → Outputs; ``segment_BT`` by name of packed rows, else
-        what ``rows`` holds.
+      network: (token, attention mask, …) → Outputs; with ``segment_BT`` and ``wanted_BT`` of
+        packed rows, else with ``rows``.
     """
     if isinstance(batch, Batch):
         return network(batch.token_BT, batch.attention_mask_BT, **rows), batch
-    segment_RT = batch.segment_RT
-    found = network(batch.token_RT, segment_RT != 0, segment_BT=segment_RT)
+    token_RT, mask_RT, segment_RT, wanted_RT = batch.rows
+    found = network(token_RT, mask_RT, segment_BT=segment_RT, wanted_BT=wanted_RT)
     return jax.tree.map(batch.back, found), batch.batch
 
 
-def _read(x_BT: Array, packing: Packing) -> Array:
-    """[B, T] → [I, R, T], 0 on padding."""
-    return constrain(_take(x_BT, packing.source_IRT), (None, "batch", "length"))
+def _rows(packing: Packing, token_BT: Array, wanted_BT: Array) -> Callable[[Any], PackedRows]:
+    """i → the packed rows of piece i."""
+    width, source_IRT = token_BT.shape[1], packing.source_IRT
+    token_IRT, wanted_IRT = (
+        constrain(_take(x_BT, source_IRT), (None, "batch", "length"))
+        for x_BT in (token_BT, wanted_BT)
+    )
+
+    def piece(i: Any) -> PackedRows:
+        real_RT = source_IRT[i] < token_BT.size
+        segment_RT = jnp.where(real_RT, source_IRT[i] // width + 1, 0)
+        found = token_IRT[i], real_RT, segment_RT, wanted_IRT[i]
+        return PackedRows(*(constrain(x_RT, ("batch", "length")) for x_RT in found))
+
+    return piece
 
 
 def _take(x: Array, place: Array) -> Array:
     """x, flat, at these places; 0 beyond its end. A number a token: whole on every device."""
     x = constrain(x, (None,) * x.ndim)
     return jnp.take(x.reshape(-1), place, mode="fill", fill_value=0)
-
-
-def _segments(packing: Packing, i: Any, width: int) -> Array:
-    source_RT = packing.source_IRT[i]
-    real_RT = source_RT < packing.target_BT.size
-    return jnp.where(real_RT, source_RT // width + 1, 0)

@@ -24,6 +24,7 @@ def forward(
     lora: Params | None = None,
     first: int = 1,
     segment_BT: Array | None = None,
+    wanted_BT: Array | None = None,
 ) -> Outputs:
     """One pass over whole rows; the [B, T, V] logits never exist at once.
 
@@ -41,6 +42,8 @@ def forward(
         say, when only responses count).
       segment_BT: int32 [B, T]; rows are several rows one after the other, and this says which (from
         1; 0 on padding). Each is then as if it stood alone.
+      wanted_BT: bool [B, T]; where it is False, log-probs and entropies are 0, and few logits are
+        computed for nothing. Of packed rows it does what ``first`` does of others.
 
     Returns:
       Outputs, float32 [B, T] each; log-probs and entropies in nats.
@@ -52,19 +55,25 @@ def forward(
     known = real[:, first:] & real[:, first - 1 : -1]
     if segment_BT is not None:
         known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
+    asked = known if wanted_BT is None else known & wanted_BT[:, first:]
     # Token t is predicted by the hidden state at t − 1.
     before = hidden[:, first - 1 : -1]
     logp, spread = token_logp(
-        before, *model.projection(params), token_BT[:, first:], temperature, entropy
+        before,
+        *model.projection(params),
+        token_BT[:, first:],
+        temperature,
+        entropy,
+        None if wanted_BT is None else asked,
     )
 
-    def full(x: Array) -> Array:
-        return jnp.pad(jnp.where(known, x, 0.0), ((0, 0), (first, 0)))
+    def full(x: Array, where: Array) -> Array:
+        return jnp.pad(jnp.where(where, x, 0.0), ((0, 0), (first, 0)))
 
     return Outputs(
-        logp_BT=full(logp),
-        entropy_BT=full(spread) if entropy else None,
-        value_BT=full(model.scalar(params, before)) if value else None,
+        logp_BT=full(logp, asked),
+        entropy_BT=full(spread, asked) if entropy else None,
+        value_BT=full(model.scalar(params, before), known) if value else None,
     )
 
 

@@ -82,8 +82,8 @@ def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> 
             trunk, lora = jax.lax.stop_gradient((trunk, lora))
             weights = {**trunk, "head": weights["head"]}
 
-        def passed(token: Array, mask: Array, **rows: Any) -> Outputs:
-            value_BT = value(model, weights, token, mask, lora, **rows)
+        def passed(token: Array, mask: Array, segment_BT: Any = None, **_: Any) -> Outputs:
+            value_BT = value(model, weights, token, mask, lora, segment_BT)
             return Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
 
         outputs, batch = read(batch, passed)
