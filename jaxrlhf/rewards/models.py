@@ -98,7 +98,7 @@ def load_scorer(
                 f"{field}.{name}={folder}: a run of {trained.algorithm.name}: give the folder "
                 "of a reward-model run"
             )
-        network = loader.trained(folder)
+        network = loader.frozen(loader.trained(folder))
         if config.offload:
             network = offloaded(network, loader.mesh, f"{field}.offload")
         theirs = network.model.decoder.vocab
