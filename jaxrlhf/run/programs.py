@@ -43,7 +43,7 @@ from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import forward, value
 from jaxrlhf.steps.update import (
     at_position,
-    candidate_logp,
+    candidate_rows,
     candidate_scores,
     candidate_token_scores,
     critic_loss,
@@ -128,10 +128,15 @@ def on_policy_programs(
     temperature, settings = config.sample.temperature, on_policy(config)
     assert algorithm.targets is not None
 
-    estimate = packed_value(config, critic_model)
+    # No more rows at once than an update works on: a gradient needs more memory.
+    estimate = packed_value(critic_model, rows_at_once(config))
+
+    def packed(model: Model, temperature: float) -> Program:
+        first, most = config.data.max_prompt_tokens, rows_at_once(config)
+        return packed_logp(model, temperature, first, most)
 
     def scorer(temperature: float) -> Program:
-        logp = packed_logp(config, reference_model, temperature)
+        logp = packed(reference_model, temperature)
 
         def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
             return logp(params, None, token_BT, mask_BT)
@@ -155,7 +160,7 @@ def on_policy_programs(
         greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few, stops=stops),
         baseline=jax.jit(baseline, out_shardings=rows),
         merge=jax.jit(merge, out_shardings=rows),
-        rescore=jax.jit(packed_logp(config, model, temperature), out_shardings=rows),
+        rescore=jax.jit(packed(model, temperature), out_shardings=rows),
         reference=scorer(temperature),
         value=jax.jit(estimate, out_shardings=rows),
         targets=jax.jit(algorithm.targets, out_shardings=(rows, None)),
@@ -193,10 +198,9 @@ def sampler(
     return jax.jit(draw, out_shardings=layout)
 
 
-def packed_logp(config: Config, model: Model, temperature: float) -> Program:
-    """(params, frozen, token_BT, attention_mask_BT) → log π of the responses' tokens, [B, T], by
-    ``forward`` of packed rows. No more at once than an update's: a gradient needs more memory."""
-    first, most = config.data.max_prompt_tokens, rows_at_once(config)
+def packed_logp(model: Model, temperature: float, first: int, most: int) -> Program:
+    """(params, frozen, token_BT, attention_mask_BT) → log π of tokens from column ``first`` on,
+    [B, T], by ``forward`` of packed rows, ``most`` at once."""
 
     def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
@@ -211,9 +215,8 @@ def packed_logp(config: Config, model: Model, temperature: float) -> Program:
     return rescore
 
 
-def packed_value(config: Config, model: Model) -> Program:
+def packed_value(model: Model, most: int) -> Program:
     """(params, frozen, token_BT, attention_mask_BT) → V(tokens < t), [B, T]; likewise."""
-    most = rows_at_once(config)
 
     def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
@@ -297,9 +300,11 @@ def offline_programs(
     update = update_of(config, loss, states["policy"])
     reference = None
     if reference_model is not None:
+        logp = packed_logp(reference_model, 1.0, 0, rows_at_once(config))
 
         def compare(params: Params, batch: PreferenceBatch) -> PreferenceBatch:
-            return replace(batch, ref_logp_BCT=candidate_logp(reference_model, params, batch))
+            ref_logp_RT = logp(params, None, *candidate_rows(batch))
+            return replace(batch, ref_logp_BCT=ref_logp_RT.reshape(batch.token_BCT.shape))
 
         reference = jax.jit(compare, out_shardings=row_layout(mesh))
     scores = {"scores": candidate_scores, "steps": candidate_token_scores}.get(algorithm.reads)

@@ -137,7 +137,7 @@ def candidate_scores(
 ) -> Array:
     """The reward of every candidate of a batch, [B, C]."""
     weights, lora = combine_params(params, frozen)
-    score_R = reward(model, weights, *_rows(batch), lora)
+    score_R = reward(model, weights, *candidate_rows(batch), lora)
     return score_R.reshape(batch.token_BCT.shape[:2])
 
 
@@ -146,7 +146,7 @@ def candidate_token_scores(
 ) -> Array:
     """The head at every token of every candidate of a batch, [B, C, T]."""
     weights, lora = combine_params(params, frozen)
-    return token_scores(model, weights, *_rows(batch), lora).reshape(batch.token_BCT.shape)
+    return token_scores(model, weights, *candidate_rows(batch), lora).reshape(batch.token_BCT.shape)
 
 
 def candidate_logp(
@@ -158,11 +158,11 @@ def candidate_logp(
     first: int = 1,
 ) -> Array:
     """log π of every token of every candidate, nats, [B, C, T]; see ``forward``."""
-    logp_RT = score(model, params, *_rows(batch), temperature, lora, first)
+    logp_RT = score(model, params, *candidate_rows(batch), temperature, lora, first)
     return logp_RT.reshape(batch.token_BCT.shape)
 
 
-def _rows(batch: PreferenceBatch) -> tuple[Array, Array]:
+def candidate_rows(batch: PreferenceBatch) -> tuple[Array, Array]:
     """Candidates as rows of one pass, tokens and attention mask [B·C, T]."""
     width = batch.token_BCT.shape[-1]
     return batch.token_BCT.reshape(-1, width), batch.attention_mask_BCT.reshape(-1, width)

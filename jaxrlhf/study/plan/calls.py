@@ -85,7 +85,8 @@ def _offline(run: Run) -> dict[str, Call]:
     if run.reference is not None:
         params = run.reference.params
         program, args = run.programs.reference, (shapes(at_hand(params)), batch)
-        out["reference"] = Call(program, args, 1, fetched=fetched(params))
+        pieces = _pieces(batch.token_BCT, rows_at_once(run.config))
+        out["reference"] = Call(program, args, 1, fetched=fetched(params), pieces=pieces)
         batch = on_rows(run, jax.eval_shape(program, *args))
     args = (shapes(run.states["policy"]), batch, shapes(run.frozen["policy"]))
     return {**out, "update": Call(run.programs.update, args, 1)}
@@ -128,9 +129,9 @@ def _reward_models(run: Run, texts: tuple[Any, ...], rounds: int) -> dict[str, C
 
 
 def _pieces(token_BT: Any, most: int | None = None) -> int:
-    """Pieces that such rows are packed in; under the mesh in force."""
-    count, width = token_BT.shape
-    return pieces_for(count, width, most)[0]
+    """Pieces that such rows, or candidates [B, C, T], are packed in; under the mesh in force."""
+    *count, width = token_BT.shape
+    return pieces_for(math.prod(count), width, most)[0]
 
 
 def _members(judge: Any) -> list[Member]:
