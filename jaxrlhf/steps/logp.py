@@ -95,13 +95,14 @@ def token_logp(
 
     place_BT = used = None
     if wanted_BT is not None:
-        columns = width * pieces
         place_BT, used = _wanted_first(wanted_BT, width, pieces)
-        token_BT, hidden_BTD = (_moved(x, place_BT, columns) for x in (token_BT, hidden_BTD))
+        token_BT, hidden_BTD = (_moved(x, place_BT) for x in (token_BT, hidden_BTD))
+        columns = width * pieces
     hidden, tau = split(hidden_BTD, "activation"), jnp.asarray(temperature, jnp.float32)
     found: Any = _in_pieces(axis, entropy, hidden, weight, split(token_BT), tau, used)
     logp, spread = map(joined, found)
-    if place_BT is not None:
+    if wanted_BT is not None:
+        place_BT = place_BT[:, : wanted_BT.shape[1]]
         logp, spread = (jnp.take_along_axis(x, place_BT, axis=1) for x in (logp, spread))
     return logp, spread
 
@@ -109,20 +110,22 @@ def token_logp(
 def _wanted_first(wanted_BT: Array, width: int, pieces: int) -> tuple[Array, Array]:
     """(where each column goes, so that the first pieces have all wanted ones; how many pieces do).
 
-    Piece i has the columns i, i + pieces, …
+    Piece i has the columns i, i + pieces, …; there are as many as fill all pieces.
     """
-    wanted_BT = wanted_BT.astype(jnp.int32)
+    extra = width * pieces - wanted_BT.shape[1]
+    wanted_BT = jnp.pad(wanted_BT.astype(jnp.int32), ((0, 0), (0, extra)))
     before_BT, most_B1 = jnp.cumsum(wanted_BT, axis=1) - wanted_BT, wanted_BT.sum(1, keepdims=True)
     others_BT = most_B1 + jnp.arange(wanted_BT.shape[1]) - before_BT
     rank_BT = jnp.where(wanted_BT != 0, before_BT, others_BT)
     return rank_BT % width * pieces + rank_BT // width, -(-most_B1.max() // width)
 
 
-def _moved(x: Array, place_BT: Array, columns: int) -> Array:
-    """Columns of [B, T, …] at their places among more columns; what fills these up is anything."""
-    source = jnp.zeros((len(x), columns), jnp.int32)
-    source = source.at[jnp.arange(len(x))[:, None], place_BT].set(jnp.arange(x.shape[1]))
-    return jnp.take_along_axis(x, source.reshape(*source.shape, *(1,) * (x.ndim - 2)), axis=1)
+def _moved(x: Array, place_BT: Array) -> Array:
+    """Columns of [B, T, …] at their places, zeros at those of the columns that x has not."""
+    extra = place_BT.shape[1] - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)))
+    source_BT = jnp.argsort(place_BT, axis=1)
+    return jnp.take_along_axis(x, source_BT.reshape(*place_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

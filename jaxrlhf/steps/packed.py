@@ -83,13 +83,15 @@ def pack(attention_mask_BT: Array, most: int | None = None) -> Packing:
     row_B, start_B = first_fit(real_BT.sum(1, dtype=jnp.int32), width)
     rank_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
     size = pieces * rows * width
-    target_BT = jnp.where(real_BT, (row_B * width + start_B)[:, None] + rank_BT, size)
+    place_BT = (row_B * width + start_B)[:, None] + rank_BT
+    target_BT = constrain(jnp.where(real_BT, place_BT, size), (None, None))
     number_BT = jnp.arange(count * width, dtype=jnp.int32).reshape(count, width)
-    source = jnp.full(size, count * width, jnp.int32)
-    source = source.at[target_BT].set(number_BT, mode="drop")
-    source_IRT = constrain(source.reshape(pieces, rows, width), (None, "batch", "length"))
+    source = jnp.full(size, count * width, jnp.int32).at[target_BT].set(number_BT, mode="drop")
+    source_IRT = constrain(source, (None,)).reshape(pieces, rows, width)
     return Packing(
-        source_IRT, constrain(target_BT, ("batch", "length")), (row_B.max() + rows) // rows
+        source_IRT=constrain(source_IRT, (None, "batch", "length")),
+        target_BT=constrain(target_BT, ("batch", "length")),
+        used=(row_B.max() + rows) // rows,
     )
 
 
