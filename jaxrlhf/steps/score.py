@@ -58,14 +58,9 @@ def forward(
     asked = known if wanted_BT is None else known & wanted_BT[:, first:]
     # Token t is predicted by the hidden state at t − 1.
     before = hidden[:, first - 1 : -1]
-    logp, spread = token_logp(
-        before,
-        *model.projection(params),
-        token_BT[:, first:],
-        temperature,
-        entropy,
-        None if wanted_BT is None else asked,
-    )
+    some = None if wanted_BT is None else asked
+    rows = before, *model.projection(params), token_BT[:, first:]
+    logp, spread = token_logp(*rows, temperature, entropy, some)
 
     def full(x: Array, where: Array) -> Array:
         return jnp.pad(jnp.where(where, x, 0.0), ((0, 0), (first, 0)))
