@@ -203,6 +203,15 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
+def platform() -> str:
+    """What the devices of the mesh in force are ("cpu", "gpu", "tpu"); jax's default without one.
+
+    Of programs for devices that are not here: those that they are compiled for.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def row_layout(mesh: Mesh) -> NamedSharding:
     """Where arrays with a leading row axis lie between the steps: rows over data·fsdp."""
     return NamedSharding(mesh, spec(("batch",)))

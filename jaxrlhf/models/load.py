@@ -7,6 +7,7 @@ donated.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,8 @@ class Loader:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What a reward model computes in that is no run, whose config would say it."""
     weights: dict[Any, Params] = field(default_factory=dict)
+    cast: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """Arrays by their id, and the same in the compute dtype."""
 
     def base(self, config: ModelConfig, seed: int = 0, head: bool = False) -> Network:
         """The weights a model starts from, without head and adapters.
@@ -84,6 +87,27 @@ class Loader:
         if key not in self.weights:
             self.weights[key] = self._read(model, config, seed, head)
         return Network(model, self.weights[key])
+
+    def frozen(self, network: Network) -> Network:
+        """The network for whoever only computes with it: weights in its compute dtype.
+
+        Every step would cast them all the same, so that results are what they were, bit for bit.
+        Norms and head, which are computed in float32, stay so. What networks share stays shared.
+        """
+        dtype = network.model.dtype
+
+        def kept(x: Any) -> Any:
+            if x.dtype == dtype:
+                return x
+            if id(x) not in self.cast:
+                self.cast[id(x)] = x, _cast(x, dtype)
+            return self.cast[id(x)][1]
+
+        params = {
+            name: child if name in ("norm", "head") else jax.tree.map(kept, child)
+            for name, child in network.params.items()
+        }
+        return replace(network, params=params)
 
     def _model(self, config: ModelConfig, head: bool = False) -> Model:
         """``build``; its axes divide by the mesh's, or an InputError names those that do not."""
@@ -155,6 +179,13 @@ class Loader:
         return Network(model, params, lora, step)
 
 
+def _cast(x: Any, dtype: str) -> Any:
+    """An array, or its shape with a layout, in another dtype, where it lies."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return x.astype(dtype)
+
+
 def is_run(path: str) -> bool:
     """Whether ``path`` is the output folder of a run."""
     return not path.startswith("words:") and (Path(path) / "config.yaml").is_file()
@@ -222,8 +253,10 @@ def starting(
         scalar = {"head": params.get("head", fresh)} if head else {}
         if model.lora is not None and lora is None:
             lora = model.init_lora(jax.random.fold_in(stream, 1))
-        # Copied, for a step donates what it trains, and weights are shared.
-        return jax.tree.map(jnp.copy, trainable(model, {**headless(params), **scalar}, lora))
+        # Copied, for a step donates what it trains, and weights are shared; float32 again, if those
+        # that were kept to compute with are all there is.
+        copy = partial(jnp.array, dtype=jnp.float32, copy=True)
+        return jax.tree.map(copy, trainable(model, {**headless(params), **scalar}, lora))
 
     return start, (jax.random.key(seed), network.params, network.lora)
 

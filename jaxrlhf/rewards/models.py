@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import aggregate_steps, ensemble_score
 from jaxrlhf.config import ProcessRewardModelConfig, RewardConfig, is_reward_model
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.types import Array, Rollout
+from jaxrlhf.core.types import Array, Params, Rollout
 from jaxrlhf.data.text import mark_step_ends
 from jaxrlhf.mesh.sharding import at_hand, fetch, on_host, put_rows
 from jaxrlhf.models.load import Loader, Network, offloaded
-from jaxrlhf.steps.score import reward, token_scores
+from jaxrlhf.models.transformer import Model
+from jaxrlhf.steps.packed import PackedRows, in_pieces
+from jaxrlhf.steps.score import last_token, token_scores
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def load_scorer(
                 f"{field}.{name}={folder}: a run of {trained.algorithm.name}: give the folder "
                 "of a reward-model run"
             )
-        network = loader.trained(folder)
+        network = loader.frozen(loader.trained(folder))
         if config.offload:
             network = offloaded(network, loader.mesh, f"{field}.offload")
         theirs = network.model.decoder.vocab
@@ -119,6 +121,26 @@ def load_scorer(
     return Scorer(tuple(members), tokenizer, loader.mesh, combine)
 
 
-_reward: Callable[..., Array] = jax.jit(reward, static_argnums=0)
-_token_scores: Callable[..., Array] = jax.jit(token_scores, static_argnums=0)
+def packed_scores(
+    model: Model, params: Params, token_BT: Array, attention_mask_BT: Array, lora: Params | None
+) -> Array:
+    """``token_scores``, [B, T], 0 on padding, of packed rows: a piece at a time."""
+
+    def scores(rows: PackedRows) -> Array:
+        token_RT, mask_RT, segment_RT, _ = rows
+        return token_scores(model, params, token_RT, mask_RT, lora, segment_RT)
+
+    return in_pieces(scores, token_BT, attention_mask_BT)
+
+
+def packed_reward(
+    model: Model, params: Params, token_BT: Array, attention_mask_BT: Array, lora: Params | None
+) -> Array:
+    """``reward``, [B], likewise."""
+    score_BT = packed_scores(model, params, token_BT, attention_mask_BT, lora)
+    return jnp.take_along_axis(score_BT, last_token(attention_mask_BT)[:, None], axis=1)[:, 0]
+
+
+_reward: Callable[..., Array] = jax.jit(packed_reward, static_argnums=0)
+_token_scores: Callable[..., Array] = jax.jit(packed_scores, static_argnums=0)
 _aggregate: Callable[..., Array] = jax.jit(aggregate_steps, static_argnums=2)

@@ -163,7 +163,7 @@ def iterate(
     scored = scored or score(run, states, rollout)
     # KL in the reward; advantages over what was expected: V, or the greedy response's reward; or
     # of each source's scores (GDPO).
-    expected = [x for x in (baseline_B, scored.value_BT) if x is not None]
+    expected: list[Any] = [x for x in (baseline_B, scored.value_BT) if x is not None]
     if "scores" in run.algorithm.needs:
         expected += run.judge.scores(judgement)
     coefficients = {"kl_coef": np.float32(session.host["kl_coef"])}

@@ -22,6 +22,7 @@ from jaxrlhf.config import (
     has_critic,
     is_on_policy,
     on_policy,
+    rows_at_once,
 )
 from jaxrlhf.core.types import (
     AnyBatch,
@@ -37,11 +38,12 @@ from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
 from jaxrlhf.models.decode import Weights, decode_layout, lay_out
 from jaxrlhf.models.load import needs_head
 from jaxrlhf.models.transformer import Model, combine_params
+from jaxrlhf.steps.packed import PackedRows, in_pieces
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.score import score, value
+from jaxrlhf.steps.score import forward, value
 from jaxrlhf.steps.update import (
     at_position,
-    candidate_logp,
+    candidate_rows,
     candidate_scores,
     candidate_token_scores,
     critic_loss,
@@ -123,21 +125,21 @@ def on_policy_programs(
     """The programs of an iteration; ``states`` say where updated states are to lie, ``stops`` which
     strings end a response."""
     rows, few = row_layout(mesh), few_rows_layout(mesh, config.data.batch_size)
-    first, temperature = config.data.max_prompt_tokens, config.sample.temperature
-    settings = on_policy(config)
+    temperature, settings = config.sample.temperature, on_policy(config)
     assert algorithm.targets is not None
 
-    def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
-        weights, lora = combine_params(params, frozen)
-        return score(model, weights, token_BT, mask_BT, temperature, lora, first)
+    # No more rows at once than an update works on: a gradient needs more memory.
+    estimate = packed_value(critic_model, rows_at_once(config))
 
-    def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
-        weights, lora = combine_params(params, frozen)
-        return value(critic_model, weights, token_BT, mask_BT, lora)
+    def packed(model: Model, temperature: float) -> Program:
+        first, most = config.data.max_prompt_tokens, rows_at_once(config)
+        return packed_logp(model, temperature, first, most)
 
     def scorer(temperature: float) -> Program:
+        logp = packed(reference_model, temperature)
+
         def reference_score(params: Params, token_BT: Array, mask_BT: Array) -> Array:
-            return score(reference_model, params, token_BT, mask_BT, temperature, first=first)
+            return logp(params, None, token_BT, mask_BT)
 
         return jax.jit(reference_score, out_shardings=rows)
 
@@ -158,7 +160,7 @@ def on_policy_programs(
         greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few, stops=stops),
         baseline=jax.jit(baseline, out_shardings=rows),
         merge=jax.jit(merge, out_shardings=rows),
-        rescore=jax.jit(rescore, out_shardings=rows),
+        rescore=jax.jit(packed(model, temperature), out_shardings=rows),
         reference=scorer(temperature),
         value=jax.jit(estimate, out_shardings=rows),
         targets=jax.jit(algorithm.targets, out_shardings=(rows, None)),
@@ -196,6 +198,39 @@ def sampler(
     return jax.jit(draw, out_shardings=layout)
 
 
+def packed_logp(model: Model, temperature: float, first: int, most: int) -> Program:
+    """(params, frozen, token_BT, attention_mask_BT) → log π of tokens from column ``first`` on,
+    [B, T], by ``forward`` of packed rows, ``most`` at once."""
+
+    def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
+        weights, lora = combine_params(params, frozen)
+
+        def logp(rows: PackedRows) -> Array:
+            token_RT, mask_RT, segment_RT, wanted_RT = rows
+            more = {"lora": lora, "segment_BT": segment_RT, "wanted_BT": wanted_RT}
+            return forward(model, weights, token_RT, mask_RT, temperature, **more).logp_BT
+
+        return in_pieces(logp, token_BT, mask_BT, most, first)
+
+    return rescore
+
+
+def packed_value(model: Model, most: int) -> Program:
+    """(params, frozen, token_BT, attention_mask_BT) → V(tokens < t), [B, T]; likewise."""
+
+    def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
+        weights, lora = combine_params(params, frozen)
+
+        def values(rows: PackedRows) -> Array:
+            return value(
+                model, weights, rows.token_RT, rows.attention_mask_RT, lora, rows.segment_RT
+            )
+
+        return in_pieces(values, token_BT, mask_BT, most)
+
+    return estimate
+
+
 def decode_weights(config: Config, model: Model, mesh: Mesh) -> Program:
     """(params, frozen) → Weights, laid out for decoding; see ``models.decode``."""
 
@@ -221,8 +256,11 @@ def updates(
     """The optimizer steps: of the policy, of a separate critic, of a shared head's warm-up."""
     first, temperature = config.data.max_prompt_tokens, config.sample.temperature
 
+    # A loss on pairs needs both answers at once, wherever they would be packed.
+    packed = None if algorithm.reads == "pairs" else rows_at_once(config)
+
     def update(loss: Any, who: str, settings: Config) -> Program:
-        return update_of(settings, loss, states[who])
+        return update_of(settings, loss, states[who], packed)
 
     programs: dict[str, Any] = {"critic_update": None, "warmup": None}
     coefficient = None
@@ -262,9 +300,11 @@ def offline_programs(
     update = update_of(config, loss, states["policy"])
     reference = None
     if reference_model is not None:
+        logp = packed_logp(reference_model, 1.0, 0, rows_at_once(config))
 
         def compare(params: Params, batch: PreferenceBatch) -> PreferenceBatch:
-            return replace(batch, ref_logp_BCT=candidate_logp(reference_model, params, batch))
+            ref_logp_RT = logp(params, None, *candidate_rows(batch))
+            return replace(batch, ref_logp_BCT=ref_logp_RT.reshape(batch.token_BCT.shape))
 
         reference = jax.jit(compare, out_shardings=row_layout(mesh))
     scores = {"scores": candidate_scores, "steps": candidate_token_scores}.get(algorithm.reads)
@@ -275,11 +315,13 @@ def offline_programs(
     return OfflinePrograms(update, reference, scores=judged, loss_of_scores=jax.jit(algorithm.loss))
 
 
-def update_of(config: Config, loss: Any, state: TrainState) -> Program:
-    """One optimizer step by the config's optimizer; the new state lies where ``state`` does."""
+def update_of(config: Config, loss: Any, state: TrainState, packed: int | None = None) -> Program:
+    """One optimizer step by the config's optimizer; the new state lies where ``state`` does.
+    ``packed`` as in ``make_update``."""
     rate = rate_schedule(config.optim, updates_before(config, config.steps))
     layout, pieces = layout_of(state), config.optim.microbatches
-    return make_update(optimizer(config), loss, pieces, layout=layout, rate=rate)
+    tx = optimizer(config)
+    return make_update(tx, loss, pieces, layout=layout, rate=rate, packed=packed)
 
 
 def optimizer(config: Config) -> Any:

@@ -191,11 +191,12 @@ def _networks(run: Run, loader: Loader) -> Run:
     # Kept beside what learns, and in every checkpoint: see stopping.
     if config.eval.patience:
         states["best"] = keep(states["policy"])
-    frozen = {"policy": start.params if model.lora else None}
+    frozen = {"policy": loader.frozen(start).params if model.lora else None}
     # The start is the reference: its arrays are shared, and never donated.
-    reference = start if has_reference(config) else None
+    reference = loader.frozen(start) if has_reference(config) else None
     if config.reference.path:
-        reference = loader.base(replace(config.model, path=config.reference.path, decoder=None))
+        named = replace(config.model, path=config.reference.path, decoder=None)
+        reference = loader.frozen(loader.base(named))
         check_speaks_alike("reference.path", reference, config, model)
     if reference is not None and config.reference.offload:
         reference = offloaded(reference, run.mesh, "reference.offload")
@@ -213,7 +214,7 @@ def _networks(run: Run, loader: Loader) -> Run:
             critic = loader.base(named, head=is_reward_folder(named.path))
         check_speaks_alike("critic.path", critic, config, model)
         states["critic"] = start_state(critic_config(config), critic, True, loader)
-        frozen["critic"] = critic.params if critic.model.lora else None
+        frozen["critic"] = loader.frozen(critic).params if critic.model.lora else None
 
     def judge(rewards: tuple[RewardConfig, ...], field: str, before: Judge | None) -> Judge:
         vocab, limit = model.decoder.vocab, config.max_excluded

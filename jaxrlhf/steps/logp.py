@@ -23,6 +23,9 @@ from jaxrlhf.models.layers import exact, to_vocab
 LOGITS_A_DEVICE = 2**25
 """Logits that may exist at once on a device (128 MiB in float32)."""
 
+SKIPPED = 8
+"""Pieces at least, where those that nobody wants are skipped."""
+
 SPLIT = ("batch", None, "length", None)
 """Of [devices over rows, their rows, devices over columns, their columns]: a piece as it lies."""
 
@@ -43,6 +46,8 @@ class Saved(NamedTuple):
     spread: Array
     trained: Array | None
     """None if nobody asks for the weight's gradient."""
+    used: Array | None
+    """Pieces of which anything is wanted; None: all."""
 
 
 def token_logp(
@@ -52,6 +57,7 @@ def token_logp(
     token_BT: Array,
     temperature: float | Array,
     entropy: bool,
+    wanted_BT: Array | None = None,
 ) -> tuple[Array, Array]:
     """log softmax(h·W/temperature)[token] and the entropy of that softmax, float32 [B, T], nats.
 
@@ -60,11 +66,17 @@ def token_logp(
       weight: float32, [D, V] or [V, D]; ``axis`` says which of its axes is D.
       token_BT: int32.
       entropy: static; if False, zeros stand in its place.
+      wanted_BT: bool; anything may stand where it is False, and logits are computed for about as
+        many columns as the row with the most wanted ones needs. None: all are wanted.
     """
     rows, columns = token_BT.shape
     shards = row_shards(), length_shards()
     budget = LOGITS_A_DEVICE * devices_in_mesh() // (rows * weight.shape[1 - axis])
     pieces = -(-columns // max(1, min(columns, budget)))
+    if shards[1] > 1:  # what is wanted lies where it lies: no column moves to another device
+        wanted_BT = None
+    if wanted_BT is not None:
+        pieces = max(pieces, min(columns, SKIPPED))
     height = -(-rows // shards[0])
     width = -(-columns // (shards[1] * pieces))
 
@@ -81,24 +93,55 @@ def token_logp(
         x = jnp.moveaxis(constrain(x, (None, *SPLIT)), 0, 4).reshape(shards[0] * height, -1)
         return constrain(x, ("batch", "length"))[:rows, :columns]
 
-    found: Any = _in_pieces(
-        axis,
-        entropy,
-        split(hidden_BTD, "activation"),
-        weight,
-        split(token_BT),
-        jnp.asarray(temperature, jnp.float32),
-    )
+    place_BT = used = None
+    if wanted_BT is not None:
+        place_BT, used = _wanted_first(wanted_BT, width, pieces)
+        token_BT, hidden_BTD = (_moved(x, place_BT) for x in (token_BT, hidden_BTD))
+        columns = width * pieces
+    hidden, tau = split(hidden_BTD, "activation"), jnp.asarray(temperature, jnp.float32)
+    found: Any = _in_pieces(axis, entropy, hidden, weight, split(token_BT), tau, used)
     logp, spread = map(joined, found)
+    if wanted_BT is not None:
+        place_BT = place_BT[:, : wanted_BT.shape[1]]
+        logp, spread = (jnp.take_along_axis(x, place_BT, axis=1) for x in (logp, spread))
     return logp, spread
+
+
+def _wanted_first(wanted_BT: Array, width: int, pieces: int) -> tuple[Array, Array]:
+    """(where each column goes, so that the first pieces have all wanted ones; how many pieces do).
+
+    Piece i has the columns i, i + pieces, …; there are as many as fill all pieces.
+    """
+    extra = width * pieces - wanted_BT.shape[1]
+    wanted_BT = jnp.pad(wanted_BT.astype(jnp.int32), ((0, 0), (0, extra)))
+    before_BT, most_B1 = jnp.cumsum(wanted_BT, axis=1) - wanted_BT, wanted_BT.sum(1, keepdims=True)
+    others_BT = most_B1 + jnp.arange(wanted_BT.shape[1]) - before_BT
+    rank_BT = jnp.where(wanted_BT != 0, before_BT, others_BT)
+    return rank_BT % width * pieces + rank_BT // width, -(-most_B1.max() // width)
+
+
+def _moved(x: Array, place_BT: Array) -> Array:
+    """Columns of [B, T, …] at their places, zeros at those of the columns that x has not."""
+    extra = place_BT.shape[1] - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)))
+    source_BT = jnp.argsort(place_BT, axis=1)
+    return jnp.take_along_axis(x, source_BT.reshape(*place_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_pieces(
-    axis: int, entropy: bool, hidden: Array, weight: Array, token: Array, temperature: Array
+    axis: int,
+    entropy: bool,
+    hidden: Array,
+    weight: Array,
+    token: Array,
+    temperature: Array,
+    used: Array | None,
 ) -> Any:
-    """``token_logp`` of pieces, which lie along the first axis."""
-    return _forward(axis, entropy, hidden, _gathered(weight, axis, hidden), token, temperature)[:2]
+    """``token_logp`` of pieces, which lie along the first axis; ``used`` of them, the first, or all
+    if it is None, and 0 of the others."""
+    whole = _gathered(weight, axis, hidden)
+    return _forward(axis, entropy, hidden, whole, token, temperature, used)[:2]
 
 
 def _gathered(weight: Array, axis: int, hidden: Array) -> Array:
@@ -112,13 +155,23 @@ def _logits(hidden: Array, weight: Array, axis: int, temperature: Array) -> Arra
     return constrain(to_vocab(hidden, weight, axis) / temperature, (*SPLIT, "vocab"))
 
 
+def _if_used(used: Array | None, i: Array, work: Any, skip: Any, *given: Any) -> Any:
+    """What piece i adds, or what it leaves if nobody wants it."""
+    return work(*given) if used is None else jax.lax.cond(i < used, work, skip, *given)
+
+
 def _forward(
-    axis: int, entropy: bool, hidden: Array, weight: Array, token: Array, temperature: Array
+    axis: int,
+    entropy: bool,
+    hidden: Array,
+    weight: Array,
+    token: Array,
+    temperature: Array,
+    used: Array | None,
 ) -> tuple[Array, Array, Array]:
     """Log-probs, entropies, and log Σ exp z."""
 
-    def piece(item: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        hidden, token = item
+    def work(hidden: Array, token: Array) -> tuple[Array, Array, Array]:
         logits = _logits(hidden, weight, axis, temperature)
         total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
@@ -128,16 +181,26 @@ def _forward(
             spread = -(jnp.exp(log_p) * log_p).sum(-1)
         return chosen - total, spread, total
 
-    return jax.lax.map(piece, (hidden, token))
+    def skip(hidden: Array, token: Array) -> tuple[Array, Array, Array]:
+        nothing = jnp.zeros(token.shape)
+        return nothing, nothing, nothing
+
+    def piece(item: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        return _if_used(used, item[0], work, skip, *item[1:])
+
+    return jax.lax.map(piece, (jnp.arange(len(token)), hidden, token))
 
 
-def _keep(axis: int, entropy: bool, hidden: Any, weight: Any, token: Any, temperature: Any) -> Any:
+def _keep(
+    axis: int, entropy: bool, hidden: Any, weight: Any, token: Any, temperature: Any, used: Any
+) -> Any:
     whole = _gathered(weight.value, axis, hidden.value)
-    given = hidden.value, whole, token.value, temperature.value
+    used = None if used is None else used.value
+    given = hidden.value, whole, token.value, temperature.value, used
     logp, spread, total = _forward(axis, entropy, *given)
     trained = jnp.zeros(()) if weight.perturbed else None
     return (logp, spread), Saved(
-        hidden.value, token.value, whole, temperature.value, total, spread, trained
+        hidden.value, token.value, whole, temperature.value, total, spread, trained, used
     )
 
 
@@ -149,7 +212,7 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
         for x in given
     )
 
-    def piece(sums: Array | None, item: Any) -> tuple[Array | None, Array]:
+    def work(sums: Array | None, *item: Array) -> tuple[Array | None, Array]:
         hidden, token, total, spread, dlogp, dspread = item
         log_p = _logits(hidden, weight, axis, temperature) - total[..., None]
         chosen = jnp.arange(log_p.shape[-1]) == token[..., None]
@@ -166,6 +229,12 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
                 sums += jnp.einsum(product, hidden, dz, preferred_element_type=jnp.float32)
         return sums, constrain(dhidden, (*SPLIT, "activation"))
 
+    def skip(sums: Array | None, hidden: Array, *_: Array) -> tuple[Array | None, Array]:
+        return sums, jnp.zeros_like(hidden)
+
+    def piece(sums: Array | None, item: Any) -> tuple[Array | None, Array]:
+        return _if_used(saved.used, item[0], work, skip, sums, *item[1:])
+
     sums = None
     names: list[str | None] = list(WEIGHT[axis])
     if saved.trained is not None:
@@ -173,12 +242,13 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
         shards = saved.token.shape[1], saved.token.shape[3]
         sums = jnp.zeros((*shards, *weight.shape), jnp.float32)
         sums = constrain(sums, ("batch", "length", *names))
-    items = saved.hidden, saved.token, saved.total, saved.spread, *slopes
+    number = jnp.arange(len(saved.token))
+    items = number, saved.hidden, saved.token, saved.total, saved.spread, *slopes
     sums, dhidden = jax.lax.scan(piece, sums, items)
     dweight = None if sums is None else constrain(sums.sum((0, 1)), WEIGHT[axis])
     # z = h·W/τ, so that Σ dz·z, over the vocabulary, is h·dh over the embedding.
     wide = saved.hidden.astype(jnp.float32), dhidden.astype(jnp.float32)
-    return dhidden, dweight, None, -(wide[0] * wide[1]).sum() / temperature
+    return dhidden, dweight, None, -(wide[0] * wide[1]).sum() / temperature, None
 
 
 _in_pieces.defvjp(_keep, _backward, symbolic_zeros=True)

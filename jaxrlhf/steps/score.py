@@ -24,6 +24,7 @@ def forward(
     lora: Params | None = None,
     first: int = 1,
     segment_BT: Array | None = None,
+    wanted_BT: Array | None = None,
 ) -> Outputs:
     """One pass over whole rows; the [B, T, V] logits never exist at once.
 
@@ -41,6 +42,8 @@ def forward(
         say, when only responses count).
       segment_BT: int32 [B, T]; rows are several rows one after the other, and this says which (from
         1; 0 on padding). Each is then as if it stood alone.
+      wanted_BT: bool [B, T]; where it is False, log-probs and entropies are 0, and few logits are
+        computed for nothing. Of packed rows it does what ``first`` does of others.
 
     Returns:
       Outputs, float32 [B, T] each; log-probs and entropies in nats.
@@ -52,19 +55,20 @@ def forward(
     known = real[:, first:] & real[:, first - 1 : -1]
     if segment_BT is not None:
         known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
+    asked = known if wanted_BT is None else known & wanted_BT[:, first:]
     # Token t is predicted by the hidden state at t − 1.
     before = hidden[:, first - 1 : -1]
-    logp, spread = token_logp(
-        before, *model.projection(params), token_BT[:, first:], temperature, entropy
-    )
+    some = None if wanted_BT is None else asked
+    rows = before, *model.projection(params), token_BT[:, first:]
+    logp, spread = token_logp(*rows, temperature, entropy, some)
 
-    def full(x: Array) -> Array:
-        return jnp.pad(jnp.where(known, x, 0.0), ((0, 0), (first, 0)))
+    def full(x: Array, where: Array) -> Array:
+        return jnp.pad(jnp.where(where, x, 0.0), ((0, 0), (first, 0)))
 
     return Outputs(
-        logp_BT=full(logp),
-        entropy_BT=full(spread) if entropy else None,
-        value_BT=full(model.scalar(params, before)) if value else None,
+        logp_BT=full(logp, asked),
+        entropy_BT=full(spread, asked) if entropy else None,
+        value_BT=full(model.scalar(params, before), known) if value else None,
     )
 
 
@@ -89,12 +93,15 @@ def value(
     token_BT: Array,
     attention_mask_BT: Array,
     lora: Params | None = None,
+    segment_BT: Array | None = None,
 ) -> Array:
     """V(tokens < t), reward units, float32 [B, T]; column 0 is 0; see ``forward``."""
     chex.assert_rank([token_BT, attention_mask_BT], 2)
-    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora)
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
     real = attention_mask_BT != 0
     known = real[:, 1:] & real[:, :-1]
+    if segment_BT is not None:
+        known &= segment_BT[:, 1:] == segment_BT[:, :-1]
     return jnp.pad(jnp.where(known, model.scalar(params, hidden[:, :-1]), 0.0), ((0, 0), (1, 0)))
 
 
@@ -123,14 +130,16 @@ def token_scores(
     token_BT: Array,
     attention_mask_BT: Array,
     lora: Params | None = None,
+    segment_BT: Array | None = None,
 ) -> Array:
     """The scalar head at every token, unshifted: float32 [B, T]; ``reward`` is its last column's.
 
     Process reward models read it at the last token of each step. Columns without a real token mean
-    nothing.
+    nothing. ``segment_BT`` as in ``forward``.
     """
     chex.assert_rank([token_BT, attention_mask_BT], 2)
-    return model.scalar(params, model.apply(params, token_BT, attention_mask_BT, lora)[0])
+    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
+    return model.scalar(params, hidden)
 
 
 def last_token(attention_mask_BT: Array) -> Array:

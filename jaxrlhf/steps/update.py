@@ -25,6 +25,7 @@ from jaxrlhf.core.types import (
     TrainState,
 )
 from jaxrlhf.models.transformer import Model, combine_params
+from jaxrlhf.steps.packed import Piece, pieces_of, read
 from jaxrlhf.steps.score import forward, reward, score, token_scores, value
 
 Metrics = dict[str, Array]
@@ -49,19 +50,14 @@ def policy_loss(
     """
     entropy = "entropy" in algorithm.needs
 
-    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+    def loss(params: Params, frozen: Params | None, batch: Batch | Piece) -> tuple[Array, Metrics]:
         weights, lora = combine_params(params, frozen)
-        outputs = forward(
-            model,
-            weights,
-            batch.token_BT,
-            batch.attention_mask_BT,
-            temperature,
-            entropy=entropy,
-            value=value_coef is not None,
-            lora=lora,
-            first=first,
-        )
+
+        def passed(token: Array, mask: Array, **rows: Any) -> Outputs:
+            asked = {"entropy": entropy, "value": value_coef is not None, "lora": lora}
+            return forward(model, weights, token, mask, temperature, **asked, **rows)
+
+        outputs, batch = read(batch, passed, first=first)
         total, metrics = algorithm.loss(outputs, batch)
         if value_coef is not None:
             assert algorithm.value_loss is not None
@@ -78,15 +74,19 @@ def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> 
     ``head_only`` holds the trunk still: the warm-up of a head that shares the policy's trunk.
     """
 
-    def loss(params: Params, frozen: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+    def loss(params: Params, frozen: Params | None, batch: Batch | Piece) -> tuple[Array, Metrics]:
         weights, lora = combine_params(params, frozen)
         if head_only:
             # The head learns from hidden states as they are; nothing flows into what made them.
             trunk = {name: child for name, child in weights.items() if name != "head"}
             trunk, lora = jax.lax.stop_gradient((trunk, lora))
             weights = {**trunk, "head": weights["head"]}
-        value_BT = value(model, weights, batch.token_BT, batch.attention_mask_BT, lora)
-        outputs = Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
+
+        def passed(token: Array, mask: Array, segment_BT: Any = None, **_: Any) -> Outputs:
+            value_BT = value(model, weights, token, mask, lora, segment_BT)
+            return Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
+
+        outputs, batch = read(batch, passed)
         assert algorithm.value_loss is not None
         return algorithm.value_loss(outputs, batch)
 
@@ -137,7 +137,7 @@ def candidate_scores(
 ) -> Array:
     """The reward of every candidate of a batch, [B, C]."""
     weights, lora = combine_params(params, frozen)
-    score_R = reward(model, weights, *_rows(batch), lora)
+    score_R = reward(model, weights, *candidate_rows(batch), lora)
     return score_R.reshape(batch.token_BCT.shape[:2])
 
 
@@ -146,7 +146,7 @@ def candidate_token_scores(
 ) -> Array:
     """The head at every token of every candidate of a batch, [B, C, T]."""
     weights, lora = combine_params(params, frozen)
-    return token_scores(model, weights, *_rows(batch), lora).reshape(batch.token_BCT.shape)
+    return token_scores(model, weights, *candidate_rows(batch), lora).reshape(batch.token_BCT.shape)
 
 
 def candidate_logp(
@@ -158,11 +158,11 @@ def candidate_logp(
     first: int = 1,
 ) -> Array:
     """log π of every token of every candidate, nats, [B, C, T]; see ``forward``."""
-    logp_RT = score(model, params, *_rows(batch), temperature, lora, first)
+    logp_RT = score(model, params, *candidate_rows(batch), temperature, lora, first)
     return logp_RT.reshape(batch.token_BCT.shape)
 
 
-def _rows(batch: PreferenceBatch) -> tuple[Array, Array]:
+def candidate_rows(batch: PreferenceBatch) -> tuple[Array, Array]:
     """Candidates as rows of one pass, tokens and attention mask [B·C, T]."""
     width = batch.token_BCT.shape[-1]
     return batch.token_BCT.reshape(-1, width), batch.attention_mask_BCT.reshape(-1, width)
@@ -278,6 +278,7 @@ def make_update(
     donate: bool = True,
     layout: Any = None,
     rate: optax.Schedule | None = None,
+    packed: int | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """update(state, batch, frozen=None) → (state, metrics), jitted.
 
@@ -296,6 +297,9 @@ def make_update(
         the old one did; None leaves it to the compiler.
       rate: the schedule of ``tx`` (``rate_schedule``): ``metrics["learning_rate"]`` is the rate of
         this step. None leaves it out.
+      packed: static; if given, the rows of a Batch are packed, at most so many packed rows at once
+        in place of ``microbatches``: ``loss`` is given a ``packed.Piece``, as those that
+        ``policy_loss`` and ``critic_loss`` make can be.
 
     ``frozen`` is an argument, not a closure: it is neither donated nor differentiated.
     """
@@ -307,10 +311,12 @@ def make_update(
             )
             return total, metrics, grads
 
-        if microbatches == 1:
+        if packed is not None:
+            total, metrics, grads = _accumulate(value_and_grad, *pieces_of(batch, packed))
+        elif microbatches == 1:
             total, metrics, grads = value_and_grad(batch)
         else:
-            total, metrics, grads = _accumulate(value_and_grad, _split(batch, microbatches))
+            total, metrics, grads = _accumulate(value_and_grad, *_split(batch, microbatches))
         if rate is not None:
             metrics = {**metrics, "learning_rate": jnp.float32(rate(_position(state)))}
         return _apply(tx, state, total, metrics, grads)
@@ -318,9 +324,9 @@ def make_update(
     return jax.jit(update, donate_argnums=(0,) if donate else (), out_shardings=(layout, None))
 
 
-def _split(batch: Any, pieces: int) -> Any:
-    """[B, …] → [pieces, B/pieces, …]; piece i takes rows i, i + pieces, …, so that rows stay on
-    their devices."""
+def _split(batch: Any, pieces: int) -> tuple[Callable[[Any], Any], int]:
+    """(i → piece i, their number): B/pieces rows each, i, i + pieces, …, so that rows stay on their
+    devices."""
 
     def leaf(x: Array) -> Array:
         if x.shape[0] % pieces:
@@ -328,22 +334,22 @@ def _split(batch: Any, pieces: int) -> Any:
         # [B] is split over devices in stretches: with the pieces as the inner axis none moves.
         return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
 
-    return jax.tree.map(leaf, batch)
+    split = jax.tree.map(leaf, batch)
+    return lambda i: jax.tree.map(lambda x: x[i], split), pieces
 
 
-def _accumulate(value_and_grad: Any, pieces: Any) -> Any:
+def _accumulate(value_and_grad: Any, piece: Callable[[Any], Any], pieces: int | Array) -> Any:
     """Sum over pieces, one at a time, from nothing, so that one piece's program is all there is."""
 
-    def add(total: Any, piece: Any) -> tuple[Any, None]:
-        value, metrics, grads = value_and_grad(piece)
+    def add(i: Any, total: Any) -> Any:
+        value, metrics, grads = value_and_grad(piece(i))
         both = {name: combine(name, total[1][name], metrics[name]) for name in metrics}
-        return (total[0] + value, both, jax.tree.map(jnp.add, total[2], grads)), None
+        return total[0] + value, both, jax.tree.map(jnp.add, total[2], grads)
 
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pieces)
-    value, metrics, grads = jax.eval_shape(value_and_grad, first)
+    value, metrics, grads = jax.eval_shape(lambda: value_and_grad(piece(0)))
     start = {name: nothing(name, x) for name, x in metrics.items()}
     zeros = jax.tree.map(jnp.zeros_like, (value, grads))
-    return jax.lax.scan(add, (zeros[0], start, zeros[1]), pieces)[0]
+    return jax.lax.fori_loop(0, pieces, add, (zeros[0], start, zeros[1]))
 
 
 def nothing(name: str, x: Any) -> Array:

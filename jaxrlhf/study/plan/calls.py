@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy
-from jaxrlhf.core.types import TrainState
+from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy, rows_at_once
+from jaxrlhf.core.types import Batch, TrainState
 from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import DECODE, at_hand, few_rows_layout, on_host, spec
 from jaxrlhf.models.cache import KEPT, slots_of
 from jaxrlhf.models.decode import Weights, kind_of
-from jaxrlhf.rewards.models import Member
+from jaxrlhf.rewards.models import Member, packed_reward, packed_scores
 from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
 from jaxrlhf.run.setup import Run
+from jaxrlhf.steps.packed import pieces_for
 from jaxrlhf.steps.sample import LONG
-from jaxrlhf.steps.score import reward, token_scores
 
 
 class Call(NamedTuple):
@@ -38,6 +38,8 @@ class Call(NamedTuple):
     """Rows that it samples; 0 if it does not sample."""
     fetched: float = 0.0
     """Bytes on each device of the parameters that come from host memory for it."""
+    pieces: int | None = None
+    """Pieces of packed rows that it goes through, were all rows full; None if it packs none."""
 
 
 def calls_of(run: Run) -> dict[str, Call]:
@@ -56,6 +58,12 @@ def calls_of(run: Run) -> dict[str, Call]:
     drawn = {"sample": prompts * config.sample.n, "greedy": prompts}
     assert run.reference is not None
     away = {"reference": fetched(run.reference.params)}
+    texts, part = given["reference"][1], given["update"][1]
+    scored = _pieces(texts, rows_at_once(config))
+    packing: dict[str, int] = dict.fromkeys(("rescore", "reference", "value"), scored)
+    if isinstance(part, Batch):
+        learnt = _pieces(part.token_BT, rows_at_once(config))
+        packing |= dict.fromkeys(("critic_update", "warmup", "update"), learnt)
     out = {
         name: Call(
             getattr(run.programs, name),
@@ -63,6 +71,7 @@ def calls_of(run: Run) -> dict[str, Call]:
             often.get(name, 1),
             drawn.get(name, 0),
             away.get(name, 0.0),
+            packing.get(name),
         )
         for name, args in given.items()
     }
@@ -77,7 +86,8 @@ def _offline(run: Run) -> dict[str, Call]:
     if run.reference is not None:
         params = run.reference.params
         program, args = run.programs.reference, (shapes(at_hand(params)), batch)
-        out["reference"] = Call(program, args, 1, fetched=fetched(params))
+        pieces = _pieces(batch.token_BCT, rows_at_once(run.config))
+        out["reference"] = Call(program, args, 1, fetched=fetched(params), pieces=pieces)
         batch = on_rows(run, jax.eval_shape(program, *args))
     args = (shapes(run.states["policy"]), batch, shapes(run.frozen["policy"]))
     return {**out, "update": Call(run.programs.update, args, 1)}
@@ -111,11 +121,18 @@ def _reward_models(run: Run, texts: tuple[Any, ...], rounds: int) -> dict[str, C
     out = {}
     for index, member in enumerate(_members(run.judge)):
         network = member.network
-        function = reward if member.process is None else token_scores
+        function = packed_reward if member.process is None else packed_scores
         args = (shapes(at_hand(network.params)), *texts, shapes(network.lora))
         program, away = jax.jit(partial(function, network.model)), fetched(network.params)
-        out[f"reward {index}"] = Call(program, args, rounds, fetched=away)
+        pieces = _pieces(texts[0])
+        out[f"reward {index}"] = Call(program, args, rounds, fetched=away, pieces=pieces)
     return out
+
+
+def _pieces(token_BT: Any, most: int | None = None) -> int:
+    """Pieces that such rows, or candidates [B, C, T], are packed in; under the mesh in force."""
+    *count, width = token_BT.shape
+    return pieces_for(math.prod(count), width, most)[0]
 
 
 def _members(judge: Any) -> list[Member]:
@@ -138,9 +155,10 @@ def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
     score = (given["reference"][0], rollout.token_BT, rollout.attention_mask_BT)
     assert run.reference is not None
     away = fetched(run.reference.params)
+    reference, pieces = run.programs.eval_reference, _pieces(score[1], rows_at_once(config))
     return {
         "eval_sample": Call(run.programs.eval_sample, draw, 0, rows * config.eval.n),
-        "eval_reference": Call(run.programs.eval_reference, score, 0, fetched=away),
+        "eval_reference": Call(reference, score, 0, fetched=away, pieces=pieces),
     }
 
 

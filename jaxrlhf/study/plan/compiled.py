@@ -70,7 +70,7 @@ class Step:
     seconds: dict[str, float]
     """A call by the roofline: compute, memory, links. It takes the longest of them at least."""
     trips: int | None = None
-    """Of its decode loop."""
+    """Of its decode loop, or over the pieces of what it packs."""
     arguments: float = 0.0
     """Bytes of its arguments on each device as the compiler has them, padding included."""
     refused: bool = False
@@ -307,8 +307,10 @@ def _step(
     kinds = arguments_by_kind(call.args, traced.jaxpr)
     # networks and optimizers that are on the device and not arguments of this call
     elsewhere = held + call.fetched - kinds["parameters"] - kinds["optimizer"]
-    trips = decode_trips(run.config, call.responses, mean_length) if call.responses else None
-    loops = None if trips is None else trips_of_loops(run.config, call.responses, trips)
+    trips, loops = call.pieces, call.pieces
+    if call.responses:
+        trips = decode_trips(run.config, call.responses, mean_length)
+        loops = trips_of_loops(run.config, call.responses, trips)
     # if the work is split evenly
     flops = hlo.flops(traced.jaxpr, loops) / run.mesh.size
     seconds = {"compute": flops / chip.flops, "memory": 0.0, "links": 0.0}

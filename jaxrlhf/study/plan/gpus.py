@@ -43,7 +43,7 @@ GPUS = {
 
 
 def tools() -> Path | None:
-    """The folder of NVIDIA's assembler, if it, cuDNN and jax's CUDA plugin are installed; else None.
+    """The folder of NVIDIA's assembler, if it, cuDNN and jax's CUDA plugin are there; else None.
 
     cuDNN builds its attention while a program is compiled.
     """
