@@ -17,7 +17,7 @@ from jaxrlhf.data.text import mark_step_ends
 from jaxrlhf.mesh.sharding import at_hand, fetch, on_host, put_rows
 from jaxrlhf.models.load import Loader, Network, offloaded
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps.packed import PackedRows, in_pieces
+from jaxrlhf.steps.packed import PackedRows, in_pieces, keeps_apart
 from jaxrlhf.steps.score import last_token, token_scores
 
 
@@ -130,7 +130,7 @@ def packed_scores(
         token_RT, mask_RT, segment_RT, _ = rows
         return token_scores(model, params, token_RT, mask_RT, lora, segment_RT)
 
-    return in_pieces(scores, token_BT, attention_mask_BT)
+    return in_pieces(scores, token_BT, attention_mask_BT, apart=keeps_apart(model))
 
 
 def packed_reward(

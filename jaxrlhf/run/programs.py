@@ -38,7 +38,7 @@ from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
 from jaxrlhf.models.decode import Weights, decode_layout, lay_out
 from jaxrlhf.models.load import needs_head
 from jaxrlhf.models.transformer import Model, combine_params
-from jaxrlhf.steps.packed import PackedRows, in_pieces
+from jaxrlhf.steps.packed import PackedRows, in_pieces, keeps_apart
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import forward, value
 from jaxrlhf.steps.update import (
@@ -210,7 +210,7 @@ def packed_logp(model: Model, temperature: float, first: int, most: int) -> Prog
             more = {"lora": lora, "segment_BT": segment_RT, "wanted_BT": wanted_RT}
             return forward(model, weights, token_RT, mask_RT, temperature, **more).logp_BT
 
-        return in_pieces(logp, token_BT, mask_BT, most, first)
+        return in_pieces(logp, token_BT, mask_BT, most, first, keeps_apart(model))
 
     return rescore
 
@@ -226,7 +226,7 @@ def packed_value(model: Model, most: int) -> Program:
                 model, weights, rows.token_RT, rows.attention_mask_RT, lora, rows.segment_RT
             )
 
-        return in_pieces(values, token_BT, mask_BT, most)
+        return in_pieces(values, token_BT, mask_BT, most, apart=keeps_apart(model))
 
     return estimate
 
@@ -260,7 +260,8 @@ def updates(
     packed = None if algorithm.reads == "pairs" else rows_at_once(config)
 
     def update(loss: Any, who: str, settings: Config) -> Program:
-        return update_of(settings, loss, states[who], packed)
+        network = critic_model if who == "critic" else model
+        return update_of(settings, loss, states[who], packed, network)
 
     programs: dict[str, Any] = {"critic_update": None, "warmup": None}
     coefficient = None
@@ -315,13 +316,20 @@ def offline_programs(
     return OfflinePrograms(update, reference, scores=judged, loss_of_scores=jax.jit(algorithm.loss))
 
 
-def update_of(config: Config, loss: Any, state: TrainState, packed: int | None = None) -> Program:
+def update_of(
+    config: Config,
+    loss: Any,
+    state: TrainState,
+    packed: int | None = None,
+    model: Model | None = None,
+) -> Program:
     """One optimizer step by the config's optimizer; the new state lies where ``state`` does.
-    ``packed`` as in ``make_update``."""
+    ``packed`` and ``model`` as in ``make_update``."""
     rate = rate_schedule(config.optim, updates_before(config, config.steps))
     layout, pieces = layout_of(state), config.optim.microbatches
     tx = optimizer(config)
-    return make_update(tx, loss, pieces, layout=layout, rate=rate, packed=packed)
+    more = {"layout": layout, "rate": rate, "packed": packed, "model": model}
+    return make_update(tx, loss, pieces, **more)
 
 
 def optimizer(config: Config) -> Any:

@@ -101,7 +101,7 @@ def token_logp(
     hidden, tau = split(hidden_BTD, "activation"), jnp.asarray(temperature, jnp.float32)
     found: Any = _in_pieces(axis, entropy, hidden, weight, split(token_BT), tau, used)
     logp, spread = map(joined, found)
-    if wanted_BT is not None:
+    if wanted_BT is not None and place_BT is not None:
         place_BT = place_BT[:, : wanted_BT.shape[1]]
         logp, spread = (jnp.take_along_axis(x, place_BT, axis=1) for x in (logp, spread))
     return logp, spread

@@ -19,6 +19,8 @@ from flax import struct
 
 from jaxrlhf.core.types import Array, Batch, Outputs
 from jaxrlhf.mesh.sharding import constrain, length_shards, platform, row_shards
+from jaxrlhf.models.kernels import choose
+from jaxrlhf.models.transformer import Model
 
 TOKENS_AT_ONCE = {"cpu": 512}
 """Tokens that keep a device busy, by its platform: pieces are no larger, since the last one may be
@@ -32,8 +34,8 @@ class PackedRows(NamedTuple):
 
     token_RT: Array
     attention_mask_RT: Array
-    segment_RT: Array
-    """int32, the row that a token is of, from 1; 0 on padding."""
+    segment_RT: Array | None
+    """int32, the row that a token is of, from 1; 0 on padding. None: each is one row."""
     wanted_RT: Array
     """bool, the tokens whose log-probs are asked for."""
 
@@ -48,6 +50,8 @@ class Packing:
     """int32, where in the flat [I·R·T] each token went; I·R·T for padding."""
     used: Array
     """int32, pieces that hold a token: the first ones."""
+    apart: bool = struct.field(pytree_node=False, default=False)
+    """Whether each packed row holds one row."""
 
 
 @struct.dataclass
@@ -65,7 +69,13 @@ class Piece:
         return _take(x_RT, self.target_BT)
 
 
-def pack(attention_mask_BT: Array, most: int | None = None) -> Packing:
+def keeps_apart(model: Model) -> bool:
+    """Whether a model's rows are not packed on the devices at hand, only moved to the left, the
+    longest first: where its attention would lose the kernel that keeps scores out of memory."""
+    return choose(model.attention, model.decoder, model.dtype, packed=False) == "cudnn"
+
+
+def pack(attention_mask_BT: Array, most: int | None = None, apart: bool = False) -> Packing:
     """Places for rows of any length up to T, first-fit-decreasing, in pieces of R packed rows.
 
     At most 11/9 of the fewest packed rows possible, and 2/3 more (Dósa 2007), and never more than
@@ -74,13 +84,14 @@ def pack(attention_mask_BT: Array, most: int | None = None) -> Packing:
     Args:
       attention_mask_BT: [B, T], 1 on real tokens; padding on either side, and gaps, are left out.
       most: static; packed rows at once, at most.
+      apart: static; give each row a packed row of its own.
     """
     chex.assert_rank(attention_mask_BT, 2)
     count, width = attention_mask_BT.shape
     pieces, rows = pieces_for(count, width, most)
     # Small, and each device needs it whole to find its own rows' places.
     real_BT = constrain(attention_mask_BT, (None, None)) != 0
-    row_B, start_B = first_fit(real_BT.sum(1, dtype=jnp.int32), width)
+    row_B, start_B = first_fit(real_BT.sum(1, dtype=jnp.int32), width, apart)
     rank_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
     size = pieces * rows * width
     place_BT = (row_B * width + start_B)[:, None] + rank_BT
@@ -92,6 +103,7 @@ def pack(attention_mask_BT: Array, most: int | None = None) -> Packing:
         source_IRT=constrain(source_IRT, (None, "batch", "length")),
         target_BT=constrain(target_BT, ("batch", "length")),
         used=(row_B.max() + rows) // rows,
+        apart=apart,
     )
 
 
@@ -108,16 +120,18 @@ def pieces_for(count: int, width: int, most: int | None = None) -> tuple[int, in
     return -(-count // rows), rows
 
 
-def first_fit(length_B: Array, width: int) -> tuple[Array, Array]:
+def first_fit(length_B: Array, width: int, apart: bool = False) -> tuple[Array, Array]:
     """(row, first column) of each item, int32 [B], in rows of ``width``: first-fit-decreasing.
 
     Each item, from the longest to the shortest, goes into the first row with room for it. Of two
-    items of one length, the earlier goes first.
+    items of one length, the earlier goes first. With ``apart`` no two share a row.
     """
 
     def put(room_B: Array, length: Array) -> tuple[Array, tuple[Array, Array]]:
-        row = jnp.argmax(room_B >= length).astype(jnp.int32)
-        return room_B.at[row].add(-length), (row, width - room_B[row])
+        row = jnp.argmax(room_B >= (width if apart else length)).astype(jnp.int32)
+        # A row without a token takes no room, and has none to be found in.
+        taken = jnp.where(length > 0, width, 0) if apart else length
+        return room_B.at[row].add(-taken), (row, width - room_B[row])
 
     order_B = jnp.argsort(-length_B, stable=True)
     empty = jnp.full(length_B.shape, width, jnp.int32)
@@ -132,15 +146,16 @@ def in_pieces(
     attention_mask_BT: Array,
     most: int | None = None,
     first: int = 0,
+    apart: bool = False,
 ) -> Array:
     """What a network says of each token, float32 [B, T], a piece of the rows at a time.
 
     Args:
       network: gives a number a token.
-      most: packed rows at once; see ``pack``.
+      most, apart: see ``pack``.
       first: static; the result is 0 in columns before it, and on padding.
     """
-    packing = pack(attention_mask_BT, most)
+    packing = pack(attention_mask_BT, most, apart)
     wanted_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]) >= first, token_BT.shape)
     rows = _rows(packing, token_BT, wanted_BT)
 
@@ -152,9 +167,9 @@ def in_pieces(
     return _take(found_IRT, packing.target_BT).at[:, :first].set(0)
 
 
-def pieces_of(batch: Batch, most: int) -> tuple[Callable[[Any], Piece], Array]:
+def pieces_of(batch: Batch, most: int, apart: bool = False) -> tuple[Callable[[Any], Piece], Array]:
     """(i → piece i of a batch, number of pieces that hold a token); see ``pack``."""
-    packing = pack(batch.attention_mask_BT, most)
+    packing = pack(batch.attention_mask_BT, most, apart)
     rows = _rows(packing, batch.token_BT, batch.mask_BT != 0)
     size = math.prod(packing.source_IRT.shape[1:])
 
@@ -198,7 +213,8 @@ def _rows(packing: Packing, token_BT: Array, wanted_BT: Array) -> Callable[[Any]
         real_RT = source_IRT[i] < token_BT.size
         segment_RT = jnp.where(real_RT, source_IRT[i] // width + 1, 0)
         found = token_IRT[i], real_RT, segment_RT, wanted_IRT[i]
-        return PackedRows(*(constrain(x_RT, ("batch", "length")) for x_RT in found))
+        rows = PackedRows(*(constrain(x_RT, ("batch", "length")) for x_RT in found))
+        return rows._replace(segment_RT=None) if packing.apart else rows
 
     return piece
 

@@ -25,7 +25,7 @@ from jaxrlhf.core.types import (
     TrainState,
 )
 from jaxrlhf.models.transformer import Model, combine_params
-from jaxrlhf.steps.packed import Piece, pieces_of, read
+from jaxrlhf.steps.packed import Piece, keeps_apart, pieces_of, read
 from jaxrlhf.steps.score import forward, reward, score, token_scores, value
 
 Metrics = dict[str, Array]
@@ -279,6 +279,7 @@ def make_update(
     layout: Any = None,
     rate: optax.Schedule | None = None,
     packed: int | None = None,
+    model: Model | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """update(state, batch, frozen=None) → (state, metrics), jitted.
 
@@ -300,6 +301,8 @@ def make_update(
       packed: static; if given, the rows of a Batch are packed, at most so many packed rows at once
         in place of ``microbatches``: ``loss`` is given a ``packed.Piece``, as those that
         ``policy_loss`` and ``critic_loss`` make can be.
+      model: that of the loss, whose attention says whether rows may share a packed row
+        (``packed.keeps_apart``); None: they may.
 
     ``frozen`` is an argument, not a closure: it is neither donated nor differentiated.
     """
@@ -312,7 +315,8 @@ def make_update(
             return total, metrics, grads
 
         if packed is not None:
-            total, metrics, grads = _accumulate(value_and_grad, *pieces_of(batch, packed))
+            apart = model is not None and keeps_apart(model)
+            total, metrics, grads = _accumulate(value_and_grad, *pieces_of(batch, packed, apart))
         elif microbatches == 1:
             total, metrics, grads = value_and_grad(batch)
         else:

@@ -17,7 +17,7 @@ from jaxrlhf.data.packing import first_fit_decreasing
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.models import packed_reward, packed_scores
-from jaxrlhf.steps import packed
+from jaxrlhf.steps import packed, update
 from jaxrlhf.steps.packed import first_fit, in_pieces, pack
 from jaxrlhf.steps.score import forward, reward, score, token_scores, value
 from jaxrlhf.steps.update import critic_loss, make_update, policy_loss
@@ -154,6 +154,30 @@ def test_packed_update_has_the_gradient_of_the_padded(name, params):
     assert also.keys() == measured.keys()
     for key, x in measured.items():
         np.testing.assert_allclose(also[key], x, atol=1e-5, rtol=1e-5, err_msg=key)
+
+
+def test_rows_that_are_kept_apart(params, monkeypatch):
+    """Where attention takes no packed rows: each has one of its own, and no segments."""
+    token_BT, real_BT, _ = rows(seed=3)
+    seen = []
+
+    def logp(rows):
+        token_RT, mask_RT, segment_RT, wanted_RT = rows
+        seen.append(segment_RT)
+        return forward(MODEL, params, token_RT, mask_RT, 0.7, wanted_BT=wanted_RT).logp_BT
+
+    got = jax.jit(partial(in_pieces, logp, most=2, first=P, apart=True))(token_BT, real_BT)
+    want = score(MODEL, params, token_BT, real_BT, 0.7, first=P)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert set(seen) == {None}
+    row_B, start_B = map(np.asarray, first_fit(real_BT.sum(1), T, apart=True))
+    assert sorted(row_B) == list(range(B))
+    assert not start_B.any()
+    assert (np.diff(np.asarray(real_BT).sum(1)[np.argsort(row_B)]) <= 0).all()
+    want, _ = step(params, LOSSES["shared"], batch())
+    monkeypatch.setattr(update, "keeps_apart", lambda model: True)
+    got, _ = step(params, LOSSES["shared"], batch(), packed=2, model=MODEL)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), got, want)
 
 
 def test_packed_update_on_a_mesh(params):
