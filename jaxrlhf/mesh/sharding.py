@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxrlhf.config import AXES, MeshConfig, across_slices, resolve_mesh, sizes_of
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Params, TrainState
+from jaxrlhf.mesh.chips import CHIPS, name_of
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -201,6 +202,13 @@ def device_kind() -> str:
     """What the devices of the mesh in force are, those to compile for; of jax's own without one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def budget(least: int, share: float) -> int:
+    """Float32 numbers that may exist at once on a device: ``least``, or more where they take no
+    more than this share of its memory. What is computed in pieces within it is the same."""
+    name = name_of(device_kind())
+    return least if name in (None, "cpu") else max(least, int(CHIPS[name].memory * share / 4))
 
 
 def platform() -> str:

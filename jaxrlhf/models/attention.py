@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import constrain, devices_in_mesh, length_shards
+from jaxrlhf.mesh.sharding import budget, constrain, devices_in_mesh, length_shards
 from jaxrlhf.models.cache import Layer, mixed, scores
 
 SCORES_A_DEVICE = 2**26
-"""Attention scores that may exist at once on a device (256 MiB in float32)."""
+"""Attention scores that may exist at once on a device (256 MiB in float32); see ``budget``."""
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "slots", "kv_heads", "head_dim")
@@ -28,7 +28,8 @@ def attend(query: Array, key: Array, value: Array, allowed_BTS: Array) -> Array:
 def pieces_of(query: Array, keys: int) -> int:
     """In how many pieces queries [B, T, N, H] must be taken for their scores to be few enough."""
     rows, tokens, heads, _ = query.shape
-    return -(-rows * heads * tokens * keys // (SCORES_A_DEVICE * devices_in_mesh()))
+    most = budget(SCORES_A_DEVICE, 1 / 64) * devices_in_mesh()
+    return -(-rows * heads * tokens * keys // most)
 
 
 def attend_before(

@@ -128,12 +128,10 @@ def on_policy_programs(
     temperature, settings = config.sample.temperature, on_policy(config)
     assert algorithm.targets is not None
 
-    # No more rows at once than an update works on: a gradient needs more memory.
-    estimate = packed_value(critic_model, rows_at_once(config))
+    estimate = packed_value(critic_model)
 
     def packed(model: Model, temperature: float) -> Program:
-        first, most = config.data.max_prompt_tokens, rows_at_once(config)
-        return packed_logp(model, temperature, first, most)
+        return packed_logp(model, temperature, config.data.max_prompt_tokens)
 
     def scorer(temperature: float) -> Program:
         logp = packed(reference_model, temperature)
@@ -198,9 +196,9 @@ def sampler(
     return jax.jit(draw, out_shardings=layout)
 
 
-def packed_logp(model: Model, temperature: float, first: int, most: int) -> Program:
+def packed_logp(model: Model, temperature: float, first: int) -> Program:
     """(params, frozen, token_BT, attention_mask_BT) → log π of tokens from column ``first`` on,
-    [B, T], by ``forward`` of packed rows, ``most`` at once."""
+    [B, T], by ``forward`` of packed rows, some at a time."""
 
     def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
         weights, lora = combine_params(params, frozen)
@@ -210,12 +208,12 @@ def packed_logp(model: Model, temperature: float, first: int, most: int) -> Prog
             more = {"lora": lora, "segment_BT": segment_RT, "wanted_BT": wanted_RT}
             return forward(model, weights, token_RT, mask_RT, temperature, **more).logp_BT
 
-        return in_pieces(logp, token_BT, mask_BT, most, first, keeps_apart(model))
+        return in_pieces(logp, token_BT, mask_BT, first=first, apart=keeps_apart(model))
 
     return rescore
 
 
-def packed_value(model: Model, most: int) -> Program:
+def packed_value(model: Model) -> Program:
     """(params, frozen, token_BT, attention_mask_BT) → V(tokens < t), [B, T]; likewise."""
 
     def estimate(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
@@ -226,7 +224,7 @@ def packed_value(model: Model, most: int) -> Program:
                 model, weights, rows.token_RT, rows.attention_mask_RT, lora, rows.segment_RT
             )
 
-        return in_pieces(values, token_BT, mask_BT, most, apart=keeps_apart(model))
+        return in_pieces(values, token_BT, mask_BT, apart=keeps_apart(model))
 
     return estimate
 
@@ -301,7 +299,7 @@ def offline_programs(
     update = update_of(config, loss, states["policy"])
     reference = None
     if reference_model is not None:
-        logp = packed_logp(reference_model, 1.0, 0, rows_at_once(config))
+        logp = packed_logp(reference_model, 1.0, 0)
 
         def compare(params: Params, batch: PreferenceBatch) -> PreferenceBatch:
             ref_logp_RT = logp(params, None, *candidate_rows(batch))

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import constrain, devices_in_mesh, length_shards, row_shards
+from jaxrlhf.mesh.sharding import budget, constrain, devices_in_mesh, length_shards, row_shards
 from jaxrlhf.models.layers import exact, to_vocab
 
 LOGITS_A_DEVICE = 2**25
-"""Logits that may exist at once on a device (128 MiB in float32)."""
+"""Logits that may exist at once on a device (128 MiB in float32); see ``budget``."""
 
 SKIPPED = 8
 """Pieces at least, where those that nobody wants are skipped."""
@@ -71,8 +71,10 @@ def token_logp(
     """
     rows, columns = token_BT.shape
     shards = row_shards(), length_shards()
-    budget = LOGITS_A_DEVICE * devices_in_mesh() // (rows * weight.shape[1 - axis])
-    pieces = -(-columns // max(1, min(columns, budget)))
+    # Each piece adds to the weight's gradient, which is large: few pieces, where there is room.
+    numbers = budget(LOGITS_A_DEVICE, 1 / 64) * devices_in_mesh()
+    most = numbers // (rows * weight.shape[1 - axis])
+    pieces = -(-columns // max(1, min(columns, most)))
     if shards[1] > 1:  # what is wanted lies where it lies: no column moves to another device
         wanted_BT = None
     if wanted_BT is not None:

@@ -59,7 +59,7 @@ def calls_of(run: Run) -> dict[str, Call]:
     assert run.reference is not None
     away = {"reference": fetched(run.reference.params)}
     texts, part = given["reference"][1], given["update"][1]
-    scored = _pieces(texts, rows_at_once(config))
+    scored = _pieces(texts)
     packing: dict[str, int] = dict.fromkeys(("rescore", "reference", "value"), scored)
     if isinstance(part, Batch):
         learnt = _pieces(part.token_BT, rows_at_once(config))
@@ -86,7 +86,7 @@ def _offline(run: Run) -> dict[str, Call]:
     if run.reference is not None:
         params = run.reference.params
         program, args = run.programs.reference, (shapes(at_hand(params)), batch)
-        pieces = _pieces(batch.token_BCT, rows_at_once(run.config))
+        pieces = _pieces(batch.token_BCT)
         out["reference"] = Call(program, args, 1, fetched=fetched(params), pieces=pieces)
         batch = on_rows(run, jax.eval_shape(program, *args))
     args = (shapes(run.states["policy"]), batch, shapes(run.frozen["policy"]))
@@ -155,7 +155,7 @@ def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
     score = (given["reference"][0], rollout.token_BT, rollout.attention_mask_BT)
     assert run.reference is not None
     away = fetched(run.reference.params)
-    reference, pieces = run.programs.eval_reference, _pieces(score[1], rows_at_once(config))
+    reference, pieces = run.programs.eval_reference, _pieces(score[1])
     return {
         "eval_sample": Call(run.programs.eval_sample, draw, 0, rows * config.eval.n),
         "eval_reference": Call(reference, score, 0, fetched=away, pieces=pieces),
