@@ -8,12 +8,15 @@ import jax.numpy as jnp
 
 from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
-from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards
+from jaxrlhf.mesh.sharding import DECODE, constrain, platform, row_shards
 from jaxrlhf.models.cache import empty_cache, grow
 from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out, read_prompts, step
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import choose, columns_of
 from jaxrlhf.steps.slots import decode_in_slots
+
+TOKENS_READ = 4096
+"""Tokens of prompts that keep a GPU or TPU busy, and are read at once."""
 
 LONG = 1024
 """New tokens from which on decoding has two loops, the first over caches of half the length. More
@@ -95,14 +98,20 @@ def _read(
     # Each prompt once; where prompts do not divide over the devices, as often as makes them divide.
     again = next(k for k in range(1, n + 1) if n % k == 0 and len(prompt_QP) * k % shards == 0)
     prompt, mask = (jnp.repeat(x, again, axis=0) for x in (prompt_QP, prompt_mask_QP))
-    # As many at once as there are slots, if they divide so.
-    each = len(prompt) // shards
-    some = config.slots // shards or each
-    pieces = each // some if each % some == 0 else 1
+    pieces = _pieces(len(prompt) // shards, prompt.shape[1], config.slots // shards)
     kind = kind_of(model, config)
     hidden, prompts = read_prompts(model, params, prompt, mask, lora, pieces, kind)
     last_BD = jnp.repeat(hidden, n // again, axis=0)
     return constrain(last_BD, ("batch", "activation"), DECODE), prompts
+
+
+def _pieces(prompts: int, width: int, slots: int) -> int:
+    """Pieces that a device reads its prompts in: what is read at once also takes memory."""
+    at_once = slots or prompts
+    if platform() != "cpu":
+        at_once = min(at_once, max(TOKENS_READ // width, 1))
+    # The fewest that divide them.
+    return next(n for n in range(1, prompts + 1) if prompts % n == 0 and prompts // n <= at_once)
 
 
 def _decode(
