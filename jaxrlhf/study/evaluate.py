@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import check_file, write_atomic, writing
-from jaxrlhf.core.types import Array, Rollout, StopTable
+from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.chat import chat_settings
 from jaxrlhf.data.formats import Prompt, read_prompts
@@ -32,15 +33,16 @@ from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import READERS, Encoded, encode_rows, prompt_arrays
 from jaxrlhf.mesh.processes import is_first
-from jaxrlhf.mesh.sharding import fetch, make_mesh, put_rows, row_shards, tpu_slices
+from jaxrlhf.mesh.sharding import DECODE, fetch, make_mesh, put_rows, row_shards, tpu_slices
 from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import Loader, Network, is_run, run_config, scores_texts, tokenizer_path
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
+from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.judge import Judge, make_judge
+from jaxrlhf.run.programs import packed_logp
 from jaxrlhf.run.record import plain
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.score import score
 from jaxrlhf.study import figures
 from jaxrlhf.study.figures import Columns, Extract
 
@@ -49,6 +51,9 @@ STREAMS = {"model": 0x7FFFFFF0, "reference": 0x7FFFFFF1, "against": 0x7FFFFFF2}
 
 NEW_TOKENS = 64  # most tokens of a completion by a model that is no run
 ANY_LENGTH = 2**31  # tokens of a prompt: the context of the networks is the limit
+
+BATCHES = 8
+"""Times ``rows`` completions a device that are drawn in one call, ``rows`` of them at once."""
 
 FEW_TOKENS = 16
 """Fewer have to be asked for: most completions would be cut off, and say nothing of the policy."""
@@ -356,8 +361,12 @@ def draw(
       reference: what the KL is measured to.
     """
     at_once, each, rounds = shape_of(len(bench.prompts), n, bench.rows)
+    # Several batches a call: a completion that ends makes room for one of the next.
+    shards = row_shards(DECODE)
+    slots = -(-at_once * each // shards) * shards
+    bench = replace(bench, sampling=replace(bench.sampling, slots=slots))
     parts = []
-    for row_Q, real_Q in held_out_batches(len(bench.prompts), at_once):
+    for row_Q, real_Q in held_out_batches(len(bench.prompts), BATCHES * at_once, row_shards()):
         prompts = [bench.prompts.items[i] for i in row_Q]
         # The i-th draw of the q-th prompt has a key of its own, number q·n + i: it is the same
         # however many rows are drawn at once.
@@ -403,7 +412,7 @@ def _batch(
     if reference is not None:
         tokens = rollout.token_BT, rollout.attention_mask_BT
         ref_logp_BT = _score(
-            reference.model, reference.params, *tokens, 1.0, reference.lora, bench.width
+            reference.model, bench.width, reference.params, reference.lora, *tokens
         )
     host, ref_logp_BT = fetch((rollout, ref_logp_BT))
     token_BT, mask_BT = np.asarray(host.token_BT), np.asarray(host.mask_BT)
@@ -430,4 +439,12 @@ def _batch(
 
 
 _sample: Callable[..., Rollout] = jax.jit(sample, static_argnums=(0, 5))
-_score: Callable[..., Array] = jax.jit(score, static_argnums=(0, 6))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(
+    model: Model, first: int, params: Params, lora: Params | None, token_BT: Array, mask_BT: Array
+) -> Array:
+    """log π of tokens from column ``first`` on, at T = 1, some rows at a time."""
+    given = params if lora is None else {"lora": lora}
+    return packed_logp(model, 1.0, first)(given, params, token_BT, mask_BT)

@@ -121,7 +121,7 @@ def test_evaluate_model_draws_the_same_in_any_batches(rows, found, run, tmp_path
 
 
 def test_evaluate_model_compiles_once(run, tmp_path, monkeypatch):
-    traced = runs.count_traces(monkeypatch, evaluate, _sample=(0, 5), _score=(0, 6))
+    traced = runs.count_traces(monkeypatch, evaluate, _sample=(0, 5), _score=(0, 1))
     wish = EvaluateConfig(run.output, n=3, best_of=0, rows=6, output=str(tmp_path))
     evaluate_model(wish, one_device(run))  # 3 batches of each network
     assert sorted(traced) == ["_sample", "_score"]
