@@ -20,6 +20,8 @@ from jaxrlhf.config import DecoderConfig, MeshConfig, is_on_policy, is_reward_mo
 from jaxrlhf.core.types import AnyBatch, Array, PreferenceBatch, Rollout
 from jaxrlhf.mesh.chips import CHIPS, name_of
 from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.cache import Kind
+from jaxrlhf.models.decode import kind_of
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.setup import Run
 
@@ -132,13 +134,14 @@ def decoded(rollout: Rollout) -> dict[str, Array]:
     }
 
 
-def decode_bytes(model: Model, mesh: Mesh, steps: float, slots: float) -> float:
+def decode_bytes(model: Model, mesh: Mesh, kind: Kind, steps: float, slots: float) -> float:
     """Bytes that decoding has to read: all weights a step, on each shard of the rows; and for each
-    token the keys and values of those before it."""
-    c, size = model.decoder, jnp.dtype(model.dtype).itemsize
+    token the keys and values of those before it, in ``kind``: int8 has a float32 scale each."""
+    c = model.decoder
     copies = mesh.size / dict(mesh.shape).get("tensor", 1)
-    weights = copies * (matrices(c) + adapters(model))
-    return size * (steps * weights + slots * 2 * c.layers * c.kv_heads * c.head_dim)
+    weights = copies * (matrices(c) + adapters(model)) * jnp.dtype(model.dtype).itemsize
+    vector = c.head_dim * jnp.dtype(kind).itemsize + 4 * (kind == "int8")
+    return steps * weights + slots * 2 * c.layers * c.kv_heads * vector
 
 
 def read(batch: AnyBatch) -> dict[str, Any]:
@@ -245,9 +248,8 @@ class Meter:
         if loops and not self._refilled():
             total = {name: float(sum(loop[name] for loop in loops)) for name in loops[0]}
             if best is not None:
-                needed = decode_bytes(
-                    self._run.model, self._run.mesh, total["steps"], total["slots"]
-                )
+                model, kind = self._run.model, kind_of(self._run.model, self._run.config.sample)
+                needed = decode_bytes(model, self._run.mesh, kind, total["steps"], total["slots"])
                 out["bandwidth_share"] = needed / phase["sample"] / best.bandwidth
             out["idle_share"] = 1 - total["tokens"] / total["row_steps"]
         if not loops:

@@ -81,10 +81,16 @@ def test_decoded_counts_by_masks():
 
 def test_decode_bytes_reads_the_weights_once_a_step_on_each_row_shard():
     per_slot = 2 * 2 * 1 * 3  # keys and values of two layers
-    one = decode_bytes(model(), one_device(), steps=3, slots=10)
+    one = decode_bytes(model(), one_device(), "float32", steps=3, slots=10)
     assert one == 4 * (3 * (N + 40) + 10 * per_slot)
     four = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
-    assert decode_bytes(model(), four, 3, 0) == 2 * 4 * 3 * (N + 40)
+    assert decode_bytes(model(), four, "float32", 3, 0) == 2 * 4 * 3 * (N + 40)
+
+
+@pytest.mark.parametrize(("kind", "vector"), [("bfloat16", 2 * 3), ("int8", 3 + 4)])
+def test_decode_bytes_of_a_smaller_cache(kind, vector):
+    """Keys and values of two layers, one head of three numbers, in each of ten slots."""
+    assert decode_bytes(model(), one_device(), kind, steps=0, slots=10) == 10 * 2 * 2 * vector
 
 
 def test_read_counts_tokens_and_texts():
@@ -105,9 +111,10 @@ def test_metrics_are_shares_of_the_ceiling(monkeypatch, tmp_path):
     meter.sampled(rollout())
     meter.learns(TokenBatch(*[jnp.ones((2, 4), jnp.int32)] * 3))
     found = meter.metrics({"sample": 6.0, "update": 9.0}, spent=4.0, passes=2.0)
+    needed = decode_bytes(model(), one_device(), "float32", steps=3, slots=10)
     assert found == {
         "mfu": pytest.approx(2 * 8 * train_flops(model(), 4.0) / 2.0 / 1e6),
-        "bandwidth_share": pytest.approx(decode_bytes(model(), one_device(), 3, 10) / 1e5),
+        "bandwidth_share": pytest.approx(needed / 1e5),
         "sample_share": pytest.approx(1 / 3),
         "idle_share": pytest.approx(1 - 4 / 6),
     }
