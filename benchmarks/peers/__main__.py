@@ -87,12 +87,12 @@ def interpreter(name: str) -> str:
     folder = PLACE / Path(PEERS[name].script).stem
     done = folder / ".packages"
     wanted = "\n".join(PEERS[name].packages)
-    if not done.is_file() or done.read_text() != wanted:
+    if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
         print(f"setting up {folder}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         pip = [folder / "bin/python", "-m", "pip", "install", "--disable-pip-version-check", "-q"]
         subprocess.run([*pip, *PEERS[name].packages], check=True)
-        done.write_text(wanted)
+        done.write_text(wanted, encoding="utf-8")
     return str(folder / "bin/python")
 
 
@@ -112,7 +112,7 @@ def write_prompts(folder: Path, tokens: int) -> None:
         "".join(f" {WORDS[(i + j * j) % len(WORDS)]}" for j in range(tokens)) for i in range(64)
     ]
     assert all(len(tokenizer.encode(text)) == tokens for text in texts)
-    (folder / "prompts.json").write_text(json.dumps(texts))
+    (folder / "prompts.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
 def measure(python: str, script: str, given: Task | None) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def measure(python: str, script: str, given: Task | None) -> dict[str, Any]:
         done = subprocess.run(
             [python, HERE / script, *words],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             cwd=cache,
             env=there,
         )
@@ -218,7 +218,9 @@ def header(arguments: argparse.Namespace) -> list[str]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        named = [line for line in info.read_text().splitlines() if "model name" in line]
+        named = [
+            line for line in info.read_text(encoding="utf-8").splitlines() if "model name" in line
+        ]
         cpu = named[0].partition(":")[2].strip() if named else cpu
     words = " ".join(sys.argv[1:])
     pinned = sorted({p for peer in PEERS.values() for p in peer.packages if "==" in p})

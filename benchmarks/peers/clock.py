@@ -50,7 +50,7 @@ class Task:
 
     def prompts(self) -> list[str]:
         """The prompts of one batch: ``rows`` of them, each for one response."""
-        texts = json.loads((Path(self.folder) / "prompts.json").read_text())
+        texts = json.loads((Path(self.folder) / "prompts.json").read_text(encoding="utf-8"))
         return [texts[i % len(texts)] for i in range(self.rows)]
 
 

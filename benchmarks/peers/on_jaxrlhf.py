@@ -71,7 +71,7 @@ def config_of(given: Task, folder: Path) -> Config:
         rows = [{"prompt": "", "completion": text} for text in given.prompts()]
         config = replace(config, rewards=(), sample=SampleConfig())
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return replace(config, data=replace(data, train=str(path)))
 
 

@@ -26,7 +26,7 @@ CLOCK = Clock()
 
 def shape(folder: str) -> ModelConfig:
     """The folder's decoder; SmolLM2 is a Llama."""
-    c = json.loads((Path(folder) / "config.json").read_text())
+    c = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return ModelConfig(
         num_layers=c["num_hidden_layers"],
         vocab_size=c["vocab_size"],

@@ -154,8 +154,9 @@ def test_source_is_a_file_of_the_package_and_a_line():
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    # the CPU compiler keeps attention's scores, and computes draws in several passes
-    [("sample", 1.5), ("reference", 2.8), ("update", 5.0)],
+    # the CPU compiler keeps attention's scores, and computes draws in several passes; each piece of
+    # 512 tokens reads the weights, which are needed once
+    [("sample", 1.5), ("reference", 4.0), ("update", 6.0)],
 )
 def test_moved_by_needed_of_a_step_is_bounded(name, most, llama_steps):
     step = llama_steps[name]
@@ -184,7 +185,7 @@ def test_decode_loop_writes_nothing_as_large_as_a_weight(llama):
 def test_plan_shows_what_is_moved(llama_steps, llama):
     cpu = parse_topology("cpu:1")
     found = plan(llama, cpu, names=("reference",))
-    assert re.search(r"^reference +\S+ +\S+ +2\.\d\d$", table(found), re.M)
+    assert re.search(r"^reference +\S+ +\S+ +3\.\d\d$", table(found), re.M)
     (step,) = found.steps
     assert len(step.heaviest) == 10
     sizes = [size for _, _, size, _ in step.heaviest]
@@ -192,7 +193,7 @@ def test_plan_shows_what_is_moved(llama_steps, llama):
     assert 0.5 < sum(share for *_, share in step.heaviest) < 1
     lines = explained(step).splitlines()
     assert re.fullmatch(
-        r"\S+ f32\[1040,896\] +\S+ +1\d\.\d% +jaxrlhf/models/layers.py:\d+", lines[2]
+        r"\S+ f32\[64,2048\] +\S+ +1\d\.\d% +jaxrlhf/models/layers.py:\d+", lines[2]
     )
     assert from_json(json.loads(json.dumps(as_json(found)))) == found
 
