@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 from jaxrlhf.config import DecoderConfig, MeshConfig, is_on_policy, is_reward_model
 from jaxrlhf.core.types import AnyBatch, Array, PreferenceBatch, Rollout
 from jaxrlhf.mesh.chips import CHIPS, name_of
-from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.mesh.sharding import DECODE, make_mesh, row_shards
 from jaxrlhf.models.cache import Kind
 from jaxrlhf.models.decode import kind_of
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.setup import Run
+from jaxrlhf.steps.slots import decode_steps
 
 TIMED = ("seconds", "tokens_per_second", "mfu", "bandwidth_share", "sample_share", "recompiles")
 """Metrics that two runs of the same config need not share: they are of the machine."""
@@ -116,21 +117,25 @@ def train_flops(model: Model, length: float, vocab: bool = True) -> float:
     return 3 * forward_flops(model, length, vocab) - 2 * frozen
 
 
-@jax.jit
-def decoded(rollout: Rollout) -> dict[str, Array]:
-    """What a decode loop had to do, by the masks of what it made; float32 scalars.
+@functools.partial(jax.jit, static_argnums=1)
+def decoded(rollout: Rollout, slots: int = 0) -> dict[str, Array]:
+    """What a decode loop had to do, by the masks of what it made; scalars.
 
-    ``tokens`` Σ_b n_b of responses of n_b tokens; ``steps`` max_b n_b; ``row_steps`` rows·steps;
-    ``slots`` Σ_b n_b·(p_b + (n_b − 1)/2), keys that its tokens look back at, prompts of p_b tokens.
+    A response of n_b tokens takes n_b − 1 steps, its first token is drawn from the prompt.
+    ``tokens`` Σ_b (n_b − 1); ``steps`` of the loop; ``row_steps``, rows at once times these;
+    ``slots`` Σ_b (n_b − 1)·(p_b + n_b/2), keys that its tokens look back at, prompts of p_b tokens.
+
+    Args:
+      slots: ``SampleConfig.slots``.
     """
     n_B = rollout.mask_BT.sum(1)
     p_B = rollout.attention_mask_BT.sum(1) - n_B
-    longest = n_B.max()
+    steps = decode_steps(n_B, slots, row_shards(DECODE))
     return {
-        "tokens": n_B.sum(),
-        "steps": longest,
-        "row_steps": n_B.size * longest,
-        "slots": (n_B * (p_B + (n_B - 1) / 2)).sum(),
+        "tokens": (n_B - 1).sum(),
+        "steps": steps,
+        "row_steps": (slots if 0 < slots < n_B.size else n_B.size) * steps,
+        "slots": ((n_B - 1) * (p_B + n_B / 2)).sum(),
     }
 
 
@@ -208,7 +213,8 @@ class Meter:
 
     def sampled(self, *rollouts: Rollout | None) -> None:
         """A round of sampling has made these."""
-        self._decoded += [decoded(rollout) for rollout in rollouts if rollout is not None]
+        slots = self._run.config.sample.slots
+        self._decoded += [decoded(rollout, slots) for rollout in rollouts if rollout is not None]
 
     def learns(self, batch: Any) -> None:
         """The update reads this batch, whole, in each epoch."""
@@ -222,12 +228,10 @@ class Meter:
 
         ``mfu``: FLOPs of the update over its seconds, a share of the ceiling. ``bandwidth_share``:
         bytes that decoding has to read over the seconds of sampling, likewise. ``sample_share``:
-        sampling's part of the phases' seconds. ``idle_share``: 1 − Σ_b n_b / (rows·max_b n_b),
-        steps of rows that had ended. ``recompiles``: programs that it waited for to be compiled,
-        left out of a launch's first iteration, which compiles them all. Of rows from a file,
-        ``tokens_per_second``: tokens of the batch, prompts included, a second.
-        ``bandwidth_share`` and ``idle_share`` are left out where ``sample.slots`` are fewer than
-        the rows: masks do not tell how many steps those took.
+        sampling's part of the phases' seconds. ``idle_share``: 1 − Σ_b (n_b − 1) / (rows·steps),
+        steps of rows that had ended, of the rows at once. ``recompiles``: programs that it waited
+        for to be compiled, left out of a launch's first iteration, which compiles them all. Of rows
+        from a file, ``tokens_per_second``: tokens of the batch, prompts included, a second.
 
         Args:
           seconds: of all phases so far.
@@ -245,24 +249,20 @@ class Meter:
             out["mfu"] = flops / phase["update"] / best.flops
         if loops:
             out["sample_share"] = phase["sample"] / sum(phase.values())
-        if loops and not self._refilled():
+        if loops:
             total = {name: float(sum(loop[name] for loop in loops)) for name in loops[0]}
             if best is not None:
                 model, kind = self._run.model, kind_of(self._run.model, self._run.config.sample)
                 needed = decode_bytes(model, self._run.mesh, kind, total["steps"], total["slots"])
                 out["bandwidth_share"] = needed / phase["sample"] / best.bandwidth
-            out["idle_share"] = 1 - total["tokens"] / total["row_steps"]
+            done = total["row_steps"]
+            out["idle_share"] = 1 - total["tokens"] / done if done else 0.0
         if not loops:
             out["tokens_per_second"] = tokens / spent
         if not self._first:
             out["recompiles"] = compilations().here() - self._compiled
         self._first = False
         return out
-
-    def _refilled(self) -> bool:
-        """Whether a response that ends makes room for the next."""
-        config = self._run.config
-        return 0 < config.sample.slots < config.data.batch_size * config.sample.n
 
     def _flops_a_token(self, length: float, warming: bool) -> float:
         """Of one pass of the update over a token of rows of this mean length."""

@@ -9,13 +9,11 @@ Axes here: X devices that the rows are split over, R rows of each, S slots of ea
 filled at once.
 """
 
-import heapq
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrlhf.config import SampleConfig
 from jaxrlhf.core.types import Array, StopTable
@@ -247,23 +245,32 @@ def _joined(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def idle_share(length_B: np.ndarray, slots: int, shards: int = 1) -> float:
-    """Share of the decoding that was done without a row: 1 − Σ(length − 1) / (slots · steps).
+def decode_steps(length_B: Array, slots: int, shards: int = 1) -> Array:
+    """Steps of the decode loop for responses of these lengths, int32; a row's first token is drawn
+    from its prompt, and takes none.
 
     Args:
       length_B: tokens of each response.
-      slots: ``SampleConfig.slots``; 0, or not fewer than the rows, is all rows at once.
-      shards: devices that the rows are split over, each with a queue of its own. All of them go on
-        until the last has ended.
+      slots: static, ``SampleConfig.slots``; 0, or not fewer than the rows, is all rows at once.
+      shards: static, devices that the rows are split over, each with a queue of its own. All of
+        them go on until the last has ended.
     """
-    each = len(length_B) // shards
-    # A row's first token is drawn from its prompt.
-    step_XR = np.asarray(length_B).reshape(shards, each) - 1
-    room = slots // shards if 0 < slots < len(length_B) else each
-    steps = 0
-    for row_R in step_XR:
-        ends = [0] * room
-        for row in row_R[row_R > 0]:
-            heapq.heappush(ends, heapq.heappop(ends) + int(row))
-        steps = max(steps, *ends)
-    return 1.0 - float(step_XR.sum()) / (shards * room * steps) if steps else 0.0
+    step_XR = jnp.maximum(jnp.asarray(length_B, jnp.int32).reshape(shards, -1) - 1, 0)
+    if not 0 < slots < step_XR.size:
+        return step_XR.max()
+
+    def put(end_S: Array, step: Array) -> tuple[Array, None]:
+        """The next row goes where a slot is free first."""
+        return end_S.at[jnp.argmin(end_S)].add(step), None
+
+    free_S = jnp.zeros(slots // shards, jnp.int32)
+    return jax.vmap(lambda step_R: jax.lax.scan(put, free_S, step_R)[0].max())(step_XR).max()
+
+
+def idle_share(length_B: Array, slots: int, shards: int = 1) -> Array:
+    """Share of the decoding that was done without a row, 1 − Σ(length − 1) / (slots · steps), of
+    all devices; 0 if there was none. As ``decode_steps``, or with ``slots`` of all rows."""
+    length_B = jnp.asarray(length_B)
+    room = slots if 0 < slots < length_B.size else length_B.size
+    done = room * decode_steps(length_B, slots, shards)
+    return jnp.where(done > 0, 1 - (length_B - 1).sum() / jnp.maximum(done, 1), 0.0)

@@ -14,7 +14,7 @@ from jaxrlhf.core.types import StopTable
 from jaxrlhf.mesh.sharding import make_mesh, put_rows
 from jaxrlhf.steps import slots as slots_of_sampling
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.slots import idle_share
+from jaxrlhf.steps.slots import decode_steps, idle_share
 
 NEW = 20
 PLAIN = SampleConfig(max_new_tokens=NEW, stop=tuple(range(0, 300, 15)), n=1, pad=1)
@@ -110,6 +110,7 @@ def test_idle_share_by_hand():
     # Two devices with a slot each: 8 + 1 + 2 and 3 + 1.
     assert idle_share(length_B, 2, shards=2) == pytest.approx(1 - 15 / 22)
     assert idle_share(np.ones(4), 2) == 0.0
+    assert [int(decode_steps(length_B, *given)) for given in ((0,), (2,), (2, 2))] == [8, 8, 11]
 
 
 def test_slots_copy_no_cache(model, params):
