@@ -5,6 +5,9 @@ packed rows are taken some at a time, and only as many as hold a token: one comp
 what the real tokens do, however many there are. What comes out of it is laid back to [B, T], so
 that nobody outside sees a packed row; losses over whole rows too read rows as they were.
 
+Where attention takes no packed rows (``keeps_apart``: cuDNN's), each row stays alone in one, and
+the padding behind it is computed by all but attention.
+
 Axes: I pieces of R packed rows, each as wide (T) as the B rows that are packed.
 """
 
