@@ -6,6 +6,7 @@ many rounds as asked for. Medians over all calls of all rounds go to standard ou
 section for benchmarks/RESULTS.md. Wants a machine with nothing else to do: it says how busy it was.
 
 Every response has the same length: the folder's end-of-sequence token is one that is never drawn.
+A script that fails is said on standard error, and the others go on.
 ``--quick`` takes the smallest shapes, to see that every script works.
 
 Seen to work so, one at a time: sampling with each of the three, and GRPO with TRL. The others, and
@@ -101,11 +102,14 @@ def interpreter(name: str) -> str:
 
 def write_model(folder: Path) -> None:
     """SmolLM2-135M in float32, with an end that is never drawn, unless it is there already."""
-    if (folder / "model.safetensors").is_file():
+    if folder.is_dir():
         return
     model, params, tokenizer = rl.load_model("smollm2")
     tokenizer.eos_token = NEVER_DRAWN
-    write_hf(folder, model.decoder, params, tokenizer)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        whole = Path(place) / folder.name
+        write_hf(whole, model.decoder, params, tokenizer)
+        whole.rename(folder)
 
 
 def write_prompts(folder: Path, tokens: int) -> None:
@@ -118,12 +122,9 @@ def write_prompts(folder: Path, tokens: int) -> None:
     (folder / "prompts.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
-def measure(python: str, script: str, given: Task | None) -> dict[str, Any]:
-    """What a script prints about a task, run in a process of its own.
-
-    Raises:
-      SystemExit: it fails; its last words are shown.
-    """
+def measure(python: str, script: str, given: Task | None) -> dict[str, Any] | None:
+    """What a script prints about a task, run in a process of its own; None if it fails, with its
+    last words on standard error."""
     with tempfile.TemporaryDirectory() as cache:
         # Nobody finds compiled programs of an earlier process.
         there = {name: x for name, x in os.environ.items() if name not in HIDDEN}
@@ -138,7 +139,9 @@ def measure(python: str, script: str, given: Task | None) -> dict[str, Any]:
         )
     found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if not found:
-        raise SystemExit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        last = f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        print(f"{script} failed:\n{last}", file=sys.stderr, flush=True)
+        return None
     return json.loads(found[-1].removeprefix(MARK))
 
 
@@ -270,12 +273,15 @@ def main() -> None:
                     continue
                 now = Task(**{**asdict(given), "began": time.time()})
                 found = measure(pythons[name], PEERS[name].script, now)
-                result.setdefault(name, []).append(found)
                 print(f"round {turn + 1}: {shape_of(given)}: {name}: {found}", file=sys.stderr)
+                if found is not None:
+                    result.setdefault(name, []).append(found)
     for given, result in zip(tasks, results, strict=True):
         if result:
             lines += rows_of(given, result)
-    print("\n".join([*lines, *limit_lines(limits, tasks, results)]))
+    if limits is not None:
+        lines += limit_lines(limits, tasks, results)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def load(folder: str, mesh: jax.sharding.Mesh) -> Llama3:
 
 def read_tokenizer(folder: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Tunix begins each prompt with it, and pads one token more than 64 to 128.
+    tokenizer.bos_token = None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
