@@ -71,14 +71,9 @@ def token_logp(
     """
     rows, columns = token_BT.shape
     shards = row_shards(), length_shards()
-    # Each piece adds to the weight's gradient, which is large: few pieces, where there is room.
-    numbers = budget(LOGITS_A_DEVICE, 1 / 64) * devices_in_mesh()
-    most = numbers // (rows * weight.shape[1 - axis])
-    pieces = -(-columns // max(1, min(columns, most)))
     if shards[1] > 1:  # what is wanted lies where it lies: no column moves to another device
         wanted_BT = None
-    if wanted_BT is not None:
-        pieces = max(pieces, min(columns, SKIPPED))
+    pieces = pieces_for(rows, columns, weight.shape[1 - axis], wanted_BT is not None)
     height = -(-rows // shards[0])
     width = -(-columns // (shards[1] * pieces))
 
@@ -107,6 +102,15 @@ def token_logp(
         place_BT = place_BT[:, : wanted_BT.shape[1]]
         logp, spread = (jnp.take_along_axis(x, place_BT, axis=1) for x in (logp, spread))
     return logp, spread
+
+
+def pieces_for(rows: int, columns: int, vocab: int, some: bool) -> int:
+    """Pieces that [rows, columns] of tokens are taken in; ``some``: not all of them are wanted."""
+    # Each piece adds to the weight's gradient, which is large: few pieces, where there is room.
+    numbers = budget(LOGITS_A_DEVICE, 1 / 64) * devices_in_mesh()
+    most = numbers // (rows * vocab)
+    pieces = -(-columns // max(1, min(columns, most)))
+    return max(pieces, min(columns, SKIPPED)) if some else pieces
 
 
 def _wanted_first(wanted_BT: Array, width: int, pieces: int) -> tuple[Array, Array]:
@@ -157,9 +161,17 @@ def _logits(hidden: Array, weight: Array, axis: int, temperature: Array) -> Arra
     return constrain(to_vocab(hidden, weight, axis) / temperature, (*SPLIT, "vocab"))
 
 
-def _if_used(used: Array | None, i: Array, work: Any, skip: Any, *given: Any) -> Any:
-    """What piece i adds, or what it leaves if nobody wants it."""
-    return work(*given) if used is None else jax.lax.cond(i < used, work, skip, *given)
+def _each(used: Array | None, start: Any, items: Any, work: Any) -> Any:
+    """``start`` after work(i, piece i, what is there so far) of the first ``used`` pieces, or all.
+
+    A loop of as many trips: a branch in one of all pieces would copy what it hands on.
+    """
+    pieces = jax.tree.leaves(items)[0].shape[0] if used is None else used
+
+    def add(i: Any, now: Any) -> Any:
+        return work(i, jax.tree.map(lambda x: x[i], items), now)
+
+    return jax.lax.fori_loop(0, pieces, add, start)
 
 
 def _forward(
@@ -173,7 +185,8 @@ def _forward(
 ) -> tuple[Array, Array, Array]:
     """Log-probs, entropies, and log Σ exp z."""
 
-    def work(hidden: Array, token: Array) -> tuple[Array, Array, Array]:
+    def work(i: Any, item: tuple[Array, Array], found: Any) -> Any:
+        hidden, token = item
         logits = _logits(hidden, weight, axis, temperature)
         total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
@@ -181,16 +194,12 @@ def _forward(
         if entropy:
             log_p = logits - total[..., None]
             spread = -(jnp.exp(log_p) * log_p).sum(-1)
-        return chosen - total, spread, total
+        return tuple(
+            x.at[i].set(new) for x, new in zip(found, (chosen - total, spread, total), strict=True)
+        )
 
-    def skip(hidden: Array, token: Array) -> tuple[Array, Array, Array]:
-        nothing = jnp.zeros(token.shape)
-        return nothing, nothing, nothing
-
-    def piece(item: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        return _if_used(used, item[0], work, skip, *item[1:])
-
-    return jax.lax.map(piece, (jnp.arange(len(token)), hidden, token))
+    nothing = constrain(jnp.zeros(token.shape), (None, *SPLIT))
+    return _each(used, (nothing,) * 3, (hidden, token), work)
 
 
 def _keep(
@@ -214,8 +223,9 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
         for x in given
     )
 
-    def work(sums: Array | None, *item: Array) -> tuple[Array | None, Array]:
+    def work(i: Any, item: tuple[Array, ...], now: Any) -> Any:
         hidden, token, total, spread, dlogp, dspread = item
+        sums, dhidden = now
         log_p = _logits(hidden, weight, axis, temperature) - total[..., None]
         chosen = jnp.arange(log_p.shape[-1]) == token[..., None]
         p = jnp.exp(log_p)
@@ -225,17 +235,11 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
         dz = (dz / temperature).astype(hidden.dtype)
         dz = constrain(dz, (*SPLIT, "vocab"))
         with exact(hidden.dtype):
-            dhidden = jnp.tensordot(dz, weight, ((4,), (1 - axis,)))
+            slope = jnp.tensordot(dz, weight, ((4,), (1 - axis,)))
             if sums is not None:
                 product = "arcwd,arcwv->acdv" if axis == 0 else "arcwd,arcwv->acvd"
                 sums += jnp.einsum(product, hidden, dz, preferred_element_type=jnp.float32)
-        return sums, constrain(dhidden, (*SPLIT, "activation"))
-
-    def skip(sums: Array | None, hidden: Array, *_: Array) -> tuple[Array | None, Array]:
-        return sums, jnp.zeros_like(hidden)
-
-    def piece(sums: Array | None, item: Any) -> tuple[Array | None, Array]:
-        return _if_used(saved.used, item[0], work, skip, sums, *item[1:])
+        return sums, dhidden.at[i].set(constrain(slope, (*SPLIT, "activation")))
 
     sums = None
     names: list[str | None] = list(WEIGHT[axis])
@@ -244,9 +248,8 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
         shards = saved.token.shape[1], saved.token.shape[3]
         sums = jnp.zeros((*shards, *weight.shape), jnp.float32)
         sums = constrain(sums, ("batch", "length", *names))
-    number = jnp.arange(len(saved.token))
-    items = number, saved.hidden, saved.token, saved.total, saved.spread, *slopes
-    sums, dhidden = jax.lax.scan(piece, sums, items)
+    items = saved.hidden, saved.token, saved.total, saved.spread, *slopes
+    sums, dhidden = _each(saved.used, (sums, jnp.zeros_like(saved.hidden)), items, work)
     dweight = None if sums is None else constrain(sums.sum((0, 1)), WEIGHT[axis])
     # z = h·W/τ, so that Σ dz·z, over the vocabulary, is h·dh over the embedding.
     wide = saved.hidden.astype(jnp.float32), dhidden.astype(jnp.float32)

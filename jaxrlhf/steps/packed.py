@@ -165,13 +165,19 @@ def in_pieces(
     def add(i: Array, found_IRT: Array) -> Array:
         return found_IRT.at[i].set(constrain(network(rows(i)), ("batch", "length")))
 
-    nothing = constrain(jnp.zeros(packing.source_IRT.shape), (None, "batch", "length"))
-    found_IRT = jax.lax.fori_loop(0, packing.used, add, nothing)
+    found_IRT = constrain(jnp.zeros(packing.source_IRT.shape), (None, "batch", "length"))
+    if len(found_IRT) == 1:
+        found_IRT = add(jnp.int32(0), found_IRT)
+    else:
+        found_IRT = jax.lax.fori_loop(0, packing.used, add, found_IRT)
     return _take(found_IRT, packing.target_BT).at[:, :first].set(0)
 
 
-def pieces_of(batch: Batch, most: int, apart: bool = False) -> tuple[Callable[[Any], Piece], Array]:
-    """(i → piece i of a batch, number of pieces that hold a token); see ``pack``."""
+def pieces_of(
+    batch: Batch, most: int, apart: bool = False
+) -> tuple[Callable[[Any], Piece], int | Array]:
+    """(i → piece i of a batch, number of pieces that hold a token, or 1 if there is but one); see
+    ``pack``."""
     packing = pack(batch.attention_mask_BT, most, apart)
     rows = _rows(packing, batch.token_BT, batch.mask_BT != 0)
     size = math.prod(packing.source_IRT.shape[1:])
@@ -185,7 +191,7 @@ def pieces_of(batch: Batch, most: int, apart: bool = False) -> tuple[Callable[[A
         )
         return Piece(rows(i), jnp.where(here_BT, target_BT, size), own)
 
-    return piece, packing.used
+    return piece, packing.used if len(packing.source_IRT) > 1 else 1
 
 
 def read(

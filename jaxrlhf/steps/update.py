@@ -317,8 +317,6 @@ def make_update(
         if packed is not None:
             apart = model is not None and keeps_apart(model)
             total, metrics, grads = _accumulate(value_and_grad, *pieces_of(batch, packed, apart))
-        elif microbatches == 1:
-            total, metrics, grads = value_and_grad(batch)
         else:
             total, metrics, grads = _accumulate(value_and_grad, *_split(batch, microbatches))
         if rate is not None:
@@ -344,6 +342,8 @@ def _split(batch: Any, pieces: int) -> tuple[Callable[[Any], Any], int]:
 
 def _accumulate(value_and_grad: Any, piece: Callable[[Any], Any], pieces: int | Array) -> Any:
     """Sum over pieces, one at a time, from nothing, so that one piece's program is all there is."""
+    if isinstance(pieces, int) and pieces == 1:
+        return value_and_grad(piece(0))
 
     def add(i: Any, total: Any) -> Any:
         value, metrics, grads = value_and_grad(piece(i))

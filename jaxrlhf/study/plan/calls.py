@@ -23,8 +23,10 @@ from jaxrlhf.rewards.models import Member, packed_reward, packed_scores
 from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
 from jaxrlhf.run.setup import Run
+from jaxrlhf.steps.logp import pieces_for as column_pieces
 from jaxrlhf.steps.packed import pieces_for
 from jaxrlhf.steps.sample import LONG
+from jaxrlhf.study.plan.hlo import Loops
 
 
 class Call(NamedTuple):
@@ -38,8 +40,9 @@ class Call(NamedTuple):
     """Rows that it samples; 0 if it does not sample."""
     fetched: float = 0.0
     """Bytes on each device of the parameters that come from host memory for it."""
-    pieces: int | None = None
-    """Pieces of packed rows that it goes through, were all rows full; None if it packs none."""
+    loops: Loops | None = None
+    """Pieces of packed rows that it goes through, were all rows full, and of their columns; None if
+    it packs none."""
 
 
 def calls_of(run: Run) -> dict[str, Call]:
@@ -59,10 +62,11 @@ def calls_of(run: Run) -> dict[str, Call]:
     assert run.reference is not None
     away = {"reference": fetched(run.reference.params)}
     texts, part = given["reference"][1], given["update"][1]
-    scored = _pieces(texts)
-    packing: dict[str, int] = dict.fromkeys(("rescore", "reference", "value"), scored)
+    new = config.sample.max_new_tokens
+    scored = _loops(run, texts, new)
+    packing: dict[str, Loops] = dict.fromkeys(("rescore", "reference", "value"), scored)
     if isinstance(part, Batch):
-        learnt = _pieces(part.token_BT, rows_at_once(config))
+        learnt = _loops(run, part.token_BT, new, rows_at_once(config))
         packing |= dict.fromkeys(("critic_update", "warmup", "update"), learnt)
     out = {
         name: Call(
@@ -86,8 +90,8 @@ def _offline(run: Run) -> dict[str, Call]:
     if run.reference is not None:
         params = run.reference.params
         program, args = run.programs.reference, (shapes(at_hand(params)), batch)
-        pieces = _pieces(batch.token_BCT)
-        out["reference"] = Call(program, args, 1, fetched=fetched(params), pieces=pieces)
+        loops = _loops(run, batch.token_BCT, batch.token_BCT.shape[-1])
+        out["reference"] = Call(program, args, 1, fetched=fetched(params), loops=loops)
         batch = on_rows(run, jax.eval_shape(program, *args))
     args = (shapes(run.states["policy"]), batch, shapes(run.frozen["policy"]))
     return {**out, "update": Call(run.programs.update, args, 1)}
@@ -124,15 +128,23 @@ def _reward_models(run: Run, texts: tuple[Any, ...], rounds: int) -> dict[str, C
         function = packed_reward if member.process is None else packed_scores
         args = (shapes(at_hand(network.params)), *texts, shapes(network.lora))
         program, away = jax.jit(partial(function, network.model)), fetched(network.params)
-        pieces = _pieces(texts[0])
-        out[f"reward {index}"] = Call(program, args, rounds, fetched=away, pieces=pieces)
+        loops = _loops(run, texts[0], 0)
+        out[f"reward {index}"] = Call(program, args, rounds, fetched=away, loops=loops)
     return out
 
 
-def _pieces(token_BT: Any, most: int | None = None) -> int:
-    """Pieces that such rows, or candidates [B, C, T], are packed in; under the mesh in force."""
+def _loops(run: Run, token_BT: Any, wanted: int, most: int | None = None) -> Loops:
+    """Those of packing such rows, or candidates [B, C, T], which are full; under the mesh in force.
+
+    Args:
+      wanted: tokens of each row whose log-probs are computed.
+      most: packed rows at once.
+    """
     *count, width = token_BT.shape
-    return pieces_for(math.prod(count), width, most)[0]
+    pieces, rows = pieces_for(math.prod(count), width, most)
+    columns = column_pieces(rows, width - 1, run.model.decoder.vocab, some=True)
+    inner = -(-wanted // -(-(width - 1) // columns))
+    return Loops((pieces,) if pieces > 1 else (), inner)
 
 
 def _members(judge: Any) -> list[Member]:
@@ -154,11 +166,11 @@ def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
     rollout = on_rows(run, jax.eval_shape(run.programs.eval_sample, *draw))
     score = (given["reference"][0], rollout.token_BT, rollout.attention_mask_BT)
     assert run.reference is not None
-    away = fetched(run.reference.params)
-    reference, pieces = run.programs.eval_reference, _pieces(score[1])
+    away, new = fetched(run.reference.params), config.sample.max_new_tokens
+    reference, loops = run.programs.eval_reference, _loops(run, score[1], new)
     return {
         "eval_sample": Call(run.programs.eval_sample, draw, 0, rows * config.eval.n),
-        "eval_reference": Call(reference, score, 0, fetched=away, pieces=pieces),
+        "eval_reference": Call(reference, score, 0, fetched=away, loops=loops),
     }
 
 
@@ -167,24 +179,36 @@ def decode_trips(config: Config, responses: int, mean_length: float | None) -> i
 
     Without ``mean_length`` the worst case. With it, rows are taken to end independently, each
     token with the same chance: of B lengths with mean m the longest has the mean
-    Σ_t 1 − (1 − (1 − 1/m)^t)^B, cut at max_new_tokens.
+    Σ_t 1 − (1 − (1 − 1/m)^t)^B, cut at max_new_tokens. S slots that are filled again take a share
+    B/S of the rows each, and in the end wait for the longest of S.
     """
-    most = config.sample.max_new_tokens
+    most, at_once = config.sample.max_new_tokens, rows_at_a_time(config, responses)
     if mean_length is None:
-        return most - 1
+        return -(-responses // at_once) * (most - 1)
     # (1 − 1/m)^t: a row goes on after t tokens
     going = 1 - 1 / max(mean_length, 1.0)
-    longest = sum(1 - (1 - going**t) ** responses for t in range(most))
-    return round(longest) - 1
+    longest = sum(1 - (1 - going**t) ** at_once for t in range(most))
+    mean = sum(going**t for t in range(most))
+    return round((responses / at_once - 1) * (mean - 1) + longest - 1)
 
 
-def trips_of_loops(config: Config, responses: int, trips: int) -> tuple[int, ...]:
-    """Those of each decode loop: a sampler of many new tokens has two, one after the other."""
+def rows_at_a_time(config: Config, responses: int) -> int:
+    """Rows that a sampler decodes at once: all, or as many as it has slots."""
+    slots = config.sample.slots
+    return slots if 0 < slots < responses else responses
+
+
+def decode_loops(config: Config, responses: int, trips: int) -> Loops:
+    """Those of a sampler: one; of many new tokens two, one after the other; of slots that are
+    filled again one within another, which ends whenever a row does."""
     new = config.sample.max_new_tokens
-    if new < LONG or 0 < config.sample.slots < responses:
-        return (trips,)
+    if rows_at_a_time(config, responses) < responses:
+        inside = -(-trips // responses)
+        return Loops((round(trips / max(inside, 1)),), inside)
+    if new < LONG:
+        return Loops((trips,))
     first = min(trips, new // 2 - 1)
-    return first, trips - first
+    return Loops((first, trips - first))
 
 
 def on_device(x: Any) -> float:
@@ -244,9 +268,12 @@ def cache_bytes(run: Run, rows: int) -> float:
     size = 2 * (jnp.dtype(kind).itemsize + (4 / c.head_dim if kind == "int8" else 0))
     # of prompts, each once where they divide over the devices, and of the tokens since
     prompts = rows // sample.n if rows // sample.n % shards == 0 else rows
+    at_once = rows_at_a_time(run.config, rows)
+    # a slot that is filled again has a copy of its prompt
+    copies = at_once if at_once < rows else 0
     parts = (
-        (prompts, run.config.data.max_prompt_tokens),
-        (rows, slots_of(sample.max_new_tokens - 1)),
+        (prompts + copies, run.config.data.max_prompt_tokens),
+        (at_once, slots_of(sample.max_new_tokens - 1)),
     )
     numbers = 0
     for count, slots in parts:

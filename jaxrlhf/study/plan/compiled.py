@@ -27,10 +27,10 @@ from jaxrlhf.study.plan.calls import (
     arguments_by_kind,
     cache_bytes,
     calls_of,
+    decode_loops,
     decode_trips,
     refused,
     resident,
-    trips_of_loops,
 )
 from jaxrlhf.study.plan.gpus import EXTRA, GPUS, described
 from jaxrlhf.study.plan.moved import Move, moves, source, sources, total
@@ -307,10 +307,11 @@ def _step(
     kinds = arguments_by_kind(call.args, traced.jaxpr)
     # networks and optimizers that are on the device and not arguments of this call
     elsewhere = held + call.fetched - kinds["parameters"] - kinds["optimizer"]
-    trips, loops = call.pieces, call.pieces
+    loops = call.loops
+    trips = loops.outer[0] if loops and loops.outer else None
     if call.responses:
         trips = decode_trips(run.config, call.responses, mean_length)
-        loops = trips_of_loops(run.config, call.responses, trips)
+        loops = decode_loops(run.config, call.responses, trips)
     # if the work is split evenly
     flops = hlo.flops(traced.jaxpr, loops) / run.mesh.size
     seconds = {"compute": flops / chip.flops, "memory": 0.0, "links": 0.0}

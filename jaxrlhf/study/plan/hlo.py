@@ -38,8 +38,17 @@ NEAR = r"T\(.*S\((?!5\))[1-9]"
 """A layout in a memory on the chip: only TPUs' layouts have tiles, and 5 is the host's memory."""
 
 
-Trips = int | tuple[int, ...] | None
-"""Of the loops whose trips a program does not say, one after the other; a number if it is one."""
+class Loops(NamedTuple):
+    """Trips of the loops whose trips a program does not say: open loops."""
+
+    outer: tuple[int, ...]
+    """Of those in no other open loop, one after the other; empty: of each as many as ``inner``."""
+    inner: int | None = None
+    """Of each within one of those, each time."""
+
+
+Trips = int | tuple[int, ...] | Loops | None
+"""Of open loops; a number if it is one, and several if none is within another."""
 
 
 class Shape(NamedTuple):
@@ -185,30 +194,47 @@ def called(op: Op) -> list[str]:
 
 
 def open_loops(module: Module) -> list[str]:
-    """The while loops whose trips the program does not say: of a sampler, the decode loops."""
-    return [
-        op.name
-        for name, ops in module.computations.items()
-        for op in ops.values()
-        if op.opcode == "while" and known_trips(module, op, name) is None
-    ]
+    """The while loops whose trips the program does not say, but for those within another, in the
+    order of the program: of a sampler, the decode loops."""
+    return [name for name, within in _open(module, module.entry) if not within]
+
+
+def _open(module: Module, computation: str, within: bool = False) -> Iterator[tuple[str, bool]]:
+    """(each open loop, whether it is within another)."""
+    for op in module.computations.get(computation, {}).values():
+        is_open = op.opcode == "while" and known_trips(module, op, computation) is None
+        if is_open:
+            yield op.name, within
+        if op.opcode == "while" or op.opcode in CALLERS:
+            for callee in called(op):
+                yield from _open(module, callee, within or is_open)
 
 
 def stated(module: Module, trips: Trips) -> dict[str, int]:
-    """Name → trips of the open loops, in the order of the program.
+    """Name → trips of the open loops.
 
     Raises:
       InputError: there are others than ``trips`` says.
     """
-    found = open_loops(module)
-    given = (trips,) if isinstance(trips, int) else trips or ()
-    if len(found) == 1 and not given:
-        raise InputError(f"loop {found[0]}: its trips are not known: state them")
-    # one number cannot be right for two loops
-    if found and len(found) != len(given):
-        names = ", ".join(sorted(found))
-        raise InputError(f"loops {names}: trips of more than one are not known")
-    return dict(zip(found, given, strict=False))
+    outer, inner = _loops(trips)
+    found = dict.fromkeys(_open(module, module.entry))
+    first = [name for name, within in found if not within]
+    nested = [name for name, within in found if within]
+    if not outer and inner is not None:
+        outer = (inner,) * len(first)
+    if first and len(first) != len(outer):
+        names = ", ".join(sorted(first))
+        kind = f"loop {names}: its" if len(first) == 1 else f"loops {names}: their"
+        raise InputError(f"{kind} trips are not known: state as many as there are loops")
+    if nested and inner is None:
+        raise InputError(f"loop {nested[0]}, within another: its trips are not known: state them")
+    return dict(zip(first, outer, strict=False)) | dict.fromkeys(nested, inner or 0)
+
+
+def _loops(trips: Trips) -> Loops:
+    if isinstance(trips, Loops):
+        return trips
+    return Loops((trips,) if isinstance(trips, int) else trips or ())
 
 
 def known_trips(module: Module, loop: Op, computation: str) -> int | None:
@@ -332,21 +358,21 @@ def flops(jaxpr: ClosedJaxpr | Jaxpr, trips: Trips = None) -> float:
     XLA's own count has the body of a loop only once.
 
     Args:
-      trips: iterations of each while loop, a number for all or one each, in order: a jaxpr does
-        not say how many there are.
+      trips: of each while loop with products: a jaxpr does not say how many there are.
 
     Raises:
-      InputError: there is a while loop, and ``trips`` is not given.
+      InputError: there is such a loop, and ``trips`` does not say it.
     """
-    return _flops(jaxpr, iter(trips) if isinstance(trips, tuple) else itertools.repeat(trips))
+    outer, inner = _loops(trips)
+    return _flops(jaxpr, iter(outer) if outer else itertools.repeat(inner), inner)
 
 
-def _flops(jaxpr: ClosedJaxpr | Jaxpr, trips: Iterator[int | None]) -> float:
+def _flops(jaxpr: ClosedJaxpr | Jaxpr, trips: Iterator[int | None], within: int | None) -> float:
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(_equation(equation, trips) for equation in inner.eqns)
+    return sum(_equation(equation, trips, within) for equation in inner.eqns)
 
 
-def _equation(equation: Any, trips: Iterator[int | None]) -> float:
+def _equation(equation: Any, trips: Iterator[int | None], within: int | None) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -359,7 +385,9 @@ def _equation(equation: Any, trips: Iterator[int | None]) -> float:
         return 2.0 * math.prod(out.shape) * math.prod(kernel.shape) / features
     values = (x if isinstance(x, tuple | list) else (x,) for x in params.values())
     bodies = [x for x in itertools.chain(*values) if isinstance(x, ClosedJaxpr | Jaxpr)]
-    parts = [_flops(body, trips) for body in bodies]
+    # in a while loop every other is an inner one
+    inside = itertools.repeat(within) if name == "while" else trips
+    parts = [_flops(body, inside, within) for body in bodies]
     # a loop without products needs no trips
     if not any(parts):
         return 0.0

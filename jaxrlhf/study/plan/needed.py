@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.models.decode import kind_of
 from jaxrlhf.run.setup import Run
-from jaxrlhf.study.plan.calls import Call, arguments_by_kind, kinds_of, on_device
+from jaxrlhf.study.plan.calls import Call, arguments_by_kind, kinds_of, on_device, rows_at_a_time
 
 
 class Needed(NamedTuple):
@@ -82,10 +82,12 @@ def _token(run: Run, call: Call, copy: float, trips: int) -> float:
     cache as far as it is filled."""
     c, sample = run.model.decoder, run.config.sample
     shards = run.mesh.size // run.mesh.shape["tensor"]
-    rows = call.responses
-    # each prompt once where they divide over the devices
-    prompts = rows // sample.n if rows // sample.n % shards == 0 else rows
-    slots = prompts * run.config.data.max_prompt_tokens + rows * (trips + 1) / 2
+    rows = rows_at_a_time(run.config, call.responses)
+    # each prompt once where they divide over the devices; slots have one each
+    shared = rows == call.responses and rows // sample.n % shards == 0
+    prompts = rows // sample.n if shared else rows
+    length = min(trips + 1, sample.max_new_tokens)
+    slots = prompts * run.config.data.max_prompt_tokens + rows * length / 2
     heads = c.kv_heads / run.mesh.shape["tensor"]
     size = np.dtype(run.model.dtype).itemsize
     kind = kind_of(run.model, sample)

@@ -20,13 +20,14 @@ from jaxrlhf.study.plan.calls import (
     cache_bytes,
     calls_of,
     decode_copy,
+    decode_loops,
     decode_trips,
     kinds_of,
     on_device,
     refused,
     resident,
-    trips_of_loops,
 )
+from jaxrlhf.study.plan.hlo import Loops
 
 
 @pytest.fixture
@@ -147,11 +148,20 @@ def test_decode_trips(config):
     assert decode_trips(two, 3, 2.0) == 1
 
 
-def test_trips_of_loops(tmp_path):
+def test_decode_loops(tmp_path):
     config = runs.ppo(tmp_path)
-    assert trips_of_loops(config, 16, 7) == (7,)
+    assert decode_loops(config, 16, 7) == Loops((7,))
     long = replace(config, sample=replace(config.sample, max_new_tokens=1024))
-    assert trips_of_loops(long, 16, 1023) == (511, 512)
-    assert trips_of_loops(long, 16, 100) == (100, 0)
-    slots = replace(long, sample=replace(long.sample, slots=4))
-    assert trips_of_loops(slots, 16, 1023) == (1023,)
+    assert decode_loops(long, 16, 1023) == Loops((511, 512))
+    assert decode_loops(long, 16, 100) == Loops((100, 0))
+
+
+def test_decode_loops_of_slots(config):
+    """16 rows of 8 tokens in 4 slots: 4 rounds of 7 steps, as many as rows end."""
+    slots = replace(config, sample=replace(config.sample, slots=4))
+    assert decode_trips(slots, 16, None) == 28
+    assert decode_loops(slots, 16, 28) == Loops((14,), 2)
+    # all rows have one token, drawn before the loop
+    assert decode_trips(slots, 16, 1.0) == 0
+    assert decode_loops(slots, 16, 0).outer == (0,)
+    assert decode_trips(slots, 4, None) == 7

@@ -69,6 +69,17 @@ def test_plan_mean_length(config, planned, cpu):
     assert short.sent < long.sent
 
 
+def test_plan_of_slots_that_are_filled_again(config, planned, cpu):
+    """16 rows on four devices, two slots each: two rounds of 7 steps, each of half the rows."""
+    slots = replace(config, sample=replace(config.sample, slots=8))
+    found, whole = plan(slots, cpu, names=("sample",)).steps[0], planned.steps[1]
+    assert (found.trips, whole.trips) == (14, 7)
+    assert found.flops == pytest.approx(whole.flops, rel=0.02)
+    # prompts, their copies in slots, and tokens
+    assert found.bytes["kv_cache"] == 2 * 2 * (2 * 4 + 2 * 4 + 2 * 8) * 1 * 8 * 4
+    assert found.token[0] < whole.token[0]
+
+
 @pytest.mark.parametrize(
     "name",
     ["sft", "reward_model", "listwise_reward_model", "process_reward_model", "dpo", "kto", "bco",

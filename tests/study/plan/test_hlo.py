@@ -20,12 +20,14 @@ from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.score import score
 from jaxrlhf.steps.update import policy_loss
 from jaxrlhf.study.plan.hlo import (
+    Loops,
     Shape,
     called,
     collectives,
     flops,
     group_size,
     known_trips,
+    open_loops,
     parse,
     totals,
     visits,
@@ -118,16 +120,19 @@ def test_visits_multiply_nested_trips():
 
 
 def test_visits_unknown_trips_are_an_error_unless_stated():
-    with pytest.raises(InputError, match="loop w: its trips are not known: state them"):
+    with pytest.raises(InputError, match="loop w: its trips are not known: state as many"):
         times(LOOP, "r")
     assert times(LOOP, "r", trips=7) == [21]
 
 
-def test_visits_one_stated_number_is_not_for_two_loops():
+def test_visits_one_stated_number_is_not_for_a_loop_in_a_loop():
     text = LOOP.replace("%zero = s32[] constant(0)", "%zero = s32[] constant(1)")
-    with pytest.raises(InputError, match=r"loops w, w\.3: trips of more than one are not known"):
+    assert open_loops(parse(text)) == ["w"]
+    with pytest.raises(InputError, match=r"loop w\.3, within another: its trips are not known"):
         times(text, "r", trips=7)
-    assert sorted(times(text, "r", trips=(2, 7))) == [14]
+    with pytest.raises(InputError, match=r"loop w: its trips are not known: state as many"):
+        times(text, "r", trips=(7, 2))
+    assert times(text, "r", trips=Loops((2,), 7)) == [14]
 
 
 def test_known_trips_needs_a_start_at_zero():
@@ -284,6 +289,18 @@ ONE = 2 * 4 * 8 * 16
 
 def count(f, *args, trips=None):
     return flops(jax.make_jaxpr(f)(*args), trips)
+
+
+def test_flops_of_a_loop_in_a_loop():
+    def repeat(end, body, x):
+        return jax.lax.while_loop(lambda y: (y < end).all(), body, x)
+
+    def nested(x):
+        return repeat(3, lambda y: repeat(2, lambda z: z @ B @ B.T, y) @ B @ B.T, x)
+
+    assert count(nested, A, trips=Loops((5,), 7)) == 5 * (1 + 7) * 2 * ONE
+    with pytest.raises(InputError, match="a while loop whose trips are not known"):
+        count(nested, A, trips=5)
 
 
 def test_flops_products():
