@@ -1,5 +1,6 @@
 # make demo    train the demo                 make test    run every test
 # make setup   .venv for development          make lint    ruff and pyright
+# make soak    what takes too long for every day: signals in every phase, …
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
 # PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment,
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test lint benchmark clean
+.PHONY: setup setup-demo setup-test demo test soak lint benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -25,6 +26,9 @@ demo: setup-demo
 
 test: setup-test
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+soak: setup-test
+	$(VENV)/bin/python -m pytest -m soak -rP $(ARGS)
 
 lint: setup-test
 	$(VENV)/bin/ruff check .

@@ -189,7 +189,7 @@ def train(words: list[str]) -> None:
     from jaxrlhf.run import loop
 
     with distributed.together(config.distributed) as watchdog:
-        loop.train(distributed.placeless(config), feed=watchdog.feed)
+        loop.train(distributed.placeless(config), feed=watchdog.feed, leave=0)
 
 
 @command("plan", "what a run takes, on devices not at hand: plan CONFIG --topology NAME", raw=True)
@@ -284,7 +284,7 @@ def pipeline(
     prepare_jax()
     from jaxrlhf.apps.pipeline import run_pipeline
 
-    run_pipeline(stages)
+    run_pipeline(stages, own_process=True)
 
 
 @command("generate", "complete prompts: generate MODEL --prompt TEXT")

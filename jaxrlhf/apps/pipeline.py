@@ -54,10 +54,12 @@ from jaxrlhf.study.evaluate import evaluate_model
 RECORD = "stage.json"
 
 STOPPED = 143
-"""Exit status after a SIGTERM: what was asked for is not all done."""
+"""Exit status after a SIGTERM or Ctrl-C: what was asked for is not all done."""
 
 
-def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, Any]:
+def run_pipeline(
+    config: PipelineConfig, mesh: Mesh | None = None, own_process: bool = False
+) -> dict[str, Any]:
     """Carry out the stages that are not done yet.
 
     All files, models and functions that the stages name are looked for first, so that a slip in the
@@ -65,6 +67,7 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
 
     Args:
       mesh: where to; if None, on all devices, runs as their own ``mesh`` says.
+      own_process: whether the process may end where a stop cannot wait for this function to return.
 
     Returns:
       What each stage came to, by its name; ``summary.json`` in ``output`` holds it too.
@@ -77,11 +80,11 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
     check_stages(config, [x for x in settings if "result" in _read(output / x / RECORD)])
     output.mkdir(parents=True, exist_ok=True)
     with lock(config.output):
-        return _carry_out(config, settings, mesh)
+        return _carry_out(config, settings, mesh, STOPPED if own_process else None)
 
 
 def _carry_out(
-    config: PipelineConfig, settings: dict[str, Any], mesh: Mesh | None
+    config: PipelineConfig, settings: dict[str, Any], mesh: Mesh | None, leave: int | None
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
     ids: dict[str, str] = {}
@@ -109,7 +112,7 @@ def _carry_out(
             print(title)
             began = time.perf_counter()
             try:
-                result = _run_stage(stage, folder, config.seed, mesh)
+                result = _run_stage(stage, folder, config.seed, mesh, leave)
             except SystemExit as stopped:  # a run that was asked to stop has; its stages have not
                 raise SystemExit(stopped.code or STOPPED) from stopped
             result = plain({**result, "stage_seconds": time.perf_counter() - began})
@@ -120,7 +123,9 @@ def _carry_out(
     return results
 
 
-def _run_stage(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+def _run_stage(
+    stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None, leave: int | None
+) -> dict[str, Any]:
     if stage.make:
         _maker(stage)(folder, seed, **stage.set)
         return {}
@@ -129,7 +134,7 @@ def _run_stage(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -
         with jax.set_mesh(mesh):
             return write_pairs(stage.preferences, folder, seed, mesh)
     if stage.train:
-        return train(stage_run(stage, str(folder), seed), mesh)
+        return train(stage_run(stage, str(folder), seed), mesh, leave=leave)
     found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
     # A run also gets evaluation, diagnosis and page in its own folder.
     if is_run(model := stage.evaluate):

@@ -190,8 +190,9 @@ class DistributedConfig:
     """Seconds within which all processes must have come up."""
     heartbeat: int = 20
     """Seconds without a sign of life after which a process counts as dead, and all end."""
-    watchdog: float = 1800.0
-    """Seconds without progress after which several processes end; 0 waits for ever."""
+    watchdog: float = 300.0
+    """Seconds without progress after which several processes end; six times that where much may
+    take long (the set-up, the first iteration, rewards, evaluations); 0 waits for ever."""
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.processes import all_or_none, is_first
+from jaxrlhf.mesh.messages import exchange
+from jaxrlhf.mesh.processes import Meeting, all_or_none, is_first, jointly
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class Checkpoints:
         self._in_flight: int | None = None
         self._saved: int | None = None
         self._failure = ""
+        self._meeting: Meeting | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
@@ -165,7 +166,8 @@ class Checkpoints:
         """Copy ``state`` to the host and write it in the background; a step on disk is kept.
 
         The arrays may be donated once this returns. A save that fails is a warning and a count,
-        and the next one tries again; only ``wait`` raises.
+        and the next one tries again; only ``wait`` raises. What fails on one of several processes
+        has failed on all.
 
         Args:
           step: iterations done, later than the newest checkpoint.
@@ -187,12 +189,18 @@ class Checkpoints:
         leaves = named_leaves(state)
         note = seal({"step": step, "host": dict(host), "leaves": describe(leaves)})
         self._in_flight = step
+
+        items = {"state": ocp.args.PyTreeSave(leaves), "host": ocp.args.JsonSave(note)}
         try:
-            if self._manager is None:
+            manager = self._manager
+            if manager is None:
                 _sweep(self.folder)
-                self._manager = _writer(self.folder, self._keep)
-            items = {"state": ocp.args.PyTreeSave(leaves), "host": ocp.args.JsonSave(note)}
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+                several = jax.process_count() > 1
+                self._meeting = Meeting(f"saves-{self.failed}") if several else None
+                manager = jointly(partial(_writer, self.folder, self._keep, self._meeting))
+            self._manager = manager
+            to_save = ocp.args.Composite(**items)
+            jointly(partial(manager.save, step, args=to_save, force=True))
         # A full or lost disk: the training is worth more than one save.
         except Exception as error:
             self._fail(error)
@@ -205,12 +213,17 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / str(self.latest()) / "host" / "metadata"
-        if is_first():
+
+        def rewrite() -> None:
+            if not is_first():
+                return
             try:
                 note = unseal(json.loads(path.read_text(encoding="utf-8")))
                 write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
             except OSError as error:
                 raise InputError(f"{path}: {error.strerror}; make room and start again") from None
+
+        all_or_none(rewrite)
 
     def wait(self) -> None:
         """Block until the last save is on disk.
@@ -243,14 +256,22 @@ class Checkpoints:
         if found is None:
             return None
         self._saved = found[0]
-        multihost_utils.assert_equal(found[0], "the processes restored different steps")
-        # Only now that another step is whole: where all are damaged, all stay where they are.
-        for step in damaged if is_first() else ():
-            (self.folder / "damaged").mkdir(exist_ok=True)
-            target = tempfile.mkdtemp(prefix=f"{step}-", dir=self.folder / "damaged")
-            os.replace(self.folder / str(step), target)
-            log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
-        multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+        steps = exchange(str(found[0]))
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"{self.folder}: the processes found different steps ({', '.join(steps)}): the "
+                "folder must be on a disk that all hosts see"
+            )
+
+        def put_aside() -> None:
+            # Only now that another step is whole: where all are damaged, all stay where they are.
+            for step in damaged if is_first() else ():
+                (self.folder / "damaged").mkdir(exist_ok=True)
+                target = tempfile.mkdtemp(prefix=f"{step}-", dir=self.folder / "damaged")
+                os.replace(self.folder / str(step), target)
+                log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
+
+        all_or_none(put_aside)
         return found
 
     def _settle(self) -> None:
@@ -258,7 +279,7 @@ class Checkpoints:
         if self._manager is None:
             return
         try:
-            self._manager.wait_until_finished()
+            jointly(self._manager.wait_until_finished)
         except Exception as error:
             self._fail(error)
             return
@@ -274,20 +295,37 @@ class Checkpoints:
         log.debug("the failed save", exc_info=error)
         manager, self._manager, self._in_flight = self._manager, None, None
         try:
-            if manager is not None:
+            # With others, it could wait for them where it stopped; its threads are told to end.
+            if self._meeting is not None:
+                self._meeting.leave()
+            elif manager is not None:
                 manager.close()
         except Exception as again:
             log.debug("closing after a failed save: %s", again)
         _sweep(self.folder)
 
 
-def _writer(folder: Path, keep: int) -> ocp.CheckpointManager:
+BARRIER_SECONDS = 600
+"""Seconds that a process waits in a save for another one that does not come."""
+
+
+def _writer(folder: Path, keep: int, meeting: Meeting | None) -> ocp.CheckpointManager:
+    """Writes checkpoints; ``meeting``: how its threads wait for those of other processes."""
+    # where a directory cannot be made: an error now, not threads that wait for 20 minutes
+    how = ocp.AsyncOptions(create_directories_asynchronously=False)
+    among = ocp.options.MultiprocessingOptions()
+    if meeting is not None:
+        how.timeout_secs, how.barrier_sync_fn = BARRIER_SECONDS, meeting
+        # Named one by one they meet on their hosts: no meeting of devices could be left.
+        among.active_processes = set(range(jax.process_count()))
+        among.barrier_sync_key_prefix = meeting.name
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
         # by a rename: no kill leaves half a step behind
         todelete_subdir="trash",
-        # where a directory cannot be made: an error now, not threads that wait for 20 minutes
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        async_options=how,
+        multiprocessing_options=among,
+        create=False,  # it is there
         # reads nothing of older steps, which may be damaged
         lightweight_initialize=True,
     )

@@ -5,15 +5,20 @@ section, that is flags; the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
 the cluster that started it, as JAX detects it (Open MPI, Slurm, TPU slices on GKE and on Cloud TPU
 VMs). Else it is alone, and nothing here does anything.
 
-``assemble``, ``any_process`` and ``all_or_none``, and ``sharding.fetch``, are collectives: every
-process calls them, in the same order. A process alone has it all, and exchanges nothing.
+``assemble``, ``any_process``, ``all_or_none`` and ``jointly``, and ``sharding.fetch``, are
+collectives: every process calls them, in the same order. A process alone has it all, and exchanges
+nothing.
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import socket
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +30,8 @@ from jax.experimental import multihost_utils
 
 from jaxrlhf.config import Config, DistributedConfig
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.messages import exchange, post, posted, withdraw
+from jaxrlhf.mesh.signals import Stop
 from jaxrlhf.mesh.watchdog import GRACE, Watchdog, deadline, end, guarded
 
 PARTS = {
@@ -203,7 +210,7 @@ def _refuse_busy_port(where: DistributedConfig) -> None:
             ) from None
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -237,9 +244,11 @@ def assemble(part_R: np.ndarray, rows: slice, count: int) -> np.ndarray:
 
 def any_process(here: bool) -> bool:
     """Whether it is so on at least one process."""
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.process_allgather(np.array(here)).any())
+    return any(exchange("yes" if here else ""))
+
+
+STOPPED = "stopped"
+"""What a process says whose work was ended by ``Stop``."""
 
 
 def all_or_none(work: Callable[[], Any]) -> Any:
@@ -247,17 +256,144 @@ def all_or_none(work: Callable[[], Any]) -> Any:
 
     Raises:
       Exception: whatever it raised here.
-      ValueError: it failed on another process.
+      ValueError: it failed on another process, which the message names with the reason.
+      Stop: it failed on none, and was stopped on at least one.
     """
+    if jax.process_count() == 1:
+        return work()
+    failed: BaseException | None = None
+    result = None
     try:
         result = work()
-    except Exception:
-        # The others wait for an answer, of whichever kind.
-        any_process(True)
-        raise
-    if any_process(False):
-        raise ValueError("another process has failed")
+    except (Exception, Stop) as error:
+        failed = error
+    # The others wait for an answer, of whichever kind.
+    said = exchange(_said(failed))
+    if isinstance(failed, Exception):
+        raise failed
+    _refuse({process: text for process, text in enumerate(said) if text != STOPPED})
+    if STOPPED in said:
+        raise Stop("SIGTERM") from failed
     return result
+
+
+_joint = itertools.count()
+
+
+def jointly(work: Callable[[], Any], pause: float = 0.2) -> Any:
+    """As ``all_or_none``, for ``work`` in which the processes wait for each other by themselves.
+
+    Where it fails on one, the others would wait in it for the one that never comes. So it is done
+    in a thread of its own, which is left behind then: it must not matter how it ends.
+
+    Args:
+      pause: most seconds between two looks at how the others fare.
+    """
+    if jax.process_count() == 1:
+        return work()
+    here, outcome = next(_joint), _Outcome(work)
+    topic = f"joint/{here}"
+    wait, mine = 0.001, False
+    while True:
+        outcome.join(wait)
+        wait = min(2 * wait, pause)
+        if not (mine or outcome.is_alive()):
+            post(topic, _said(outcome.error))
+            mine = True
+        said = posted(topic)
+        if len(said) == jax.process_count() or any(said.values()):
+            break
+    if outcome.error is not None:
+        raise outcome.error
+    _refuse(said)
+    # All have come here, so nobody looks at the one before any more.
+    withdraw(f"joint/{here - 1}")
+    return outcome.result
+
+
+class _Outcome(threading.Thread):
+    """A thread that keeps what comes of its work."""
+
+    def __init__(self, work: Callable[[], Any]):
+        super().__init__(name="joint work", daemon=True)
+        self._work = work
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self._work()
+        except Exception as error:
+            self.error = error
+
+
+class Meeting:
+    """How the threads of a library that saves wait for those of the other processes.
+
+    Called as orbax calls its ``barrier_sync_fn``. A thread that has failed on one process skips its
+    meetings and comes to ``LAST`` alone: those who wait for it at an earlier one then fail too, and
+    do not wait until their time is up.
+
+    Args:
+      name: tells these meetings from those of another instance; the same on all processes.
+    """
+
+    LAST = "set_value_start"
+    """The end of the name of the meeting that all come to, whatever has happened before."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._over = threading.Event()
+        self._held: Counter[str] = Counter()
+        self._last = ""
+
+    def leave(self) -> None:
+        """Wait for nobody any more, here: what is being met for has failed."""
+        self._over.set()
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Return once all processes have called this with ``key``, as often as this one.
+
+        Raises:
+          TimeoutError: one has not come in time.
+          RuntimeError: one has failed, or this one has left.
+        """
+        self._held[key] += 1
+        if key.endswith(self.LAST):
+            self._last = key
+        topic = self._topic(key, self._held[key])
+        skipped = self._topic(self._last, self._held[self._last] + 1)
+        post(topic, "")
+        until, pause = time.monotonic() + timeout_ms / 1000, 0.001
+        while True:
+            # Looked at first: who has gone on from here has been here.
+            failed = self._over.is_set() or posted(skipped)
+            if len(posted(topic)) == jax.process_count():
+                return
+            if failed:
+                raise RuntimeError("another process has failed in this save")
+            if time.monotonic() > until:
+                raise TimeoutError(f"another process has not come to {key}")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    def _topic(self, key: str, count: int) -> str:
+        return f"meeting/{self.name}/{key}/{count}"
+
+
+def _said(error: BaseException | None) -> str:
+    """What to tell the others of how a piece of work ended; nothing if all went well."""
+    if isinstance(error, Stop):
+        return STOPPED
+    return "" if error is None else f"{type(error).__name__}: {_line(error)}"
+
+
+def _refuse(said: Mapping[int, str]) -> None:
+    """Raise ValueError for the first process that has failed."""
+    for process, text in sorted(said.items()):
+        if text:
+            raise ValueError(f"another process has failed: process {process}: {text}")
 
 
 def pace(tree: Any) -> Any:

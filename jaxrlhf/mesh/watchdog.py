@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import jax
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.signals import Stop
 
 FAILED = 13
 """Exit status of a process that ends because the run cannot go on."""
@@ -47,7 +48,8 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        done = isinstance(error, SystemExit) and not error.code
+        # What was asked for: all processes have agreed on it.
+        done = isinstance(error, Stop) or (isinstance(error, SystemExit) and not error.code)
         if done or not jax.distributed.is_initialized():
             raise
         if isinstance(error, InputError):
@@ -84,19 +86,30 @@ def deadline(seconds: float, named: str, late: str) -> Iterator[None]:
             timer.cancel()
 
 
+LONG = 6
+"""How many times longer a phase may take that is known to take long."""
+
+LONGER = 2
+"""How many times longer a phase may take than any before it has."""
+
+
 class Watchdog:
     """``with Watchdog(seconds) as watchdog:`` ends this process when nothing calls ``feed``.
 
     Args:
-      seconds: most time between two calls of ``feed``; 0: there is no watchdog.
+      seconds: most time between two calls of ``feed``: LONG times that in a phase that has a name,
+        and LONGER times the longest so far, if that is more; 0: there is no watchdog.
     """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
         self._fed = time.monotonic()
+        self._longest = 0.0
+        self._phase = ""
         self._stop = threading.Event()
 
     def __enter__(self) -> "Watchdog":
+        self._fed = time.monotonic()
         self.feed()
         if self.seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -107,18 +120,25 @@ class Watchdog:
         if self.seconds:
             faulthandler.cancel_dump_traceback_later()
 
-    def feed(self) -> None:
-        """The run goes on."""
-        self._fed = time.monotonic()
+    def feed(self, phase: str = "") -> None:
+        """The run goes on, with a phase that may take long if it has a name, such as evaluation."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._fed)
+        self._fed, self._phase = now, phase
         # Where C code keeps the interpreter to itself (a regex, say), our thread cannot run either.
         if self.seconds:
-            faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
+            faulthandler.dump_traceback_later(self.limit() + GRACE, exit=True)
+
+    def limit(self) -> float:
+        """Seconds that the phase at hand may take."""
+        return max(self.seconds * (LONG if self._phase else 1), LONGER * self._longest)
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._fed > self.seconds:
+            if time.monotonic() - self._fed > (limit := self.limit()):
                 faulthandler.dump_traceback(all_threads=True)
+                during = f" in {self._phase}" if self._phase else ""
                 end(
-                    f"{_me()}: no progress for {self.seconds:g} s (distributed.watchdog): "
-                    "its stacks are above; all processes end"
+                    f"{_me()}: no progress for {limit:g} s{during} (distributed.watchdog="
+                    f"{self.seconds:g}): its stacks are above; all processes end"
                 )

@@ -19,8 +19,9 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Rollout
 from jaxrlhf.data.formats import Prompt, stack_columns
 from jaxrlhf.data.text import decode_rollout, repeat
-from jaxrlhf.mesh.processes import assemble, own_share
+from jaxrlhf.mesh.processes import all_or_none, assemble, own_share
 from jaxrlhf.mesh.sharding import fetch, put_rows, row_layout
+from jaxrlhf.mesh.signals import listening
 from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards import service, verifiers
 from jaxrlhf.rewards.functions import Asked, Scored, Source
@@ -306,7 +307,7 @@ def ask_together(source: Source, asked: Asked, prompts: int) -> Scored:
     """What a source on the host says of all rows, each asked about by one process alone.
 
     A process asks about a stretch of the prompts, all completions of a prompt together. Why a row
-    has no score is known to the process that has asked.
+    has no score is known to the process that has asked. A signal ends the wait, on all of them.
 
     Args:
       asked: all rows, the same on every process.
@@ -315,8 +316,15 @@ def ask_together(source: Source, asked: Asked, prompts: int) -> Scored:
     share, each = own_share(prompts), len(asked) // prompts
     rows = slice(share.start * each, share.stop * each)
     own = asked.rows(rows)
-    # With fewer prompts than processes, one of them may have nothing to ask about.
-    scored = source(own) if len(own) else Scored(np.zeros(0))
+
+    def ask() -> Scored:
+        # With fewer prompts than processes, one of them may have nothing to ask about.
+        if not len(own):
+            return Scored(np.zeros(0))
+        with listening():
+            return source(own)
+
+    scored = all_or_none(ask)
     score_B = assemble(scored.score_B, rows, len(asked))
     applies_B = assemble(scored.applies().astype(np.float64), rows, len(asked)) != 0
     return Scored(score_B, scored.problem, applies_B)

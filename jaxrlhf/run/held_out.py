@@ -33,6 +33,7 @@ from jaxrlhf.data.batches import held_out_batches, preference_batch
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import Encoded, imitated, prompt_arrays
 from jaxrlhf.mesh.sharding import at_hand, fetch, put_rows, row_shards
+from jaxrlhf.mesh.signals import poll
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run.feed import pack
 from jaxrlhf.run.setup import Run
@@ -88,7 +89,10 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
     (nats a token); ``distinct_2`` (distinct bigrams of tokens / bigrams); ``completions``.
     """
     # Batches only bound the memory: draws follow from a prompt's place in the file.
-    drawn = [_draw(run, params, rows, *batch) for batch in batches(run, len(rows))]
+    drawn = []
+    for batch in batches(run, len(rows)):
+        poll()
+        drawn.append(_draw(run, params, rows, *batch))
     columns = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
     tokens = [t[m != 0].tolist() for t, m in zip(columns["token"], columns["mask"], strict=True)]
     count = columns["mask"].sum(1)
@@ -182,6 +186,9 @@ def measure(
     # A loss over tokens is a mean over tokens: batches weigh by what they hold of them.
     tokens_R = np.array([imitated(row).sum() for row in rows])
     for row_B, real_B in batches(run, len(rows)):
+        # With patience it decides what is saved, and is short: see Session.record.
+        if not run.config.eval.patience:
+            poll()
         picked = [rows[i] for i in row_B]
         batch = pack(run, picked, real_B)
         if run.programs.scores is not None:
@@ -345,6 +352,7 @@ def measure_normalisation(run: Run, params: Params) -> dict[str, float]:
     rows = run.normalise_rows.items
     seen = []
     for row_B, real_B in batches(run, len(rows)):
+        poll()
         picked = [rows[i] for i in row_B]
         batch = preference_batch(picked, run.width, run.config.sample.pad, real_B)
         score_BC = run.programs.scores(params, run.frozen["policy"], put_rows(batch, run.mesh))

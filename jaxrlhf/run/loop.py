@@ -25,6 +25,7 @@ from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import prompt_arrays
 from jaxrlhf.mesh.processes import pace
 from jaxrlhf.mesh.sharding import at_hand, constrain, fetch, make_mesh, put_rows
+from jaxrlhf.mesh.signals import Signals
 from jaxrlhf.mesh.watchdog import guarded
 from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
@@ -42,27 +43,38 @@ SHOWN = 4
 
 
 def train(
-    config: Config, mesh: Mesh | None = None, feed: Callable[[], None] | None = None
+    config: Config,
+    mesh: Mesh | None = None,
+    feed: Callable[[str], None] | None = None,
+    leave: int | None = None,
 ) -> dict[str, Any]:
     """Carry out a run, or go on with it, and return its summary.
 
     Args:
       config: the run.
       mesh: where to, if not on all devices as ``config.mesh`` says.
-      feed: called after every phase of an iteration, as a sign that the run goes on.
+      feed: called after every phase of an iteration, as a sign that the run goes on; with a name
+        for the next where that may take long.
+      leave: exit status for a SIGTERM or Ctrl-C that cannot wait for this function to return, where
+        the process is this run's alone; None: it is not.
 
     Raises:
+      SystemExit: with status 0: SIGTERM or Ctrl-C came, and what was done is saved.
       InputError: config, data, weights or output folder cannot be used.
       FloatingPointError: too many updates in a row had a gradient that is not finite.
     """
     began = time.perf_counter()
     mesh = mesh or make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with Signals(leave) as signals, jax.set_mesh(mesh):
         # Shapes first: programs are compiled while the weights are still being read.
         run = setup(config, mesh, abstract=True)
         with compiled_ahead(run):
             run = fill(run)
-            with lock(config.output), Session(run, began, feed) as session, guarded():
+            with (
+                lock(config.output),
+                Session(run, began, feed, signals) as session,
+                guarded(),
+            ):
                 session.lap("setup")
                 if summary := session.finished():
                     return summary
@@ -81,6 +93,9 @@ def learn_on_policy(run: Run, session: Session) -> None:
     if settings.kl_controller == "fixed":
         session.host["kl_coef"] = settings.kl_coef
     session.host.setdefault("kl_coef", settings.kl_coef)
+    if session.unmeasured:
+        evaluate_before(run, session, partial(start_of, run))
+        evaluate_between(run, session, session.start)
     for step in session.steps():
         began = time.perf_counter()
         session.states, metrics, rollout, judgement = iterate(run, session, step)
@@ -175,6 +190,7 @@ def iterate(
     session.meter.learns(batch)
 
     # θ ← θ − α·∇loss, epochs × minibatches times; the old states are donated.
+    session.begin_update()
     states, learnt = update(run, states, batch, step)
     session.lap("update", learnt)
     metrics = {**metrics, **measured, **measures(judgement), **learnt, **coefficients}
@@ -375,10 +391,13 @@ def learn_from_rows(run: Run, session: Session) -> None:
     # The first update donates these arrays; a resumed run makes its start anew, if it must.
     first = session.states["policy"].params if session.start == 0 else None
     evaluate_before(run, session, lambda: start_of(run) if first is None else first)
+    if session.unmeasured:
+        evaluate_between(run, session, session.start)
     for step in session.steps():
         began = time.perf_counter()
         rows = batch_of(step)
         session.meter.learns(rows)
+        session.begin_update()
         session.states = on_schedule(run.config, session.states, step)
         session.states["policy"], metrics = run.programs.update(
             session.states["policy"], place(run, rows), run.frozen["policy"]
@@ -393,6 +412,7 @@ def learn_from_rows(run: Run, session: Session) -> None:
 
 def evaluate_before(run: Run, session: Session, start: Callable[[], Params]) -> None:
     """Measure the start of the run, once; a resumed run remembers it."""
+    session.begin_evaluation()
     if "before" not in session.host and (found := evaluate(run, start())):
         session.host["before"] = found.metrics
         session.host["gold_before"] = None if found.gold is None else found.gold.tolist()
@@ -408,6 +428,7 @@ def evaluate_between(run: Run, session: Session, done: int) -> None:
     last = done == run.config.steps
     if not (patience if last else every and done % every == 0):
         return
+    session.begin_evaluation()
     found = evaluate(run, session.states["policy"].params)
     assert found is not None
     session.evaluated(done, found)
@@ -432,6 +453,7 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
     the run find it.
     """
     summary: dict[str, Any] = {"algorithm": run.config.algorithm.name}
+    session.begin_evaluation()
     if run.normalise_rows is not None:
         if "normalisation" not in session.host:
             measured = measure_normalisation(run, session.states["policy"].params)

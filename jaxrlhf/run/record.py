@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,23 @@ class Recorder:
       output: the run's folder; made if it is not there.
       resume_step: the restored step; None starts the files anew.
       active: False makes every method do nothing, for all but process 0 of a multi-host run.
+      unmeasured: steps whose evaluation was not completed: of those, its lines are dropped too.
     """
 
-    def __init__(self, output: str | Path, resume_step: int | None = None, active: bool = True):
+    def __init__(
+        self,
+        output: str | Path,
+        resume_step: int | None = None,
+        active: bool = True,
+        unmeasured: Collection[int] = (),
+    ):
         self._output = Path(output)
         self._files: list[_Lines] = []
         self._active = active
         if active:
             self._output.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
-                _drop_later(self._output / name, resume_step)
+                _drop_later(self._output / name, resume_step, unmeasured)
                 self._files.append(_Lines(self._output / name))
 
     def __enter__(self) -> "Recorder":
@@ -91,21 +98,25 @@ class _Lines:
         self._file.close()
 
 
-def _drop_later(path: Path, resume_step: int | None) -> None:
+def _drop_later(path: Path, resume_step: int | None, unmeasured: Collection[int]) -> None:
     """Keep the lines of ``path`` up to ``resume_step`` (None: none of them)."""
     if not path.exists():
         return
     content = path.read_bytes()
-    kept = [line + b"\n" for line in content.split(b"\n") if line and _is_kept(line, resume_step)]
+    lines = (line for line in content.split(b"\n") if line)
+    kept = [line + b"\n" for line in lines if _is_kept(line, resume_step, unmeasured)]
     # Lines of steps after the restored one will be written again.
     if b"".join(kept) != content:
         write_atomic(path, b"".join(kept).decode())
 
 
-def _is_kept(line: bytes, resume_step: int | None) -> bool:
+def _is_kept(line: bytes, resume_step: int | None, unmeasured: Collection[int]) -> bool:
     try:
-        return resume_step is not None and json.loads(line.decode())["step"] <= resume_step
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line.decode())
+        held_out = row.get("split") == "eval" or any(name.startswith("eval/") for name in row)
+        again = held_out and row["step"] in unmeasured
+        return resume_step is not None and row["step"] <= resume_step and not again
+    except (ValueError, KeyError, TypeError, AttributeError):
         log.warning("dropped a line that is no record: %r", line[:80])
         return False
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import resource
-import signal
 import socket
 import sys
 import time
@@ -29,7 +28,8 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, contents
 from jaxrlhf.mesh.checkpoint import Checkpoints
-from jaxrlhf.mesh.processes import any_process, is_first
+from jaxrlhf.mesh.processes import all_or_none, is_first
+from jaxrlhf.mesh.signals import AGAIN, Signals, Stop, poll
 from jaxrlhf.run.display import display
 from jaxrlhf.run.held_out import Evaluation
 from jaxrlhf.run.record import Recorder, plain
@@ -45,13 +45,21 @@ EXAMPLE = 1200
 """Characters of the example that are shown at most."""
 
 
+Whole = tuple[int, dict[str, TrainState], dict[str, Any]]
+"""What can be saved: iterations done, states, host."""
+
+
 class Session:
     """``with Session(run) as session:`` opens the run's folder and goes on where it stopped.
+
+    A ``Stop`` that leaves the block saves what is whole first: the states between two iterations,
+    or those that an iteration in progress began with.
 
     Args:
       run: what to do.
       began: ``time.perf_counter()`` when its set-up began, which the first lap is counted from.
-      feed: called at every lap.
+      feed: called at every lap, with a name for what may take long until the next.
+      signals: that the run listens to.
 
     Attributes:
       states: the training states, restored or at their start (``run.states``, which are deleted
@@ -59,21 +67,30 @@ class Session:
       host: the host's numbers, saved with them: ``kl_coef``, ``before``, ``seconds``,
         ``normalisation``.
       start: iterations already done.
+      unmeasured: whether the run was stopped after them and before the evaluation that is due.
       meter: counts what the iteration at hand does.
     """
 
     def __init__(
-        self, run: Run, began: float | None = None, feed: Callable[[], None] | None = None
+        self,
+        run: Run,
+        began: float | None = None,
+        feed: Callable[[str], None] | None = None,
+        signals: Signals | None = None,
     ):
         self.run = run
         self.output = Path(run.config.output)
         self.states: dict[str, TrainState] = run.states
         self.host: dict[str, Any] = {"seconds": {}}
         self.start = 0
+        self.unmeasured = False
         self.meter = Meter(run)
+        self.signals = signals or Signals()
         self._lapped = time.perf_counter() if began is None else began
         self._feed = feed
-        self._stopped = False
+        self._long = "setting up"
+        self._updating = False
+        self._whole: Whole | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> "Session":
@@ -103,10 +120,15 @@ class Session:
         if self.is_left():
             self.host.pop("normalisation", None)  # of parameters that go on learning
         self.host["fingerprint"] = self._fingerprint
-        if is_first():
-            self._prepare_folder()
+        self.unmeasured = self.host.pop("unmeasured", False)
+        all_or_none(self._prepare_folder)
         resumed = self.start if found is not None else None
-        self.recorder = self._stack.enter_context(Recorder(self.output, resumed, active=is_first()))
+        # What a stop has cut short is measured again, and stands there once.
+        due = {self.start} if self.unmeasured else set()
+        due |= set() if "before" in self.host else {0}
+        self.recorder = self._stack.enter_context(
+            Recorder(self.output, resumed, active=is_first(), unmeasured=due)
+        )
         title = f"{config.algorithm.name} → {config.output}"
         self.show = self._stack.enter_context(
             display(config.steps, title, self.start, active=is_first())
@@ -118,13 +140,22 @@ class Session:
         for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
             for line in rows.note().splitlines() if rows is not None else ():
                 self.show.note(line)
-        self._handle_sigterm()
+        self._mark(self.start)
+        self.signals.last_resort = self._last_resort
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        # Nobody else may save the same step at the same time.
+        with self.signals.turn:
+            try:
+                if isinstance(error, Stop):
+                    self.show.note(self._cut(str(error)))
+            finally:
+                self._stack.__exit__(kind, error, trace)
 
     def _prepare_folder(self) -> None:
+        if not is_first():
+            return
         if self.is_left() or not (self.output / "config.yaml").is_file():
             write_atomic(self.output / "config.yaml", dump(self.run.config))
         if self.is_left():
@@ -142,31 +173,49 @@ class Session:
             del saved["data"]["train"]
             check_fingerprint(saved, self._fingerprint)
 
-    def _handle_sigterm(self) -> None:
-        def stop(*_: Any) -> None:
-            self._stopped = True
-
-        try:
-            before = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not the main thread: its owner handles signals
-            return
-        self._stack.callback(signal.signal, signal.SIGTERM, before)
-
     def steps(self) -> Iterator[int]:
-        """The iterations that are left; a SIGTERM ends them after the one in progress."""
+        """The iterations that are left; all processes stop between two if one has been asked to."""
         done = self.start
         while done < self.run.config.steps and not has_ended(self.host):
+            # Programs are compiled where they are first called.
+            self._long = "the first iteration" if done == self.start else ""
             self.meter.begin(self.host["seconds"])
             yield done
             done += 1
+            self._mark(done)
             self._end_of(done)
-            # All processes stop after the same iteration, whichever heard the signal.
-            if any_process(self._stopped):
-                self.save(done)
-                self.checkpoints.wait()
-                self.show.note(f"stopped by SIGTERM after iteration {done}, which is saved")
-                raise SystemExit(0)
+            poll()
+        self._long = "the end of the run"
         self.save(done)
+
+    def _mark(self, done: int, **more: Any) -> None:
+        """The states are those after ``done`` iterations, and whole."""
+        self._whole = (done, dict(self.states), {**self.host, **more})
+        self.signals.nothing_to_lose = done == self.start
+
+    def begin_update(self) -> None:
+        """From here to ``record``, states are donated: nothing is whole that could be saved."""
+        self._updating = True
+        self.signals.turn.acquire()
+
+    def _cut(self, asked: str) -> str:
+        """Save what is whole, on disk once this returns, and say so."""
+        if self._whole is None:
+            last = self.checkpoints.latest() or 0
+            return f"stopped by {asked}; iteration {last} is saved: {AGAIN}"
+        done, states, host = self._whole
+        if done == self.start:
+            return f"stopped by {asked} after iteration {done}, nothing new to save: {AGAIN}"
+        self.checkpoints.save(done, states, host)
+        self.checkpoints.wait()
+        return f"stopped by {asked} after iteration {done}, which is saved: {AGAIN}"
+
+    def _last_resort(self) -> str | None:
+        """``_cut`` out of another thread, while the main one is in compiled code."""
+        leaves = jax.tree.leaves(self._whole[1]) if self._whole is not None else []
+        if not leaves or jax.process_count() > 1 or any(x.is_deleted() for x in leaves):
+            return None
+        return self._cut(self.signals.asked)
 
     def _end_of(self, done: int) -> None:
         every = self.run.config.checkpoint.every
@@ -194,16 +243,34 @@ class Session:
         """Charge the seconds since the last lap to a phase, once ``arrays`` are computed."""
         # Calls return before the device is done: without waiting, the next phase would pay.
         jax.block_until_ready(arrays)
-        if self._feed is not None:
-            self._feed()
+        self._say_next("rewards" if phase == "sample" else self._long)
         now = time.perf_counter()
         spent, self._lapped = now - self._lapped, now
         seconds = self.host["seconds"]
         seconds[phase] = seconds.get(phase, 0.0) + spent
+        # Several agree on it at the end of an iteration, or in a wait for rewards.
+        if not self._updating and jax.process_count() == 1:
+            poll()
         return spent
 
+    def _say_next(self, phase: str) -> None:
+        if self._feed is not None:
+            self._feed(phase)
+
+    def begin_evaluation(self) -> None:
+        """What follows may take long, to the next lap."""
+        self._say_next("evaluation")
+
     def record(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        """Log one iteration."""
+        """Log one iteration: its states are whole again."""
+        # With patience an evaluation decides what is saved: it belongs to the iteration.
+        if self.run.config.eval.patience:
+            self._whole, self.signals.nothing_to_lose = None, False
+        else:
+            self._mark(step, unmeasured=True)
+        if self._updating:
+            self._updating = False
+            self.signals.turn.release()
         self.recorder.metrics(step, metrics)
         self.recorder.samples(step, samples)
         self.show.step(step, plain(metrics), samples)

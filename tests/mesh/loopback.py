@@ -38,8 +38,8 @@ with together(config) as watchdog:
 
 
 @contextmanager
-def started(mode, *places, words=()):
-    """PROGRAM once for each place, a pair of flags and variables; what is left is killed."""
+def started(mode, *places, words=(), program=PROGRAM):
+    """A program once for each place, a pair of flags and variables; what is left is killed."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -47,7 +47,7 @@ def started(mode, *places, words=()):
     }
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, mode, *flags, *words],
+            [sys.executable, "-c", program, str(mode), *flags, *words],
             env={**clean, "JAX_PLATFORMS": "cpu", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
