@@ -190,8 +190,9 @@ class DistributedConfig:
     """Seconds within which all processes must have come up."""
     heartbeat: int = 20
     """Seconds without a sign of life after which a process counts as dead, and all end."""
-    watchdog: float = 1800.0
-    """Seconds without progress after which several processes end; 0 waits for ever."""
+    watchdog: float | None = None
+    """Seconds without progress after which the processes end; 0 waits for ever; null: 1,800 for
+    several processes, and for ever where there is one."""
 
 
 @dataclass(frozen=True)
