@@ -30,6 +30,7 @@ from jaxrlhf.config import (
     MeshConfig,
     PipelineConfig,
     PreferencesConfig,
+    RewardConfig,
     StageConfig,
     check,
     stage_evaluation,
@@ -43,7 +44,7 @@ from jaxrlhf.models.load import check_context, is_run, scores_texts
 from jaxrlhf.models.read import read_decoder
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.functions import MOVED, resolve
-from jaxrlhf.rewards.isolation import host_function
+from jaxrlhf.rewards.isolation import check_host
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.record import plain
 from jaxrlhf.run.report import write_report
@@ -275,7 +276,7 @@ def check_stages(config: PipelineConfig, done: Collection[str] = ()) -> None:
 
 
 def _preferences(wish: PreferencesConfig, shapes: Shapes) -> None:
-    resolve(wish.judge)
+    check_host(RewardConfig(function=wish.judge))
     _files((wish.train, wish.eval), shapes)
     shape = _shape(wish.model, shapes)
     tokens = wish.max_prompt_tokens + wish.max_new_tokens
@@ -291,9 +292,8 @@ def _run(stage: StageConfig, shapes: Shapes) -> DecoderConfig | None:
     run = stage_run(stage, "", 0)
     _files((run.data.train, run.data.eval, run.algorithm.normalise_on), shapes)
     for reward in (*run.rewards, *run.eval.gold):
-        # An isolated function may not even be importable in this process.
-        if (reward.function or reward.verifier) and not reward.isolate:
-            host_function(reward)
+        if reward.function or reward.verifier:
+            check_host(reward)
         _reward_models(reward.ensemble or (reward.model,), shapes)
     for path in (run.reference.path, run.critic.path):
         _shape(path, shapes)
@@ -307,7 +307,7 @@ def _evaluation(stage: StageConfig, shapes: Shapes) -> None:
     wish = stage_evaluation(stage, "", 0)
     _files((wish.data,), shapes)
     if wish.reward:
-        resolve(wish.reward)
+        check_host(RewardConfig(function=wish.reward))
     _reward_models((wish.reward_model,), shapes)
     for path in (wish.model, wish.reference, wish.against):
         _shape(path, shapes)

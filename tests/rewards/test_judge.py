@@ -132,7 +132,7 @@ def read(prompts, completions, **_):
     return [float(len(text.split())) for text in completions]
 
 
-READ = RewardConfig(function="test_judge:read")
+READ = RewardConfig(function="test_judge:read", in_process=True)
 
 
 @pytest.mark.parametrize("isolate", [None, IsolateConfig()])
@@ -147,7 +147,8 @@ READ = RewardConfig(function="test_judge:read")
     ],
 )
 def test_judge_keeps_special_tokens_for_those_who_read_them(tagged, source, reward, isolate):
-    sources = load_rewards((replace(source, isolate=isolate),))
+    source = replace(source, isolate=isolate, in_process=not isolate)
+    sources = load_rewards((source,))
     made = Judge(sources, (None,), runs.tags_tokenizer(), one_device())
     assert made(tagged, [Prompt("the", {"answer": "Paris"}, "f:1")]).reward_B.tolist() == [reward]
 
