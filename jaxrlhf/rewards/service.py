@@ -42,24 +42,43 @@ def make(config: ServiceConfig) -> Source:
     Raises:
       InputError: the environment variable that authenticates is unset or cannot be a header.
     """
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    headers, hidden = {"Content-Type": "application/json", "Accept-Encoding": "identity"}, []
     if config.header_env:
-        value = os.environ.get(config.header_env, "")
-        if not value or not value.isascii() or not value.isprintable():
-            what = "not printable ASCII" if value else "unset or empty"
-            raise InputError(
-                f"service.header_env={config.header_env}: this environment variable is {what}: "
-                f"set it to the value of the header {config.header}"
-            )
-        headers[config.header] = value
+        wanted = f"the value of the header {config.header}"
+        headers[config.header] = secret("service.header_env", config.header_env, wanted)
+        # With its scheme, as in "Bearer TOKEN", and without.
+        hidden = [headers[config.header], headers[config.header].split()[-1]]
     # No request of another source, run or process has the id of one of these: a server may keep
     # answers by it.
     source, calls = uuid.uuid4().hex, itertools.count()
 
     def ask(asked: Asked) -> Scored:
-        return finish(_ask_all(config, headers, asked, f"{source}-{next(calls)}"))
+        scored = finish(_ask_all(config, headers, asked, f"{source}-{next(calls)}"))
+        problem = scored.problem
+        for text in hidden:  # what a service says may be what it was sent
+            problem = problem.replace(text, "…")
+        return scored._replace(problem=problem)
 
     return ask
+
+
+def secret(field: str, variable: str, what: str) -> str:
+    """The value of an environment variable, which can stand in a header.
+
+    Args:
+      field: that names the variable.
+      what: the variable is to hold.
+
+    Raises:
+      InputError: it is unset or empty, or not printable ASCII.
+    """
+    value = os.environ.get(variable, "")
+    if not value.strip() or not value.isascii() or not value.isprintable():
+        is_ = "not printable ASCII" if value.strip() else "unset or empty"
+        raise InputError(
+            f"{field}={variable}: this environment variable is {is_}: set it to {what}"
+        )
+    return value
 
 
 async def _ask_all(
