@@ -433,6 +433,7 @@ def serve(
     concurrency: int = 1,
     header_env: str = "",
     max_tokens: int | None = None,
+    token_env: str = "",
 ) -> None:
     """Serve rewards by HTTP, as docs/reward_service.md describes, until interrupted.
 
@@ -447,13 +448,16 @@ def serve(
         Authorization; empty lets everybody in.
       max_tokens: most tokens of a row that a reward model scores; None: as its run was trained, or
         up to 1,024 for a folder.
+      token_env: environment variable with a token: the header must be "Bearer" and this token.
     """
     prepare_jax()
     from jaxrlhf.apps import serve as serving
 
-    with serving.serve(what, host, port, batch_size, concurrency, header_env, max_tokens) as server:
-        print(f"{what} → {server.url}", flush=True)
-        server.serve_forever()
+    server = serving.serve(
+        what, host, port, batch_size, concurrency, header_env, max_tokens, token_env
+    )
+    print(f"{what} → {server.url}", flush=True)
+    serving.attend(server)
 
 
 @command("tasks", "tasks of reasoning-gym as rows of data: tasks TASK OUT", raw=True)

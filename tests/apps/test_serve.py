@@ -9,9 +9,9 @@ import pytest
 import runs
 from servers import running
 
-from jaxrlhf.apps import cli
-from jaxrlhf.apps import serve as serving
-from jaxrlhf.apps.serve import BadRequestError, Server, model_source, reply, serve
+from jaxrlhf.apps import cli, listener
+from jaxrlhf.apps.listener import BadRequestError, Server, reply
+from jaxrlhf.apps.serve import model_source, serve
 from jaxrlhf.config import ServiceConfig, save
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.load import load_model
@@ -105,7 +105,7 @@ def test_statuses(monkeypatch):
         assert (bad.status_code, "not JSON" in bad.json()["error"]) == (400, True)
         failed = post(server.url, json={"rows": [ROW]})
         assert (failed.status_code, failed.json()) == (500, {"error": "ValueError: two lines"})
-        monkeypatch.setattr(serving, "MAX_BYTES", 10)
+        monkeypatch.setattr(listener, "MAX_BYTES", 10)
         large = post(server.url, json={"rows": [ROW]})
         assert large.status_code == 413
         assert httpx2.get(server.url, trust_env=False).json() == {"ready": True}
