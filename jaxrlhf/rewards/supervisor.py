@@ -37,6 +37,9 @@ def main(handle: int) -> None:
     parent = os.getppid()
     if LINUX:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    # A scheduler may tell every process of a job to end; the run decides when a worker is to.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     # A handler, so that the end of a child is written to the pipe, which select waits for.
     woken, wake = os.pipe()
     os.set_blocking(wake, False)

@@ -7,7 +7,9 @@ or {id, problem: why}. If it says nothing, the function has ended the process, o
 It imports neither jax nor transformers: it is ready soon.
 """
 
+import os
 import resource
+import signal
 import socket
 import sys
 from typing import Any
@@ -36,6 +38,7 @@ def host_function(config: RewardConfig) -> RewardFunction:
 
 def serve(handle: int) -> None:
     """Answer what comes over the socket of this descriptor until it is closed."""
+    _outlive_signals()
     # Not inherited by what the function starts: nobody but this process can speak here.
     with socket.socket(fileno=handle) as sock:
         sock.set_inheritable(False)
@@ -46,6 +49,20 @@ def serve(handle: int) -> None:
                 send(sock, {"id": asked["id"], **_answer(config, function, asked)})
         except ClosedError:  # whoever asked is gone
             return
+
+
+def _outlive_signals() -> None:
+    """Go on after what a scheduler sends to all of a job: the run may still want its rewards."""
+    here = os.getpid()
+
+    def go_on(number: int, _: Any) -> None:
+        if os.getpid() != here:  # a fork, which whoever made it may want to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    # Handlers, which no other program that is started inherits, as it would that they are ignored.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, go_on)
 
 
 def _prepare(sock: socket.socket) -> tuple[RewardFunction | None, RewardConfig]:

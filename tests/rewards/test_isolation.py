@@ -22,7 +22,7 @@ from jaxrlhf.rewards.isolation import Isolated, host_source, is_foreign
 from jaxrlhf.rewards.supervisor import children
 
 MODULE = """
-import asyncio, json, os, subprocess, sys, time
+import asyncio, json, multiprocessing, os, subprocess, sys, time
 
 def act(prompts, completions, **columns):
     print("what a function prints disturbs nobody")
@@ -85,6 +85,20 @@ def kinds(prompts, completions, day, **columns):
 def kill_supervisor(prompts, completions, **columns):
     os.kill(os.getppid(), 9)
     time.sleep(1000)
+
+def terminate_children(prompts, completions, **columns):
+    child = subprocess.Popen(["sleep", "100"])
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+    fork.start()
+    child.terminate(), fork.terminate()
+    fork.join()
+    return [float(child.wait()), float(fork.exitcode)]
+
+def signal_all(prompts, completions, **columns):
+    for number in (2, 15):
+        os.kill(os.getppid(), number), os.kill(os.getpid(), number)
+    time.sleep(0.2)
+    return [float(os.getppid() != 1)] * len(completions)
 
 def pid(prompts, completions, **columns):
     time.sleep(0.05)
@@ -225,6 +239,13 @@ def test_worker_ends_with_its_supervisor_and_another_is_started(isolated):
     source = isolated("kill_supervisor", timeout=2.0)
     for _ in range(2):
         assert ask(source, ["a"]).problem == "ended its process (killed by SIGKILL)"
+
+
+def test_what_a_scheduler_sends_to_all_ends_no_worker_but_its_children_can_be_ended(isolated):
+    source = isolated("signal_all")
+    np.testing.assert_array_equal(ask(source, ["a", "b"]).score_B, 1)
+    np.testing.assert_array_equal(ask(source, ["a", "b"]).score_B, 1)
+    np.testing.assert_array_equal(ask(isolated("terminate_children"), ["a", "b"]).score_B, -15)
 
 
 ENDLESS = """
