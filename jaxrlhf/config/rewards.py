@@ -117,7 +117,7 @@ class RewardConfig:
     isolate: IsolateConfig | None = None
     """Have a function or verifier that fails cost the rows of its call, in processes with limits;
     null has it end the run."""
-    timeout: float = 600.0
+    timeout: float = 1800.0
     """Seconds that a call of a function may take, for all rows of an iteration; the run then ends.
     Read where it is neither isolated nor called in the run's own process."""
     in_process: bool = False

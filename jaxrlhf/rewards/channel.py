@@ -13,6 +13,9 @@ from typing import Any
 HEAD = struct.Struct(">Q")
 """The length of a message, bytes."""
 
+LONGEST = 1e6
+"""Seconds; a socket cannot be told to wait for any number of them."""
+
 
 class ChannelError(Exception):
     """The other end has sent what is no message."""
@@ -64,7 +67,7 @@ def receive(sock: socket.socket, most: int | None = None, until: float | None = 
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        raise ChannelError(f"sent what is not JSON: {body[:40]!r}") from None
+        raise ChannelError(f"sent what is not JSON: {bytes(body[:40])!r}") from None
 
 
 def _bytes(sock: socket.socket, count: int, until: float | None) -> bytearray:
@@ -88,4 +91,4 @@ def _limit(sock: socket.socket, until: float | None) -> None:
     left = None if until is None else until - time.monotonic()
     if left is not None and left <= 0:
         raise TimeoutError
-    sock.settimeout(left)
+    sock.settimeout(left and min(left, LONGEST))

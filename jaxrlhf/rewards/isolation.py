@@ -185,7 +185,7 @@ class _Worker:
             said = receive(self.socket, SAID + ROW * count, until)
         except TimeoutError:
             self.stop()
-            return {"problem": f"took more than {seconds:g} s"}
+            return {"problem": f"took more than its timeout of {seconds:g} s"}
         except ClosedError as error:
             return {"problem": self._ended(str(error))}
         except ChannelError as error:
