@@ -116,8 +116,7 @@ def model_source(
     with jax.set_mesh(mesh):
         score = load_scorer(RewardConfig(model=folder), loader, tokenizer, None, "serve")
     ends = read_ends(folder, tokenizer, decoder.vocab)
-    # Longer rows do not fit: they are not even split into tokens, which would take its time.
-    longest = width * max(WIDEST, *map(len, tokenizer.get_vocab()))
+    most = width, width * max(WIDEST, *map(len, tokenizer.get_vocab()))
 
     def batch(rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         # Rows that fill a batch up are the first again, and their scores are not read.
@@ -136,11 +135,7 @@ def model_source(
         ids, problem = {}, ""
         for b, row in enumerate(zip(asked.prompts, asked.completions, asked.ended, strict=True)):
             try:
-                if (length := len(row[0]) + len(row[1])) > longest:
-                    raise InputError(
-                        f"{length} characters, and the reward model reads max_tokens={width}"
-                    )
-                ids[b] = _encode(tokenizer, ends, decoder.vocab, width, *row)
+                ids[b] = _encode(tokenizer, ends, decoder.vocab, most, *row)
             except InputError as error:
                 problem = str(error)
         score_B = np.full(len(asked), np.nan)
@@ -155,9 +150,20 @@ def model_source(
 
 
 def _encode(
-    tokenizer: Any, ends: Ends, vocab: int, width: int, prompt: str, completion: str, ended: bool
+    tokenizer: Any,
+    ends: Ends,
+    vocab: int,
+    most: tuple[int, int],
+    prompt: str,
+    completion: str,
+    ended: bool,
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of its completion, which is closed by a stop token if it ``ended``."""
+    """Tokens of a prompt and of its completion, which is closed by a stop token if it ``ended``;
+    ``most`` tokens of both, and characters."""
+    width, longest = most
+    # It does not fit, whatever it says: splitting it into tokens would take its time.
+    if (length := len(prompt) + len(completion)) > longest:
+        raise InputError(f"{length} characters, and the reward model reads max_tokens={width}")
     ids = encode_prompt(tokenizer, prompt, "prompt")
     # An empty completion is an answer where it ended at once: its stop token is scored.
     answer = list(ends.stop[:1])

@@ -159,6 +159,12 @@ def test_model_source_scores_rows_as_they_are_alone(folder):
     assert len(set(expected)) == 4
 
 
+def test_model_source_splits_no_text_that_cannot_fit(folder):
+    scored = model_source(folder, 2)(Asked(["the"], ["x" * 1_000_000], {}, [True]))
+    assert np.isnan(scored.score_B).all()
+    assert scored.problem == "1000003 characters, and the reward model reads max_tokens=8"
+
+
 def test_model_source_compiles_once(folder, monkeypatch):
     traced = runs.count_traces(monkeypatch, models, _reward=0)
     ask = model_source(folder, 4)

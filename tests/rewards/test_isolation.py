@@ -88,8 +88,11 @@ def kill_supervisor(prompts, completions, **columns):
 
 def terminate_children(prompts, completions, **columns):
     child = subprocess.Popen(["sleep", "100"])
-    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+    forks = multiprocessing.get_context("fork")
+    runs = forks.Event()
+    fork = forks.Process(target=lambda: (runs.set(), time.sleep(100)))
     fork.start()
+    runs.wait(10)
     child.terminate(), fork.terminate()
     fork.join()
     return [float(child.wait()), float(fork.exitcode)]
