@@ -286,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         except BadRequestError as error:
             return 400, {"error": str(error)}
         except Exception as error:
-            self.log_error("%s", describe(error))
+            self.log_message("%s", describe(error))
             return 500, {"error": describe(error)}
 
     def _refuse(self, status: int, why: str) -> None:
@@ -310,7 +310,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_request(self, *_: Any) -> None:
-        """Requests are not logged; errors are."""
+        """Requests are not logged, nor what is wrong with them: strangers could fill a disk."""
+
+    log_error = log_request
 
 
 def reply(body: bytes, source: Source) -> dict[str, Any]:
