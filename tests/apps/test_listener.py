@@ -123,6 +123,18 @@ def test_clients_that_leave(monkeypatch):
         assert post(server).json() == ANSWER
 
 
+def test_body_that_ends_too_soon_is_not_scored():
+    """Though what has come is a request."""
+    asked = []
+    with (
+        running(Server(asked.append)) as server,
+        talking(server, head(f"Content-Length: {len(BODY) + 5}") + BODY) as client,
+    ):
+        client.shutdown(socket.SHUT_WR)
+        assert said(client) == b""
+    assert asked == []
+
+
 @pytest.mark.parametrize("sent", [b"", head("Content-Length: 50")[:-2], head("Content-Length: 9")])
 def test_slow_client_is_cut_off(sent, monkeypatch):
     """Silent, or dripping: the time is that of the whole head, and of the whole body."""
@@ -206,11 +218,12 @@ def test_rows_that_are_too_many_or_no_text(monkeypatch):
 
 
 def test_sigterm_ends_it_once_what_is_under_way_is_answered(capfd):
-    came, answers = threading.Event(), []
+    came, scored, over, answers = *(threading.Event() for _ in range(3)), []
 
     def slow(asked):
         came.set()
         time.sleep(0.3)
+        scored.set()
         return source(asked)
 
     def ask():
@@ -220,7 +233,7 @@ def test_sigterm_ends_it_once_what_is_under_way_is_answered(capfd):
         with talking(server):  # a connection that brings nothing is not waited for
             assert came.wait(10)
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
+            assert over.wait(20)
 
     server, before = Server(slow), signal.getsignal(signal.SIGTERM)
     threads = [threading.Thread(target=work) for work in (ask, stop)]
@@ -229,12 +242,14 @@ def test_sigterm_ends_it_once_what_is_under_way_is_answered(capfd):
         for thread in threads:
             thread.start()
         attend(server)
+        assert scored.is_set()
+        assert time.monotonic() - began < 5
     finally:
+        over.set()
         signal.signal(signal.SIGTERM, before)
     for thread in threads:
         thread.join()
     assert answers == [ANSWER]
-    assert time.monotonic() - began < 5
     with pytest.raises(httpx2.ConnectError):
         post(server)
     assert capfd.readouterr().err == ""
