@@ -222,7 +222,7 @@ def test_sigterm_ends_it_once_what_is_under_way_is_answered(capfd):
 
     def slow(asked):
         came.set()
-        time.sleep(0.3)
+        time.sleep(1.0)  # longer than the server takes to hear that it is to stop
         scored.set()
         return source(asked)
 
