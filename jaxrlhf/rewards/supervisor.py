@@ -8,7 +8,7 @@ On Linux it is the parent of all whose own has gone, daemons included, and kills
 worker is killed when this process is. Elsewhere what leaves the worker's process group stays, and
 so does a worker whose supervisor is killed.
 
-It imports little: it stays for the whole run, and takes about 10 MB.
+It imports little: it stays for the whole run, and takes about 12 MB.
 """
 
 import contextlib

@@ -76,7 +76,8 @@ def forge(prompts, completions, how, **columns):
     return [1.0] * len(completions)
 
 def descriptors_of_a_child(prompts, completions, **columns):
-    run = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True)
+    command = ["ls", "-l", "/proc/self/fd"]
+    run = subprocess.run(command, capture_output=True, text=True, close_fds=False)
     return [float("socket:" in run.stdout)] * len(completions)
 
 def kinds(prompts, completions, day, **columns):
