@@ -63,7 +63,7 @@ def serve(
         # The device takes one batch at a time, whoever asks.
         source, concurrency = model_source(what, batch_size, max_tokens=max_tokens), 1
     else:
-        source = host_source(RewardConfig(function=what), concurrency)
+        source = host_source(RewardConfig(function=what), concurrency, devices=True)
     return Server(source, host, port, concurrency, secret=wanted)
 
 

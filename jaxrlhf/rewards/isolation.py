@@ -45,17 +45,18 @@ ROW, SAID = 64, 8 * LONGEST
 """Most bytes of an answer: of each score, and of what else is said."""
 
 
-def host_source(config: RewardConfig, workers: int = 1) -> Source:
+def host_source(config: RewardConfig, workers: int = 1, devices: bool = False) -> Source:
     """What asks ``host_function``, in processes of its own where it is not this package's.
 
     Args:
       workers: processes that take calls at once; with ``isolate``, that has its own number.
+      devices: whether they may use the accelerators through JAX, which this process then does not.
 
     Raises:
       InputError: the function cannot be had.
     """
     if config.isolate or is_foreign(config):
-        return Isolated(config, workers)
+        return Isolated(config, workers, devices)
     function, name = host_function(config), name_of(config)
 
     def ask(asked: Asked) -> Scored:
@@ -92,15 +93,15 @@ class Isolated:
       InputError: the function cannot be had.
     """
 
-    def __init__(self, config: RewardConfig, workers: int = 1):
-        self._config = config
+    def __init__(self, config: RewardConfig, workers: int = 1, devices: bool = False):
+        self._config, self._devices = config, devices
         whole = IsolateConfig(workers, sys.maxsize, config.timeout, math.inf)
         self._limits = config.isolate or whole
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._workers: list[_Worker | None] = [None] * self._limits.workers
         for slot in range(self._limits.workers):
             self._free.put(slot)
-        self._workers[0] = _Worker(config, self._limits)
+        self._workers[0] = _Worker(config, self._limits, devices)
         # Of the list and not of self: a finalizer that holds its object never runs.
         self.close = weakref.finalize(self, _stop, self._workers)
 
@@ -121,7 +122,8 @@ class Isolated:
         try:
             worker = self._workers[slot]
             if worker is None or worker.process.poll() is not None:
-                worker = self._workers[slot] = _Worker(self._config, self._limits)
+                worker = _Worker(self._config, self._limits, self._devices)
+                self._workers[slot] = worker
             scores, problem = worker.ask({**rows, "columns": columns}, len(asked))
         except (InputError, OSError) as error:  # the next call tries again to start one
             scores, problem = None, f"its process could not be started: {error}"
@@ -138,7 +140,7 @@ class Isolated:
 class _Worker:
     """One process, ready to be asked."""
 
-    def __init__(self, config: RewardConfig, limits: IsolateConfig):
+    def __init__(self, config: RewardConfig, limits: IsolateConfig, devices: bool):
         self._limits = limits
         self.socket, theirs = socket.socketpair()
         # It imports from where this process does, and, by -P, from nowhere else.
@@ -146,8 +148,9 @@ class _Worker:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "jaxrlhf.rewards.supervisor", str(theirs.fileno())],
-                # The accelerators are this process's.
-                env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+                # The accelerators are this process's, unless it leaves them to the worker.
+                env={**os.environ, "PYTHONPATH": path}
+                | ({} if devices else {"JAX_PLATFORMS": "cpu"}),
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.PIPE,  # never written to: that it is open says that we live
                 stdout=2,  # what a function prints is no output of this process

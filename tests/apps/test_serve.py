@@ -186,6 +186,21 @@ def test_serve_function():
         np.testing.assert_allclose(server.source(ASKED).score_B, [2 / 3, -1, -1, 0, 0])
 
 
+def test_serve_function_of_others_has_the_devices_and_no_hold_on_the_server(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(
+        "import os\n"
+        "def f(prompts, completions, **_):\n"
+        "    if 'exit' in completions: os._exit(0)\n"
+        "    return [float(os.environ['JAX_PLATFORMS'] == 'mine')] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "mine")
+    with serve("theirs:f", port=0) as server:
+        with pytest.raises(InputError, match=r"'theirs:f' ended its process \(status 0\)"):
+            server.source(Asked(["p"], ["exit"], {}, [True]))
+        np.testing.assert_array_equal(server.source(ASKED).score_B, 1)
+
+
 @pytest.mark.parametrize(
     ("what", "options", "message"),
     [
