@@ -312,7 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
     def log_request(self, *_: Any) -> None:
         """Requests are not logged, nor what is wrong with them: strangers could fill a disk."""
 
-    log_error = log_request
+    def log_error(self, format: str, *args: Any) -> None:
+        """Nor this, which http.server calls for each of those."""
 
 
 def reply(body: bytes, source: Source) -> dict[str, Any]:
