@@ -243,7 +243,7 @@ def test_sigterm_ends_it_once_what_is_under_way_is_answered(capfd):
             thread.start()
         attend(server)
         assert scored.is_set()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9  # and not the ten that it may take
     finally:
         over.set()
         signal.signal(signal.SIGTERM, before)

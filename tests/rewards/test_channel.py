@@ -76,5 +76,5 @@ def test_both_end_in_time_whatever_the_other_does(ends):
         send(ours, "x" * 10_000_000, until=time.monotonic() + 0.2)
     with pytest.raises(TimeoutError):
         send(ours, "x", until=time.monotonic() - 1)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     send(theirs, "x", until=time.monotonic() + 1e300)
