@@ -125,8 +125,7 @@ def model_source(
         token_BT, real_BT = pad_rows(texts, width, ends.pad, [""] * batch_size)
         starts_B = np.array([len(prompt) for prompt, _ in filled])
         mask_BT = (real_BT * (np.arange(width) >= starts_B[:, None])).astype(np.float32)
-        zero_BT = np.zeros(token_BT.shape, np.float32)
-        ended_B = np.ones(batch_size, bool)
+        zero_BT, ended_B = np.zeros(token_BT.shape, np.float32), np.ones(batch_size, bool)
         with jax.set_mesh(mesh):
             arrays = put_rows((token_BT, real_BT, mask_BT, zero_BT, zero_BT, ended_B), mesh)
             return np.asarray(score(Rollout(*arrays)), np.float64)[: len(rows)]
