@@ -85,7 +85,7 @@ def test_watchdog_of_one_process_watches_if_asked_for():
         "    time.sleep(10)\n"
     )
     assert done.returncode == FAILED
-    assert "process 0 of 1: no progress for 1 s (distributed.watchdog)" in done.stderr
+    assert "process 0 of 1: no progress for 1 s" in done.stderr
 
 
 def test_limit_of_the_watchdog_where_it_is_left_open():
