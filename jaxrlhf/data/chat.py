@@ -22,7 +22,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from jaxrlhf.config import Config, DataConfig
 from jaxrlhf.config.load import read
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.rows import Message, Row, content_text, locate, one_line, shown
+from jaxrlhf.core.shown import one_line, shown
+from jaxrlhf.data.rows import Message, Row, content_text, locate
 from jaxrlhf.mesh.processes import assemble, is_first
 
 CLOCK = "strftime_now"

@@ -10,8 +10,9 @@ from itertools import chain
 from typing import Any
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.data.chat import Writer
-from jaxrlhf.data.rows import CALLS, Message, content_text, shown
+from jaxrlhf.data.rows import CALLS, Message, content_text
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that hold what was thought before it."""

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.reading import NotJsonError, check_text, parse_json
+from jaxrlhf.core.shown import one_line, shown
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -146,17 +148,6 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
 
 
-def shown(value: Any, limit: int = 60) -> str:
-    """``value`` as an error message shows it: one line, cut at ``limit`` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(file, 1):
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -183,29 +174,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _parse(raw: tuple[str, bytes | dict[str, Any]]) -> Row:
     where, content = raw
     try:
-        values = _DECODER.decode(content.decode()) if isinstance(content, bytes) else content
-        _check_text(values, where)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        match error:
-            case UnicodeDecodeError():
-                what = f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-            case json.JSONDecodeError():
-                what = f"not JSON ({error.msg} at character {error.pos + 1}); mend or drop it"
-            case _TwiceError():
-                what = f"key {shown(error.args[0])} stands twice in one object; keep one"
-            case RecursionError():
-                what = "nested too deeply; mend or drop it"
-            case _:  # a number of more digits than Python reads
-                what = f"not JSON ({one_line(error)}); mend or drop it"
-        raise InputError(f"{where}: {what}") from error
+        values = parse_json(content, _object) if isinstance(content, bytes) else content
+        check_text(values, where)
+    except NotJsonError as error:
+        raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
+    except _TwiceError as error:
+        what = f"key {shown(error.args[0])} stands twice in one object; keep one"
+        raise InputError(f"{where}: {what}") from None
     if not isinstance(values, dict):
         raise InputError(f"{where}: {shown(values)} is no object; a row is {{column: value, …}}")
     return Row({name: _without_nulls(value) for name, value in values.items()}, where)
@@ -218,22 +196,10 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
-def _check_text(value: Any, where: str) -> None:
-    """Raise InputError if a string anywhere in ``value`` holds NUL or a lone surrogate."""
-    if isinstance(value, str):
-        if found := re.search(r"[\0\ud800-\udfff]", value):
-            kind = "a NUL" if found[0] == "\0" else f"a lone surrogate {found[0]!r}"
-            message = f"{where}: {kind} at character {found.start() + 1} of {shown(value)}"
-            raise InputError(f"{message}; remove it")
-    elif isinstance(value, dict | list):
-        for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
-            _check_text(item, where)
-
-
 def value_of(row: Row, key: str) -> Any:
     """Whatever stands in a column, or an InputError that names those there are."""
     if key not in row.values:
-        keys = ", ".join(map(str, row.values)) or "none"
+        keys = f"{', '.join(map(str, row.values)):.200}" or "none"
         raise InputError(f"{row.where}: no {key!r} among its columns ({keys}); add or rename one")
     return row.values[key]
 

@@ -37,6 +37,7 @@ from jaxrlhf.config import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.data.chat import chat_settings
 from jaxrlhf.data.formats import (
     ENDS,
@@ -49,7 +50,7 @@ from jaxrlhf.data.formats import (
     read_completions,
     read_prompts,
 )
-from jaxrlhf.data.rows import Rows, read_rows, shown, transform
+from jaxrlhf.data.rows import Rows, read_rows, transform
 from jaxrlhf.data.text import step_ends, units
 
 Ids = list[int]
