@@ -1,6 +1,9 @@
 """The one error that a user can mend: what is wrong, where, and what to do about it."""
 
-from jaxrlhf.core.shown import visible
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxrlhf.core.shown import one_line, visible
 
 
 class InputError(ValueError):
@@ -13,3 +16,19 @@ class InputError(ValueError):
     def __init__(self, message: str):
         # It quotes files, rows and services of others, and ends on a terminal or in a log.
         super().__init__(visible(message))
+
+
+@contextmanager
+def refused(what: str, remedy: str) -> Iterator[None]:
+    """Whatever a library raises inside, over a file of others, is ``what (reason); remedy``.
+
+    So is a panic of Rust, which its bindings raise as no Exception.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({one_line(error)}); {remedy}") from None

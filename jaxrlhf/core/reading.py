@@ -7,7 +7,7 @@ too: JSON takes up to 24 times its size (``{},{},…``), and YAML some seconds a
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ MOST_YAML = 2**17
 
 MOST_WRITTEN_OUT = 2**20
 """Characters of a YAML file, each alias written out as what it stands for."""
+
+MOST_DEEP = 100
+"""Lists and objects inside of one another: Python walks them by recursion."""
 
 MOST_STEPS = 2**53
 """Steps that a run cannot have: beyond, floats do not tell one from the next."""
@@ -64,7 +67,7 @@ def read_object(path: str | Path, most: int = MOST, remedy: str = "mend or remov
     """The object that a JSON file holds; errors as of ``read_json``, or that it holds none."""
     content = read_json(path, most, remedy)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: {shown(content)} is not a JSON object: {remedy}")
+        raise InputError(f"{path}: not a JSON object ({shown(content)}): {remedy}")
     return content
 
 
@@ -83,7 +86,7 @@ def parse_json(content: bytes, pairs_hook: Any = None) -> Any:
     """
     try:
         text = content.decode()
-        return json.loads(text, parse_int=_integer, object_pairs_hook=pairs_hook)
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs_hook)
     except UnicodeDecodeError as error:
         raise NotJsonError(f"not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -91,6 +94,25 @@ def parse_json(content: bytes, pairs_hook: Any = None) -> Any:
         raise NotJsonError(f"{error.msg} at {place}") from None
     except RecursionError:
         raise NotJsonError("nested too deeply") from None
+    # So many brackets have to be there; most rows have fewer, and are not walked.
+    if text.count("[") + text.count("{") > MOST_DEEP and _is_deep(value):
+        raise NotJsonError("nested too deeply")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects lie more than ``MOST_DEEP`` deep."""
+    layer, depth = [value], 0
+    while layer and depth <= MOST_DEEP:
+        layer = [x for outer in layer for x in _items(outer)]
+        depth += 1
+    return bool(layer)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _integer(text: str) -> int:
@@ -108,8 +130,9 @@ def record_of(line: bytes) -> dict[str, Any] | None:
     except NotJsonError:
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    whole = isinstance(step, int) and not isinstance(step, bool)
-    return record if whole and 0 <= step < MOST_STEPS else None
+    if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < MOST_STEPS:
+        return record
+    return None
 
 
 def check_text(value: Any, where: str, nul: bool = False) -> None:
@@ -177,23 +200,25 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Characters of what a node stands for, at least one a node.
+def _written_out(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Characters of what a node stands for, at least one a node, and how deep it is nested.
 
     Args:
-      sizes: those of nodes seen before, by id; 0 for those that ``node`` lies in.
+      known: those of nodes seen before, by id; (0, 0) for those that ``node`` lies in.
     """
     if isinstance(node, yaml.ScalarNode):
-        return 1 + len(node.value)
-    if id(node) not in sizes:
-        sizes[id(node)] = 0
+        return 1 + len(node.value), 0
+    if id(node) not in known:
+        known[id(node)] = 0, 0
         items = _pairs(node) if isinstance(node, yaml.MappingNode) else node.value
-        sizes[id(node)] = 1 + sum(_written_out(item, sizes) for item in items)
-    size = sizes[id(node)]
-    if size == 0 or size > MOST_WRITTEN_OUT:
-        problem = "an alias of what it stands in" if size == 0 else "too much, by its aliases"
+        sizes, depths = zip((1, 0), *(_written_out(item, known) for item in items), strict=True)
+        known[id(node)] = sum(sizes), 1 + max(depths)
+    size, depth = known[id(node)]
+    if size == 0 or size > MOST_WRITTEN_OUT or depth > MOST_DEEP:
+        problem = "too much, by its aliases" if size else "an alias of what it stands in"
+        problem = "nested too deeply" if depth > MOST_DEEP else problem
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    return size
+    return size, depth
 
 
 def _pairs(node: yaml.MappingNode) -> Iterator[yaml.Node]:
