@@ -6,9 +6,11 @@ rows from stage to stage, and stops at the first bad one or leaves it out.
 
 import codecs
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -121,22 +123,24 @@ def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = F
 
 def locate(path: str) -> Traversable:
     """The file that ``path`` or ``package:relative/path`` names; InputError if there is none."""
-    file = Path(path).expanduser()
+    # The functions of os.path raise over no name, however long or odd.
+    file = Path(os.path.expanduser(path))
     match = re.fullmatch(r"([A-Za-z_][\w.]+):(.+)", path)
     found: Traversable = file
     # A file of that very name goes first.
-    if match and not file.exists():
+    if match and not os.path.exists(file):
         package, relative = match.groups()
         try:
             # The files that this package ships lie in data/.
             inside = "data" if package == "jaxrlhf" else ""
             found = resources.files(package).joinpath(inside, relative)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:
             message = f"{path}: no package {package!r} is installed; install it or give a file"
             raise InputError(message) from error
-    if not found.is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    return found
+    with suppress(OSError, ValueError):
+        if found.is_file():
+            return found
+    raise InputError(f"{path}: no such file; check the path")
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -270,6 +274,19 @@ def _check_content(message: Message, name: str, where: str) -> None:
 
 CALLS = {"tool_calls", "function_call"}
 """Fields of a message that hold calls of tools."""
+
+
+def calls_of(message: Message) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The calls of tools in a message: where each stands, and its ``{name, arguments}``.
+
+    What is no call, a template may still write; it is passed over.
+    """
+    for field in sorted(CALLS & message.keys()):
+        calls = message[field] if isinstance(message[field], list) else [message[field]]
+        for index, call in enumerate(calls):
+            inner = call.get("function", call) if isinstance(call, dict) else None
+            if isinstance(inner, dict):
+                yield f"{field}[{index}]" if field == "tool_calls" else field, inner
 
 
 def content_text(message: Message) -> str:
