@@ -235,6 +235,15 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     return loader.construct_mapping(node, deep=True)
 
 
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # As of JSON; 60 to the power of 100, base and most colons, is a float too.
+    if len(node.value) > 200:
+        problem = f"a number of {len(node.value)} digits"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 # Nothing that JSON has not: no binary, no set, and a date is text, quoted or not.
 _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")

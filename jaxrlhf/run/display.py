@@ -190,8 +190,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def number(x: Any) -> str:
-    """A number in two or three digits that matter, at most 8 characters; – for None."""
-    if x is None:
+    """A number in two or three digits that matter, at most 8 characters; – for what is none."""
+    if not hasattr(x, "__float__"):
         return "–"
     x = float(x)
     size = abs(x)

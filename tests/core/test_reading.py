@@ -29,7 +29,7 @@ YAML = {
     "itself": ("a: &a [*a]", ":1: not YAML: an alias of what it stands in"),
     "nested": ("[" * 50_000, ": not YAML: nested too deeply"),
     "tag": ("a: !!int x", ": not YAML: a value that is not of its kind"),
-    "digits": ("a: " + "9" * 5000, ": not YAML: a value that is not of its kind"),
+    "digits": ("a: 0x" + "9" * 5000, ":1: not YAML: a number of 5002 digits"),
     "binary": ("a: !!binary aGk=", ":1: not YAML: could not determine a constructor"),
     "python": ("a: !!python/object/apply:os.system [ls]", ":1: not YAML: could not determine"),
     "long tag": ("!" * 10**5, ":1: not YAML: "),
