@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 from jaxrlhf.core.shown import one_line, visible
 
+LONGEST = 4000
+"""Characters of a message: names of others may be of any length."""
+
 
 class InputError(ValueError):
     """Bad input: a config field, a file, a row, a prompt.
@@ -15,7 +18,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         # It quotes files, rows and services of others, and ends on a terminal or in a log.
-        super().__init__(visible(message))
+        text = visible(message)
+        # The place is at its beginning, and the remedy at its end.
+        half = LONGEST // 2 - 2
+        super().__init__(text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}")
 
 
 @contextmanager

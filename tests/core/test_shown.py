@@ -47,6 +47,8 @@ def test_one_line_of_an_error():
 
 def test_input_error_is_one_line_that_commands_nothing():
     assert str(InputError(f"x.jsonl:1: {BAD}")).isprintable()
+    long = str(InputError(f"x.jsonl:1: {'a' * 10**6}: mend it"))
+    assert (long[:11], long[-9:], len(long)) == ("x.jsonl:1: ", ": mend it", 3999)
 
 
 def test_generate_prints_what_a_model_says(monkeypatch, capsys):
