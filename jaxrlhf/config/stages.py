@@ -141,7 +141,8 @@ class StageConfig:
 
     name: str
     make: str = ""
-    """A Python function (folder, seed, **set) that writes files, by its dotted path."""
+    """A Python function (folder, seed, **set) that writes files, by its dotted path. Its module is
+    imported, and any function of any module can be named: read pipelines of others first."""
     preferences: PreferencesConfig | None = None
     """Sample from a policy and compare: train.jsonl and eval.jsonl."""
     train: str = ""
