@@ -14,22 +14,27 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, refused
 from jaxrlhf.core.reading import NotJsonError, check_text, parse_json
-from jaxrlhf.core.shown import one_line, shown
+from jaxrlhf.core.shown import shown
 
 S = TypeVar("S")
 T = TypeVar("T")
 Message = dict[str, Any]
 Text = str | list[Message]
 """Plain text or a chat."""
+
+
+AT_ONCE = 64
+"""Rows of Parquet that are made at once."""
+
+MOST_EXPANDED, EXPANSION = 2**28, 100
+"""Bytes that the rows of a Parquet file may become, beside so many times its size."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,12 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
     suffix = Path(source.name).suffix.lower()
     if suffix not in readers:
         raise InputError(f"{path}: unknown extension {suffix!r}; give a .jsonl or .parquet file")
-    try:
-        with source.open("rb") as file:
-            # Read while they are parsed: a file's raw rows are never all in memory.
-            raw: Any = readers[suffix](file, path)
-            return transform(Rows(raw, path), _parse, skip_bad_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
+    with refused(f"{path}: cannot be read", "check the file"):
+        file = source.open("rb")
+    with file:
+        # Read while they are parsed: a file's raw rows are never all in memory.
+        raw: Any = _guarded(readers[suffix](file, path), path)
+        return transform(Rows(raw, path), _parse, skip_bad_rows)
 
 
 def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = False) -> Rows[T]:
@@ -161,9 +165,25 @@ def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_parquet(file: IO[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    batches = pq.ParquetFile(file).iter_batches()
-    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-    return ((f"{path}:{number}", values) for number, values in enumerate(rows, 1))
+    size, number, expanded = file.seek(0, os.SEEK_END), 0, 0
+    table = pq.ParquetFile(file)
+    # Rows that are all alike take no room: a few bytes may say that there are billions.
+    if table.metadata.num_rows > max(size, 2**20):
+        rows = table.metadata.num_rows
+        raise InputError(f"{path}: {rows} rows in {size} bytes: is it the right file?")
+    for batch in table.iter_batches(batch_size=AT_ONCE):
+        expanded += batch.nbytes
+        if expanded > MOST_EXPANDED + EXPANSION * size:
+            raise InputError(f"{path}: {size} bytes of Parquet become {expanded}: is it all right?")
+        for values in batch.to_pylist():
+            number += 1
+            yield f"{path}:{number}", values
+
+
+def _guarded(rows: Iterator[T], path: str) -> Iterator[T]:
+    """``rows``; whatever a library raises over the file is an InputError."""
+    with refused(f"{path}: cannot be read", "check the file"):
+        yield from rows
 
 
 class _TwiceError(ValueError):

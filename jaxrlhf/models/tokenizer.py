@@ -302,7 +302,8 @@ def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> N
         read another token's row.
     """
     added = tokenizer.added_tokens_decoder
-    size = max(token for token in tokenizer.get_vocab().values() if token not in added) + 1
+    ids = (token for token in tokenizer.get_vocab().values() if token not in added)
+    size = max(ids, default=-1) + 1
     if size > decoder.vocab:
         raise InputError(
             f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
