@@ -92,12 +92,17 @@ def _check(tokenizer: PreTrainedTokenizerFast) -> None:
         raise ValueError(f"chat_template={shown(template)} is no text")
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ValueError(f"model_max_length={shown(tokenizer.model_max_length)} is no number")
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) > MOST_ID:
+        raise ValueError(f"a token has the id {highest}, and {MOST_ID} is the highest")
     _check_growth(tokenizer.backend_tokenizer)
     # A word that is not in the vocabulary may be an error; a panic is none, and passes.
     for text in ("", "a", "a b\n", "é 電 <s>"):
         with suppress(Exception):
             tokenizer.decode(tokenizer.encode(text))
 
+
+MOST_ID = 2**24
+"""Of a token: all ids up to the highest are walked through where a tokenizer is written out."""
 
 MOST_GROWTH = 1000
 """Characters that a tokenizer's rules may make of one; those of NFKC make 18."""

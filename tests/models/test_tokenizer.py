@@ -90,6 +90,16 @@ def test_load_tokenizer_refuses_rules_that_fill_memory(tmp_path, tiny_tokenizer)
         load_tokenizer(tmp_path)
 
 
+def test_load_tokenizer_refuses_an_id_of_billions(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["w3"] = 2**31 - 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="a token has the id 2147483647"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes", [{"chat_template": 5}, {"model_max_length": "far"}, {"eos_token": 5}]
 )
