@@ -133,7 +133,7 @@ class _Worker:
                 _send(self._link, message)
                 # A character is written as up to twelve bytes.
                 return json.loads(_receive(self._link, 12 * _most_text(message) + 2**20))
-            except OSError as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise RenderError(self._end(error)) from None
 
     def _start(self) -> None:
@@ -151,7 +151,7 @@ class _Worker:
             )
         weakref.finalize(self, self._process.kill)
 
-    def _end(self, error: OSError) -> str:
+    def _end(self, error: Exception) -> str:
         """Why there was no answer, once the process has ended."""
         assert self._process is not None
         process, self._process = self._process, None
