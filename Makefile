@@ -27,7 +27,7 @@ demo: setup-demo
 test: setup-test
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Ten thousand damaged files a reader, an hour on one core; ARGS="--inputs 500 -k gguf": some.
+# Ten thousand damaged files a reader, half an hour on one core; ARGS="--inputs 500 -k gguf": some.
 fuzz: setup-test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --inputs 10000 $(ARGS)
 
