@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import visible
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -330,7 +331,8 @@ def generate(
     texts = tuple(map(as_text, prompt))
     for row in complete(model, texts, wish, judge, keep, beta, seed):
         for text, score in row:
-            print(text if score is None else f"{score:.3f}\t{text}")
+            said = visible(text, lines=True)
+            print(said if score is None else f"{score:.3f}\t{said}")
 
 
 @command("eval", "held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", raw=True)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import time
 import uuid
@@ -38,6 +39,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.reading import read_object
 from jaxrlhf.data.rows import locate
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import check_context, is_run, scores_texts
@@ -53,6 +55,9 @@ from jaxrlhf.study.diagnose import examine, read_history, save
 from jaxrlhf.study.evaluate import evaluate_model
 
 RECORD = "stage.json"
+
+MOST_RECORD = 2**26
+"""Bytes of it: what came out of a stage may be figures of many prompts."""
 
 STOPPED = 143
 """Exit status after a SIGTERM: what was asked for is not all done."""
@@ -100,7 +105,7 @@ def _carry_out(
                 for name, x in ids.items()
                 if any(Path(text).is_relative_to(output / name) for text in texts)
             },
-            "files": {x: _digest(x) for x in sorted(texts) if Path(x).is_file()},
+            "files": {x: _digest(x) for x in sorted(texts) if os.path.isfile(x)},
         }
         record = _record(folder, made_from)
         title = f"stage {number} of {len(config.stages)}: {stage.name}"
@@ -224,14 +229,13 @@ def _read(path: Path) -> dict[str, Any]:
     """The record at ``path``; empty where there is none."""
     if not path.exists():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "settings" not in record:
-        raise InputError(
-            f"{path}: no record of a stage: remove this folder and those of later stages"
-        )
+    remedy = "remove this folder and those of later stages"
+    record = read_object(path, MOST_RECORD, remedy)
+    parts = record.get("settings"), record.get("inputs", {}), record.get("files", {})
+    # What came out is signed.
+    signed = isinstance(record.get("id", ""), str) and ("id" in record or "result" not in record)
+    if not signed or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path}: no record of a stage: {remedy}")
     return record
 
 

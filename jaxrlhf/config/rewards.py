@@ -89,7 +89,7 @@ class RewardConfig:
 
     function: str = ""
     """A built-in (sentiment) or a Python function by its dotted path, package.module:function;
-    async ones too."""
+    async ones too. The module is imported: a config can run any code that is installed."""
     model: str = ""
     """A reward model: the output folder of its run, or a Hugging Face folder of a
     …ForSequenceClassification with one label and the policy's vocabulary."""

@@ -13,15 +13,15 @@ from tyro.constructors import PrimitiveConstructorSpec
 from jaxrlhf.config.algorithms import AlgorithmConfig, OfflineConfig, OnPolicyConfig, PPOConfig
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
 from jaxrlhf.config.rewards import RewardConfig
+from jaxrlhf.core.reading import parse_yaml, problem_of
 
 
 def _mapping(words: list[str]) -> Any:
     """A mapping as YAML writes it in one line; what is none is refused as YAML's is."""
     try:
-        # Days, which YAML reads as such, are text here.
-        return json.loads(json.dumps(yaml.safe_load(words[0]), default=str))
+        return parse_yaml(words[0])
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"not YAML: {problem_of(error)}") from None
 
 
 _MAPPING = PrimitiveConstructorSpec(

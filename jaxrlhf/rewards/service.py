@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxrlhf.config import ServiceConfig
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.rewards.functions import Asked, Scored, Source, describe, finish, number
 
 LONGEST_PAUSE = 30.0
@@ -190,7 +191,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
     if not isinstance(rewards, list):
         raise NoAnswerError(f"an answer without a list of rewards: {body[:40]!r}")
     if answer.get("id", name) != name:
-        raise NoAnswerError(f"an answer to another request: id={answer['id']!r:.40}")
+        raise NoAnswerError(f"an answer to another request: id={shown(answer['id'], 40)}")
     # By id alone: rows may come back in any order.
     score_B, seen_B, problem = np.full(rows, np.nan), np.zeros(rows, int), ""
     applies_B = np.ones(rows, bool)
@@ -198,7 +199,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
     for item in rewards:
         given = item.get("id") if isinstance(item, dict) else None
         if not isinstance(given, str) or given not in places:
-            problem = f"a reward for an unknown row: {item!r:.60}"
+            problem = f"a reward for an unknown row: {shown(item)}"
             continue
         b = places[given]
         seen_B[b] += 1
@@ -209,7 +210,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
         # A null of its own accord; a reward that is left out, or fails, is none.
         applies_B[b] = reward is not None or "reward" not in item or error is not None
         if applies_B[b] and not math.isfinite(score_B[b]):
-            said = error or f"reward={reward!r}"
+            said = error or f"reward={shown(reward)}"
             problem = f"row {given}: {' '.join(str(said).split()):.80}"
     # Two numbers for a row, and no saying which is meant: it gets neither.
     if (seen_B > 1).any():

@@ -25,6 +25,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import check_file, write_atomic, writing
+from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.chat import chat_settings
@@ -118,7 +119,7 @@ def _measure(
 ) -> dict[str, Any]:
     bench, networks = read_entrants(wish, config, mesh)
     if note := bench.prompts.note():
-        print(note, flush=True)
+        print(visible(note, lines=True), flush=True)
     judges = tuple(bench.judges)
     best_of = wish.best_of if judges else 0
     # Best of n starts from the reference. It is also the opponent, unless another is given.

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.shown import visible
 from jaxrlhf.study.diagnose import hacking, policy, signal, supervised
 from jaxrlhf.study.diagnose.history import Detector, Finding, History, read_history
 
@@ -89,5 +90,5 @@ def show(folder: str | Path, history: History, findings: list[Finding]) -> None:
     console = Console()
     for text, style in lines(folder, history, findings):
         # a terminal that is not UTF-8 gets "?" for "→", where print would raise
-        readable = text.encode(console.encoding, "replace").decode(console.encoding)
+        readable = visible(text).encode(console.encoding, "replace").decode(console.encoding)
         console.print(Text(readable, style), soft_wrap=True)
