@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 from tyro.conf import Positional, arg
@@ -288,10 +288,12 @@ def pipeline(
     run_pipeline(stages)
 
 
-@command("generate", "complete prompts: generate MODEL --prompt TEXT")
+@command("generate", "answers to prompts: generate MODEL --prompt TEXT")
 def generate(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     prompt: tuple[str, ...] = (),
+    prompts: str = "",
+    raw: bool = False,
     n: int = 1,
     temperature: float = 1.0,
     max_new_tokens: int = 64,
@@ -301,38 +303,93 @@ def generate(
     beta: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Complete prompts, as plain text, and print the completions, one after the other.
+    """Answer prompts, and print the answers, one after the other.
+
+    A prompt is what a user says, if the model has a chat template. One answer to one prompt is
+    written to a terminal as it is drawn.
 
     Args:
       model: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
-      prompt: one or more texts to complete.
-      n: completions a prompt.
+      prompt: one or more texts.
+      prompts: instead, a file of them: .txt, one a line, or .jsonl or .parquet with the column
+        prompt, texts or messages, whose other columns a reward is given.
+      raw: continue texts as they are, without the chat template.
+      n: answers a prompt.
       temperature: logits are divided by this; 0 takes the likeliest token.
-      max_new_tokens: most tokens of a completion.
-      reward: a function that judges completions: sentiment, or package.module:function.
+      max_new_tokens: most tokens of an answer.
+      reward: a function that judges answers: sentiment, or package.module:function.
       reward_model: instead, a reward model: the folder of its run, or of a sequence classifier.
-      keep: of a prompt's completions all, the best by the reward, or one drawn in proportion to
+      keep: of a prompt's answers all, the best by the reward, or one drawn in proportion to
         exp(reward / beta).
       beta: of that draw, reward units a nat.
       seed: every draw follows from it.
     """
-    from jaxrlhf.config import RewardConfig, SampleConfig, check_sample
+    from jaxrlhf.config import SampleConfig, check_sample
 
-    if not prompt:
-        raise InputError("--prompt: missing: give at least one text to complete")
-    if reward and reward_model:
-        raise InputError("--reward and --reward-model: give one of them")
+    if bool(prompt) == bool(prompts):
+        raise InputError("--prompt, --prompts: give at least one text, or a file, and not both")
+    judge = judge_of(reward, reward_model)
     wish = SampleConfig(n=n, temperature=temperature, max_new_tokens=max_new_tokens)
     check_sample(wish)
     prepare_jax()
-    from jaxrlhf.apps.generate import complete
+    from jaxrlhf.apps.generate import ENDED_AT_ONCE, complete, read_asked
 
-    judge = RewardConfig(reward, reward_model) if reward or reward_model else None
-    texts = tuple(map(as_text, prompt))
-    for row in complete(model, texts, wish, judge, keep, beta, seed):
+    given = read_asked(prompts) if prompts else tuple(map(as_text, prompt))
+    if n == len(given) == 1 and judge is None and sys.stdout.isatty():
+        from jaxrlhf.apps.chat import answer
+
+        answer(model, given[0], wish, seed, chat=not raw)
+        return
+    for row in complete(model, given, wish, judge, keep, beta, seed, chat=not raw):
         for text, score in row:
-            said = visible(text, lines=True)
+            said = visible(text, lines=True) if text.strip() else ENDED_AT_ONCE
             print(said if score is None else f"{score:.3f}\t{said}")
+
+
+def judge_of(reward: str, reward_model: str) -> Any:
+    """What judges answers, by words of the command line; None if nothing does."""
+    from jaxrlhf.config import RewardConfig
+
+    if reward and reward_model:
+        raise InputError("--reward and --reward-model: give one of them")
+    return RewardConfig(reward, reward_model) if reward or reward_model else None
+
+
+@command("chat", "talk to a model, or to two side by side: chat MODEL [--against MODEL]")
+def chat(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    against: str = "",
+    system: str = "",
+    temperature: float = 0.7,
+    max_new_tokens: int = 256,
+    reward: str = "",
+    reward_model: str = "",
+    seed: int = 0,
+) -> None:
+    """Talk to a model: each line is a message, and the answer is written as it is drawn.
+
+    /clear begins anew, /system TEXT says what the model is told first, Ctrl-C ends an answer,
+    Ctrl-D the conversation.
+
+    Args:
+      model: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
+      against: another, which answers the same messages, in a conversation of its own.
+      system: what the model is told before all messages.
+      temperature: logits are divided by this; 0 takes the likeliest token.
+      max_new_tokens: most tokens of an answer.
+      reward: a function that judges answers: sentiment, or package.module:function.
+      reward_model: instead, a reward model: the folder of its run, or of a sequence classifier.
+      seed: every draw follows from it.
+    """
+    from jaxrlhf.config import SampleConfig, check_sample
+
+    wish = SampleConfig(n=1, temperature=temperature, max_new_tokens=max_new_tokens)
+    check_sample(wish)
+    judge = judge_of(reward, reward_model)
+    prepare_jax()
+    from jaxrlhf.apps.chat import converse
+
+    converse([model, against] if against else [model], wish, judge, as_text(system), seed)
 
 
 @command("eval", "held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", raw=True)
