@@ -125,7 +125,9 @@ class Conversation:
             del self.chat[first : first + 2]
             forgotten += 1
         if forgotten:
-            many = "turn no longer fits, and is" if forgotten == 1 else "turns no longer fit, and are"
+            many = (
+                "turn no longer fits, and is" if forgotten == 1 else "turns no longer fit, and are"
+            )
             print(f"(the first {many} forgotten)", file=out)
         return prompt
 

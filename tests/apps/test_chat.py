@@ -65,8 +65,8 @@ def test_converse_side_by_side_says_what_ended_at_once(folder, silent):
 
 
 def test_converse_forgets_what_does_not_fit(folder):
-    """Of 256 tokens an answer has 120, so that two of them and their questions do not fit."""
-    long, answer = SampleConfig(n=1, max_new_tokens=120, temperature=0.0), "." * 120
+    """Of 256 tokens an answer has 124, so that two of them and their questions do not fit."""
+    long, answer = SampleConfig(n=1, max_new_tokens=124, temperature=0.0), "." * 124
     found = talk([folder], ["hi", "again"], long)
     assert found == [answer, "(the first turn no longer fits, and is forgotten)", answer]
     (said,) = talk([folder], ["a" * 140], long)
@@ -85,9 +85,7 @@ def test_converse_judges_answers(folder, tmp_path, monkeypatch):
 def test_converse_refuses_a_model_without_a_template(tmp_path):
     plain = tiny_models.byte_level(template=None)
     path = tiny_models.rigged_folder(tmp_path / "plain", plain, SIZE, always=DOT)
-    with pytest.raises(
-        InputError, match="has no chat template: complete plain text"
-    ):
+    with pytest.raises(InputError, match="has no chat template: complete plain text"):
         talk([path], ["hi"])
 
 
