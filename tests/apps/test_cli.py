@@ -35,7 +35,7 @@ def test_main_help_lists_commands(capsys):
             ["diagnose", "/no"],
             "error: /no: not the output folder of a run (it holds no config.yaml",
         ),
-        (["generate", "smollm2"], "error: --prompt: missing: give at least one text"),
+        (["generate", "smollm2"], "error: --prompt, --prompts: give at least one text"),
         (["generate", "smollm2", "--prompt", "a", "--n", "0"], "error: sample.n=0: must be at"),
         (["train", "x.yaml"], "error: steps=0: must be at least 1\n"),
     ],
