@@ -242,7 +242,6 @@ BAD = [
         (read_pairs, {**PAIR, "margin": margin}, "margin=")
         for margin in ("1", True, float("nan"), float("-inf"), 1e300)
     ),
-    (read_pairs, {**PAIR, "margin": 10**400}, "not JSON (a number of 401 digits)"),
     (read_ranked, {**RANKED, "responses": "b"}, "responses='b' is str, not a list"),
     (read_ranked, {"prompt": "a"}, "no 'responses' among its columns"),
     (read_ranked, {**RANKED, "responses": ["b"]}, "responses: 1 of them; a ranking has at least"),
