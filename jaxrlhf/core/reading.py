@@ -193,6 +193,12 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key which is written twice, where YAML drops the first, and aliases
     that stand for more than can be written out."""
 
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        # The scanner's time grows with the square of how many brackets are open.
+        if self.flow_level >= MOST_DEEP:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(kind)
+
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:

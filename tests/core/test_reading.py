@@ -27,7 +27,7 @@ YAML = {
     "aliases": (BOMB, r":\d+: not YAML: too much, by its aliases"),
     "merged aliases": (MERGED, r":\d+: not YAML: too much, by its aliases"),
     "itself": ("a: &a [*a]", ":1: not YAML: an alias of what it stands in"),
-    "nested": ("[" * 50_000, ": not YAML: nested too deeply"),
+    "nested": ("[" * 50_000, ":1: not YAML: nested too deeply"),
     "tag": ("a: !!int x", ": not YAML: a value that is not of its kind"),
     "digits": ("a: 0x" + "9" * 5000, ":1: not YAML: a number of 5002 digits"),
     "binary": ("a: !!binary aGk=", ":1: not YAML: could not determine a constructor"),
