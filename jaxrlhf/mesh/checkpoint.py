@@ -1,18 +1,15 @@
 """The checkpoints of a run: saved, restored, and told when kills, full disks or bits damage them.
 
 A checkpoint is ``<folder>/<step>/``: the arrays of the training state and, beside them, a JSON
-note with the host's numbers and the name, kind and digest of every array, sealed by its SHA-256. A
-directory gets its number by a rename once it is whole; what was damaged later, the digests tell.
-Beside the steps, ``trash/`` holds old ones on their way out and ``damaged/`` those that ``restore``
-had to pass over.
+note with its step, its run, the host's numbers and the name, kind and digest of every array, sealed
+by its SHA-256. A directory gets its number by a rename once it is whole; what was damaged later, or
+is of another step or run, note and digests tell. Beside the steps, ``run.json`` names the run,
+``trash/`` holds old ones on their way out and ``damaged/`` those that ``restore`` had to pass over.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,8 +23,18 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.files import check_folder, write_atomic, writing
 from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.notes import (
+    beside,
+    check_place,
+    claim,
+    notes,
+    put_aside,
+    seal,
+    steps_in,
+    unseal,
+)
 from jaxrlhf.mesh.processes import all_or_none, is_first
 
 log = logging.getLogger(__name__)
@@ -86,32 +93,6 @@ def describe(leaves: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
     return {name: {"kind": kind(x), "digest": int(sums[name])} for name, x in leaves.items()}
 
 
-def seal(note: Mapping[str, Any]) -> dict[str, Any]:
-    """``note`` as JSON holds it, with its SHA-256.
-
-    Raises:
-      TypeError: it is not JSON-able.
-    """
-    # There and back, so that what is hashed is what will be read: tuples are lists, keys are texts.
-    plain = json.loads(json.dumps(note))
-    return {"note": plain, "sha256": _sha256(plain)}
-
-
-def unseal(sealed: Mapping[str, Any]) -> dict[str, Any]:
-    """The note of a ``seal``.
-
-    Raises:
-      ValueError: it has changed since.
-    """
-    if sealed["sha256"] != _sha256(sealed["note"]):
-        raise ValueError("the note is not as it was saved")
-    return sealed["note"]
-
-
-def _sha256(note: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
-
-
 class Checkpoints:
     """The checkpoints of one run, for the one trainer that writes them.
 
@@ -137,13 +118,8 @@ class Checkpoints:
         self._in_flight: int | None = None
         self._saved: int | None = None
         self._failure = ""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise InputError(
-                f"output: {folder} cannot be written ({error.strerror}); choose another folder"
-            ) from error
+        check_folder(self.folder)
+        self._run = claim(self.folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -159,7 +135,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step on disk; a save in flight does not count."""
-        return max(_steps_in(self.folder), default=None)
+        return max(steps_in(self.folder), default=None)
+
+    def noted(self) -> dict[str, Any] | None:
+        """The host's numbers of the newest step that can tell them; no array is read."""
+        return next((note["host"] for note in notes(self.folder)), None)
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
         """Copy ``state`` to the host and write it in the background; a step on disk is kept.
@@ -185,7 +165,8 @@ class Checkpoints:
             raise InputError(f"{where}; resume from there, or choose another output")
         # Saved flat and by name: which classes optax keeps its moments in is no part of the file.
         leaves = named_leaves(state)
-        note = seal({"step": step, "host": dict(host), "leaves": describe(leaves)})
+        about = {"step": step, "run": self._run, "host": dict(host)}
+        note = seal({**about, "leaves": describe(leaves)})
         self._in_flight = step
         try:
             if self._manager is None:
@@ -206,11 +187,9 @@ class Checkpoints:
         self.wait()
         path = self.folder / str(self.latest()) / "host" / "metadata"
         if is_first():
-            try:
+            with writing(path):
                 note = unseal(json.loads(path.read_text(encoding="utf-8")))
-                write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror}; make room and start again") from None
+            write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
 
     def wait(self) -> None:
         """Block until the last save is on disk.
@@ -246,9 +225,7 @@ class Checkpoints:
         multihost_utils.assert_equal(found[0], "the processes restored different steps")
         # Only now that another step is whole: where all are damaged, all stay where they are.
         for step in damaged if is_first() else ():
-            (self.folder / "damaged").mkdir(exist_ok=True)
-            target = tempfile.mkdtemp(prefix=f"{step}-", dir=self.folder / "damaged")
-            os.replace(self.folder / str(step), target)
+            target = put_aside(self.folder / str(step))
             log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
         multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
         return found
@@ -285,7 +262,7 @@ def _writer(folder: Path, keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
         # by a rename: no kill leaves half a step behind
-        todelete_subdir="trash",
+        todelete_subdir=beside(folder, "trash").name,
         # where a directory cannot be made: an error now, not threads that wait for 20 minutes
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         # reads nothing of older steps, which may be damaged
@@ -303,16 +280,8 @@ def _not_orbax_traceback(record: logging.LogRecord) -> bool:
 def _sweep(folder: Path) -> None:
     """Remove deleted steps and what killed or failed saves have left."""
     if is_first():
-        for path in (folder / "trash", *folder.glob("*.orbax-checkpoint-tmp*")):
+        for path in (beside(folder, "trash"), *folder.glob("*.orbax-checkpoint-tmp*")):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _steps_in(folder: Path) -> list[int]:
-    """Steps on disk, whole or damaged; what is still being written has no number for a name."""
-    if not folder.is_dir():
-        return []
-    # Not by glob, which takes a folder that cannot be read for an empty one.
-    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
 
 
 def load(folder: str | Path, abstract: Any) -> Found:
@@ -339,7 +308,7 @@ def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list
     One that a single process finds damaged is damaged for all.
     """
     damaged: dict[int, str] = {}
-    for step in sorted(_steps_in(folder), reverse=True):
+    for step in sorted(steps_in(folder), reverse=True):
         try:
             return (step, *_read(folder / str(step), abstract, part)), list(damaged)
         # Whole, but of another model: an older step would be too.
@@ -393,6 +362,7 @@ def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, An
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         items = ocp.args.Composite(host=ocp.args.JsonRestore())
         note = unseal(reader.restore(path, args=items)["host"])
+        check_place(path, note)
         _check_leaves(path, note["leaves"], wanted, part)
         items = ocp.args.Composite(state=arrays)
         return reader.restore(path, args=items)["state"], note
