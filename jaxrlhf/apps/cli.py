@@ -4,6 +4,7 @@
 """
 
 import difflib
+import errno
 import math
 import os
 import sys
@@ -23,6 +24,7 @@ from jaxrlhf.apps.shell import (
     typed,
 )
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import unwritable
 from jaxrlhf.core.shown import visible
 
 
@@ -51,6 +53,12 @@ def main(words: Sequence[str] | None = None) -> int:
         COMMANDS[name][1](list(words[1:]))
     except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # Whoever was writing, a user's function say: a full disk is no fault of the program.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {unwritable(error.filename or 'a file', error)}", file=sys.stderr)
         return 2
     except UnicodeEncodeError as error:
         # Text files are UTF-8 everywhere; the names of files are what the locale can say.

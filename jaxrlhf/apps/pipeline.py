@@ -38,7 +38,7 @@ from jaxrlhf.config import (
     stage_run,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.reading import read_object
 from jaxrlhf.data.rows import locate
 from jaxrlhf.mesh.sharding import make_mesh
@@ -81,7 +81,6 @@ def run_pipeline(config: PipelineConfig, mesh: Mesh | None = None) -> dict[str, 
     settings = {stage.name: _settings(stage, config) for stage in config.stages}
     output = Path(config.output)
     check_stages(config, [x for x in settings if "result" in _read(output / x / RECORD)])
-    output.mkdir(parents=True, exist_ok=True)
     with lock(config.output):
         return _carry_out(config, settings, mesh)
 
@@ -94,7 +93,8 @@ def _carry_out(
     output = Path(config.output)
     for number, stage in enumerate(config.stages, 1):
         folder = output / stage.name
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         # Any text among the settings may be a path: of an earlier stage's work, known by the id of
         # the making, or of a file, known by its digest.
         texts = set(_texts(settings[stage.name]))
@@ -139,7 +139,9 @@ def _run_stage(stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None) -
     found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
     # A run also gets evaluation, diagnosis and page in its own folder.
     if is_run(model := stage.evaluate):
-        shutil.copy(folder / "evaluation.json", Path(model) / "evaluation.json")
+        copy = Path(model) / "evaluation.json"
+        with writing(copy):
+            shutil.copy(folder / "evaluation.json", copy)
         history = read_history(model)
         save(model, history, examine(history))
         write_report([model])

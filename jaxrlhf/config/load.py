@@ -20,6 +20,7 @@ import yaml
 
 from jaxrlhf.config.run import Config
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import write_atomic
 from jaxrlhf.core.reading import parse_yaml, problem_of, read_yaml
 from jaxrlhf.core.shown import shown
 
@@ -49,7 +50,7 @@ def dump(config: Config) -> str:
 
 def save(config: Config, path: str | Path) -> None:
     """Write ``dump(config)`` to a file."""
-    Path(path).write_text(dump(config), encoding="utf-8")
+    write_atomic(path, dump(config))
 
 
 def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CONFIG") -> Config:

@@ -20,6 +20,7 @@ from typing import IO, Any, Generic, TypeVar
 import pyarrow.parquet as pq
 
 from jaxrlhf.core.errors import InputError, refused
+from jaxrlhf.core.files import writing
 from jaxrlhf.core.reading import NotJsonError, check_text, parse_json
 from jaxrlhf.core.shown import shown
 
@@ -150,10 +151,8 @@ def locate(path: str) -> Traversable:
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSONL, UTF-8; InputError if the file cannot be written."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
+    with writing(path):
         Path(path).write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
 
 
 def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[str, bytes]]:

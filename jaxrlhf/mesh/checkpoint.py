@@ -10,6 +10,7 @@ is of another step or run, note and digests tell. Beside the steps, ``run.json``
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_folder, write_atomic, writing
+from jaxrlhf.core.files import check_folder, free, write_atomic, writing
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.notes import (
     beside,
@@ -124,14 +125,16 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: Any, *_: object) -> None:
         self._settle()
         if self._manager is not None:
             self._manager.close()
             self._manager = None
-        # Else the run's own error is the one to be seen.
-        if error is None:
+        if kind is None:
             self.wait()
+        # One full disk fails more than the save; else the run's own error is the one to be seen.
+        if isinstance(error, InputError) and self._failure:
+            raise InputError(f"{error}; {self._unsaved()}") from error
 
     def latest(self) -> int | None:
         """The newest step on disk; a save in flight does not count."""
@@ -199,10 +202,14 @@ class Checkpoints:
         """
         self._settle()
         if self._failure:
-            raise InputError(
-                f"{self.folder}: {self._failure}; make room and start again: the run resumes from "
-                f"step {self.latest() or 0}"
-            )
+            raise InputError(self._unsaved())
+
+    def _unsaved(self) -> str:
+        """What is lost, why, and what to do."""
+        return (
+            f"{self.folder}: {self._failure}; {free(self.folder)}; make room and start again: the "
+            f"run resumes from step {self.latest() or 0}"
+        )
 
     def restore(self, abstract: Any) -> Found | None:
         """The newest checkpoint that is whole: (step, state, host); None if there is none at all.
@@ -269,12 +276,34 @@ def _writer(folder: Path, keep: int) -> ocp.CheckpointManager:
         lightweight_initialize=True,
     )
     logging.getLogger("absl").addFilter(_not_orbax_traceback)
+    logging.getLogger("asyncio").addFilter(_not_orbax_future)
+    if sys.unraisablehook is not _not_closed_loop:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _not_closed_loop
     return ocp.CheckpointManager(folder, options=options)
 
 
 def _not_orbax_traceback(record: logging.LogRecord) -> bool:
     """False for what each thread of a failing save logs: 250 lines around our one warning."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _not_orbax_future(record: logging.LogRecord) -> bool:
+    """False for the writes that were under way beside the one that failed, some for every array."""
+    lost = "exception was never retrieved" in record.getMessage()
+    # Whose it was, its traceback says.
+    return not (lost and "orbax" in logging.Formatter().format(record))
+
+
+_hooks: list[Any] = []
+"""``sys.unraisablehook`` as it was before there was a writer, the last of them."""
+
+
+def _not_closed_loop(found: Any) -> None:
+    """``sys.unraisablehook`` but for what tensorstore says where such a write ends too late."""
+    closed = found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"
+    if not (closed and found.object is None):
+        _hooks[-1](found)
 
 
 def _sweep(folder: Path) -> None:

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -109,8 +109,10 @@ class Display:
             return
         encoding = self._console.encoding
         line = visible(text).encode(encoding, "replace").decode(encoding)
-        self._console.out(line, highlight=False)
-        self._console.file.flush()
+        # A log on a full disk, or a reader that has gone: the training is worth more than a line.
+        with suppress(OSError):
+            self._console.out(line, highlight=False)
+            self._console.file.flush()
 
     def _line(self, metrics: Mapping[str, Any]) -> str:
         shown = [name for name in ROWS if metrics.get(name) is not None]

@@ -10,7 +10,7 @@ import yaml
 from markupsafe import Markup
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, write_atomic, writing
+from jaxrlhf.core.files import check_file, write_atomic
 from jaxrlhf.core.shown import shown
 from jaxrlhf.run import charts
 from jaxrlhf.run.charts import HELD_OUT, Point, Series, number_of
@@ -47,8 +47,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "") -> str:
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else Path(folders[0]) / "report.html"
     check_file(path)
-    with writing(path):
-        write_atomic(path, render(runs))
+    write_atomic(path, render(runs))
     return str(path)
 
 

@@ -24,7 +24,7 @@ from jaxrlhf.config import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, write_atomic, writing
+from jaxrlhf.core.files import check_file, write_atomic
 from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
@@ -101,8 +101,7 @@ def evaluate_model(
         found = _measure(wish, config, mesh, extract)
     if is_first():
         text = json.dumps(plain(found), indent=1, allow_nan=False)
-        with writing(path):
-            write_atomic(path, text + "\n")
+        write_atomic(path, text + "\n")
     return found
 
 

@@ -1,5 +1,6 @@
 """The command: dispatch, exit statuses, and how fast it answers."""
 
+import errno
 import json
 import re
 import resource
@@ -50,7 +51,13 @@ def test_main_bad_input(words, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("raised", "status"), [(InputError("bad"), 2), (KeyboardInterrupt(), 130), (None, 0)]
+    ("raised", "status"),
+    [
+        (InputError("bad"), 2),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), 2),
+        (KeyboardInterrupt(), 130),
+        (None, 0),
+    ],
 )
 def test_main_status(raised, status, monkeypatch):
     def command(words):

@@ -23,9 +23,7 @@ def full(*_):
 def test_write_atomic_on_a_full_disk_keeps_the_old_and_says_how_much_is_free(tmp_path, monkeypatch):
     write_atomic(tmp_path / "x", "old")
     monkeypatch.setattr(os, "fsync", full)
-    said = (
-        r"x: cannot be written \(No space left .*; \d+\.\d MiB.* are free there\): make room"
-    )
+    said = r"x: cannot be written \(No space left .*; \d+\.\d MiB.* are free there\): make room"
     with pytest.raises(InputError, match=said):
         write_atomic(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text("utf-8") == "old"

@@ -1,6 +1,7 @@
 """A checkpoint comes back bit for bit, or is told to be damaged: whatever bit flips, whatever disk
 fills up, whenever the process is killed, and on whatever number of devices it is read."""
 
+import gc
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -20,7 +22,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import TrainState
-from jaxrlhf.mesh.checkpoint import Checkpoints, describe, digest, kind, load, named_leaves
+from jaxrlhf.mesh.checkpoint import (
+    Checkpoints,
+    _not_orbax_future,
+    describe,
+    digest,
+    kind,
+    load,
+    named_leaves,
+)
 from jaxrlhf.mesh.notes import steps_in
 
 # A read that fails on a damaged file leaves callbacks behind, which complain as they are collected.
@@ -358,6 +368,40 @@ def test_save_full_disk(tmp_path, caplog, full_disk):
     assert_equal(load(tmp_path, abstract)[1], big(4))
 
 
+def held():
+    """Open files and threads of this process."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
+def test_saves_and_failed_saves_hold_nothing(tmp_path, full_disk, monkeypatch):
+    """No more files or threads after many saves than after a few, whether they fail or not."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    checkpoints = Checkpoints(tmp_path, KEEP3)
+    for full in (False, True):
+        full_disk(full)
+        counts = []
+        for step in range(12):
+            state = {"x": jax.random.normal(jax.random.key(step), (512, 512))}
+            checkpoints.save(step + 100 * full + 1, state, {})
+            checkpoints._settle()
+            counts.append(held())
+        assert max(counts[4:]) <= max(counts[:4])
+    assert checkpoints.failed == 12
+    assert said == []
+
+
+def test_a_failed_save_is_one_line(caplog):
+    """What orbax and tensorstore say of the writes that were under way beside it is left out."""
+    caplog.set_level(logging.DEBUG)
+    for name in ("ocdbt at run/checkpoints/3.orbax-checkpoint-tmp", "a reward of mine"):
+        text = f"Future exception was never retrieved: {name}"
+        record = logging.LogRecord("asyncio", logging.ERROR, "x", 1, text, None, None)
+        assert _not_orbax_future(record) == ("reward" in name)
+
+
 def test_save_lost_disk(tmp_path):
     folder = tmp_path / "checkpoints"
     with Checkpoints(folder, KEEP3) as checkpoints:
@@ -391,6 +435,9 @@ def test_checkpoints_end_with_the_last_save(tmp_path, full_disk):
         one_save(tmp_path / "full")
     with pytest.raises(ZeroDivisionError):
         one_save(tmp_path / "full", ZeroDivisionError())
+    # One disk fails more than the save: neither hides the other.
+    with pytest.raises(InputError, match=r"summary\.json: full; .*step 1 could not be saved"):
+        one_save(tmp_path / "full", InputError("summary.json: full"))
 
 
 TRAINER = """

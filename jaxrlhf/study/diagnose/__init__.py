@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
 from jaxrlhf.core.shown import visible
 from jaxrlhf.study.diagnose import hacking, policy, signal, supervised
@@ -55,13 +54,7 @@ def save(folder: str | Path, history: History, findings: list[Finding]) -> None:
     Raises:
       InputError: nothing can be written there.
     """
-    path = Path(folder) / "diagnosis.json"
-    try:
-        write_atomic(path, to_json(history, findings) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}: copy the run to a folder that can be written"
-        ) from None
+    write_atomic(Path(folder) / "diagnosis.json", to_json(history, findings) + "\n")
 
 
 def lines(folder: str | Path, history: History, findings: list[Finding]) -> list[tuple[str, str]]:
