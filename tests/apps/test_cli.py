@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import resource
 from pathlib import Path
