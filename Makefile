@@ -1,6 +1,7 @@
 # make demo    train the demo                 make test    run every test
 # make setup   .venv for development          make lint    ruff and pyright
-# make soak    what takes too long for every day: signals in every phase, …
+# make fuzz    damaged files for every reader
+# make soak    signals in every phase, and two hours of random faults
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
 # PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment,
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test soak lint benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak lint benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -27,8 +28,14 @@ demo: setup-demo
 test: setup-test
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# Ten thousand damaged files a reader, half an hour on one core; ARGS="--inputs 500 -k gguf": some.
+fuzz: setup-test
+	$(VENV)/bin/python -m pytest tests/test_fuzz.py --inputs 10000 $(ARGS)
+
+# ARGS="--seconds 1200 --seed 1" are those of the faults.
 soak: setup-test
-	$(VENV)/bin/python -m pytest -m soak -rP $(ARGS)
+	$(VENV)/bin/python -m pytest -m soak -rP
+	PYTHONPATH=tests:tests/mesh $(VENV)/bin/python tests/soak.py $(ARGS)
 
 lint: setup-test
 	$(VENV)/bin/ruff check .

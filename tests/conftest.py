@@ -34,6 +34,10 @@ from jaxrlhf.core.types import Batch
 from jaxrlhf.models.transformer import Model
 
 
+def pytest_addoption(parser):
+    parser.addoption("--inputs", type=int, default=300, help="inputs a reader in test_fuzz.py")
+
+
 def pytest_collection_modifyitems(items):
     """Files with long tests first, so that no worker is left alone with one at the end."""
     long = {item.path for item in items if item.get_closest_marker("slow")}

@@ -13,7 +13,8 @@ import runs
 import yaml
 from command import run
 
-from jaxrlhf.apps.cli import as_text, main, never_refuse
+from jaxrlhf.apps.cli import main
+from jaxrlhf.apps.shell import as_text, never_refuse
 from jaxrlhf.config import EvalConfig, ModelConfig, dump
 from jaxrlhf.core.errors import InputError
 

@@ -8,9 +8,6 @@ section for benchmarks/RESULTS.md. Wants a machine with nothing else to do: it s
 Every response has the same length: the folder's end-of-sequence token is one that is never drawn.
 A script that fails is said on standard error, and the others go on.
 ``--quick`` takes the smallest shapes, to see that every script works.
-
-Seen to work so, one at a time: sampling with each of the three, and GRPO with TRL. The others, and
-all in one run, are yet to be shown: PPO with Tunix has failed.
 """
 
 import argparse

@@ -59,7 +59,8 @@ def config_of(given: Task, folder: Path) -> Config:
         algorithm=algorithm,
         model=ModelConfig(path=given.folder),
         critic=CriticConfig(kind="separate" if given.learns == "ppo" else "shared"),
-        rewards=(RewardConfig(function="on_jaxrlhf:reward"),),
+        # Where the others call theirs; a worker would import all of this file.
+        rewards=(RewardConfig(function="on_jaxrlhf:reward", in_process=True),),
         sample=SampleConfig(max_new_tokens=given.new, n=given.n),
         optim=OptimConfig(learning_rate=1e-6),
         checkpoint=CheckpointConfig(every=0),

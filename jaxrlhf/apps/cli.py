@@ -3,21 +3,29 @@
 ``--help`` must answer at once: what takes long to import is imported by the command that needs it.
 """
 
-import codecs
 import difflib
-import gc
-import io
+import errno
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
+from jaxrlhf.apps.shell import (
+    COMMANDS,
+    as_text,
+    beyond_locale,
+    command,
+    never_refuse,
+    prepare_jax,
+    settle,
+    typed,
+)
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import unwritable
+from jaxrlhf.core.shown import visible
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -46,6 +54,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # Whoever was writing, a user's function say: a full disk is no fault of the program.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {unwritable(error.filename or 'a file', error)}", file=sys.stderr)
+        return 2
     except UnicodeEncodeError as error:
         # Text files are UTF-8 everywhere; the names of files are what the locale can say.
         if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
@@ -57,38 +71,6 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def never_refuse(stream: TextIO) -> None:
-    """Have a stream write ``?`` for what its encoding lacks, where it would raise."""
-    if isinstance(stream, io.TextIOWrapper):
-        lacking = codecs.lookup(stream.encoding).name != "utf-8"
-        if lacking or stream.errors == "strict":
-            stream.reconfigure(errors="replace")
-
-
-def as_text(word: str) -> str:
-    """A word of the command line that is no file's name, read as UTF-8 whatever the locale.
-
-    Raises:
-      InputError: it is not UTF-8.
-    """
-    if not any("\udc80" <= c <= "\udcff" for c in word):
-        return word
-    # What a locale cannot read, Python hands on as bytes in disguise (PEP 383).
-    try:
-        return os.fsencode(word).decode("utf-8")
-    except UnicodeError:
-        raise InputError(f"{word!a:.80}: is not UTF-8: write it so") from None
-
-
-def beyond_locale(error: UnicodeEncodeError) -> str:
-    """What to say of a file's name that the locale cannot say."""
-    name = ascii(error.object[-60:])  # of a path its end, where the name is
-    return (
-        f"{name}: the locale's encoding, {error.encoding}, has no such name of a "
-        "file: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
-    )
-
-
 def usage() -> str:
     """The help of the command as a whole."""
     width = max(map(len, COMMANDS)) + 4
@@ -98,75 +80,6 @@ def usage() -> str:
         + "\n".join(lines)
         + "\n\njaxrlhf COMMAND --help lists what a command takes."
     )
-
-
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {}
-"""Name → (what the help says of it, a function of the words after it), as the help lists them."""
-
-
-def command(name: str, text: str, raw: bool = False) -> Callable[[Callable], Callable]:
-    """Enter what it decorates in COMMANDS: a function of words if ``raw``, else ``typed``."""
-
-    def enter(function: Callable) -> Callable:
-        COMMANDS[name] = (text, function if raw else typed(function))
-        return function
-
-    return enter
-
-
-def typed(function: Callable[..., None]) -> Callable[[list[str]], None]:
-    """A function of words that parses them by a signature and its docstring."""
-
-    def run(words: list[str]) -> None:
-        tyro.cli(function, prog=f"jaxrlhf {function.__name__}", args=words)
-
-    return run
-
-
-TURN = 5e-4
-"""Seconds that a thread may keep the interpreter while another waits for it; Python's: 5e-3."""
-
-YOUNG = 100_000
-"""New objects before the garbage collector looks through them; Python's: 700."""
-
-
-def settle() -> None:
-    """Interpreter settings for a process that is this command's alone: its start is shorter."""
-    # Weights are read while modules are imported and programs traced; reading gives the interpreter
-    # away at each call into numpy, and would have it back 5 ms later.
-    sys.setswitchinterval(TURN)
-    # What is imported and traced stays: the collector would go through it again and again.
-    gc.set_threshold(YOUNG, 10, 10)
-
-
-def prepare_jax() -> None:
-    """Environment variables that JAX reads when it is imported; what the user has set stays."""
-    defaults = {
-        # Every program is kept, however small and quick to compile: a start has many of those.
-        "JAX_COMPILATION_CACHE_DIR": str(compile_cache()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that torch is missing is no news
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def compile_cache() -> Path:
-    """Where compiled programs are kept: a folder a jaxlib version and processor."""
-    import hashlib
-    import platform
-    from importlib.metadata import version
-
-    # Code compiled for one processor may use instructions that another lacks.
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    kind = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    text = "\n".join([platform.machine(), platform.processor(), *sorted(kind)])
-    cpu = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Path.home() / ".cache" / "jaxrlhf" / "xla" / f"{version('jaxlib')}-{cpu}"
 
 
 @command("train", "train as a YAML file says: train CONFIG [--dotted.key value …]", raw=True)
@@ -287,10 +200,12 @@ def pipeline(
     run_pipeline(stages, own_process=True)
 
 
-@command("generate", "complete prompts: generate MODEL --prompt TEXT")
+@command("generate", "answers to prompts: generate MODEL --prompt TEXT")
 def generate(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     prompt: tuple[str, ...] = (),
+    prompts: str = "",
+    raw: bool = False,
     n: int = 1,
     temperature: float = 1.0,
     max_new_tokens: int = 64,
@@ -300,37 +215,93 @@ def generate(
     beta: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Complete prompts, as plain text, and print the completions, one after the other.
+    """Answer prompts, and print the answers, one after the other.
+
+    A prompt is what a user says, if the model has a chat template. One answer to one prompt is
+    written to a terminal as it is drawn.
 
     Args:
       model: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
-      prompt: one or more texts to complete.
-      n: completions a prompt.
+      prompt: one or more texts.
+      prompts: instead, a file of them: .txt, one a line, or .jsonl or .parquet with the column
+        prompt, texts or messages, whose other columns a reward is given.
+      raw: continue texts as they are, without the chat template.
+      n: answers a prompt.
       temperature: logits are divided by this; 0 takes the likeliest token.
-      max_new_tokens: most tokens of a completion.
-      reward: a function that judges completions: sentiment, or package.module:function.
+      max_new_tokens: most tokens of an answer.
+      reward: a function that judges answers: sentiment, or package.module:function.
       reward_model: instead, a reward model: the folder of its run, or of a sequence classifier.
-      keep: of a prompt's completions all, the best by the reward, or one drawn in proportion to
+      keep: of a prompt's answers all, the best by the reward, or one drawn in proportion to
         exp(reward / beta).
       beta: of that draw, reward units a nat.
       seed: every draw follows from it.
     """
-    from jaxrlhf.config import RewardConfig, SampleConfig, check_sample
+    from jaxrlhf.config import SampleConfig, check_sample
 
-    if not prompt:
-        raise InputError("--prompt: missing: give at least one text to complete")
-    if reward and reward_model:
-        raise InputError("--reward and --reward-model: give one of them")
+    if bool(prompt) == bool(prompts):
+        raise InputError("--prompt, --prompts: give at least one text, or a file, and not both")
+    judge = judge_of(reward, reward_model)
     wish = SampleConfig(n=n, temperature=temperature, max_new_tokens=max_new_tokens)
     check_sample(wish)
     prepare_jax()
-    from jaxrlhf.apps.generate import complete
+    from jaxrlhf.apps.generate import ENDED_AT_ONCE, complete, read_asked
 
-    judge = RewardConfig(reward, reward_model) if reward or reward_model else None
-    texts = tuple(map(as_text, prompt))
-    for row in complete(model, texts, wish, judge, keep, beta, seed):
+    given = read_asked(prompts) if prompts else tuple(map(as_text, prompt))
+    if n == len(given) == 1 and judge is None and sys.stdout.isatty():
+        from jaxrlhf.apps.chat import answer
+
+        answer(model, given[0], wish, seed, chat=not raw)
+        return
+    for row in complete(model, given, wish, judge, keep, beta, seed, chat=not raw):
         for text, score in row:
-            print(text if score is None else f"{score:.3f}\t{text}")
+            said = visible(text, lines=True) if text.strip() else ENDED_AT_ONCE
+            print(said if score is None else f"{score:.3f}\t{said}")
+
+
+def judge_of(reward: str, reward_model: str) -> Any:
+    """What judges answers, by words of the command line; None if nothing does."""
+    from jaxrlhf.config import RewardConfig
+
+    if reward and reward_model:
+        raise InputError("--reward and --reward-model: give one of them")
+    return RewardConfig(reward, reward_model) if reward or reward_model else None
+
+
+@command("chat", "talk to a model, or to two side by side: chat MODEL [--against MODEL]")
+def chat(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    against: str = "",
+    system: str = "",
+    temperature: float = 0.7,
+    max_new_tokens: int = 256,
+    reward: str = "",
+    reward_model: str = "",
+    seed: int = 0,
+) -> None:
+    """Talk to a model: each line is a message, and the answer is written as it is drawn.
+
+    /clear begins anew, /system TEXT says what the model is told first, Ctrl-C ends an answer,
+    Ctrl-D the conversation.
+
+    Args:
+      model: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
+      against: another, which answers the same messages, in a conversation of its own.
+      system: what the model is told before all messages.
+      temperature: logits are divided by this; 0 takes the likeliest token.
+      max_new_tokens: most tokens of an answer.
+      reward: a function that judges answers: sentiment, or package.module:function.
+      reward_model: instead, a reward model: the folder of its run, or of a sequence classifier.
+      seed: every draw follows from it.
+    """
+    from jaxrlhf.config import SampleConfig, check_sample
+
+    wish = SampleConfig(n=1, temperature=temperature, max_new_tokens=max_new_tokens)
+    check_sample(wish)
+    judge = judge_of(reward, reward_model)
+    prepare_jax()
+    from jaxrlhf.apps.chat import converse
+
+    converse([model, against] if against else [model], wish, judge, as_text(system), seed)
 
 
 @command("eval", "held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", raw=True)
@@ -433,6 +404,7 @@ def serve(
     concurrency: int = 1,
     header_env: str = "",
     max_tokens: int | None = None,
+    token_env: str = "",
 ) -> None:
     """Serve rewards by HTTP, as docs/reward_service.md describes, until interrupted.
 
@@ -447,13 +419,16 @@ def serve(
         Authorization; empty lets everybody in.
       max_tokens: most tokens of a row that a reward model scores; None: as its run was trained, or
         up to 1,024 for a folder.
+      token_env: environment variable with a token: the header must be "Bearer" and this token.
     """
     prepare_jax()
     from jaxrlhf.apps import serve as serving
 
-    with serving.serve(what, host, port, batch_size, concurrency, header_env, max_tokens) as server:
-        print(f"{what} → {server.url}", flush=True)
-        server.serve_forever()
+    server = serving.serve(
+        what, host, port, batch_size, concurrency, header_env, max_tokens, token_env
+    )
+    print(f"{what} → {server.url}", flush=True)
+    serving.attend(server)
 
 
 @command("tasks", "tasks of reasoning-gym as rows of data: tasks TASK OUT", raw=True)

@@ -17,6 +17,7 @@ from jaxrlhf.apps.pipeline import run_pipeline
 from jaxrlhf.config import load_pipeline
 from jaxrlhf.config.load import packaged
 from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.shown import visible
 
 SHOWN = 6
 """Prompts in the table at the end."""
@@ -79,7 +80,7 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
     for prompt in list(ends[0])[:SHOWN]:
         cells = [f"{end[prompt]['completion']} ({end[prompt]['gold']:+.2f})" for end in ends]
         # Text, not markup: a completion may hold brackets.
-        table.add_row(*(Text(text) for text in (prompt, *cells)))
+        table.add_row(*(Text(visible(text, lines=True)) for text in (prompt, *cells)))
     console, s = Console(width=100, color_system=None), summary
     console.print(table)
     for line in (

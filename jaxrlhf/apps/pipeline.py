@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import time
 import uuid
@@ -30,20 +31,22 @@ from jaxrlhf.config import (
     MeshConfig,
     PipelineConfig,
     PreferencesConfig,
+    RewardConfig,
     StageConfig,
     check,
     stage_evaluation,
     stage_run,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.files import write_atomic, writing
+from jaxrlhf.core.reading import read_object
 from jaxrlhf.data.rows import locate
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import check_context, is_run, scores_texts
 from jaxrlhf.models.read import read_decoder
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.functions import MOVED, resolve
-from jaxrlhf.rewards.isolation import host_function
+from jaxrlhf.rewards.isolation import check_host
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.record import plain
 from jaxrlhf.run.report import write_report
@@ -52,6 +55,9 @@ from jaxrlhf.study.diagnose import examine, read_history, save
 from jaxrlhf.study.evaluate import evaluate_model
 
 RECORD = "stage.json"
+
+MOST_RECORD = 2**26
+"""Bytes of it: what came out of a stage may be figures of many prompts."""
 
 STOPPED = 143
 """Exit status after a SIGTERM or Ctrl-C: what was asked for is not all done."""
@@ -78,7 +84,6 @@ def run_pipeline(
     settings = {stage.name: _settings(stage, config) for stage in config.stages}
     output = Path(config.output)
     check_stages(config, [x for x in settings if "result" in _read(output / x / RECORD)])
-    output.mkdir(parents=True, exist_ok=True)
     with lock(config.output):
         return _carry_out(config, settings, mesh, STOPPED if own_process else None)
 
@@ -91,7 +96,8 @@ def _carry_out(
     output = Path(config.output)
     for number, stage in enumerate(config.stages, 1):
         folder = output / stage.name
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         # Any text among the settings may be a path: of an earlier stage's work, known by the id of
         # the making, or of a file, known by its digest.
         texts = set(_texts(settings[stage.name]))
@@ -102,7 +108,7 @@ def _carry_out(
                 for name, x in ids.items()
                 if any(Path(text).is_relative_to(output / name) for text in texts)
             },
-            "files": {x: _digest(x) for x in sorted(texts) if Path(x).is_file()},
+            "files": {x: _digest(x) for x in sorted(texts) if os.path.isfile(x)},
         }
         record = _record(folder, made_from)
         title = f"stage {number} of {len(config.stages)}: {stage.name}"
@@ -138,7 +144,9 @@ def _run_stage(
     found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
     # A run also gets evaluation, diagnosis and page in its own folder.
     if is_run(model := stage.evaluate):
-        shutil.copy(folder / "evaluation.json", Path(model) / "evaluation.json")
+        copy = Path(model) / "evaluation.json"
+        with writing(copy):
+            shutil.copy(folder / "evaluation.json", copy)
         history = read_history(model)
         save(model, history, examine(history))
         write_report([model])
@@ -228,14 +236,13 @@ def _read(path: Path) -> dict[str, Any]:
     """The record at ``path``; empty where there is none."""
     if not path.exists():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "settings" not in record:
-        raise InputError(
-            f"{path}: no record of a stage: remove this folder and those of later stages"
-        )
+    remedy = "remove this folder and those of later stages"
+    record = read_object(path, MOST_RECORD, remedy)
+    parts = record.get("settings"), record.get("inputs", {}), record.get("files", {})
+    # What came out is signed.
+    signed = isinstance(record.get("id", ""), str) and ("id" in record or "result" not in record)
+    if not signed or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path}: no record of a stage: {remedy}")
     return record
 
 
@@ -280,7 +287,7 @@ def check_stages(config: PipelineConfig, done: Collection[str] = ()) -> None:
 
 
 def _preferences(wish: PreferencesConfig, shapes: Shapes) -> None:
-    resolve(wish.judge)
+    check_host(RewardConfig(function=wish.judge))
     _files((wish.train, wish.eval), shapes)
     shape = _shape(wish.model, shapes)
     tokens = wish.max_prompt_tokens + wish.max_new_tokens
@@ -296,9 +303,8 @@ def _run(stage: StageConfig, shapes: Shapes) -> DecoderConfig | None:
     run = stage_run(stage, "", 0)
     _files((run.data.train, run.data.eval, run.algorithm.normalise_on), shapes)
     for reward in (*run.rewards, *run.eval.gold):
-        # An isolated function may not even be importable in this process.
-        if (reward.function or reward.verifier) and not reward.isolate:
-            host_function(reward)
+        if reward.function or reward.verifier:
+            check_host(reward)
         _reward_models(reward.ensemble or (reward.model,), shapes)
     for path in (run.reference.path, run.critic.path):
         _shape(path, shapes)
@@ -312,7 +318,7 @@ def _evaluation(stage: StageConfig, shapes: Shapes) -> None:
     wish = stage_evaluation(stage, "", 0)
     _files((wish.data,), shapes)
     if wish.reward:
-        resolve(wish.reward)
+        check_host(RewardConfig(function=wish.reward))
     _reward_models((wish.reward_model,), shapes)
     for path in (wish.model, wish.reference, wish.against):
         _shape(path, shapes)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf.config import ModelConfig, PreferencesConfig, SampleConfig
+from jaxrlhf.config import ModelConfig, PreferencesConfig, RewardConfig, SampleConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
 from jaxrlhf.data.batches import held_out_batches
@@ -25,7 +25,8 @@ from jaxrlhf.models.ends import read_ends
 from jaxrlhf.models.load import Loader, is_run, run_config, tokenizer_path
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
-from jaxrlhf.rewards.functions import call, resolve
+from jaxrlhf.rewards.functions import Asked, Source
+from jaxrlhf.rewards.isolation import host_source
 from jaxrlhf.steps.sample import sample
 
 BATCHES = 8
@@ -81,7 +82,7 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     settings = ends.settle(_sampling(config))
     stops = stop_table(tokenizer, settings.stop_strings, vocab)
     draw = partial(jax.jit(sample, static_argnums=(0, 5)), network.model, network.params)
-    judge = resolve(config.judge)
+    judge = host_source(RewardConfig(function=config.judge))
     # Each completion has a number, and by it a key of its own: batches do not change what is drawn.
     groups: dict[str, list[Group]] = {"train": [], "eval": []}
     drawn: list[tuple[str, Encoded, int]] = []  # file, prompt, number of its first completion
@@ -134,7 +135,7 @@ def _no_pairs(name: str, groups: Sequence[Group], config: PreferencesConfig) -> 
 
 def judged(
     config: PreferencesConfig,
-    judge: Any,
+    judge: Source,
     tokenizer: Any,
     prompts: Sequence[Encoded],
     rollout: Any,
@@ -143,7 +144,7 @@ def judged(
     """The completions of one rollout with their scores, of its first ``real`` prompts."""
     texts = repeat([prompt.source.text for prompt in prompts], config.n)  # type: ignore[union-attr]
     completions = decode_rollout(tokenizer, rollout.token_BT, rollout.mask_BT, texts)
-    score_B = call(config.judge, judge, texts, completions, {}).score_B
+    score_B = judge(Asked(texts, completions, {}, rollout.ended_B.tolist())).score_B
     for q in range(real):
         rows = slice(q * config.n, (q + 1) * config.n)
         yield Group(

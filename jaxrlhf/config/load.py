@@ -20,6 +20,9 @@ import yaml
 
 from jaxrlhf.config.run import Config
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.reading import parse_yaml, problem_of, read_yaml
+from jaxrlhf.core.shown import shown
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -47,7 +50,7 @@ def dump(config: Config) -> str:
 
 def save(config: Config, path: str | Path) -> None:
     """Write ``dump(config)`` to a file."""
-    Path(path).write_text(dump(config), encoding="utf-8")
+    write_atomic(path, dump(config))
 
 
 def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CONFIG") -> Config:
@@ -178,7 +181,7 @@ def _parsed(field: _Field, values: Sequence[str]) -> Any:
     if any(map(dataclasses.is_dataclass, (*members, item))):
         if types.NoneType in get_args(field.kind) and values in (["null"], ["None"]):
             return None
-        given = f"command line: {field.key}={' '.join(values)!r:.80}"
+        given = f"command line: {field.key}={shown(' '.join(values), 80)}"
         raise InputError(f"{given}: a whole part: give its fields one by one, or in the YAML")
     if item is None:
         return _scalar(field.kind, values[0], field.key)
@@ -205,12 +208,11 @@ def _scalar(kind: Any, text: str, key: str) -> Any:
 
 def _yaml(text: str, key: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise InputError(
-            f"command line: {key}={text!r:.80}: not YAML ({problem}): write it as 5, null, [1, 2] "
-            "or {a: 1}"
+            f"command line: {key}={shown(text, 80)}: not YAML ({problem_of(error)}): write it as "
+            "5, null, [1, 2] or {a: 1}"
         ) from None
 
 
@@ -221,16 +223,8 @@ def _flag(word: str) -> str:
 
 
 def read(path: Path) -> Any:
-    """The contents of a YAML file, as plain lists, dicts and scalars."""
-    try:
-        content = yaml.load(path.read_bytes(), Loader=_Loader)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: give the path of a YAML file") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    """The contents of a YAML file that is not empty, as plain lists, dicts and scalars."""
+    content = read_yaml(path)
     if content is None:
         raise InputError(f"{path}: the file is empty: give at least algorithm, model and data")
     return content
@@ -259,7 +253,7 @@ def build(kind: Any, value: Any, source: str, key: str = "") -> Any:
         return _section(members, value, source, key)
     if get_origin(kind) is tuple and dataclasses.is_dataclass(get_args(kind)[0]):
         if not isinstance(value, list | tuple):
-            raise InputError(f"{source}: {key}={value!r:.80}: should be a list")
+            raise InputError(f"{source}: {key}={shown(value, 80)}: should be a list")
         item = get_args(kind)[0]
         return tuple(build(item, v, source, f"{key}.{i}") for i, v in enumerate(value))
     return _leaf(kind, value, source, key)
@@ -268,7 +262,7 @@ def build(kind: Any, value: Any, source: str, key: str = "") -> Any:
 def _section(members: Sequence[type], value: Any, source: str, key: str) -> Any:
     """A mapping → one of the dataclasses ``members``, told apart by their ``name``."""
     if not isinstance(value, Mapping):
-        named = f"{key}={value!r:.80}: " if key else ""
+        named = f"{key}={shown(value, 80)}: " if key else ""
         raise InputError(f"{source}: {named}should be keys with values, one a line")
     prefix = f"{key}." if key else ""
     kind = _named(members, value, source, prefix) if len(members) > 1 else members[0]
@@ -277,13 +271,16 @@ def _section(members: Sequence[type], value: Any, source: str, key: str) -> Any:
     # A constant of this algorithm, as older versions wrote it, says nothing new.
     value = {n: v for n, v in value.items() if n not in constants or v != constants[n]}
     for name in value:
+        said = f"{prefix}{name:.80}" if isinstance(name, str) else f"{prefix}{shown(name)}"
         if name in constants:
             why = f"{kind.name} does not read it: leave it out"  # type: ignore[attr-defined]
-            raise InputError(f"{source}: {prefix}{name}={value[name]!r:.80}: {why}")
+            raise InputError(f"{source}: {said}={shown(value[name], 80)}: {why}")
         if name not in fields:
-            close = difflib.get_close_matches(str(name).replace("-", "_"), fields, 1)
+            close = difflib.get_close_matches(
+                said.removeprefix(prefix).replace("-", "_"), fields, 1
+            )
             known = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
-            raise InputError(f"{source}: {prefix}{name}: unknown key ({known})")
+            raise InputError(f"{source}: {said}: unknown key ({known})")
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in value:
@@ -305,8 +302,8 @@ def _named(members: Sequence[type], value: Mapping, source: str, prefix: str) ->
     name = value.get("name")
     if isinstance(name, str) and name in known:
         return known[name]
-    given = f"{prefix}name={name!r:.80}: unknown" if "name" in value else f"{prefix}name: missing"
-    raise InputError(f"{source}: {given} (choose one of {', '.join(known)})")
+    given = f"name={shown(name, 80)}: unknown" if "name" in value else "name: missing"
+    raise InputError(f"{source}: {prefix}{given} (choose one of {', '.join(known)})")
 
 
 def _leaf(kind: Any, value: Any, source: str, key: str) -> Any:
@@ -317,7 +314,7 @@ def _leaf(kind: Any, value: Any, source: str, key: str) -> Any:
         first = error.errors()[0]
         key = ".".join([key, *(str(part) for part in first["loc"] if isinstance(part, int))])
         message = first["msg"].removeprefix("Input ")
-        raise InputError(f"{source}: {key}={first['input']!r:.80}: {message}") from None
+        raise InputError(f"{source}: {key}={shown(first['input'], 80)}: {message}") from None
     # pydantic takes true for 1.
     if isinstance(value, bool) and not isinstance(leaf, bool):
         raise InputError(f"{source}: {key}={value}: should be a number, not true or false")
@@ -334,25 +331,3 @@ def _members(kind: Any) -> Sequence[Any]:
     if get_origin(kind) in (Union, types.UnionType):
         return [member for member in get_args(kind) if member is not types.NoneType]
     return [kind]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key which is written twice, where YAML drops the first."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-        if key.value in seen:
-            problem = f"the key {key.value} stands here a second time"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        seen.add(key.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-# A date is text here, quoted or not.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}

@@ -89,7 +89,7 @@ class RewardConfig:
 
     function: str = ""
     """A built-in (sentiment) or a Python function by its dotted path, package.module:function;
-    async ones too."""
+    async ones too. The module is imported: a config can run any code that is installed."""
     model: str = ""
     """A reward model: the output folder of its run, or a Hugging Face folder of a
     …ForSequenceClassification with one label and the policy's vocabulary."""
@@ -115,7 +115,16 @@ class RewardConfig:
     length: LengthConfig | None = None
     """A penalty on length."""
     isolate: IsolateConfig | None = None
-    """Run a function or verifier in processes with limits; null calls it in this one."""
+    """Have a function or verifier that fails cost the rows of its call, in processes with limits;
+    null has it end the run."""
+    timeout: float = 1800.0
+    """Seconds that a call of a function may take, for all rows of an iteration; the run then ends.
+    Read where it is neither isolated nor called in the run's own process."""
+    in_process: bool = False
+    """Call a function in the run's own process, where it has the run's memory and devices, and not
+    in a worker, as all code that is not this package's. There is then no deadline but
+    distributed.watchdog, and one that exits or crashes ends the run, with whatever status: with
+    os._exit(0) as if all were well."""
     offload: bool = False
     """Keep the weights of a reward model in host memory, and on the devices only while it scores:
     less memory for the other steps, and a copy from host to device each time."""
@@ -128,6 +137,8 @@ KINDS = ("function", "model", "ensemble", "verifier", "service", "length")
 
 READERS = {
     "isolate": ("function", "verifier"),
+    "timeout": ("function", "verifier"),
+    "in_process": ("function", "verifier"),
     "answer": ("verifier",),
     "pattern": ("verifier",),
     "special_tokens": ("function", "verifier", "service"),
@@ -227,6 +238,18 @@ def _source(key: str, kind: str, reward: RewardConfig) -> Iterator[str]:
         yield from _ranges(f"{key}.service", reward.service, positive, ("retries", "backoff"))
         if not reward.service.header:
             yield f"{key}.service.header: empty: give the name of a header"
+    yield from _where(key, reward)
+
+
+def _where(key: str, reward: RewardConfig) -> Iterator[str]:
+    """In which process a function is called, and how long that may take."""
+    yield from _ranges(key, reward, ("timeout",))
+    places = [name for name in ("isolate", "in_process") if getattr(reward, name)]
+    if len(places) > 1:
+        yield f"{key}: isolate and in_process are both given: leave one out"
+    if places and reward.timeout != RewardConfig().timeout:
+        instead = "isolate.timeout" if reward.isolate else "distributed.watchdog"
+        yield f"{key}.timeout={reward.timeout:g}: with {places[0]}, set {instead} instead"
     if reward.isolate is not None:
         names = ("workers", "chunk", "timeout", "memory_gib")
         yield from _ranges(f"{key}.isolate", reward.isolate, names)

@@ -13,15 +13,15 @@ from tyro.constructors import PrimitiveConstructorSpec
 from jaxrlhf.config.algorithms import AlgorithmConfig, OfflineConfig, OnPolicyConfig, PPOConfig
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
 from jaxrlhf.config.rewards import RewardConfig
+from jaxrlhf.core.reading import parse_yaml, problem_of
 
 
 def _mapping(words: list[str]) -> Any:
     """A mapping as YAML writes it in one line; what is none is refused as YAML's is."""
     try:
-        # Days, which YAML reads as such, are text here.
-        return json.loads(json.dumps(yaml.safe_load(words[0]), default=str))
+        return parse_yaml(words[0])
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"not YAML: {problem_of(error)}") from None
 
 
 _MAPPING = PrimitiveConstructorSpec(
@@ -190,9 +190,10 @@ class DistributedConfig:
     """Seconds within which all processes must have come up."""
     heartbeat: int = 20
     """Seconds without a sign of life after which a process counts as dead, and all end."""
-    watchdog: float = 300.0
-    """Seconds without progress after which several processes end; six times that where much may
-    take long (the set-up, the first iteration, rewards, evaluations); 0 waits for ever."""
+    watchdog: float | None = None
+    """Seconds without progress after which the processes end; six times that where much may take
+    long (the set-up, the first iteration, rewards, evaluations); 0 waits for ever; null: 300 for
+    several processes, and for ever where there is one."""
 
 
 @dataclass(frozen=True)

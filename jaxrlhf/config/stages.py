@@ -1,6 +1,7 @@
 """What `jaxrlhf eval` is to measure, and the stages of `jaxrlhf pipeline`."""
 
 import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxrlhf.config.checks import below_least, check_seed
 from jaxrlhf.config.load import build, read
 from jaxrlhf.config.run import Config
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class StageConfig:
 
     name: str
     make: str = ""
-    """A Python function (folder, seed, **set) that writes files, by its dotted path."""
+    """A Python function (folder, seed, **set) that writes files, by its dotted path. Its module is
+    imported, and any function of any module can be named: read pipelines of others first."""
     preferences: PreferencesConfig | None = None
     """Sample from a policy and compare: train.jsonl and eval.jsonl."""
     train: str = ""
@@ -230,7 +233,9 @@ def _check(stage: StageConfig, where: str, earlier: Mapping[str, str]) -> None:
         found = " and ".join(given) or "none"
         raise InputError(f"{where}: {stage.name}: give one of {', '.join(KINDS)}, not {found}")
     if not stage.name.isidentifier():
-        raise InputError(f"{where}.name={stage.name!r}: letters, digits and _ only: it is a folder")
+        raise InputError(
+            f"{where}.name={shown(stage.name)}: letters, digits and _ only: it is a folder"
+        )
     if stage.name in earlier:
         raise InputError(f"{where}.name={stage.name}: an earlier stage has this name")
     for name in {"output", "model" if stage.evaluate else "output"} & set(stage.set):
@@ -268,13 +273,21 @@ def _resolved(
 
 
 def _fill(text: str, folders: Mapping[str, str], where: str) -> str:
+    said = f"{where}: {shown(text)}"
     try:
-        return text.format_map(folders)
-    except KeyError as error:
-        known = ", ".join(folders) or "none"
-        raise InputError(
-            f"{where}: {text!r}: no earlier stage is called {error.args[0]} (earlier: {known}): "
-            "mend the name, or write {{ for a brace"
-        ) from None
-    except (ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"{where}: {text!r}: {error}: write {{{{ for a brace") from None
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise InputError(f"{said}: {error}: write {{{{ for a brace") from None
+    # Names and no more: of str.format, {a:>2000000000} fills memory and {a.__class__} tells tales.
+    for _, name, form, conversion in parts:
+        if form or conversion or (name is not None and not name.isidentifier()):
+            raise InputError(
+                f"{said}: {{name}} of a stage is all that can be filled in: {{{{ is a brace"
+            )
+        if name is not None and name not in folders:
+            known = ", ".join(folders) or "none"
+            raise InputError(
+                f"{said}: no earlier stage is called {name} (earlier: {known}): mend the name, or "
+                "write {{ for a brace"
+            )
+    return "".join(before + ("" if name is None else folders[name]) for before, name, *_ in parts)

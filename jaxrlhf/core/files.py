@@ -1,25 +1,37 @@
 """Files that are whole at any time, and places that cannot be written, named."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxrlhf.core.errors import InputError
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Replace a file by ``text`` (UTF-8): a reader, or a kill, finds the old or the new content."""
+    """Replace a file by ``text`` (UTF-8): a reader, or a kill, finds the old or the new content.
+
+    Raises:
+      InputError: it cannot be written; the old content stays.
+    """
     path = Path(path)
     # Beside it: a rename is atomic only within one file system.
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        # Else, after a power cut, the rename may be on disk and the text not.
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with writing(path):
+        try:
+            with open(part, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                # Else, after a power cut, the rename may be on disk and the text not.
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError:
+            # On a full disk, half a file is room for something else.
+            with suppress(OSError):
+                part.unlink()
+            raise
 
 
 @contextmanager
@@ -28,8 +40,29 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path}: cannot be written ({reason}): give another path") from error
+        raise InputError(unwritable(path, error)) from error
+
+
+def unwritable(path: str | Path, error: OSError) -> str:
+    """What could not be written, why, and the remedy; of a full disk, how much of it is free."""
+    reason, remedy = error.strerror or str(error), "give another path"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason, remedy = f"{reason}; {free(path)}", "make room and start again"
+    return f"{path}: cannot be written ({reason}): {remedy}"
+
+
+def free(path: str | Path) -> str:
+    """How much of the disk that ``path`` is to lie on is free, as a text: MiB, and files."""
+    path = Path(path).absolute()
+    there = next((x for x in (path, *path.parents) if x.exists()), path)
+    try:
+        disk = os.statvfs(there)
+    except OSError as error:
+        return f"how much is free there cannot be told: {error.strerror}"
+    space = f"{disk.f_bavail * disk.f_frsize / 2**20:.1f} MiB"
+    # Some file systems have no limit on files, and say 0 of 0.
+    files = f" and {disk.f_favail} more files" if disk.f_files else ""
+    return f"{space}{files} are free there"
 
 
 def check_file(path: str | Path) -> None:

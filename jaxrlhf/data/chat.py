@@ -5,7 +5,6 @@ row's ``chat_template_kwargs``, as TRL has them), and the run's date where it wo
 Whose text is whose is in turns.py; docs/chat.md says it all in a few pages.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast as Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxrlhf.config import Config, DataConfig
 from jaxrlhf.config.load import read
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.rows import Message, Row, content_text, locate, one_line, shown
+from jaxrlhf.core.reading import NotJsonError, parse_json
+from jaxrlhf.core.shown import one_line, shown
+from jaxrlhf.data.render import Rendered, RenderError, render
+from jaxrlhf.data.rows import Message, Row, calls_of, content_text, locate
 from jaxrlhf.mesh.processes import assemble, is_first
 
 CLOCK = "strftime_now"
@@ -55,7 +55,7 @@ def chat_settings(data: DataConfig) -> ChatSettings:
     if data.chat_template:
         try:
             template = locate(data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             message = f"data.chat_template={data.chat_template}: cannot be read: {one_line(error)}"
             raise InputError(message) from None
         # A file read as a template ends with the line break that an editor puts there.
@@ -76,8 +76,13 @@ def with_date(config: Config, tokenizer: Tokenizer) -> Config:
         return config
     path = Path(config.output) / "config.yaml"
     saved = read(path) if path.is_file() else {}
-    known = (saved.get("data") or {}).get("date") if isinstance(saved, dict) else None
-    day = date.fromisoformat(known) if known else date.today()
+    data = saved.get("data") if isinstance(saved, dict) else None
+    known = data.get("date") if isinstance(data, dict) else None
+    try:
+        day = date.fromisoformat(known) if known else date.today()
+    except (TypeError, ValueError):
+        said = f"data.date={shown(known)}: is no day"
+        raise InputError(f"{path}: {said}: mend it, or give --data.date") from None
     share = slice(1 if is_first() else 0)
     (number,) = assemble(np.array([day.toordinal()])[share], share, 1)
     day = date.fromordinal(int(number))
@@ -127,9 +132,9 @@ class Writer:
         tools = self.values.get("tools")
         if isinstance(tools, str):
             try:
-                tools = json.loads(tools)
-            except ValueError as error:
-                message = f"{self.where}: tools={shown(tools)} is not JSON ({one_line(error)})"
+                tools = parse_json(tools.encode())
+            except NotJsonError as error:
+                message = f"{self.where}: tools={shown(tools)} is not JSON ({error})"
                 raise InputError(f"{message}; mend or drop it") from None
         if not isinstance(tools, list | None) or not all(isinstance(x, dict) for x in tools or ()):
             kind = "a list of JSON schemas, or that as a JSON string"
@@ -186,13 +191,26 @@ class Writer:
         Raises:
           InputError: a missing or failing chat template.
         """
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": open_turn}
-        given = {"tools": self.tools if tools else None, "chat_template": self._source}
+        return self._rendered(chat, open_turn, tools)[0]
+
+    def _rendered(
+        self, chat: list[Message], open_turn: bool, tools: bool = True, spans: bool = False
+    ) -> Rendered:
+        chat = self._readable(chat)
         try:
-            chat = self._readable(chat)
-            return str(self.tokenizer.apply_chat_template(chat, **given, **options, **self._kwargs))
-        except FAILURES as error:
+            return self._run(chat, open_turn, tools, spans)
+        except RenderError as error:
             raise self._failed(error, chat) from error
+
+    def _run(self, chat: list[Message], open_turn: bool, tools: bool, spans: bool) -> Rendered:
+        given = {
+            **self.tokenizer.special_tokens_map,
+            **self._kwargs,
+            "messages": chat,
+            "tools": self.tools if tools else None,
+            "add_generation_prompt": open_turn,
+        }
+        return render(self.template, self._source, given, spans)
 
     def _readable(self, chat: list[Message]) -> list[Message]:
         """The chat as its template can read it: parts of text joined, unless it takes parts."""
@@ -211,29 +229,15 @@ class Writer:
     def _takes_parts(self) -> bool:
         """Whether the template writes the text of a part, and not the part as Python writes it."""
         probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
-        options: dict[str, Any] = {"tokenize": False, "chat_template": self._source}
         try:
-            text = str(self.tokenizer.apply_chat_template(probe, **options, **self._kwargs))
-        except FAILURES:
+            text, _ = self._run(probe, open_turn=False, tools=False, spans=False)
+        except RenderError:
             return False
         return "probe" in text and "'text'" not in text and '"text"' not in text
 
     def spans(self, chat: list[Message]) -> list[tuple[int, int]]:
         """Where in the text of a whole chat the template's ``{% generation %}`` marks are."""
-        names = {**self.tokenizer.special_tokens_map, **self._kwargs}
-        tools: Any = self.tools
-        try:
-            chat = self._readable(chat)
-            _, (spans,) = render_jinja_template(
-                [chat],
-                tools,
-                chat_template=self._source,
-                return_assistant_tokens_mask=True,
-                **names,
-            )
-        except FAILURES as error:
-            raise self._failed(error, chat) from error
-        return [(int(start), int(end)) for start, end in spans]
+        return self._rendered(chat, open_turn=False, spans=True)[1]
 
     def marks(self) -> bool:
         """Whether the template says itself which text is the assistant's."""
@@ -241,15 +245,11 @@ class Writer:
 
     def _failed(self, error: BaseException, chat: list[Message]) -> InputError:
         remedy = "mend the row or template"
-        calls = [call for message in chat for call in message.get("tool_calls") or ()]
         # Some templates join the arguments to other text, as DeepSeek's do.
-        if any(isinstance((x.get("function") or x).get("arguments"), dict) for x in calls):
+        calls = (call for message in chat for _, call in calls_of(message))
+        if any(isinstance(call.get("arguments"), dict) for call in calls):
             remedy += "; if it joins a call's arguments to text, give them as a JSON string"
         return InputError(f"{self.where}: the chat template failed ({one_line(error)}); {remedy}")
-
-
-FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""Templates index and join what is in the row, which fails with errors of Python's own too."""
 
 
 def writer_of(row: Row, tokenizer: Tokenizer, settings: ChatSettings, notes: dict) -> Writer:

@@ -10,8 +10,10 @@ from itertools import chain
 from typing import Any
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.reading import NotJsonError, parse_json
+from jaxrlhf.core.shown import shown
 from jaxrlhf.data.chat import Writer
-from jaxrlhf.data.rows import CALLS, Message, content_text, shown
+from jaxrlhf.data.rows import Message, calls_of, content_text
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that hold what was thought before it."""
@@ -100,24 +102,18 @@ def _forms(value: Any) -> Iterator[str]:
 
 def _calls(message: Message) -> Iterator[tuple[str, Any]]:
     """The names, and the values of the arguments, of the calls of tools in a message."""
-    for field in sorted(CALLS & message.keys()):
-        calls = message[field] if isinstance(message[field], list) else [message[field]]
-        for index, call in enumerate(calls):
-            name = f"{field}[{index}]" if field == "tool_calls" else field
-            inner = call.get("function", call) if isinstance(call, dict) else {}
-            if not isinstance(inner, dict):
+    for name, call in calls_of(message):
+        if "name" in call:
+            yield f"{name}.name", call["name"]
+        arguments = call.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = parse_json(arguments.encode())
+            except NotJsonError:  # text of another kind, which a template writes as it stands
+                yield f"{name}.arguments", arguments
                 continue
-            if "name" in inner:
-                yield f"{name}.name", inner["name"]
-            arguments = inner.get("arguments")
-            if isinstance(arguments, str):
-                try:
-                    arguments = json.loads(arguments)
-                except ValueError:  # text of another kind, which a template writes as it stands
-                    yield f"{name}.arguments", arguments
-                    continue
-            for value in _leaves(arguments):
-                yield f"{name}.arguments", value
+        for value in _leaves(arguments):
+            yield f"{name}.arguments", value
 
 
 def _leaves(value: Any) -> Iterator[Any]:

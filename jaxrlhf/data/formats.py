@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.data.chat import PLAIN, ChatSettings, Writer, writer_of
 from jaxrlhf.data.rows import (
     Message,
@@ -45,7 +46,6 @@ from jaxrlhf.data.rows import (
     as_text,
     columns_of,
     list_of,
-    shown,
     text_of,
     transform,
 )

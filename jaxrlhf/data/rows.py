@@ -6,26 +6,36 @@ rows from stage to stage, and stops at the first bad one or leaves it out.
 
 import codecs
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, refused
+from jaxrlhf.core.files import writing
+from jaxrlhf.core.reading import NotJsonError, check_text, parse_json
+from jaxrlhf.core.shown import shown
 
 S = TypeVar("S")
 T = TypeVar("T")
 Message = dict[str, Any]
 Text = str | list[Message]
 """Plain text or a chat."""
+
+
+AT_ONCE = 64
+"""Rows of Parquet that are made at once."""
+
+MOST_EXPANDED, EXPANSION = 2**28, 100
+"""Bytes that the rows of a Parquet file may become, beside so many times its size."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,12 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
     suffix = Path(source.name).suffix.lower()
     if suffix not in readers:
         raise InputError(f"{path}: unknown extension {suffix!r}; give a .jsonl or .parquet file")
-    try:
-        with source.open("rb") as file:
-            # Read while they are parsed: a file's raw rows are never all in memory.
-            raw: Any = readers[suffix](file, path)
-            return transform(Rows(raw, path), _parse, skip_bad_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
+    with refused(f"{path}: cannot be read", "check the file"):
+        file = source.open("rb")
+    with file:
+        # Read while they are parsed: a file's raw rows are never all in memory.
+        raw: Any = _guarded(readers[suffix](file, path), path)
+        return transform(Rows(raw, path), _parse, skip_bad_rows)
 
 
 def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = False) -> Rows[T]:
@@ -119,42 +128,31 @@ def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = F
 
 def locate(path: str) -> Traversable:
     """The file that ``path`` or ``package:relative/path`` names; InputError if there is none."""
-    file = Path(path).expanduser()
+    # The functions of os.path raise over no name, however long or odd.
+    file = Path(os.path.expanduser(path))
     match = re.fullmatch(r"([A-Za-z_][\w.]+):(.+)", path)
     found: Traversable = file
     # A file of that very name goes first.
-    if match and not file.exists():
+    if match and not os.path.exists(file):
         package, relative = match.groups()
         try:
             # The files that this package ships lie in data/.
             inside = "data" if package == "jaxrlhf" else ""
             found = resources.files(package).joinpath(inside, relative)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:
             message = f"{path}: no package {package!r} is installed; install it or give a file"
             raise InputError(message) from error
-    if not found.is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    return found
+    with suppress(OSError, ValueError):
+        if found.is_file():
+            return found
+    raise InputError(f"{path}: no such file; check the path")
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSONL, UTF-8; InputError if the file cannot be written."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
+    with writing(path):
         Path(path).write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}): give another") from error
-
-
-def shown(value: Any, limit: int = 60) -> str:
-    """``value`` as an error message shows it: one line, cut at ``limit`` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[str, bytes]]:
@@ -166,9 +164,25 @@ def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_parquet(file: IO[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    batches = pq.ParquetFile(file).iter_batches()
-    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-    return ((f"{path}:{number}", values) for number, values in enumerate(rows, 1))
+    size, number, expanded = file.seek(0, os.SEEK_END), 0, 0
+    table = pq.ParquetFile(file)
+    # Rows that are all alike take no room: a few bytes may say that there are billions.
+    if table.metadata.num_rows > max(size, 2**20):
+        rows = table.metadata.num_rows
+        raise InputError(f"{path}: {rows} rows in {size} bytes: is it the right file?")
+    for batch in table.iter_batches(batch_size=AT_ONCE):
+        expanded += batch.nbytes
+        if expanded > MOST_EXPANDED + EXPANSION * size:
+            raise InputError(f"{path}: {size} bytes of Parquet become {expanded}: is it all right?")
+        for values in batch.to_pylist():
+            number += 1
+            yield f"{path}:{number}", values
+
+
+def _guarded(rows: Iterator[T], path: str) -> Iterator[T]:
+    """``rows``; whatever a library raises over the file is an InputError."""
+    with refused(f"{path}: cannot be read", "check the file"):
+        yield from rows
 
 
 class _TwiceError(ValueError):
@@ -183,29 +197,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _parse(raw: tuple[str, bytes | dict[str, Any]]) -> Row:
     where, content = raw
     try:
-        values = _DECODER.decode(content.decode()) if isinstance(content, bytes) else content
-        _check_text(values, where)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        match error:
-            case UnicodeDecodeError():
-                what = f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-            case json.JSONDecodeError():
-                what = f"not JSON ({error.msg} at character {error.pos + 1}); mend or drop it"
-            case _TwiceError():
-                what = f"key {shown(error.args[0])} stands twice in one object; keep one"
-            case RecursionError():
-                what = "nested too deeply; mend or drop it"
-            case _:  # a number of more digits than Python reads
-                what = f"not JSON ({one_line(error)}); mend or drop it"
-        raise InputError(f"{where}: {what}") from error
+        values = parse_json(content, _object) if isinstance(content, bytes) else content
+        check_text(values, where)
+    except NotJsonError as error:
+        raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
+    except _TwiceError as error:
+        what = f"key {shown(error.args[0])} stands twice in one object; keep one"
+        raise InputError(f"{where}: {what}") from None
     if not isinstance(values, dict):
         raise InputError(f"{where}: {shown(values)} is no object; a row is {{column: value, …}}")
     return Row({name: _without_nulls(value) for name, value in values.items()}, where)
@@ -218,22 +219,10 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
-def _check_text(value: Any, where: str) -> None:
-    """Raise InputError if a string anywhere in ``value`` holds NUL or a lone surrogate."""
-    if isinstance(value, str):
-        if found := re.search(r"[\0\ud800-\udfff]", value):
-            kind = "a NUL" if found[0] == "\0" else f"a lone surrogate {found[0]!r}"
-            message = f"{where}: {kind} at character {found.start() + 1} of {shown(value)}"
-            raise InputError(f"{message}; remove it")
-    elif isinstance(value, dict | list):
-        for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
-            _check_text(item, where)
-
-
 def value_of(row: Row, key: str) -> Any:
     """Whatever stands in a column, or an InputError that names those there are."""
     if key not in row.values:
-        keys = ", ".join(map(str, row.values)) or "none"
+        keys = f"{', '.join(map(str, row.values)):.200}" or "none"
         raise InputError(f"{row.where}: no {key!r} among its columns ({keys}); add or rename one")
     return row.values[key]
 
@@ -304,6 +293,19 @@ def _check_content(message: Message, name: str, where: str) -> None:
 
 CALLS = {"tool_calls", "function_call"}
 """Fields of a message that hold calls of tools."""
+
+
+def calls_of(message: Message) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The calls of tools in a message: where each stands, and its ``{name, arguments}``.
+
+    What is no call, a template may still write; it is passed over.
+    """
+    for field in sorted(CALLS & message.keys()):
+        calls = message[field] if isinstance(message[field], list) else [message[field]]
+        for index, call in enumerate(calls):
+            inner = call.get("function", call) if isinstance(call, dict) else None
+            if isinstance(inner, dict):
+                yield f"{field}[{index}]" if field == "tool_calls" else field, inner
 
 
 def content_text(message: Message) -> str:

@@ -18,6 +18,8 @@ import yaml
 from tyro.conf import Positional, arg
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.reading import parse_yaml, problem_of
+from jaxrlhf.core.shown import shown
 from jaxrlhf.data.rows import write_rows
 
 
@@ -54,10 +56,10 @@ def _option(word: str) -> tuple[str, Any]:
     if not equals:
         raise InputError(f"--option {word}: give name=value")
     try:
-        return name, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"--option {word!r:.80}: the value is not YAML: {problem}") from None
+        return name, parse_yaml(value)
+    except yaml.YAMLError as error:
+        said = f"the value is not YAML: {problem_of(error)}"
+        raise InputError(f"--option {shown(word, 80)}: {said}") from None
 
 
 def task_rows(
@@ -95,7 +97,7 @@ def task_rows(
         raise InputError(f"task={task}: reasoning-gym has none of this name ({hint})")
     for name, text, part in (("prompt", prompt, "question"), ("completion", completion, "answer")):
         if text and f"{{{part}}}" not in text:
-            raise InputError(f"{name}={text!r:.60}: {{{part}}} must stand in it")
+            raise InputError(f"{name}={shown(text)}: {{{part}}} must stand in it")
     try:
         entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed, **(options or {})))
     except (AssertionError, TypeError, ValueError) as error:
@@ -110,7 +112,7 @@ def task_rows(
         asked = prompt.replace("{question}", question)
         row = {"prompt": turn("user", asked), "answer": answer, "task": task, "question": question}
         if completion and answer is None:
-            raise InputError(f"completion={completion!r:.60}: {task} gives no answers to imitate")
+            raise InputError(f"completion={shown(completion)}: {task} gives no answers to imitate")
         if completion:
             row["completion"] = turn("assistant", completion.replace("{answer}", str(answer)))
         rows.append({**row, "metadata": _kept(entry["metadata"])})

@@ -28,7 +28,7 @@ def _text(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
     return str(tokenizer.decode(ids, **options))
 
 
-def _answer(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
+def answer_text(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
     """The text that ids add to a prompt: decoders of SentencePiece drop the space that begins a
     text, and prompt and answer would be joined without it."""
     text = _text(tokenizer, ids, special)
@@ -65,7 +65,7 @@ def decode_rollout(
         )
     responses = [token_T[mask_T != 0] for token_T, mask_T in zip(token_BT, mask_BT, strict=True)]
     if ended_B is None:
-        return [_answer(tokenizer, ids.tolist()) for ids in responses]
+        return [answer_text(tokenizer, ids.tolist()) for ids in responses]
     rows = zip(responses, ended_B, strict=True)
     return [_kept(tokenizer, ids.tolist(), bool(ended)) for ids, ended in rows]
 
@@ -75,9 +75,9 @@ def _kept(tokenizer: Tokenizer, ids: list[int], ended: bool) -> str:
     last = ids[-1:] if ended else []
     # A stop token that is plain text is part of the text, as it is where special ones are removed.
     stop = "" if _text(tokenizer, last) else _text(tokenizer, last, special=True).strip()
-    text = _answer(tokenizer, ids[: len(ids) - bool(stop)], special=True)
+    text = answer_text(tokenizer, ids[: len(ids) - bool(stop)], special=True)
     closes = stop.startswith("</") and stop.replace("</", "<", 1) in text
-    return _answer(tokenizer, ids, special=True) if closes else text
+    return answer_text(tokenizer, ids, special=True) if closes else text
 
 
 def step_ends(ids: Sequence[int], tokenizer: Tokenizer, separator: str) -> list[int]:

@@ -36,7 +36,8 @@ from jaxrlhf.config import (
     SFTConfig,
     is_on_policy,
 )
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, refused
+from jaxrlhf.core.shown import shown
 from jaxrlhf.data.chat import chat_settings
 from jaxrlhf.data.formats import (
     ENDS,
@@ -49,7 +50,7 @@ from jaxrlhf.data.formats import (
     read_completions,
     read_prompts,
 )
-from jaxrlhf.data.rows import Rows, read_rows, shown, transform
+from jaxrlhf.data.rows import Rows, read_rows, transform
 from jaxrlhf.data.text import step_ends, units
 
 Ids = list[int]
@@ -346,7 +347,8 @@ def added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 def _ids(tokenizer: Tokenizer, text: str, where: str) -> Ids:
     """The ids of ``text``, or an InputError that names the first word that has none."""
     try:
-        return tokenizer.encode(text, add_special_tokens=False)
+        with refused(f"{where}: the tokenizer fails", "give another text"):
+            return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # the Rust tokenizer raises bare Exception
         split = tokenizer.backend_tokenizer.pre_tokenizer
         pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]

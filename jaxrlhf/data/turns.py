@@ -18,9 +18,10 @@ from itertools import pairwise
 from typing import Any
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.data.chat import KEEP_THOUGHTS, Writer
 from jaxrlhf.data.dropped import check_learnt, check_past, check_tools
-from jaxrlhf.data.rows import Message, Text, shown
+from jaxrlhf.data.rows import Message, Text
 
 FAMILIES = {
     "gpt_oss": ("<|channel|>analysis", "<|start|>"),

@@ -1,18 +1,16 @@
 """The checkpoints of a run: saved, restored, and told when kills, full disks or bits damage them.
 
 A checkpoint is ``<folder>/<step>/``: the arrays of the training state and, beside them, a JSON
-note with the host's numbers and the name, kind and digest of every array, sealed by its SHA-256. A
-directory gets its number by a rename once it is whole; what was damaged later, the digests tell.
-Beside the steps, ``trash/`` holds old ones on their way out and ``damaged/`` those that ``restore``
-had to pass over.
+note with its step, its run, the host's numbers and the name, kind and digest of every array, sealed
+by its SHA-256. A directory gets its number by a rename once it is whole; what was damaged later, or
+is of another step or run, note and digests tell. Beside the steps, ``run.json`` names the run,
+``trash/`` holds old ones on their way out and ``damaged/`` those that ``restore`` had to pass over.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,9 +23,19 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.files import check_folder, free, write_atomic, writing
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.messages import exchange
+from jaxrlhf.mesh.notes import (
+    beside,
+    check_place,
+    claim,
+    notes,
+    put_aside,
+    seal,
+    steps_in,
+    unseal,
+)
 from jaxrlhf.mesh.processes import Meeting, all_or_none, is_first, jointly
 
 log = logging.getLogger(__name__)
@@ -86,32 +94,6 @@ def describe(leaves: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
     return {name: {"kind": kind(x), "digest": int(sums[name])} for name, x in leaves.items()}
 
 
-def seal(note: Mapping[str, Any]) -> dict[str, Any]:
-    """``note`` as JSON holds it, with its SHA-256.
-
-    Raises:
-      TypeError: it is not JSON-able.
-    """
-    # There and back, so that what is hashed is what will be read: tuples are lists, keys are texts.
-    plain = json.loads(json.dumps(note))
-    return {"note": plain, "sha256": _sha256(plain)}
-
-
-def unseal(sealed: Mapping[str, Any]) -> dict[str, Any]:
-    """The note of a ``seal``.
-
-    Raises:
-      ValueError: it has changed since.
-    """
-    if sealed["sha256"] != _sha256(sealed["note"]):
-        raise ValueError("the note is not as it was saved")
-    return sealed["note"]
-
-
-def _sha256(note: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
-
-
 class Checkpoints:
     """The checkpoints of one run, for the one trainer that writes them.
 
@@ -138,29 +120,30 @@ class Checkpoints:
         self._saved: int | None = None
         self._failure = ""
         self._meeting: Meeting | None = None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise InputError(
-                f"output: {folder} cannot be written ({error.strerror}); choose another folder"
-            ) from error
+        check_folder(self.folder)
+        self._run = claim(self.folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: Any, *_: object) -> None:
         self._settle()
         if self._manager is not None:
             self._manager.close()
             self._manager = None
-        # Else the run's own error is the one to be seen.
-        if error is None:
+        if kind is None:
             self.wait()
+        # One full disk fails more than the save; else the run's own error is the one to be seen.
+        if isinstance(error, InputError) and self._failure:
+            raise InputError(f"{error}; {self._unsaved()}") from error
 
     def latest(self) -> int | None:
         """The newest step on disk; a save in flight does not count."""
-        return max(_steps_in(self.folder), default=None)
+        return max(steps_in(self.folder), default=None)
+
+    def noted(self) -> dict[str, Any] | None:
+        """The host's numbers of the newest step that can tell them; no array is read."""
+        return next((note["host"] for note in notes(self.folder)), None)
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
         """Copy ``state`` to the host and write it in the background; a step on disk is kept.
@@ -187,7 +170,8 @@ class Checkpoints:
             raise InputError(f"{where}; resume from there, or choose another output")
         # Saved flat and by name: which classes optax keeps its moments in is no part of the file.
         leaves = named_leaves(state)
-        note = seal({"step": step, "host": dict(host), "leaves": describe(leaves)})
+        about = {"step": step, "run": self._run, "host": dict(host)}
+        note = seal({**about, "leaves": describe(leaves)})
         self._in_flight = step
 
         items = {"state": ocp.args.PyTreeSave(leaves), "host": ocp.args.JsonSave(note)}
@@ -217,11 +201,9 @@ class Checkpoints:
         def rewrite() -> None:
             if not is_first():
                 return
-            try:
+            with writing(path):
                 note = unseal(json.loads(path.read_text(encoding="utf-8")))
                 write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror}; make room and start again") from None
 
         all_or_none(rewrite)
 
@@ -233,10 +215,14 @@ class Checkpoints:
         """
         self._settle()
         if self._failure:
-            raise InputError(
-                f"{self.folder}: {self._failure}; make room and start again: the run resumes from "
-                f"step {self.latest() or 0}"
-            )
+            raise InputError(self._unsaved())
+
+    def _unsaved(self) -> str:
+        """What is lost, why, and what to do."""
+        return (
+            f"{self.folder}: {self._failure}; {free(self.folder)}; make room and start again: the "
+            f"run resumes from step {self.latest() or 0}"
+        )
 
     def restore(self, abstract: Any) -> Found | None:
         """The newest checkpoint that is whole: (step, state, host); None if there is none at all.
@@ -263,15 +249,13 @@ class Checkpoints:
                 "folder must be on a disk that all hosts see"
             )
 
-        def put_aside() -> None:
+        def put_away() -> None:
             # Only now that another step is whole: where all are damaged, all stay where they are.
             for step in damaged if is_first() else ():
-                (self.folder / "damaged").mkdir(exist_ok=True)
-                target = tempfile.mkdtemp(prefix=f"{step}-", dir=self.folder / "damaged")
-                os.replace(self.folder / str(step), target)
+                target = put_aside(self.folder / str(step))
                 log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
 
-        all_or_none(put_aside)
+        all_or_none(put_away)
         return found
 
     def _settle(self) -> None:
@@ -322,7 +306,7 @@ def _writer(folder: Path, keep: int, meeting: Meeting | None) -> ocp.CheckpointM
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(keep),
         # by a rename: no kill leaves half a step behind
-        todelete_subdir="trash",
+        todelete_subdir=beside(folder, "trash").name,
         async_options=how,
         multiprocessing_options=among,
         create=False,  # it is there
@@ -330,6 +314,10 @@ def _writer(folder: Path, keep: int, meeting: Meeting | None) -> ocp.CheckpointM
         lightweight_initialize=True,
     )
     logging.getLogger("absl").addFilter(_not_orbax_traceback)
+    logging.getLogger("asyncio").addFilter(_not_orbax_future)
+    if sys.unraisablehook is not _not_closed_loop:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _not_closed_loop
     return ocp.CheckpointManager(folder, options=options)
 
 
@@ -338,19 +326,29 @@ def _not_orbax_traceback(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
+def _not_orbax_future(record: logging.LogRecord) -> bool:
+    """False for the writes that were under way beside the one that failed, some for every array."""
+    lost = "exception was never retrieved" in record.getMessage()
+    # Whose it was, its traceback says.
+    return not (lost and "orbax" in logging.Formatter().format(record))
+
+
+_hooks: list[Any] = []
+"""``sys.unraisablehook`` as it was before there was a writer, the last of them."""
+
+
+def _not_closed_loop(found: Any) -> None:
+    """``sys.unraisablehook`` but for what tensorstore says where such a write ends too late."""
+    closed = found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"
+    if not (closed and found.object is None):
+        _hooks[-1](found)
+
+
 def _sweep(folder: Path) -> None:
     """Remove deleted steps and what killed or failed saves have left."""
     if is_first():
-        for path in (folder / "trash", *folder.glob("*.orbax-checkpoint-tmp*")):
+        for path in (beside(folder, "trash"), *folder.glob("*.orbax-checkpoint-tmp*")):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _steps_in(folder: Path) -> list[int]:
-    """Steps on disk, whole or damaged; what is still being written has no number for a name."""
-    if not folder.is_dir():
-        return []
-    # Not by glob, which takes a folder that cannot be read for an empty one.
-    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
 
 
 def load(folder: str | Path, abstract: Any) -> Found:
@@ -377,7 +375,7 @@ def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list
     One that a single process finds damaged is damaged for all.
     """
     damaged: dict[int, str] = {}
-    for step in sorted(_steps_in(folder), reverse=True):
+    for step in sorted(steps_in(folder), reverse=True):
         try:
             return (step, *_read(folder / str(step), abstract, part)), list(damaged)
         # Whole, but of another model: an older step would be too.
@@ -431,6 +429,7 @@ def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, An
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         items = ocp.args.Composite(host=ocp.args.JsonRestore())
         note = unseal(reader.restore(path, args=items)["host"])
+        check_place(path, note)
         _check_leaves(path, note["leaves"], wanted, part)
         items = ocp.args.Composite(state=arrays)
         return reader.restore(path, args=items)["state"], note

@@ -44,6 +44,9 @@ PARTS = {
 UNTOLD = {name: getattr(DistributedConfig(), name) for name in PARTS}
 """Those fields where the config leaves them open."""
 
+WATCHDOG = 300.0
+"""``distributed.watchdog`` of several processes, where the config leaves it open."""
+
 LATE = (
     "not all processes are there: is process 0 up and its port open, did you start every worker, "
     "all with the same --processes?"
@@ -56,7 +59,7 @@ def together(config: DistributedConfig) -> Iterator[Watchdog]:
     """Bring up the processes, watch over what is inside, and end all if one fails.
 
     Yields:
-      A watchdog to be fed while the run goes on; an idle one for a process alone.
+      A watchdog to be fed while the run goes on; an idle one for a process alone, unless asked for.
     """
     try:
         count = initialise(config)
@@ -65,11 +68,18 @@ def together(config: DistributedConfig) -> Iterator[Watchdog]:
         if jax.distributed.is_initialized():
             end(f"error: {error}", 2)
         raise
-    with Watchdog(config.watchdog if count > 1 else 0) as watchdog, guarded():
+    with Watchdog(limit(config, count)) as watchdog, guarded():
         yield watchdog
         if count > 1:
             # Waits for the others, watched and guarded: one that has failed never comes.
             jax.distributed.shutdown()
+
+
+def limit(config: DistributedConfig, count: int = 2) -> float:
+    """Seconds without progress that ``count`` processes may take; 0: any number."""
+    # One that is alone keeps nobody waiting but its user, who sees it.
+    default = WATCHDOG if count > 1 else 0.0
+    return default if config.watchdog is None else config.watchdog
 
 
 def initialise(config: DistributedConfig) -> int:
@@ -105,7 +115,7 @@ def initialise(config: DistributedConfig) -> int:
                 # JAX's own aborts without a word to the user: our deadline comes before it.
                 initialization_timeout=config.initialization_timeout + GRACE,
                 heartbeat_timeout_seconds=config.heartbeat,
-                shutdown_timeout_seconds=max(1, int(min(300, config.watchdog or 300))),
+                shutdown_timeout_seconds=max(1, int(min(300, limit(config) or 300))),
             )
         except ValueError as error:
             # What JAX says where it detects no cluster.

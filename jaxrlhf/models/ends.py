@@ -7,6 +7,7 @@ run keeps in its config.yaml. Training, sampling, evaluation, preferences, servi
 them from there.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jaxrlhf.config import SampleConfig
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import open_gguf
 from jaxrlhf.models.hf_config import read_object
-from jaxrlhf.models.load import is_run, run_config
-from jaxrlhf.models.read import gguf_file
+from jaxrlhf.models.read import gguf_file, is_run, run_config
 
 GENERATION = "generation_config.json"
 
@@ -54,8 +55,8 @@ class Ends:
         if sample.forbidden not in ((), self.unused):
             given, own = ([list(x) for x in ranges] for ranges in (sample.forbidden, self.unused))
             raise InputError(
-                f"sample.forbidden={given!r:.80}: a run forbids the ids that are no tokens, here "
-                f"{own!r:.80}, and no others: leave it out"
+                f"sample.forbidden={shown(given, 80)}: a run forbids the ids that are no tokens, "
+                f"here {shown(own, 80)}, and no others: leave it out"
             )
         return replace(
             sample,
@@ -128,7 +129,7 @@ def read_generation(path: str) -> dict[str, Any]:
     while is_run(path):
         path = run_config(path).model.path
     file = Path(path) / GENERATION
-    return read_object(file) if path and file.is_file() else {}
+    return read_object(file) if path and os.path.isfile(file) else {}
 
 
 def generation_config(ends: Ends, start: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _said(path: str) -> Iterator[tuple[str, list[int], list[str]]]:
             yield f"{file}: {key}", _ids(f"{file}: {key}", fields.get(key)), []
     else:
         for name in (GENERATION, "config.json"):
-            if (found := Path(path) / name).is_file():
+            if os.path.isfile(found := Path(path) / name):
                 said = read_object(found)
                 ids = _ids(f"{found}: eos_token_id", said.get("eos_token_id"))
                 texts = said.get("stop_strings") if name == GENERATION else None
@@ -169,14 +170,14 @@ def _ids(where: str, value: Any) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise InputError(f"{where}={value!r:.80}: give a token id or a list of them")
+            raise InputError(f"{where}={shown(value, 80)}: give a token id or a list of them")
     return ids
 
 
 def _strings(where: str, value: Any) -> list[str]:
     texts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) and text for text in texts):
-        raise InputError(f"{where}={value!r:.80}: give a text or a list of them")
+        raise InputError(f"{where}={shown(value, 80)}: give a text or a list of them")
     return texts
 
 

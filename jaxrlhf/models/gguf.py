@@ -18,7 +18,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import one_line, shown
 from jaxrlhf.models import names
+from jaxrlhf.models.hf_config import MOST_FLOAT, MOST_LAYERS
 
 _SCALARS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
@@ -26,6 +28,12 @@ _SCALARS = {
     GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT32: "f",
     GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
 }  # fmt: skip
+HEADER, LEAST_FIELD, LEAST_TENSOR = 24, 13, 33
+"""Bytes before the first field, of the shortest field, and of the shortest tensor's entry."""
+
+MOST_AXES, MOST_ITEMS = 4, 2**22
+"""Axes of a tensor, as ggml has them; items of all lists, of which a vocabulary has 2¹⁸."""
+
 _DAMAGE = (struct.error, ValueError, LookupError, ArithmeticError, TypeError, RecursionError)
 """What reading nonsense raises."""
 
@@ -61,7 +69,7 @@ def open_gguf(path: str | os.PathLike[str]) -> File:
     except InputError:
         raise
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise InputError(f"{path}: cannot be read ({error}); give a .gguf file") from None
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); give a .gguf file") from None
 
 
 # Decoder, tokenizer and weights each open the file; one that has changed since is another.
@@ -74,7 +82,9 @@ def _open(path: Path, *_: int) -> File:
     try:
         return _parse(path, data)
     except _DAMAGE as error:
-        raise InputError(f"{path}: truncated or damaged ({error}); download it again") from None
+        raise InputError(
+            f"{path}: truncated or damaged ({one_line(error)}); download it again"
+        ) from None
 
 
 def _parse(path: Path, data: mmap.mmap) -> File:
@@ -82,30 +92,41 @@ def _parse(path: Path, data: mmap.mmap) -> File:
     version, tensor_count, field_count = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
         raise ValueError(f"version {version}")
-    at = 24
+    at = HEADER
+    # Less would not do, and what is believed here is walked through.
+    if field_count * LEAST_FIELD + tensor_count * LEAST_TENSOR > len(data):
+        raise ValueError(f"{field_count} fields and {tensor_count} tensors do not fit into it")
     fields: dict[str, Any] = {}
+    items = 0
     for _ in range(field_count):
         key, at = _value(data, at, GGUFValueType.STRING)
         (kind,) = struct.unpack_from("<I", data, at)
         fields[key], at = _value(data, at + 4, kind)
+        items += len(fields[key]) if isinstance(fields[key], list) else 0
+        if items > MOST_ITEMS:
+            raise ValueError(f"lists of more than {MOST_ITEMS} items")
     tensors: dict[str, Tensor] = {}
     for _ in range(tensor_count):
         name, at = _value(data, at, GGUFValueType.STRING)
         (rank,) = struct.unpack_from("<I", data, at)
+        if not 1 <= rank <= MOST_AXES:
+            raise ValueError(f"{name:.60} has {rank} axes")
         *dims, kind, start = struct.unpack_from(f"<{rank}QIQ", data, at + 4)
         at += 4 + 8 * rank + 12
         # The file names the fastest axis first, numpy the slowest.
         tensors[name] = Tensor(tuple(dims[::-1]), GGMLQuantizationType(kind), start)
     # Tensors' places count from the end of the header, rounded up.
     alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 0 < alignment < 2**31:
+        raise ValueError(f"general.alignment={shown(alignment)}")
     base = -(-at // alignment) * alignment
     for name, tensor in tensors.items():
         tensors[name] = tensor = tensor._replace(start=base + tensor.start)
         block, size = GGML_QUANT_SIZES[tensor.kind]
         if tensor.shape[-1] % block:
-            raise ValueError(f"{name} has a row of {tensor.shape[-1]}")
+            raise ValueError(f"{name:.60} has a row of {tensor.shape[-1]}")
         if tensor.start + prod(tensor.shape) // block * size > len(data):
-            raise ValueError(f"{name} ends after the file")
+            raise ValueError(f"{name:.60} ends after the file")
     return File(path, data, fields, tensors)
 
 
@@ -120,6 +141,8 @@ def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
     if kind == GGUFValueType.ARRAY:
         item, length = struct.unpack_from("<IQ", data, at)
         at += 12
+        if length > MOST_ITEMS:
+            raise ValueError(f"a list of {length}")
         # Numbers are read at once: a vocabulary's scores and kinds are tens of thousands.
         if item in _SCALARS:
             layout = f"<{length}{_SCALARS[GGUFValueType(item)]}"
@@ -162,8 +185,8 @@ def dequantise(file: File, name: str, blocks: int = 2**15) -> np.ndarray:
 def field(file: File, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
     """The metadata under ``key``; InputError if it is not a ``kind``."""
     value = file.fields.get(key, default)
-    if not isinstance(value, kind):
-        raise InputError(f"{file.path}: {key}={str(value)[:60]!r}; another type is expected")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InputError(f"{file.path}: {key}={shown(value)}; another type is expected")
     return value
 
 
@@ -212,18 +235,22 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
 def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:
     """The shape of the model in a GGUF file, from its header alone; errors as in ``read_gguf``."""
     file = open_gguf(path)
-    if (architecture := file.fields.get("general.architecture")) != "llama":
+    if field(file, "general.architecture", str, "") != "llama":
+        architecture = shown(file.fields.get("general.architecture"))
         raise InputError(
-            f"{file.path}: general.architecture={architecture!r}; only llama is read from GGUF, "
+            f"{file.path}: general.architecture={architecture}; only llama is read from GGUF, "
             "other families from their Hugging Face folder"
         )
 
     def get(key: str, default: Any = None, kind: Any = int) -> Any:
         value = field(file, f"llama.{key}", kind, default)
-        if value <= 0:
-            raise InputError(f"{file.path}: llama.{key}={value}; it must be positive")
+        # So written that NaN fails too.
+        if not 0 < value < (MOST_FLOAT if kind is float else 2**31):
+            raise InputError(f"{file.path}: llama.{key}={value}; it must be positive and finite")
         return value
 
+    if (layers := get("block_count")) > MOST_LAYERS:
+        raise InputError(f"{file.path}: llama.block_count={layers}; at most {MOST_LAYERS}")
     heads, embed = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", embed // heads)
     only = {
@@ -231,16 +258,15 @@ def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:
         "rope.scaling.type": "none", "expert_count": 0,
     }  # fmt: skip
     for key, value in only.items():
-        if file.fields.get(f"llama.{key}", value) != value:
+        if (said := field(file, f"llama.{key}", (int, str), value)) != value:
             raise InputError(
-                f"{file.path}: llama.{key}={file.fields[f'llama.{key}']!r} is not supported, "
-                f"only {value!r}"
+                f"{file.path}: llama.{key}={shown(said)} is not supported, only {value!r}"
             )
-    tokens = file.fields.get("tokenizer.ggml.tokens", ())
+    tokens = field(file, "tokenizer.ggml.tokens", list, [])
     return DecoderConfig(
         vocab=get("vocab_size", len(tokens)),
         embed=embed,
-        layers=get("block_count"),
+        layers=layers,
         heads=heads,
         kv_heads=get("attention.head_count_kv", heads),
         head_dim=head_dim,
@@ -259,6 +285,10 @@ def _check(file: File, decoder: DecoderConfig) -> None:
             f"{file.path}: rope_freqs.weight: scaled rotary frequencies are not read from GGUF; "
             "use the Hugging Face folder"
         )
+    # Before the names of all are made.
+    if decoder.layers > len(file.tensors):
+        what = f"llama.block_count={decoder.layers}, and it holds {len(file.tensors)} tensors"
+        raise InputError(f"{file.path}: {what}: download it again")
     expected = {
         weight.gguf.format(layer): weight.stored for weight, layer in names.tensors(decoder)
     }

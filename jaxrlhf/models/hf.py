@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxrlhf.config.model import DecoderConfig
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, refused
 from jaxrlhf.core.files import check_folder, writing
+from jaxrlhf.core.shown import shown
 from jaxrlhf.models import names
-from jaxrlhf.models.hf_config import read_bias, read_config, write_config
+from jaxrlhf.models.hf_config import read_bias, read_config, read_object, write_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DTYPES = ("F32", "BF16", "F16")
+
+MOST_HEADER = 2**24
+"""Bytes of the header of a safetensors file; of a model of 70 billion parameters they are 10⁵."""
 
 
 def read_hf(
@@ -55,7 +59,7 @@ def read_hf(
         _check(folder, decoder, handles, head)
 
         def read(weight: names.Weight, layer: int) -> np.ndarray:
-            return handles[name := weight.hf.format(layer)].get_tensor(name)
+            return _tensor(folder, handles, weight.hf.format(layer))
 
         params = names.assemble(decoder, read, head)
     if head:
@@ -66,10 +70,10 @@ def read_hf(
 def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Name of each tensor → the open safetensors file that holds it."""
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
+    if os.path.isfile(folder / "model.safetensors"):
         handle = _open_file(folder / "model.safetensors", stack)
         return dict.fromkeys(handle.keys(), handle)
-    if not index.is_file():
+    if not os.path.isfile(index):
         pickles = [p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"*.{s}")]
         if pickles:
             raise InputError(
@@ -78,15 +82,19 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
             )
         raise InputError(f"{folder}: no model.safetensors; give a folder with safetensors weights")
     # The index: {"weight_map": {name of a tensor: file that holds it}}.
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
-        outside = next((file for file in files if Path(file).name != file), None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: no readable weight_map ({error}); download it again") from None
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise InputError(
+            f"{index}: no readable weight_map, of names to files ({shown(places)}); download it "
+            "again"
+        )
+    files = sorted(set(places.values()))
     # An index that a stranger wrote must not make other files of this machine be read.
+    outside = next((file for file in files if Path(file).name != file or file in ("", "..")), None)
     if outside is not None:
-        raise InputError(f"{index}: file {outside!r} is not a name in this folder; mend the index")
+        raise InputError(
+            f"{index}: file {shown(outside)} is not a name in this folder; mend the index"
+        )
     handles = {file: _open_file(folder / file, stack) for file in files}
     held = {file: set(handle.keys()) for file, handle in handles.items()}
     for name, file in places.items():
@@ -96,15 +104,28 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _open_file(path: Path, stack: ExitStack) -> Any:
-    try:
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: missing; download it again")
+    # Eight bytes say how long the header is, which is then read as a whole.
+    with refused(f"{path}: cannot be read", "download it again"), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER:
+        raise InputError(f"{path}: a header of {size} bytes; truncated or damaged")
+    with refused(f"{path}: truncated or damaged", "download it again"):
         return stack.enter_context(safe_open(path, "numpy"))
-    except (SafetensorError, OSError) as error:
-        reason = "missing" if not path.is_file() else f"truncated or damaged ({error})"
-        raise InputError(f"{path}: {reason}; download it again") from None
+
+
+def _tensor(folder: Path, handles: dict[str, Any], name: str) -> np.ndarray:
+    with refused(f"{folder}: {name} cannot be read", "download it again"):
+        return handles[name].get_tensor(name)
 
 
 def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: bool) -> None:
     """Raises InputError unless the files hold the decoder's tensors, all and only."""
+    # Before the names of all are made.
+    if decoder.layers > len(handles):
+        what = f"num_hidden_layers={decoder.layers}, and its files hold {len(handles)} tensors"
+        raise InputError(f"{folder / 'config.json'}: {what}; tensors are missing")
     expected = {
         weight.hf.format(layer): weight.stored for weight, layer in names.tensors(decoder, head)
     }
@@ -115,8 +136,8 @@ def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: 
     extra = {name for name in extra if not name.endswith(".self_attn.rotary_emb.inv_freq")}
     if decoder.tied and "lm_head.weight" in extra:
         # Some exports write the tied projection out; it must then say the same.
-        twice = ("lm_head.weight", "model.embed_tokens.weight")
-        if not np.array_equal(*(handles[name].get_tensor(name) for name in twice)):
+        head_VD = _tensor(folder, handles, "lm_head.weight")
+        if not np.array_equal(head_VD, _tensor(folder, handles, "model.embed_tokens.weight")):
             raise InputError(
                 f"{folder}: lm_head.weight differs from the embedding, but config.json says "
                 "tie_word_embeddings=true; set it to false"
@@ -128,7 +149,8 @@ def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: 
             f"({len(extra)} in all)"
         )
     for name, shape in expected.items():
-        tensor = handles[name].get_slice(name)
+        with refused(f"{folder}: {name} cannot be read", "download it again"):
+            tensor = handles[name].get_slice(name)
         if tuple(tensor.get_shape()) != shape:
             raise InputError(
                 f"{folder}: {name} has shape {list(tensor.get_shape())}, but config.json implies "

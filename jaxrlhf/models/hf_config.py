@@ -1,12 +1,20 @@
 """config.json of a Hugging Face checkpoint ↔ DecoderConfig."""
 
-import json
-import math
+import os
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config.model import DecoderConfig, RopeScaling
+from jaxrlhf.core import reading
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.reading import check_text
+from jaxrlhf.core.shown import shown
+
+MOST_FLOAT = 1e38
+"""Beyond it float32, which computes with such numbers, has none."""
+
+MOST_LAYERS = 10_000
+"""Layers that a model can have: of each, some names are written out."""
 
 _FAMILIES = {
     "llama": {"max_position_embeddings": 2048},
@@ -52,8 +60,10 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
     """
     config = read_object(path)
     family = config.get("model_type")
-    if family not in _FAMILIES:
-        raise InputError(f"{path}: model_type={family!r}; supported are {', '.join(_FAMILIES)}")
+    if not isinstance(family, str) or family not in _FAMILIES:
+        raise InputError(
+            f"{path}: model_type={shown(family)}; supported are {', '.join(_FAMILIES)}"
+        )
     _refuse_unsupported(path, config, "ForSequenceClassification" if head else "ForCausalLM")
 
     gemma, default = family == "gemma", _FAMILIES[family]
@@ -71,6 +81,8 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
     sizes = {"head_dim": head_dim or embed // heads, "context": default["max_position_embeddings"]}
     for name in ("vocab", "layers", "head_dim", "mlp", "context"):
         sizes[name] = _number(path, config, _FIELDS[name], sizes.get(name))
+    if sizes["layers"] > MOST_LAYERS:
+        raise InputError(f"{path}: num_hidden_layers={sizes['layers']}; at most {MOST_LAYERS}")
     theta, scaling = _rope(path, config, sizes["context"])
     return DecoderConfig(
         **sizes,
@@ -89,47 +101,57 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
 
 def is_reward_model(path: Path) -> bool:
     """Whether a config.json is that of a …ForSequenceClassification: a trunk with a score."""
-    architectures = read_object(path).get("architectures") or [] if path.is_file() else []
-    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
+    if not os.path.isfile(path):
+        return False
+    architectures = _texts(path, read_object(path), "architectures")
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def read_bias(path: Path) -> float:
     """What a reward model adds to its score, ``score_bias``; transformers' own have no bias."""
     bias = read_object(path).get("score_bias", 0.0)
-    if not isinstance(bias, int | float) or isinstance(bias, bool) or not math.isfinite(bias):
-        raise InputError(f"{path}: score_bias={bias!r}; it must be a number")
+    if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) < MOST_FLOAT:
+        raise InputError(f"{path}: score_bias={shown(bias)}; it must be a number")
     return float(bias)
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an InputError where it is missing or none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; give a folder with config.json") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object; download it again")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: missing; give a folder with config.json")
+    config = reading.read_object(path, remedy="download it again")
+    check_text(config, str(path))
     return config
 
 
 def _number(path: Path, table: dict, key: str, default: Any = None, kind: type = int) -> Any:
-    """A positive number; ``default`` where it is missing or null."""
+    """A positive number that an array can have, or be as long as; ``default`` where it is missing
+    or null."""
     value = table.get(key)
     value = default if value is None else value
     ok = isinstance(value, int) or (kind is float and isinstance(value, float))
-    if not ok or isinstance(value, bool) or value <= 0:
-        raise InputError(f"{path}: {key}={value!r}; it must be a positive {kind.__name__}")
+    most = MOST_FLOAT if kind is float else 2**31
+    # So written that NaN fails too.
+    if not ok or isinstance(value, bool) or not 0 < value < most:
+        raise InputError(f"{path}: {key}={shown(value)}; it must be a positive {kind.__name__}")
     return kind(value)
+
+
+def _texts(path: Path, table: dict, key: str) -> list[str]:
+    """A list of texts; empty where it is missing or null."""
+    value = table.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InputError(f"{path}: {key}={shown(value)}; it must be a list of texts")
+    return value
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any], kind: str) -> None:
     """Raises InputError for the first field that asks for what the decoder does not do."""
     gemma = config["model_type"] == "gemma"
     tanh = ("gelu_pytorch_tanh", "gelu")  # of a Gemma they are the same
-    if gemma and config.get("hidden_act", tanh[0]) not in tanh:
-        raise InputError(f"{path}: hidden_act={config['hidden_act']!r}; a gemma has {tanh[0]!r}")
+    activation = config.get("hidden_act", tanh[0])
+    if gemma and activation not in tanh:
+        raise InputError(f"{path}: hidden_act={shown(activation)}; a gemma has {tanh[0]!r}")
     only = {
         **({} if gemma else {"hidden_act": "silu"}),
         "use_bidirectional_attention": False,
@@ -141,20 +163,22 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], kind: str) -> None:
     }
     for key, value in only.items():
         if config.get(key) is not None and config[key] != value:
-            raise InputError(f"{path}: {key}={config[key]!r} is not supported, only {value!r}")
+            raise InputError(f"{path}: {key}={shown(config[key])} is not supported, only {value!r}")
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise InputError(f"{path}: tie_word_embeddings must be true or false")
-    for architecture in config.get("architectures") or []:
-        if not str(architecture).endswith(kind):
-            raise InputError(f"{path}: architectures={architecture!r}; give a …{kind} model")
-    for layer in config.get("layer_types") or []:
+    for architecture in _texts(path, config, "architectures"):
+        if not architecture.endswith(kind):
+            raise InputError(f"{path}: architectures={shown(architecture)}; give a …{kind} model")
+    for layer in _texts(path, config, "layer_types"):
         if layer != "full_attention":
-            raise InputError(f"{path}: layer_types has {layer!r}; supported is full_attention")
+            raise InputError(f"{path}: layer_types has {shown(layer)}; supported is full_attention")
     if config["model_type"] == "mistral":
         window = config.get("sliding_window", 4096)
+        # Null is none at all, and one as wide as any row hides nothing.
+        window = window if window is None else _number(path, config, "sliding_window", 4096)
         default = _FAMILIES["mistral"]["max_position_embeddings"]
         context = _number(path, config, "max_position_embeddings", default)
-        if window is not None and window < context:  # a window as wide as any row hides nothing
+        if window is not None and window < context:
             raise InputError(
                 f"{path}: sliding_window={window} is not supported; set it to null and "
                 f"max_position_embeddings to at most {window} if rows are no longer than that"
@@ -165,18 +189,18 @@ def _rope(path: Path, config: dict[str, Any], context: int) -> tuple[float, Rope
     """Base and scaling of the rotary frequencies, from either generation of transformers."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling={rope!r}; it must be an object or null")
+        raise InputError(f"{path}: rope_scaling={shown(rope)}; it must be an object or null")
     default = _number(path, config, "rope_theta", 10_000.0, float)
     theta = _number(path, rope, "rope_theta", default, float)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
-            f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported"
+            f"{path}: partial_rotary_factor={shown(rope['partial_rotary_factor'])} is not supported"
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise InputError(f"{path}: rope_type={kind!r}; supported are default and llama3")
+        raise InputError(f"{path}: rope_type={shown(kind)}; supported are default and llama3")
     context = _number(path, rope, _SCALING["original_context"], context)
     names = [name for name in _SCALING if name != "original_context"]
     factors = {name: _number(path, rope, _SCALING[name], None, float) for name in names}

@@ -37,6 +37,32 @@ def exact(dtype: Any) -> AbstractContextManager[Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(contract: int, x: Array, w: Array) -> Array:
+    """x·W, contracting the last ``contract`` axes of x with the first of W.
+
+    Its gradient is the usual one, but xᵀ·dy has x on the left: the other way round, as JAX would
+    have it, XLA transposes dy and whatever made it, and then the result; on CPUs, for a layer's
+    eight products, a fifth of a step.
+    """
+    return jnp.tensordot(x, w, contract)
+
+
+def _product_forward(contract: int, x: Array, w: Array) -> tuple[Array, Any]:
+    return jnp.tensordot(x, w, contract), (x, w)
+
+
+def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    rows, outs = tuple(range(x.ndim - contract)), tuple(range(contract, w.ndim))
+    with exact(x.dtype):
+        dx = jnp.tensordot(dy, w, (tuple(range(len(rows), dy.ndim)), outs))
+        return dx, jnp.tensordot(x, dy, (rows, rows))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def low_rank(contract: int, x: Array, a: Array, b: Array) -> Array:
     """(x·A)·B, contracting the last ``contract`` axes of x.
 
@@ -111,7 +137,7 @@ class Linear(nnx.Module):
             self.lora_b = nnx.Param(jnp.zeros((rank, *outs), jnp.float32), axes=("rank", *outputs))
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contract)
+        y: Any = product(self.contract, x, self.kernel[...].astype(x.dtype))
         if self.lora_scale:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
             change: Any = low_rank(self.contract, x, a, b)

@@ -25,13 +25,18 @@ from jaxrlhf.config import (
     has_critic,
     is_on_policy,
     is_reward_model,
-    load,
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Params, TrainState
 from jaxrlhf.mesh.checkpoint import load as load_checkpoint
 from jaxrlhf.mesh.sharding import config_of, make_mesh, put, shardings, to_host, with_layout
-from jaxrlhf.models.read import is_reward_folder, read_decoder, read_weights
+from jaxrlhf.models.read import (
+    is_reward_folder,
+    is_run,
+    read_decoder,
+    read_weights,
+    run_config,
+)
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, combine_params, merge_lora
 
@@ -186,27 +191,11 @@ def _cast(x: Any, dtype: str) -> Any:
     return x.astype(dtype)
 
 
-def is_run(path: str) -> bool:
-    """Whether ``path`` is the output folder of a run."""
-    return not path.startswith("words:") and (Path(path) / "config.yaml").is_file()
-
-
 def scores_texts(path: str) -> bool:
     """Whether ``path`` is a reward model: the folder of its run, or a Hugging Face folder."""
     if is_run(path):
         return is_reward_model(run_config(path))
     return is_reward_folder(path)
-
-
-def run_config(folder: str) -> Config:
-    """The resolved config of a run.
-
-    Raises:
-      InputError: if ``folder`` is not the output folder of a run.
-    """
-    if not is_run(folder):
-        raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
-    return load(Path(folder) / "config.yaml")
 
 
 def needs_head(config: Config) -> bool:

@@ -1,13 +1,15 @@
 """From a path to weights, whatever format lies there; without JAX, whose import takes as long."""
 
 import functools
+import os
 import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config import DecoderConfig, ModelConfig, load
+from jaxrlhf.config import Config, DecoderConfig, ModelConfig, load
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
 from jaxrlhf.models.hf import read_hf
 from jaxrlhf.models.hf_config import is_reward_model, read_config
@@ -15,8 +17,49 @@ from jaxrlhf.models.hf_config import is_reward_model, read_config
 Weights = tuple[DecoderConfig, Any]
 """A model's shape, and its parameters as float32 numpy arrays."""
 
+MOST_RUNS = 100
+"""Runs of which each starts from the next."""
+
 _begun: dict[str, Future[Weights]] = {}
 """What is being read ahead, by path."""
+
+
+def is_run(path: str) -> bool:
+    """Whether ``path`` is the output folder of a run."""
+    return not path.startswith("words:") and os.path.isfile(os.path.join(path, "config.yaml"))
+
+
+def run_config(folder: str) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+      InputError: ``folder`` is not the output folder of a run; its model, or tokenizer, is that of
+        a run that leads back to one before it.
+    """
+    if not is_run(folder):
+        raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
+    config = load(Path(folder) / "config.yaml")
+    _check_origin(folder, config, [], set())
+    return config
+
+
+def _check_origin(folder: str, config: Config, before: list[str], ended: set[str]) -> None:
+    """Raise InputError if a run's model is one of the runs ``before`` it, or its own.
+
+    Args:
+      ended: runs that are known to lead to an end; each is read once.
+    """
+    here = os.path.realpath(folder)
+    if here in before or len(before) == MOST_RUNS:
+        what = "its model is its own" if here in before else f"more than {MOST_RUNS} runs long"
+        raise InputError(
+            f"{folder}: {what}, by model.path and model.tokenizer of the config.yaml of each run: "
+            "mend one"
+        )
+    for path in (config.model.path, config.model.tokenizer):
+        if is_run(path) and os.path.realpath(path) not in ended:
+            _check_origin(path, load(Path(path) / "config.yaml"), [*before, here], ended)
+    ended.add(here)
 
 
 def is_reward_folder(path: str) -> bool:
@@ -26,9 +69,8 @@ def is_reward_folder(path: str) -> bool:
 
 def read_decoder(path: str, head: bool = False) -> DecoderConfig:
     """The shape of the model at ``path``, from its header alone; ``head`` as in ``read_hf``."""
-    source = Path(path)
-    if (source / "config.yaml").is_file():
-        model = load(source / "config.yaml").model
+    if is_run(path):
+        model = run_config(path).model
         return model.decoder or read_decoder(model.path)
     if gguf := gguf_file(path):
         return read_gguf_decoder(gguf)
@@ -50,7 +92,7 @@ def read_ahead(config: ModelConfig) -> None:
 
     What cannot be read is said there, not here. A process that ends does not wait for the thread.
     """
-    if config.decoder is not None or (Path(config.path) / "config.yaml").is_file():
+    if config.decoder is not None or is_run(config.path):
         return  # made, or a run's own
     begun: Future[Weights] = Future()
 
@@ -84,9 +126,9 @@ def folder(path: str) -> Path:
     Raises:
       InputError: if it is none.
     """
-    if not path or not Path(path).is_dir():
+    if not path or not os.path.isdir(path):
         raise InputError(
-            f"model.path={path!r}: no such folder; give smollm2, a Hugging Face folder, a .gguf "
-            "file or the output folder of a run"
+            f"model.path={shown(path, 200)}: no such folder; give smollm2, a Hugging Face folder, "
+            "a .gguf file or the output folder of a run"
         )
     return Path(path)

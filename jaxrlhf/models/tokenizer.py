@@ -2,7 +2,10 @@
 
 import json
 import os
+from base64 import b64decode
+from contextlib import suppress
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.config.model import DecoderConfig
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, refused
+from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import File, field, open_gguf, smollm2_path
 
 # Kinds of token in tokenizer.ggml.token_type.
@@ -66,17 +70,66 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    if not (folder / "tokenizer.json").is_file():
+    if not os.path.isfile(folder / "tokenizer.json"):
         raise InputError(
             f"{folder}: no tokenizer.json; give smollm2, a .gguf file, a Hugging Face folder with "
             "a fast tokenizer, words:TEXT or chars:TEXT"
         )
-    try:
+    with refused(f"{folder}: tokenizer cannot be read", "download it again"):
         # Not AutoTokenizer: some of its classes rebuild what tokenizer.json says.
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust parser raises bare Exception
-        reason = " ".join(str(error).split())
-        raise InputError(f"{folder}: tokenizer cannot be read ({reason})") from None
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        _check(tokenizer)
+    return tokenizer
+
+
+def _check(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise whatever is raised over what a stranger's files made of a tokenizer."""
+    for name in ("bos", "eos", "pad", "unk"):
+        getattr(tokenizer, f"{name}_token_id")
+    template = tokenizer.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"chat_template={shown(template)} is no text")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"model_max_length={shown(tokenizer.model_max_length)} is no number")
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) > MOST_ID:
+        raise ValueError(f"a token has the id {highest}, and {MOST_ID} is the highest")
+    _check_growth(tokenizer.backend_tokenizer)
+    # A word that is not in the vocabulary may be an error; a panic is none, and passes.
+    for text in ("", "a", "a b\n", "é 電 <s>"):
+        with suppress(Exception):
+            tokenizer.decode(tokenizer.encode(text))
+
+
+MOST_ID = 2**24
+"""Of a token: all ids up to the highest are walked through where a tokenizer is written out."""
+
+MOST_GROWTH = 1000
+"""Characters that a tokenizer's rules may make of one; those of NFKC make 18."""
+
+
+def _check_growth(backend: Tokenizer) -> None:
+    """Raise ValueError if the rules by which texts are rewritten could make a row fill memory."""
+    for part in (backend.normalizer, backend.decoder):
+        growth = 1.0 if part is None else _growth(json.loads(part.__getstate__()))
+        if growth > MOST_GROWTH:
+            raise ValueError(f"its rules make {growth:.0e} characters of one")
+
+
+def _growth(rule: dict[str, Any]) -> float:
+    """The most characters that a rule of a normalizer or decoder makes of one."""
+    inner = rule.get("normalizers", rule.get("decoders", ()))
+    growth = prod((_growth(part) for part in inner), start=1.0)
+    if rule["type"] == "Replace":
+        text = rule["pattern"].get("String")
+        # What matches a regular expression may be empty, between any two characters.
+        return len(rule["content"]) / len(text) if text else 1.0 + len(rule["content"])
+    if rule["type"] == "Precompiled":
+        # The size of a trie, the trie, and texts that stand for others, each ended by NUL.
+        table = b64decode(rule["precompiled_charsmap"])
+        texts = table[4 + int.from_bytes(table[:4], "little") :]
+        return max(1.0, *map(len, texts.split(b"\0")))
+    return growth
 
 
 def _of_units(path: str) -> PreTrainedTokenizerFast:
@@ -118,12 +171,12 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
       InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
     """
     file = open_gguf(path)
-    model, pre = (file.fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    model, pre = (field(file, f"tokenizer.ggml.{key}", str, "") for key in ("model", "pre"))
     if model != "gpt2":
-        raise InputError(f"{path}: tokenizer.ggml.model={model!r}; only gpt2 (byte-level BPE)")
+        raise InputError(f"{path}: tokenizer.ggml.model={shown(model)}; only gpt2 (byte-level BPE)")
     if pre not in _PRE_TOKENIZERS:
         raise InputError(
-            f"{path}: tokenizer.ggml.pre={pre!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
+            f"{path}: tokenizer.ggml.pre={shown(pre)}; supported are {', '.join(_PRE_TOKENIZERS)}"
         )
     tokens, merges, types = (
         field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
@@ -133,13 +186,26 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
             "download it again"
         )
+    for key, texts in {"tokens": tokens, "merges": merges}.items():
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            message = f"tokenizer.ggml.{key} has {shown(wrong[0])}; all must be texts"
+            raise InputError(f"{path}: {message}")
+    with refused(f"{path}: tokenizer.ggml cannot be read", "download it again"):
+        tokenizer = _of_fields(file, tokens, merges, types)
+        _check(tokenizer)
+    return tokenizer
+
+
+def _of_fields(
+    file: File, tokens: list[str], merges: list[str], types: list[Any]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that a GGUF file describes, its parts checked for their types."""
+    pre = file.fields["tokenizer.ggml.pre"]
     ids = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    try:
+    pairs: Any = [tuple(merge.split(" ")) for merge in merges]  # checked by BPE
+    with refused(f"{file.path}: tokenizer.ggml.merges", "download it again"):
         # Llama 3 takes a word that is a token as it is, whether merges lead to it or not.
         bpe = models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe")
-    except Exception as error:
-        raise InputError(f"{path}: tokenizer.ggml.merges: {error}; download it again") from None
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
@@ -174,7 +240,7 @@ def _named_tokens(file: File, tokens: list[str]) -> dict[str, str]:
             continue
         if not isinstance(i, int) or not 0 <= i < len(tokens):
             raise InputError(
-                f"{file.path}: tokenizer.ggml.{key}_token_id={i!r} is not one of the "
+                f"{file.path}: tokenizer.ggml.{key}_token_id={shown(i)} is not one of the "
                 f"{len(tokens)} tokens; download it again"
             )
         named[f"{name}_token"] = tokens[i]
@@ -241,7 +307,8 @@ def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> N
         read another token's row.
     """
     added = tokenizer.added_tokens_decoder
-    size = max(token for token in tokenizer.get_vocab().values() if token not in added) + 1
+    ids = (token for token in tokenizer.get_vocab().values() if token not in added)
+    size = max(ids, default=-1) + 1
     if size > decoder.vocab:
         raise InputError(
             f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "

@@ -86,6 +86,18 @@ class Scored(NamedTuple):
         )
 
 
+class FunctionError(InputError):
+    """A reward function that has failed as a whole.
+
+    Attributes:
+      what: it did, in one line: "raised ValueError: … at FILE:LINE".
+    """
+
+    def __init__(self, name: str, what: str, remedy: str):
+        super().__init__(f"reward function {name!r} {what}; {remedy}")
+        self.what = what
+
+
 Source = Callable[[Asked], Scored]
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -113,6 +125,10 @@ def make_sentiment() -> RewardFunction:
 
     return sentiment
 
+
+MEND = "mend it, or, in a run, set isolate, which leaves out the rows concerned"
+RETURN = "return a list with one number for each, or None where it does not apply"
+"""What to do about a function that fails."""
 
 BUILTIN: dict[str, Callable[[], RewardFunction]] = {"sentiment": make_sentiment}
 """Name → maker of the function."""
@@ -169,7 +185,7 @@ def call(
     is None. A column of them, [B, 1], is taken as [B].
 
     Raises:
-      InputError: the result is not a list of B scores, or the function raised; its error is then
+      FunctionError: the result is not a list of B scores, or the function raised; its error is then
         the cause.
     """
     try:
@@ -179,16 +195,10 @@ def call(
         if inspect.isawaitable(result):
             result = finish(result)
     except (Exception, SystemExit) as error:
-        raise InputError(
-            f"reward function {name!r} raised {describe(error)}{_place(error)}; mend it, or, in a "
-            "run, set isolate, which leaves out the rows concerned"
-        ) from error
+        raise FunctionError(name, f"raised {describe(error)}{_place(error)}", MEND) from error
     scores, got = _scores_in(result, len(completions))
     if got:
-        raise InputError(
-            f"reward function {name!r} returned {got} for {len(completions)} completions; "
-            "return a list with one number for each, or None where it does not apply"
-        )
+        raise FunctionError(name, f"returned {got} for {len(completions)} completions", RETURN)
     return Scored.of(scores)
 
 

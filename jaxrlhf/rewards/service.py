@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxrlhf.config import ServiceConfig
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.shown import shown
 from jaxrlhf.rewards.functions import Asked, Scored, Source, describe, finish, number
 
 LONGEST_PAUSE = 30.0
@@ -42,24 +43,43 @@ def make(config: ServiceConfig) -> Source:
     Raises:
       InputError: the environment variable that authenticates is unset or cannot be a header.
     """
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    headers, hidden = {"Content-Type": "application/json", "Accept-Encoding": "identity"}, []
     if config.header_env:
-        value = os.environ.get(config.header_env, "")
-        if not value or not value.isascii() or not value.isprintable():
-            what = "not printable ASCII" if value else "unset or empty"
-            raise InputError(
-                f"service.header_env={config.header_env}: this environment variable is {what}: "
-                f"set it to the value of the header {config.header}"
-            )
-        headers[config.header] = value
+        wanted = f"the value of the header {config.header}"
+        headers[config.header] = secret("service.header_env", config.header_env, wanted)
+        # With its scheme, as in "Bearer TOKEN", and without.
+        hidden = [headers[config.header], headers[config.header].split()[-1]]
     # No request of another source, run or process has the id of one of these: a server may keep
     # answers by it.
     source, calls = uuid.uuid4().hex, itertools.count()
 
     def ask(asked: Asked) -> Scored:
-        return finish(_ask_all(config, headers, asked, f"{source}-{next(calls)}"))
+        scored = finish(_ask_all(config, headers, asked, f"{source}-{next(calls)}"))
+        problem = scored.problem
+        for text in hidden:  # what a service says may be what it was sent
+            problem = problem.replace(text, "…")
+        return scored._replace(problem=problem)
 
     return ask
+
+
+def secret(field: str, variable: str, what: str) -> str:
+    """The value of an environment variable, which can stand in a header.
+
+    Args:
+      field: that names the variable.
+      what: the variable is to hold.
+
+    Raises:
+      InputError: it is unset or empty, or not printable ASCII.
+    """
+    value = os.environ.get(variable, "")
+    if not value.strip() or not value.isascii() or not value.isprintable():
+        is_ = "not printable ASCII" if value.strip() else "unset or empty"
+        raise InputError(
+            f"{field}={variable}: this environment variable is {is_}: set it to {what}"
+        )
+    return value
 
 
 async def _ask_all(
@@ -171,7 +191,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
     if not isinstance(rewards, list):
         raise NoAnswerError(f"an answer without a list of rewards: {body[:40]!r}")
     if answer.get("id", name) != name:
-        raise NoAnswerError(f"an answer to another request: id={answer['id']!r:.40}")
+        raise NoAnswerError(f"an answer to another request: id={shown(answer['id'], 40)}")
     # By id alone: rows may come back in any order.
     score_B, seen_B, problem = np.full(rows, np.nan), np.zeros(rows, int), ""
     applies_B = np.ones(rows, bool)
@@ -179,7 +199,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
     for item in rewards:
         given = item.get("id") if isinstance(item, dict) else None
         if not isinstance(given, str) or given not in places:
-            problem = f"a reward for an unknown row: {item!r:.60}"
+            problem = f"a reward for an unknown row: {shown(item)}"
             continue
         b = places[given]
         seen_B[b] += 1
@@ -190,7 +210,7 @@ def read_answer(body: bytes, name: str, rows: int) -> Scored:
         # A null of its own accord; a reward that is left out, or fails, is none.
         applies_B[b] = reward is not None or "reward" not in item or error is not None
         if applies_B[b] and not math.isfinite(score_B[b]):
-            said = error or f"reward={reward!r}"
+            said = error or f"reward={shown(reward)}"
             problem = f"row {given}: {' '.join(str(said).split()):.80}"
     # Two numbers for a row, and no saying which is meant: it gets neither.
     if (seen_B > 1).any():

@@ -12,6 +12,9 @@ from markupsafe import Markup
 from jaxrlhf.core.stats import wilson
 from jaxrlhf.run.display import number
 
+FAR = 1e100
+"""Beyond it nothing is drawn: widths of axes would not be finite."""
+
 MOST_POINTS = 240
 """Points of a curve; more are averaged in equal stretches."""
 
@@ -92,6 +95,11 @@ def number_of(record: Mapping[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
+def drawn(point: Point) -> bool:
+    """Whether a point can be drawn: finite, as the width of an axis with it is."""
+    return abs(point.x) < FAR and abs(point.y) < FAR
+
+
 def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Columns of equal length → rows."""
     return [
@@ -143,7 +151,7 @@ def gold_against_proxy(records: Records, root: bool = False) -> list[Policy]:
 
 def best_of_n(evaluation: Mapping[str, Any], root: bool = False) -> list[Policy]:
     """The best-of-n curve of evaluation.json, in the same form; empty if it has none."""
-    return [_policy(at["n"], at, root) for at in rows_of(evaluation.get("best_of_n", {}))]
+    return [_policy(at.get("n") or 0, at, root) for at in rows_of(evaluation.get("best_of_n", {}))]
 
 
 def _policy(step: int, record: Mapping[str, Any], root: bool, start: str = "") -> Policy:
@@ -167,7 +175,11 @@ def reliability(summary: Mapping[str, Any]) -> list[Point]:
     curve = summary.get("reliability") or {}
     names = ("predicted", "observed", "count")
     points = []
-    for predicted, share, count in zip(*(curve.get(name, ()) for name in names), strict=True):
+    for row in rows_of(curve) if all(name in curve for name in names) else ():
+        predicted, share, count = (number_of(row, name) for name in names)
+        # So written that NaN fails too.
+        if not (0 <= share <= 1 and 0 < count < FAR):
+            continue
         low, high = wilson(share, count)  # not symmetric: its farther end is what is drawn
         points.append(Point(predicted, share, max(high - share, share - low)))
     return points
@@ -233,12 +245,7 @@ def chart(curves: Sequence[Series], title: str, x: str) -> Markup:
       title: text above, with the unit of the values; also what a screen reader says.
       x: name of the axis across, with its unit; it begins at 0 where that is near.
     """
-    curves = [
-        curve._replace(
-            points=[p for p in curve.points if math.isfinite(p.x) and math.isfinite(p.y)]
-        )
-        for curve in curves
-    ]
+    curves = [curve._replace(points=[p for p in curve.points if drawn(p)]) for curve in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return Markup("")
@@ -260,7 +267,8 @@ def spread(values: Sequence[float], margin: float) -> tuple[float, float]:
     One value alone lies in the middle.
     """
     low, high = min(values), max(values)
-    if low == high:
+    # Nearer to each other than numbers can tell apart.
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-100):
         room = abs(low) / 2 or 0.5
         return low - room, high + room
     return low - margin * (high - low), high + margin * (high - low)

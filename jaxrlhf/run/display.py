@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from jaxrlhf.core.shown import visible
 
 ROWS = {
     "reward": "reward",
@@ -103,12 +105,14 @@ class Display:
     def note(self, text: str) -> None:
         """Show one line of text: above the live panel, or in the log."""
         if self.live is not None:
-            self._console.print(Text(_printable(text)))
+            self._console.print(Text(visible(text)))
             return
         encoding = self._console.encoding
-        line = _printable(text).encode(encoding, "replace").decode(encoding)
-        self._console.out(line, highlight=False)
-        self._console.file.flush()
+        line = visible(text).encode(encoding, "replace").decode(encoding)
+        # A log on a full disk, or a reader that has gone: the training is worth more than a line.
+        with suppress(OSError):
+            self._console.out(line, highlight=False)
+            self._console.file.flush()
 
     def _line(self, metrics: Mapping[str, Any]) -> str:
         shown = [name for name in ROWS if metrics.get(name) is not None]
@@ -128,7 +132,7 @@ class Display:
             parts.append(self._table())
         if self._samples:
             parts.append(self._completions())
-        return Group(Text(_printable(self._title), style="bold", no_wrap=True), *parts)
+        return Group(Text(visible(self._title), style="bold", no_wrap=True), *parts)
 
     def _progress(self) -> Table:
         grid = Table.grid(padding=(0, 1), expand=True)
@@ -166,7 +170,7 @@ class Display:
         table.add_column("prompt", ratio=2, no_wrap=True, overflow="ellipsis")
         table.add_column("completion", ratio=3, no_wrap=True, overflow="ellipsis")
         for sample in self._samples:
-            texts = (Text(_printable(sample.get(name, ""))) for name in ("prompt", "completion"))
+            texts = (Text(visible(sample.get(name, ""))) for name in ("prompt", "completion"))
             table.add_row(number(sample.get("reward")), *texts)
         return table
 
@@ -188,8 +192,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def number(x: Any) -> str:
-    """A number in two or three digits that matter, at most 8 characters; – for None."""
-    if x is None:
+    """A number in two or three digits that matter, at most 8 characters; – for what is none."""
+    if not hasattr(x, "__float__"):
         return "–"
     x = float(x)
     size = abs(x)
@@ -215,8 +219,3 @@ def _is_live(console: Console) -> bool:
         and not console.is_dumb_terminal
         and not console.options.ascii_only
     )
-
-
-def _printable(text: Any) -> str:
-    """One line without control characters, escape sequences or lone surrogates."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in str(text))

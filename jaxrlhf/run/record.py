@@ -1,8 +1,10 @@
 """What a run writes down: one JSON object a line, and a summary."""
 
+import io
 import json
 import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import unwritable, write_atomic, writing
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +23,8 @@ class Recorder:
 
     Each line is handed to the system at once, so a killed process loses none (a machine that
     loses power may). On resume, lines of later steps than the restored one are dropped, as is a
-    line that a kill has torn: no step stands twice. With a full disk, lines wait in memory.
+    line that a kill has torn: no step stands twice. With a full disk, lines wait in memory, and are
+    tried again with the next. A file that somebody removes is written anew, with all its lines.
 
     Numbers may be Python's, numpy's or jax's; NaN and infinities, which JSON has not, become null.
 
@@ -29,6 +33,9 @@ class Recorder:
       resume_step: the restored step; None starts the files anew.
       active: False makes every method do nothing, for all but process 0 of a multi-host run.
       unmeasured: steps whose evaluation was not completed: of those, its lines are dropped too.
+
+    Raises:
+      InputError: the files cannot be read or written at the start; by ``close``, lines still wait.
     """
 
     def __init__(
@@ -41,17 +48,23 @@ class Recorder:
         self._output = Path(output)
         self._files: list[_Lines] = []
         self._active = active
-        if active:
-            self._output.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if active else ():
+            with writing(self._output / name):
+                self._output.mkdir(parents=True, exist_ok=True)
                 _drop_later(self._output / name, resume_step, unmeasured)
                 self._files.append(_Lines(self._output / name))
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except InputError as lost:
+            # Else the run's own error is the one to be seen.
+            if error is None:
+                raise
+            log.warning("%s", lost)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Write ``{"step": step, **values}`` to metrics.jsonl."""
@@ -70,9 +83,10 @@ class Recorder:
             write_atomic(self._output / "summary.json", text + "\n")
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
-        self._files, self._active = [], False
+        files, self._files, self._active = self._files, [], False
+        lost = [problem for file in files if (problem := file.close())]
+        if lost:
+            raise InputError("; ".join(lost))
 
 
 class _Lines:
@@ -80,22 +94,57 @@ class _Lines:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- closed by close
+        self._file = _open(path)
         self._waiting = b""
+        self._problem = ""
 
     def write(self, lines: Sequence[str]) -> None:
         # A line stays here until the system has taken all of it: none is torn, none lost.
         self._waiting += "".join(line + "\n" for line in lines).encode()
         try:
+            self._find_again()
             while self._waiting:
                 written = self._file.write(self._waiting)
                 self._waiting = self._waiting[written:]
         except OSError as error:
-            log.warning("%s: %s; its lines wait in memory", self._path, error.strerror)
+            problem = unwritable(self._path, error)
+            if not self._problem:
+                log.warning("%s; its lines wait in memory, and are tried again", problem)
+            lost = self._waiting.count(b"\n")
+            self._problem = f"{problem}: {lost} lines are lost"
+        else:
+            if self._problem:
+                log.warning("%s: can be written again, and has all its lines", self._path)
+            self._problem = ""
 
-    def close(self) -> None:
+    def _find_again(self) -> None:
+        """See that the open file is the one at the path, which people remove, move and edit."""
+        here = os.fstat(self._file.fileno())
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            there = None
+        if there is not None and (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+            return
+        before, self._file = self._file, _open(self._path)
+        with before:
+            if there is not None:
+                log.warning("%s: is another file now: its lines are kept, more follow", self._path)
+                return
+            # Its lines are there as long as it is open.
+            before.seek(0)
+            self._waiting = before.read() + self._waiting
+            log.warning("%s: was removed, and is written anew", self._path)
+
+    def close(self) -> str:
+        """Try a last time; what is wrong where lines are lost, else nothing."""
         self.write([])
         self._file.close()
+        return self._problem
+
+
+def _open(path: Path) -> io.FileIO:
+    return open(path, "a+b", buffering=0)  # closed by the ``close`` of its owner
 
 
 def _drop_later(path: Path, resume_step: int | None, unmeasured: Collection[int]) -> None:
@@ -116,7 +165,8 @@ def _is_kept(line: bytes, resume_step: int | None, unmeasured: Collection[int]) 
         held_out = row.get("split") == "eval" or any(name.startswith("eval/") for name in row)
         again = held_out and row["step"] in unmeasured
         return resume_step is not None and row["step"] <= resume_step and not again
-    except (ValueError, KeyError, TypeError, AttributeError):
+    # Brackets without end are a RecursionError.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         log.warning("dropped a line that is no record: %r", line[:80])
         return False
 

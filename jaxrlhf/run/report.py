@@ -1,7 +1,5 @@
 """``jaxrlhf report``: one page about a run, or several compared, that needs no network."""
 
-import json
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +10,12 @@ import yaml
 from markupsafe import Markup
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, write_atomic, writing
+from jaxrlhf.core.files import check_file, write_atomic
+from jaxrlhf.core.shown import shown
 from jaxrlhf.run import charts
 from jaxrlhf.run.charts import HELD_OUT, Point, Series, number_of
 from jaxrlhf.run.display import clock, number
-
-log = logging.getLogger(__name__)
+from jaxrlhf.run.folder import Record, RunFiles, read_run
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -26,12 +24,6 @@ HEADLINES = ("gold", "proxy", "accuracy", "loss", "kl_nats", "length", "distinct
 
 SHOWN, SHOWN_COMPARED = 12, 8
 """Prompts whose completions are shown, of one run and of several."""
-
-EVALUATED = ("models", "rewards", "data", "prompts", "n", "policy")
-"""What evaluation.json has in any case."""
-
-Record = dict[str, Any]
-"""A line of metrics.jsonl or samples.jsonl; None stands for NaN."""
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path = "") -> str:
@@ -55,109 +47,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "") -> str:
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else Path(folders[0]) / "report.html"
     check_file(path)
-    with writing(path):
-        write_atomic(path, render(runs))
+    write_atomic(path, render(runs))
     return str(path)
-
-
-class RunFiles(NamedTuple):
-    """What a run has written; empty where a file is not there (yet)."""
-
-    folder: str
-    config: dict[str, Any]
-    metrics: list[Record]
-    samples: list[Record]
-    summary: dict[str, Any]
-    evaluation: dict[str, Any]
-    """evaluation.json, by ``jaxrlhf eval``; left out if it is of another step than the last."""
-    diagnosis: list[Record] | None
-    """The findings of diagnosis.json, by ``jaxrlhf diagnose``, of the last step likewise; None if
-    nobody has looked."""
-
-
-def read_run(folder: str | Path) -> RunFiles:
-    """Read a run's folder.
-
-    Raises:
-      InputError: no run's folder, or a file in it that cannot be read or is not what it should be.
-    """
-    path = Path(folder)
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
-    metrics = read_lines(path / "metrics.jsonl")
-    last = max((record["step"] for record in metrics), default=0)
-    evaluation = _mapping(path / "evaluation.json")
-    missing = [name for name in EVALUATED if name not in evaluation]
-    if evaluation and missing:
-        raise InputError(f"{path}/evaluation.json: no {missing[0]}: write it again, jaxrlhf eval")
-    diagnosis = _mapping(path / "diagnosis.json")
-    findings = diagnosis.get("findings", [])
-    if not isinstance(findings, list) or any(not isinstance(found, dict) for found in findings):
-        raise InputError(f"{path}/diagnosis.json: not a list of findings: mend or remove it")
-    return RunFiles(
-        folder=str(folder),
-        config=_mapping(path / "config.yaml"),
-        metrics=metrics,
-        samples=read_lines(path / "samples.jsonl"),
-        summary=_mapping(path / "summary.json"),
-        evaluation=_if_of(last, evaluation, path / "evaluation.json"),
-        diagnosis=_if_of(last, diagnosis, path / "diagnosis.json").get("findings"),
-    )
-
-
-def _if_of(last: int, found: Record, path: Path) -> Record:
-    """What was found of the run at its last step (or of no run); empty if of another step."""
-    step = found.get("step")
-    if step in (None, last):
-        return found
-    # The run has gone on, or back: what was found says nothing of the policy as it is now.
-    log.warning("%s: of step %s, and the run is at step %d: left out", path, step, last)
-    return {}
-
-
-def read_lines(path: Path) -> list[Record]:
-    """The objects of a .jsonl file, by their steps; none if there is no file.
-
-    A line that is no object is left out with a warning: a run that goes on, or one that was killed,
-    may have written half of its last one.
-    """
-    if not path.exists():
-        return []
-    records = []
-    for place, line in enumerate(_text(path).splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        elif line.strip():
-            log.warning("%s:%d: not a record, left out", path, place)
-    return records
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file holds; nothing if there is no file."""
-    if not path.exists():
-        return {}
-    text, is_yaml = _text(path), path.suffix == ".yaml"
-    try:
-        content = yaml.safe_load(text) if is_yaml else json.loads(text)
-    except (ValueError, yaml.YAMLError) as error:
-        if is_yaml:
-            raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-        raise InputError(f"{path}: not JSON ({error}): mend or remove it") from None
-    if not isinstance(content, dict):
-        what = "settings" if is_yaml else "object"
-        raise InputError(f"{path}: holds no {what}: mend or remove it")
-    return content
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): mend or remove it") from None
 
 
 class Tile(NamedTuple):
@@ -208,7 +99,9 @@ def render(runs: Sequence[RunFiles]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
+    # A lone surrogate, which JSON can hold, is in no file of UTF-8.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 # The page about one run
@@ -216,9 +109,9 @@ def render(runs: Sequence[RunFiles]) -> str:
 
 def describe(run: RunFiles) -> Page:
     """All that the files of a run say."""
-    algorithm = str(dict(run.config.get("algorithm") or {}).get("name", "run"))
-    shown = ("name", "severity", "evidence", "remedy")
-    findings = run.diagnosis and [{n: str(x.get(n, "")) for n in shown} for x in run.diagnosis]
+    algorithm = cell(section(run.config, "algorithm").get("name", "run"))
+    texts = ("name", "severity", "evidence", "remedy")
+    findings = run.diagnosis and [{n: cell(x.get(n, "")) for n in texts} for x in run.diagnosis]
     both_ends = [(prompt, *map(said, rows)) for prompt, rows in ends(run.samples).items()]
     sections = [
         before_and_after(run.summary),
@@ -241,13 +134,13 @@ def describe(run: RunFiles) -> Page:
 
 def facts(run: RunFiles) -> list[str]:
     """Model and length of the run, what it took, and whether it is done."""
-    model = dict(run.config.get("model") or {})
+    model = section(run.config, "model")
     done = max((record["step"] for record in run.metrics), default=0)
-    steps = run.config.get("steps")
-    what = f"Model {model.get('path') or 'from random weights'}, {done} of {steps} iterations"
+    name, steps = cell(model.get("path") or "from random weights"), cell(run.config.get("steps"))
+    what = f"Model {name}, {done} of {steps} iterations"
     if not run.summary:
         return [f"{what}: not finished."]
-    seconds = dict(run.summary.get("seconds") or {})
+    seconds = run.summary.get("seconds") or {}
     took = [f"{clock(sum(seconds.values()))} in all"] if seconds else []
     if (memory := run.summary.get("peak_memory_gib")) is not None:
         took.append(f"{number(memory)} GiB at most")
@@ -271,7 +164,7 @@ def tiles(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[Til
         out.append(Tile(title, f"{start} → {number(after)}", note))
     wins = evaluation.get("win_rate", {})
     for judge in [name for name in ("gold", "proxy") if name in wins][:1]:
-        against = f"against {evaluation['models']['against']}"
+        against = f"against {evaluation['models'].get('against')}"
         out.append(Tile(f"Win rate by {judge}", interval(wins, judge), against))
     return out
 
@@ -305,7 +198,7 @@ def evaluated(found: Mapping[str, Any]) -> list[Section]:
         return []
     columns = {"policy": found["policy"]}
     if found.get("against") is not None:
-        columns[f"against {found['models']['against']}"] = found["against"]
+        columns[f"against {found['models'].get('against')}"] = found["against"]
     measures = [
         (HELD_OUT.get(name, (name,))[0], *(interval(c, name) for c in columns.values()))
         for name in found["policy"]
@@ -317,7 +210,7 @@ def evaluated(found: Mapping[str, Any]) -> list[Section]:
         tables.append(Table(("", "policy wins (ties one half)"), rows))
     for name, title in {"pass_at_k": "pass@k", "maj_at_k": "maj@k"}.items():
         if curve := found.get(name):
-            rows = [(str(row["k"]), interval(row, "rate")) for row in charts.rows_of(curve)]
+            rows = [(number(row.get("k")), interval(row, "rate")) for row in charts.rows_of(curve)]
             tables.append(Table((f"{title}, k", "share"), rows))
     lines = [f"{found['prompts']} prompts of {found['data']}, {found['n']} completions each."]
     return [Section("Evaluation", lines, tables=tables), best_of_n_section(found)]
@@ -327,12 +220,12 @@ def best_of_n_section(found: Mapping[str, Any]) -> Section:
     """The baseline that training has to beat at equal KL."""
     judges = list(found["rewards"])
     rows = [
-        (str(row["n"]), *(interval(row, name) for name in ("kl_nats", *judges)))
+        (number(row.get("n")), *(interval(row, name) for name in ("kl_nats", *judges)))
         for row in charts.rows_of(found.get("best_of_n", {}))
     ]
     lines = []
     if equal := found.get("equal_kl"):
-        kl = number(equal["kl_nats"])
+        kl = number(equal.get("kl_nats"))
         reached = ", ".join(
             f"{judge} {number(equal[judge])} (policy {interval(found['policy'], judge)})"
             for judge in judges
@@ -404,7 +297,7 @@ def differences(named: Mapping[str, RunFiles]) -> Section:
     """Fields of the configs that are not the same in all runs."""
     flat = [dict(fields(run.config)) for run in named.values()]
     keys = dict.fromkeys(key for config in flat for key in config if key != "output")
-    rows = [(key, *(str(config.get(key, "–")) for config in flat)) for key in keys]
+    rows = [(key, *(cell(config.get(key, "–")) for config in flat)) for key in keys]
     table = Table(("field", *named), [row for row in rows if len(set(row[1:])) > 1])
     return Section("Where the configs differ", tables=[table])
 
@@ -423,6 +316,17 @@ def fields(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # What both pages have
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a config; empty where it has none."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def cell(value: Any) -> str:
+    """A value of a file as the page shows it."""
+    return value if isinstance(value, str) else shown(value, 1000)
 
 
 def interval(record: Mapping[str, Any], name: str, ci: str = "") -> str:
@@ -470,7 +374,7 @@ def ends(samples: Sequence[Record]) -> dict[str, tuple[Record, Record]]:
         for row in rows:
             if row["step"] == step:
                 # Each draw has the same key in every evaluation, so first draws go together.
-                found.setdefault(str(row.get("prompt")), row)
+                found.setdefault(cell(row.get("prompt")), row)
     return {prompt: (row, last[prompt]) for prompt, row in first.items() if prompt in last}
 
 
@@ -484,7 +388,7 @@ def said(row: Mapping[str, Any]) -> str:
     """A completion, and what it was found to be worth."""
     known = [name for name in ("proxy", "gold", "reward") if row.get(name) is not None]
     scores = ", ".join(f"{name} {number(row[name])}" for name in known)
-    return str(row.get("completion", "")) + (f"\n({scores})" if scores else "")
+    return cell(row.get("completion", "")) + (f"\n({scores})" if scores else "")
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ writes there, ``fingerprint`` that it is still the same run.
 
 import dataclasses
 import fcntl
+import io
 import json
 import logging
 import os
@@ -16,14 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
 from jaxrlhf.algorithms import kl_kind
 from jaxrlhf.config import Config, OnPolicyConfig, dump, is_on_policy, load
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, contents
@@ -156,22 +157,36 @@ class Session:
     def _prepare_folder(self) -> None:
         if not is_first():
             return
-        if self.is_left() or not (self.output / "config.yaml").is_file():
+        if self.is_left() or not self._has_config():
             write_atomic(self.output / "config.yaml", dump(self.run.config))
         if self.is_left():
-            (self.output / "summary.json").unlink(missing_ok=True)  # of a shorter run
+            summary = self.output / "summary.json"
+            with writing(summary):
+                summary.unlink(missing_ok=True)  # of a shorter run
+
+    def _has_config(self) -> bool:
+        """Whether there is a config.yaml that can be read; a damaged one is written anew."""
+        path = self.output / "config.yaml"
+        if not path.is_file():
+            return False
+        try:
+            load(path)
+        except InputError as error:
+            log.warning("%s; written anew", error)
+            return False
+        return True
 
     def is_left(self) -> bool:
         """Whether this launch has an iteration to do."""
         return self.start < self.run.config.steps and not has_ended(self.host)
 
     def _check_same_run(self) -> None:
-        """Refuse another model or seed before shapes are compared; the data's path comes later."""
-        path = self.output / "config.yaml"
-        if path.is_file() and self.checkpoints.latest() is not None:
-            saved = fingerprint(load(path))
-            del saved["data"]["train"]
-            check_fingerprint(saved, self._fingerprint)
+        """Refuse another model or seed before shapes are compared.
+
+        By what the checkpoint says: config.yaml may be damaged, or changed by hand.
+        """
+        host = self.checkpoints.noted() or {}
+        check_fingerprint(host.get("fingerprint", {}), self._fingerprint)
 
     def steps(self) -> Iterator[int]:
         """The iterations that are left; all processes stop between two if one has been asked to."""
@@ -271,6 +286,8 @@ class Session:
         if self._updating:
             self._updating = False
             self.signals.turn.release()
+        if self.checkpoints.failed:
+            metrics = {**metrics, "failed_saves": self.checkpoints.failed}
         self.recorder.metrics(step, metrics)
         self.recorder.samples(step, samples)
         self.show.step(step, plain(metrics), samples)
@@ -307,9 +324,13 @@ class Session:
         measured = self.run.normalise_rows is None or "normalisation" in self.host
         if self.is_left() or not path.is_file() or not measured:
             return None
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        # Of a shorter run that has since been given more steps.
-        if summary.get("steps") != self.start:
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            # Of a shorter run that has since been given more steps.
+            if summary["steps"] != self.start:
+                return None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            log.warning("%s: cannot be read (%s), and is written anew", path, error)
             return None
         self.show.note(f"nothing to do: all {self.start} iterations are done")
         return summary
@@ -345,7 +366,7 @@ def peak_memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def lock(output: str | Path) -> TextIO:
+def lock(output: str | Path) -> io.IOBase:
     """Claim a run's folder until the returned file is closed or the process ends, however it ends.
 
     Keep the result: ``with lock(output): …``. Process 0 of a multi-host run holds it for all.
@@ -354,28 +375,26 @@ def lock(output: str | Path) -> TextIO:
       InputError: another run writes to ``output``, or the folder cannot be written.
     """
     if not is_first():
-        return open(os.devnull, encoding="utf-8")
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        # Not in a with: the open file is what holds the lock
-        file = open(Path(output) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(
-            f"output={str(output)!r}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        return open(os.devnull, "rb")
+    path = Path(output) / ".lock"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not in a with: the open file is what holds the lock. Unbuffered: nothing waits to fail.
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        holder = file.read().strip()
+        holder = file.read().decode(errors="replace").strip()
         file.close()
         raise InputError(
             f"output={str(output)!r}: another run writes there ({holder}); "
             "wait for it, stop it, or choose another output"
         ) from error
     # The lock is the open file, not its text: a killed process leaves none behind.
-    file.truncate(0)
-    print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    with writing(path):
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 

@@ -317,6 +317,8 @@ def make_update(
         if packed is not None:
             apart = model is not None and keeps_apart(model)
             total, metrics, grads = _accumulate(value_and_grad, *pieces_of(batch, packed, apart))
+        elif microbatches == 1:
+            total, metrics, grads = value_and_grad(batch)
         else:
             total, metrics, grads = _accumulate(value_and_grad, *_split(batch, microbatches))
         if rate is not None:

@@ -24,7 +24,8 @@ from jaxrlhf.config import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, write_atomic, writing
+from jaxrlhf.core.files import check_file, write_atomic
+from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.chat import chat_settings
@@ -100,8 +101,7 @@ def evaluate_model(
         found = _measure(wish, config, mesh, extract)
     if is_first():
         text = json.dumps(plain(found), indent=1, allow_nan=False)
-        with writing(path):
-            write_atomic(path, text + "\n")
+        write_atomic(path, text + "\n")
     return found
 
 
@@ -118,7 +118,7 @@ def _measure(
 ) -> dict[str, Any]:
     bench, networks = read_entrants(wish, config, mesh)
     if note := bench.prompts.note():
-        print(note, flush=True)
+        print(visible(note, lines=True), flush=True)
     judges = tuple(bench.judges)
     best_of = wish.best_of if judges else 0
     # Best of n starts from the reference. It is also the opponent, unless another is given.

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxrlhf.core import stats
+from jaxrlhf.core.shown import visible
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.run.display import number
 
@@ -207,7 +208,7 @@ def table(found: Mapping[str, Any], width: int = 100) -> str:
         reached = ", ".join(f"{judge} {number(equal[judge])}" for judge in judges)
         known = any(equal[judge] is not None for judge in judges)
         text = f"Best of n at {kl}: {reached}." if known else f"Best of n does not reach {kl}."
-        console.print(Text(text))
+        console.print(Text(visible(text)))
     return out.getvalue()
 
 
@@ -229,10 +230,10 @@ def _interval(figures: Mapping[str, Any], name: str) -> str:
 def _print(
     console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-    shown = Table(title=Text(title), title_justify="left", box=None, padding=(0, 3, 0, 0))
+    shown = Table(title=Text(visible(title)), title_justify="left", box=None, padding=(0, 3, 0, 0))
     for name in names:
-        shown.add_column(Text(name), justify="left" if name == names[0] else "right")
+        shown.add_column(Text(visible(name)), justify="left" if name == names[0] else "right")
     for row in rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(visible(cell)) for cell in row))
     console.print(shown)
     console.print()

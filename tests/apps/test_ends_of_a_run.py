@@ -23,6 +23,7 @@ from jaxrlhf.config import (
     load,
 )
 from jaxrlhf.models.ends import read_ends
+from jaxrlhf.rewards.functions import Scored
 from jaxrlhf.run.setup import setup
 from jaxrlhf.study.evaluate import read_entrants
 
@@ -35,7 +36,7 @@ def lengths(prompts, completions, **columns):
     return [float(len(text)) for text in completions]
 
 
-HERE = RewardConfig(function=f"{__name__}:lengths")
+HERE = RewardConfig(function=f"{__name__}:lengths", in_process=True)
 
 
 def grpo(folder, path, **sample):
@@ -117,11 +118,11 @@ def test_preferences_of_a_run_end_as_it_does(tmp_path, monkeypatch):
     trained(config)
     seen = []
 
-    def judge(prompts, completions, **columns):
-        seen.extend(completions)
-        return list(range(len(completions)))
+    def judge(asked):
+        seen.extend(asked.completions)
+        return Scored.of(range(len(asked)))
 
-    monkeypatch.setattr("jaxrlhf.apps.preferences.resolve", lambda _: judge)
+    monkeypatch.setattr("jaxrlhf.apps.preferences.host_source", lambda _: judge)
     rows = config.data.train
     wish = PreferencesConfig(
         config.output, "x", rows, rows, n=2, max_new_tokens=8, max_prompt_tokens=16, batch_size=4

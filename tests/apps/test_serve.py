@@ -9,9 +9,9 @@ import pytest
 import runs
 from servers import running
 
-from jaxrlhf.apps import cli
-from jaxrlhf.apps import serve as serving
-from jaxrlhf.apps.serve import BadRequestError, Server, model_source, reply, serve
+from jaxrlhf.apps import cli, listener
+from jaxrlhf.apps.listener import BadRequestError, Server, reply
+from jaxrlhf.apps.serve import model_source, serve
 from jaxrlhf.config import ServiceConfig, save
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.load import load_model
@@ -105,7 +105,7 @@ def test_statuses(monkeypatch):
         assert (bad.status_code, "not JSON" in bad.json()["error"]) == (400, True)
         failed = post(server.url, json={"rows": [ROW]})
         assert (failed.status_code, failed.json()) == (500, {"error": "ValueError: two lines"})
-        monkeypatch.setattr(serving, "MAX_BYTES", 10)
+        monkeypatch.setattr(listener, "MAX_BYTES", 10)
         large = post(server.url, json={"rows": [ROW]})
         assert large.status_code == 413
         assert httpx2.get(server.url, trust_env=False).json() == {"ready": True}
@@ -159,6 +159,12 @@ def test_model_source_scores_rows_as_they_are_alone(folder):
     assert len(set(expected)) == 4
 
 
+def test_model_source_splits_no_text_that_cannot_fit(folder):
+    scored = model_source(folder, 2)(Asked(["the"], ["x" * 1_000_000], {}, [True]))
+    assert np.isnan(scored.score_B).all()
+    assert scored.problem == "1000003 characters, and the reward model reads max_tokens=8"
+
+
 def test_model_source_compiles_once(folder, monkeypatch):
     traced = runs.count_traces(monkeypatch, models, _reward=0)
     ask = model_source(folder, 4)
@@ -178,6 +184,21 @@ def test_serve_model(folder, monkeypatch):
 def test_serve_function():
     with serve("jaxrlhf.data.words:goodness", port=0) as server:
         np.testing.assert_allclose(server.source(ASKED).score_B, [2 / 3, -1, -1, 0, 0])
+
+
+def test_serve_function_of_others_has_the_devices_and_no_hold_on_the_server(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(
+        "import os\n"
+        "def f(prompts, completions, **_):\n"
+        "    if 'exit' in completions: os._exit(0)\n"
+        "    return [float(os.environ['JAX_PLATFORMS'] == 'mine')] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "mine")
+    with serve("theirs:f", port=0) as server:
+        with pytest.raises(InputError, match=r"'theirs:f' ended its process \(status 0\)"):
+            server.source(Asked(["p"], ["exit"], {}, [True]))
+        np.testing.assert_array_equal(server.source(ASKED).score_B, 1)
 
 
 @pytest.mark.parametrize(

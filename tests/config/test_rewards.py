@@ -118,6 +118,20 @@ def test_override_of_nested_parts():
             RewardConfig("f", isolate=IsolateConfig(workers=0)),
             "rewards.0.isolate.workers=0: must be above 0",
         ),
+        (RewardConfig("f", timeout=0), "rewards.0.timeout=0: must be above 0"),
+        (
+            RewardConfig("f", timeout=9, isolate=IsolateConfig()),
+            "rewards.0.timeout=9: with isolate, set isolate.timeout instead",
+        ),
+        (
+            RewardConfig("f", timeout=9, in_process=True),
+            "rewards.0.timeout=9: with in_process, set distributed.watchdog instead",
+        ),
+        (
+            RewardConfig("f", isolate=IsolateConfig(), in_process=True),
+            "rewards.0: isolate and in_process are both given: leave one out",
+        ),
+        (RewardConfig(model="m", in_process=True), "rewards.0.in_process=True: a model does not"),
     ],
 )
 def test_reward_problems(reward, problem):

@@ -83,6 +83,13 @@ def test_stage_run_changes_the_fields_of_the_file(tmp_path):
             "no earlier stage is called b (earlier: none)",
         ),
         ("  - {name: a, train: x, set: {y: '{'}}", "write {{ for a brace"),
+        *(
+            (
+                f"  - {{name: a, make: x}}\n  - {{name: b, make: x, set: {{y: '{text}'}}}}",
+                "all that can",
+            )
+            for text in ("{a:>2000000000}", "{a.__class__}", "{a[0]}", "{a!r}", "{}", "{0}")
+        ),
         ("  - {name: a, train: x, set: {output: y}}", "set: output: the pipeline's own"),
         ("  - {name: a, evaluate: x, set: {model: y}}", "set: model: the pipeline's own"),
         (

@@ -240,7 +240,7 @@ BAD = [
     (read_pairs, {**WHOLE, "rejected": [user("a")]}, "one of chosen and rejected is the start of"),
     *(
         (read_pairs, {**PAIR, "margin": margin}, "margin=")
-        for margin in ("1", True, float("nan"), float("-inf"), 10**400, 1e300)
+        for margin in ("1", True, float("nan"), float("-inf"), 1e300)
     ),
     (read_ranked, {**RANKED, "responses": "b"}, "responses='b' is str, not a list"),
     (read_ranked, {"prompt": "a"}, "no 'responses' among its columns"),

@@ -4,12 +4,14 @@ demo, which the package ships."""
 import difflib
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.data.rows import Row, Rows, locate, read_rows, shown, transform
+from jaxrlhf.core.shown import shown
+from jaxrlhf.data.rows import Row, Rows, locate, read_rows, transform
 from jaxrlhf.rewards.functions import resolve
 
 GOOD = {"prompt": "a"}
@@ -174,3 +176,26 @@ def test_openings_are_distinct_across_the_split():
         for other in train:
             matcher.set_seq1(other.split())
             assert matcher.ratio() < 0.75, (prompt, other)
+
+
+def test_read_rows_parquet_believes_no_size(tmp_path, monkeypatch):
+    """Rows that are alike take no room in a file, and all there is in memory."""
+    path = str(tmp_path / "x.parquet")
+    rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2**21, np.int32)), ["a"])
+    pq.write_table(pa.table({"prompt": rows}), path)
+    with pytest.raises(InputError, match=r"x\.parquet: 2097152 rows in \d+ bytes"):
+        read_rows(path)
+    # One text a thousand times.
+    monkeypatch.setattr("jaxrlhf.data.rows.MOST_EXPANDED", 2**20)
+    rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1000, np.int32)), ["a" * 2**16])
+    pq.write_table(pa.table({"prompt": rows}), path, compression="zstd", store_schema=False)
+    with pytest.raises(InputError, match=r"x\.parquet: \d+ bytes of Parquet become \d+"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "a\0b", "~nobody/x.jsonl", "a..b:x.jsonl", "os.path:x"]
+)
+def test_locate_of_what_is_no_file(path):
+    with pytest.raises(InputError, match=r"no such file|no package"):
+        locate(path)

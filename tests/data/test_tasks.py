@@ -66,7 +66,7 @@ def test_tasks_command(tmp_path, capsys):
     assert rows == task_rows("chain_sum", 2, options={"max_terms": 2})
     assert cli.main([*words[:-1], "max_terms"]) == 2
     assert "--option max_terms: give name=value" in capsys.readouterr().err
-    for value in ("[", "2020-13-45", "\x00"):
+    for value in ("[", "\x00"):
         assert cli.main([*words[:-1], f"max_terms={value}"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: --option 'max_terms=")

@@ -97,11 +97,14 @@ def asked(handler, request):
 def config_of(folder, reward=None, **changes):
     folder.mkdir()
     config = runs.ppo(folder)
+    # In a worker they would hold the whole of the tests; ``isolate`` has a row of its own.
+    here = {"in_process": True}
+    proxy = RewardConfig(function="test_signals_everywhere:proxy", **here)
     return replace(
         config,
-        rewards=(reward or RewardConfig(function="test_signals_everywhere:proxy"),),
+        rewards=(reward or proxy,),
         data=replace(config.data, eval=config.data.train),
-        eval=EvalConfig(every=2, n=1, gold=(RewardConfig(function=f"{__name__}:gold"),)),
+        eval=EvalConfig(every=2, n=1, gold=(RewardConfig(function=f"{__name__}:gold", **here),)),
         **changes,
     )
 

@@ -88,7 +88,7 @@ def config_of(name, folder):
     every = CheckpointConfig(every=1) if name == "sft" else runs.of(name, folder).checkpoint
     config = replace(runs.of(name, folder), mesh=mesh, checkpoint=every, steps=3)
     if name in ("ppo", "grpo"):
-        source = RewardConfig(function="test_two_processes:goodness_of_own")
+        source = RewardConfig("test_two_processes:goodness_of_own", in_process=True)
         data = replace(config.data, eval=config.data.train)
         config = replace(config, rewards=(source,), data=data, eval=EvalConfig(n=2))
     return config

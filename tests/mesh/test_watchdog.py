@@ -7,6 +7,8 @@ import sys
 import pytest
 from loopback import by_flags, ended, free_port, results, started
 
+from jaxrlhf.config import DistributedConfig
+from jaxrlhf.mesh.processes import WATCHDOG, limit
 from jaxrlhf.mesh.watchdog import FAILED, Watchdog, guarded
 
 WORDS = ["--distributed.heartbeat", "5", "--distributed.watchdog", "6"]
@@ -72,6 +74,24 @@ def test_watchdog_ends_what_holds_the_interpreter():
     assert done.returncode == 1
     assert "Timeout (0:00:05.500000)!" in done.stderr
     assert "/re/" in done.stderr
+
+
+def test_watchdog_of_one_process_watches_if_asked_for():
+    done = python(
+        "import time\n"
+        "from jaxrlhf.config import DistributedConfig\n"
+        "from jaxrlhf.mesh.processes import together\n"
+        "with together(DistributedConfig(watchdog=1.0)):\n"
+        "    time.sleep(10)\n"
+    )
+    assert done.returncode == FAILED
+    assert "process 0 of 1: no progress for 1 s" in done.stderr
+
+
+def test_limit_of_the_watchdog_where_it_is_left_open():
+    open_, none = DistributedConfig(), DistributedConfig(watchdog=0.0)
+    assert (limit(open_, 1), limit(open_, 2)) == (0, WATCHDOG)
+    assert (limit(none, 1), limit(none, 2)) == (0, 0)
 
 
 def test_watchdog_sleeps_while_fed():

@@ -2,7 +2,9 @@
 SmolLM2, which equals what transformers reads."""
 
 import contextlib
+import math
 import re
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -141,6 +143,30 @@ def test_open_gguf_other_files(tmp_path, content, message):
         open_gguf(tmp_path / "x.gguf")
 
 
+def counts(fields=0, tensors=0):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
+
+
+TEXT = struct.pack("<Q", 1) + b"a"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (counts(fields=2**60), "1152921504606846976 fields and 0 tensors do not fit"),
+        (counts(tensors=2**60), "0 fields and 1152921504606846976 tensors do not fit"),
+        (counts(fields=1) + TEXT + struct.pack("<IIQ", 9, 4, 2**60), "a list of 11529215046068469"),
+        (counts(tensors=1) + TEXT + struct.pack("<I", 2**20) + bytes(99), "a has 1048576 axes"),
+        (counts(fields=1) + TEXT + struct.pack("<IQ", 8, 2**60), "a string ends after the file"),
+    ],
+    ids=["fields", "tensors", "list", "axes", "text"],
+)  # fmt: skip
+def test_open_gguf_believes_no_size(tmp_path, content, message):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(InputError, match=f"damaged .{message}"):
+        open_gguf(tmp_path / "x.gguf")
+
+
 # Weights
 
 
@@ -173,9 +199,14 @@ def test_read_gguf_head_dim_and_vocab_of_the_tokens(tmp_path, tiny, write_gguf):
         ({"llama.rope.dimension_count": 4}, {}, "llama.rope.dimension_count=4"),
         ({"llama.rope.scaling.type": "linear"}, {}, "llama.rope.scaling.type='linear'"),
         ({"llama.expert_count": 8}, {}, "llama.expert_count=8"),
-        ({"llama.block_count": None}, {}, "llama.block_count='None'"),
+        ({"llama.block_count": None}, {}, "llama.block_count=None"),
         ({"llama.block_count": 0}, {}, "llama.block_count=0"),
-        ({"llama.attention.head_count": [4, 2]}, {}, "llama.attention.head_count='[4, 2]'"),
+        ({"llama.block_count": 2**31}, {}, "llama.block_count=2147483648; it must be positive"),
+        ({"llama.block_count": 2**30}, {}, "llama.block_count=1073741824; at most 10000"),
+        ({"llama.block_count": 9_999}, {}, "llama.block_count=9999, and it holds"),
+        ({"llama.rope.freq_base": math.nan}, {}, "llama.rope.freq_base=nan"),
+        ({"llama.vocab_size": None, "tokenizer.ggml.tokens": 3}, {}, "tokenizer.ggml.tokens=3"),
+        ({"llama.attention.head_count": [4, 2]}, {}, "llama.attention.head_count=[4, 2]"),
         ({"llama.block_count": 3}, {}, "blk.2.attn_k.weight is missing"),
         (
             {"llama.block_count": 1},

@@ -305,6 +305,19 @@ def test_read_hf_truncated(folder, keep):
         read_hf(folder)
 
 
+def test_read_hf_believes_no_size(folder):
+    """A header of 2⁶⁰ bytes, and names of a billion layers, are never made room for."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 9_999}))
+    with pytest.raises(InputError, match=r"num_hidden_layers=9999, and its files hold \d+ tensors"):
+        read_hf(folder)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes((2**60).to_bytes(8, "little") + content[8:])
+    with pytest.raises(InputError, match=r"model\.safetensors: a header of 11529215046068"):
+        read_hf(folder)
+
+
 def test_read_hf_refuses_pickle(folder):
     (folder / WEIGHTS).unlink()
     with pytest.raises(InputError, match=r"no model\.safetensors"):
@@ -320,6 +333,8 @@ def test_read_hf_refuses_pickle(folder):
     [
         ("../secret.safetensors", "'../secret"),
         ("/etc/passwd", "'/etc/passwd'"),
+        ("..", "'..' is not a name"),
+        ("", "'' is not a name"),
         ("gone.safetensors", "gone.safetensors: missing"),
         ("model.embed_tokens.weight", "is not in"),  # where that is
         (3, "no readable weight_map"),
@@ -340,5 +355,5 @@ def test_read_hf_wrong_index(folder, place, message):
 def test_read_hf_malformed_index(folder):
     for text in ("{", "[]", "{}", '{"weight_map": []}'):
         (folder / INDEX).write_text(text)
-        with pytest.raises(InputError, match="no readable weight_map"):
+        with pytest.raises(InputError, match=r"no readable weight_map|not JSON|not a JSON"):
             read_hf(folder)

@@ -131,6 +131,18 @@ def test_read_config_rope_of_both_generations(tmp_path, rope, scaling):
         ({"intermediate_size": None}, "intermediate_size=None"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"model_type": "gemma2"}, "model_type='gemma2'"),
+        ({"model_type": ["llama"]}, "model_type=['llama']"),
+        ({"architectures": 5}, "architectures=5"),
+        ({"architectures": [5]}, "architectures=[5]"),
+        ({"layer_types": {"a": 1}}, "layer_types={'a': 1}"),
+        ({"model_type": "mistral", "sliding_window": "wide"}, "sliding_window='wide'"),
+        ({"num_hidden_layers": 2_000_000_000}, "num_hidden_layers=2000000000; at most 10000"),
+        ({"vocab_size": 10**299}, "vocab_size=1000"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf"),
+        ({"rms_norm_eps": 10**299}, "rms_norm_eps=1000"),
+        ({"rope_scaling": ["x" * 10**6]}, "rope_scaling=['xxx"),
+        ({"torch_dtype": "a\0b"}, "a NUL at character 2"),
         ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act='silu'; a gemma has"),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attenti"),
     ],
@@ -141,6 +153,7 @@ def test_read_config_refuses(tmp_path, changes, message):
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a JSON object")])

@@ -1,6 +1,7 @@
 """Weights by path are read once, when asked for or begun before, and wait for nobody; reading needs
 neither jax nor transformers."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,7 +12,8 @@ import pytest
 from jaxrlhf.config import DecoderConfig, ModelConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import read as reading
-from jaxrlhf.models.read import read_ahead, read_weights
+from jaxrlhf.models.ends import _said, read_generation
+from jaxrlhf.models.read import read_ahead, read_decoder, read_weights, run_config
 
 TINY = DecoderConfig(vocab=8, embed=8, layers=2, heads=1, kv_heads=1, head_dim=8, mlp=8)
 
@@ -59,6 +61,46 @@ def test_read_ahead_of_what_is_not_read_does_nothing(reads, tmp_path):
     read_ahead(ModelConfig(path="a", decoder=TINY))
     assert reads == []
     assert reading._begun == {}
+
+
+def run(folder, **model):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(json.dumps({"model": model}))
+    return str(folder)
+
+
+def test_run_config_of_a_run_that_leads_back_to_itself(tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    loops = [
+        lambda: run(a, path=str(a)),
+        lambda: run(a, path=f"{a}/../a"),
+        lambda: run(a, path=run(b, path=str(a))),
+        lambda: run(a, path="smollm2", tokenizer=run(b, path="smollm2", tokenizer=str(a))),
+        lambda: run(c, path=run(b, path=str(b))),
+    ]
+    for make in loops:
+        folder = make()
+        for read in (run_config, read_decoder, read_generation, lambda x: next(_said(x))):
+            with pytest.raises(InputError, match="its model is its own"):
+                read(folder)
+
+
+def test_run_config_of_runs_that_share_a_start(tmp_path):
+    """Each names the one before it twice: 2⁴⁰ ways lead to the first, which is read once."""
+    last = ""
+    for number in range(40):
+        last = run(tmp_path / str(number), path=last, tokenizer=last)
+    assert run_config(last).model.path == str(tmp_path / "38")
+    for number in range(40, 120):
+        last = run(tmp_path / str(number), path=last)
+    with pytest.raises(InputError, match="more than 100 runs long"):
+        run_config(last)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800"])
+def test_read_decoder_of_what_is_no_name_of_a_file(path):
+    with pytest.raises(InputError, match=r"no such folder; give"):
+        read_decoder(path)
 
 
 def test_reading_needs_neither_jax_nor_transformers():

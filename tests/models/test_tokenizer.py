@@ -75,6 +75,42 @@ def test_load_tokenizer_missing_or_damaged(tmp_path, tiny_tokenizer):
             load_tokenizer(tmp_path)
 
 
+def test_load_tokenizer_refuses_rules_that_fill_memory(tmp_path, tiny_tokenizer):
+    """Each rule doubles a text: 40 of them make 2⁴⁰ characters of one."""
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    rules = {"type": "Sequence", "normalizers": [double] * 9}
+    path.write_text(json.dumps(content | {"normalizer": rules}))
+    assert load_tokenizer(tmp_path).backend_tokenizer.normalizer.normalize_str("a") == "a" * 2**9
+    rules["normalizers"] = [double] * 40
+    path.write_text(json.dumps(content | {"normalizer": rules}))
+    with pytest.raises(InputError, match=r"read \(its rules make 1e\+12 characters of one"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_tokenizer_refuses_an_id_of_billions(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["w3"] = 2**31 - 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="a token has the id 2147483647"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chat_template": 5}, {"model_max_length": "far"}, {"eos_token": 5}]
+)
+def test_load_tokenizer_refuses_settings_of_other_types(changes, tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match="tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
+
+
 # GGUF
 
 BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
@@ -148,8 +184,11 @@ def test_gguf_tokenizer_adds_ends(byte_level):
         ({"token_type": [1] * 9}, "token_type has 9 entries for 260 tokens"),
         ({"merges": ["a q q"]}, "tokenizer.ggml.merges"),
         ({"merges": ["a c"]}, "tokenizer.ggml.merges"),
-        ({"tokens": 3}, "tokenizer.ggml.tokens='3'"),
+        ({"tokens": 3}, "tokenizer.ggml.tokens=3"),
         ({"eos_token_id": 260}, "tokenizer.ggml.eos_token_id=260"),
+        ({"tokens": [0] * 260}, "tokenizer.ggml.tokens has 0; all must be texts"),
+        ({"merges": [1]}, "tokenizer.ggml.merges has 1"),
+        ({"pre": [1]}, "tokenizer.ggml.pre=[1]"),
     ],
 )
 def test_gguf_tokenizer_refuses(byte_level, changes, message):

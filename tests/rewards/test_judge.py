@@ -2,6 +2,7 @@
 
 import json
 import math
+import traceback
 from dataclasses import replace
 
 import jax
@@ -132,7 +133,7 @@ def read(prompts, completions, **_):
     return [float(len(text.split())) for text in completions]
 
 
-READ = RewardConfig(function="test_judge:read")
+READ = RewardConfig(function="test_judge:read", in_process=True)
 
 
 @pytest.mark.parametrize("isolate", [None, IsolateConfig()])
@@ -147,7 +148,8 @@ READ = RewardConfig(function="test_judge:read")
     ],
 )
 def test_judge_keeps_special_tokens_for_those_who_read_them(tagged, source, reward, isolate):
-    sources = load_rewards((replace(source, isolate=isolate),))
+    source = replace(source, isolate=isolate, in_process=not isolate)
+    sources = load_rewards((source,))
     made = Judge(sources, (None,), runs.tags_tokenizer(), one_device())
     assert made(tagged, [Prompt("the", {"answer": "Paris"}, "f:1")]).reward_B.tolist() == [reward]
 
@@ -229,12 +231,21 @@ def test_run_goes_on_with_the_right_rows(tmp_path):
         assert row[f"excluded/{server.url}"] == row["reward/excluded"]
 
 
-def test_run_stops_where_too_many_rows_have_no_reward(tmp_path):
+def test_run_stops_where_too_many_rows_have_no_reward(tmp_path, monkeypatch, capfd, caplog):
+    """And nothing that it has written or said holds the secret of its service."""
+    monkeypatch.setenv("REWARD_KEY", "Bearer abc-secret")
     with service(fails) as server:
-        asked = ServiceConfig(server.url, retries=0)
+        asked = ServiceConfig(server.url, retries=0, header_env="REWARD_KEY")
         config = runs.ppo(tmp_path, rewards=(RewardConfig(service=asked), runs.GOODNESS))
         with pytest.raises(InputError) as error:
             loop.train(config, one_device())
+    assert server.seen[0][0]["Authorization"] == "Bearer abc-secret"
+    files = [x.read_bytes() for x in (tmp_path / "run").rglob("*") if x.is_file()]
+    assert any(b"REWARD_KEY" in content for content in files)
+    traces = "".join(traceback.format_exception(error.value))
+    said = [*capfd.readouterr(), caplog.text, traces]
+    assert not any("abc-secret" in text for text in said)
+    assert not any(b"abc-secret" in content for content in files)
     message = f"16 of 16 completions got none, and max_excluded=0.5 of them may: {server.url}"
     assert message in str(error.value)
     assert "HTTP 500" in str(error.value)

@@ -282,6 +282,20 @@ def test_header_is_that_of_the_environment(monkeypatch):
     assert "Authorization" not in headers[1] | headers[2]
 
 
+def test_secret_that_a_service_says_back_is_not_shown(monkeypatch):
+    monkeypatch.setenv("REWARD_KEY", "Bearer abc-secret")
+
+    def tells(handler, request):
+        error = f"no {handler.headers['Authorization']}, nor abc-secret"
+        say(handler, {"rewards": [{"id": row["id"], "error": error} for row in request["rows"]]})
+
+    with service(tells) as server:
+        assert ask(server.url, header_env="REWARD_KEY").problem == "row 4: no …, nor …"
+    with service(lambda handler, _: say(handler, b"abc-secret, no JSON")) as server:
+        problem = ask(server.url, header_env="REWARD_KEY", retries=0).problem
+        assert problem == "an answer that is not JSON: b'…, no JSON'"
+
+
 @pytest.mark.parametrize(
     ("value", "what"), [(None, "unset"), ("", "unset"), ("a\nb", "not print"), ("é", "not print")]
 )

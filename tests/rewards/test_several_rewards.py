@@ -54,14 +54,15 @@ def some(prompts, completions, kind, **_):
 
 
 ONES, TWOS, SOME = (
-    RewardConfig(function=f"test_several_rewards:{n}") for n in ("ones", "twos", "some")
+    RewardConfig(function=f"test_several_rewards:{n}", in_process=True)
+    for n in ("ones", "twos", "some")
 )
 KINDS = [Prompt("the", {"kind": "a"}, "f:1"), Prompt("and", {"kind": "b"}, "f:2")]
 
 
 @pytest.mark.parametrize("isolate", [None, IsolateConfig()])
 def test_judge_source_that_does_not_apply_leaves_the_row_to_the_others(rollout, isolate):
-    configs = [replace(source, isolate=isolate) for source in (ONES, TWOS)]
+    configs = [replace(source, isolate=isolate, in_process=not isolate) for source in (ONES, TWOS)]
     judgement = judge(*configs)(rollout, KINDS)
     np.testing.assert_array_equal(judgement.reward_B, [1, 1, 2, 2])
     assert judgement.valid_B.all()

@@ -89,13 +89,24 @@ def fails(prompts, completions):
 
 
 def test_reward_that_raises(tmp_path, capsys):
-    config = runs.ppo(tmp_path, rewards=(RewardConfig(function="test_bad_input:fails"),))
+    reward = RewardConfig(function="test_bad_input:fails", in_process=True)
+    config = runs.ppo(tmp_path, rewards=(reward,))
     save(config, tmp_path / "config.yaml")
     assert cli.main(["train", str(tmp_path / "config.yaml")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     place = f"{__file__}:{fails.__code__.co_firstlineno + 2}"
     message = f"reward function 'test_bad_input:fails' raised KeyError: 'answer' at {place}; mend"
     assert error.startswith(f"error: {message}")
+
+
+def test_reward_that_exits_as_if_all_were_well(tmp_path, capsys, monkeypatch):
+    (tmp_path / "leaving.py").write_text("import os\ndef f(*_, **__): os._exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    save(runs.ppo(tmp_path, rewards=(RewardConfig("leaving:f"),)), tmp_path / "config.yaml")
+    assert cli.main(["train", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: reward function 'leaving:f' ended its process (status 0); mend")
+    assert not (tmp_path / "run/summary.json").exists()
 
 
 def test_reward_model_that_does_not_exist(tmp_path, capsys):

@@ -133,7 +133,7 @@ def test_ppo_on_chats_learns_from_responses_alone(tmp_path):
         PPOConfig(),
         tmp_path,
         [{"prompt": CHAT}, {"prompt": CHAT[:1]}],
-        rewards=(RewardConfig(function="test_chat_runs:long_answers"),),
+        rewards=(RewardConfig("test_chat_runs:long_answers", in_process=True),),
         sample=SampleConfig(max_new_tokens=4, n=2),
     )
     seen = []

@@ -152,14 +152,16 @@ def test_evaluate_policy_goes_on_without_rewards(tmp_path, caplog):
     config = runs.ppo(
         tmp_path,
         steps=1,
-        rewards=(RewardConfig("test_held_out:lacking"),),
+        rewards=(RewardConfig("test_held_out:lacking", in_process=True),),
         data=DataConfig(
             train=runs.prompts(tmp_path),
             eval=runs.write(tmp_path / "held_out.jsonl", held_out),
             batch_size=8,
             max_prompt_tokens=4,
         ),
-        eval=EvalConfig(n=2, batch_size=4, gold=(RewardConfig("test_held_out:never"),)),
+        eval=EvalConfig(
+            n=2, batch_size=4, gold=(RewardConfig("test_held_out:never", in_process=True),)
+        ),
     )
     summary = loop.train(config, one_device())
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()

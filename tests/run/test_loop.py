@@ -369,7 +369,7 @@ def same(prompts, completions, **columns):
 
 
 def test_train_without_a_pair_says_nothing_of_pairs(tmp_path, capsys):
-    reward = RewardConfig(function="test_loop:same")
+    reward = RewardConfig(function="test_loop:same", in_process=True)
     config = runs.of("online_dpo", tmp_path, steps=1, rewards=(reward,))
     assert loop.train(config, one_device())["steps"] == 1
     (line,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
@@ -399,7 +399,7 @@ def collected(folder, rounds):
     config = runs.ppo(
         folder,
         algorithm=DAPOConfig(rounds=rounds),
-        rewards=(RewardConfig(function="test_loop:deaf"),),
+        rewards=(RewardConfig(function="test_loop:deaf", in_process=True),),
         sample=SampleConfig(max_new_tokens=8, n=4),
     )
     mesh = one_device()
@@ -468,7 +468,7 @@ def test_dynamic_sampling_resumes_where_it_was(tmp_path):
         config = runs.ppo(
             tmp_path / folder,
             algorithm=DAPOConfig(rounds=3),
-            rewards=(RewardConfig(function="test_loop:deaf"),),
+            rewards=(RewardConfig(function="test_loop:deaf", in_process=True),),
             sample=SampleConfig(max_new_tokens=8, n=4),
         )
         for stop in stops:

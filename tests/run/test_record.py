@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.run.record import Recorder, plain
 
 
@@ -55,7 +56,9 @@ def test_recorder_starts_anew(tmp_path):
     assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [0, 1]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 3, "rew', "\x00\x00\x00", '{"reward": 1}', "[]"])
+@pytest.mark.parametrize(
+    "torn", ['{"step": 3, "rew', "\x00\x00\x00", '{"reward": 1}', "[]", "[" * 100_000]
+)
 def test_recorder_resume_drops_torn_line(tmp_path, torn):
     run(tmp_path, None, [1, 2])
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -104,6 +107,61 @@ def test_recorder_full_disk(tmp_path, caplog):
         assert "wait in memory" in caplog.text
         record.metrics(4, {"x": 1})
     assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_recorder_ends_with_an_error_where_lines_are_lost(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = Recorder(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+    try:
+        for step in (1, 2, 3):
+            record.metrics(step, {"x": 1})
+        with pytest.raises(InputError, match=r"metrics\.jsonl: .* 2 lines are lost"):
+            record.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_recorder_file_that_is_removed_is_written_anew(tmp_path, caplog):
+    with Recorder(tmp_path) as record:
+        for step in (1, 2):
+            record.metrics(step, {"x": 1})
+        (tmp_path / "metrics.jsonl").unlink()
+        record.metrics(3, {"x": 1})
+        assert "metrics.jsonl: was removed, and is written anew" in caplog.text
+        record.metrics(4, {"x": 1})
+    assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_recorder_file_that_is_edited_is_gone_on_with(tmp_path, caplog):
+    with Recorder(tmp_path) as record:
+        for step in (1, 2):
+            record.metrics(step, {"x": 1})
+        (tmp_path / "new").write_text('{"step": 2}\n')  # as editors do
+        (tmp_path / "new").rename(tmp_path / "metrics.jsonl")
+        record.metrics(3, {"x": 1})
+    assert "metrics.jsonl: is another file now" in caplog.text
+    assert [x["step"] for x in lines(tmp_path / "metrics.jsonl")] == [2, 3]
+
+
+def test_recorder_folder_that_is_gone(tmp_path, caplog):
+    folder = tmp_path / "run"
+    record = Recorder(folder)
+    record.metrics(1, {"x": 1})
+    folder.rename(tmp_path / "away")
+    record.metrics(2, {"x": 1})
+    assert "metrics.jsonl: cannot be written (No such file or directory)" in caplog.text
+    (tmp_path / "away").rename(folder)
+    record.close()
+    assert "can be written again, and has all its lines" in caplog.text
+    assert [x["step"] for x in lines(folder / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_recorder_names_what_it_cannot_open(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name}: cannot be written \(Is a directory\)"):
+        Recorder(tmp_path, 3)
 
 
 def test_recorder_inactive(tmp_path):

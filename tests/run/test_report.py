@@ -94,6 +94,10 @@ SUMMARY = {
 }
 
 
+def changed(**fields):
+    return json.dumps(EVALUATION | fields)
+
+
 def sample(step, prompt, completion):
     return {"step": step, "split": "eval", "prompt": prompt, "completion": completion, "gold": 0.5}
 
@@ -195,20 +199,80 @@ def test_write_report_compares_runs(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", "a: [", "config.yaml: not YAML"),
-        ("config.yaml", "a: 2020-13-01", "config.yaml: not YAML: month must be in 1..12"),
+        ("config.yaml", "a: [", "config.yaml:1: not YAML"),
+        ("config.yaml", "a: !!int x", "config.yaml: not YAML: a value that is not of its kind"),
         ("config.yaml", "- a", "config.yaml: holds no settings"),
         ("summary.json", "{", "summary.json: not JSON"),
-        ("summary.json", "[]", "summary.json: holds no object"),
+        ("summary.json", "[]", "summary.json: not a JSON object"),
         ("evaluation.json", '{"n": 1}', "evaluation.json: no models"),
-        ("diagnosis.json", '{"findings": ["a"]}', "diagnosis.json: not a list of findings"),
-        ("diagnosis.json", "[]", "diagnosis.json: holds no object"),
+        ("evaluation.json", changed(best_of_n={"n": [1, 2], "gold": [0]}), "differ in length"),
+        (
+            "evaluation.json",
+            changed(policy={"gold": "much"}),
+            "evaluation.json: policy.gold='much'",
+        ),
+        ("evaluation.json", changed(rewards={"proxy": 3}), "evaluation.json: rewards.proxy=3"),
+        ("evaluation.json", "[" * 10**5, "evaluation.json: not JSON (nested too deeply)"),
+        ("summary.json", '{"seconds": {"a": "b"}}', "summary.json: seconds.a='b'"),
+        ("summary.json", '{"reliability": 3}', "summary.json: reliability=3"),
+        ("config.yaml", "a: &a [*a]", "config.yaml:1: not YAML: an alias of what it stands in"),
+        (
+            "diagnosis.json",
+            '{"findings": ["a"]}',
+            "diagnosis.json: findings.0='a': Input should be",
+        ),
+        ("diagnosis.json", "[]", "diagnosis.json: not a JSON object"),
     ],
 )
 def test_read_run_refuses(name, content, message, folder):
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(message)):
         read_run(folder)
+
+
+ODD = [
+    {"step": 3, "reward": "much", "kl": [1], "loss": {"a": 1}, "length": 1e308, "accuracy": True},
+    {"step": 4, "reward": 10**299, "kl": -1e308, "loss": 5e-324, "length": -1e308},
+    {"step": 2**53 - 1, "eval/gold": 1e300, "eval/proxy": "x", "eval/kl_nats": -1e308},
+]
+ODD_SUMMARY = {
+    **{
+        f"{name}_{end}": "x" for name in ("gold", "proxy", "kl_nats") for end in ("before", "after")
+    },
+    "peak_memory_gib": "much",
+    "tokens_per_second": {},
+    "reliability": {"predicted": [None, 1e300], "observed": [2, 0.5], "count": [0, 1e308]},
+}
+
+
+def test_render_of_values_that_are_no_numbers(folder):
+    """What is none is left out, or a dash; the page stands."""
+    for name, rows in {
+        "metrics.jsonl": ODD,
+        "samples.jsonl": [{"step": 4, "split": "eval"}],
+    }.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "summary.json").write_text(json.dumps(ODD_SUMMARY))
+    sparse = {"models": {}, "step": ODD[-1]["step"], "against": {}, "win_rate": {"gold": None}}
+    sparse |= {"best_of_n": {}, "equal_kl": {"x": 1.0}, "pass_at_k": {"rate": [1.0]}}
+    (folder / "evaluation.json").write_text(changed(**sparse))
+    config = {"algorithm": 5, "model": [1], "steps": {"a": "\ud800"}}
+    (folder / "config.yaml").write_text(json.dumps(config | {"steps": "many"}))
+    (folder / "diagnosis.json").write_text('{"findings": [{"name": "\\ud800", "evidence": [1]}]}')
+    page = Reader(render([read_run(folder)]))
+    assert "run: " + str(folder) in page.texts
+    assert "many" in " ".join(page.texts)
+    assert "?" in page.texts
+    Reader(render([read_run(folder), read_run(folder)]))
+
+
+def test_render_lets_nothing_in_from_elsewhere(folder):
+    attributes = dict(Reader(render([read_run(folder)])).attributes)
+    assert attributes["http-equiv"] == "Content-Security-Policy"
+    text = render([read_run(folder)])
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    # Before all that it holds for.
+    assert text.index(policy) < text.index("<style>")
 
 
 def test_read_run_leaves_out_torn_lines(folder, caplog):

@@ -291,7 +291,7 @@ def test_isolated_functions_are_started_once(tmp_path, monkeypatch):
     made = []
     init = Isolated.__init__
     monkeypatch.setattr(
-        Isolated, "__init__", lambda self, config: (made.append(config), init(self, config))[1]
+        Isolated, "__init__", lambda self, *given: (made.append(given), init(self, *given))[1]
     )
     isolated = RewardConfig(function="jaxrlhf.data.words:goodness", isolate=IsolateConfig())
     config = runs.ppo(tmp_path, rewards=(isolated,), eval=EvalConfig(gold=(isolated,)))

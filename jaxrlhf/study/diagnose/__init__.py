@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic
+from jaxrlhf.core.shown import visible
 from jaxrlhf.study.diagnose import hacking, policy, signal, supervised
 from jaxrlhf.study.diagnose.history import Detector, Finding, History, read_history
 
@@ -54,13 +54,7 @@ def save(folder: str | Path, history: History, findings: list[Finding]) -> None:
     Raises:
       InputError: nothing can be written there.
     """
-    path = Path(folder) / "diagnosis.json"
-    try:
-        write_atomic(path, to_json(history, findings) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}: copy the run to a folder that can be written"
-        ) from None
+    write_atomic(Path(folder) / "diagnosis.json", to_json(history, findings) + "\n")
 
 
 def lines(folder: str | Path, history: History, findings: list[Finding]) -> list[tuple[str, str]]:
@@ -89,5 +83,5 @@ def show(folder: str | Path, history: History, findings: list[Finding]) -> None:
     console = Console()
     for text, style in lines(folder, history, findings):
         # a terminal that is not UTF-8 gets "?" for "→", where print would raise
-        readable = text.encode(console.encoding, "replace").decode(console.encoding)
+        readable = visible(text).encode(console.encoding, "replace").decode(console.encoding)
         console.print(Text(readable, style), soft_wrap=True)

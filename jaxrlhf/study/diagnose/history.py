@@ -1,6 +1,5 @@
 """The records of a run's folder as arrays, finished or still writing, and what is said of them."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,9 @@ import numpy as np
 
 from jaxrlhf.config import Config, load
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.reading import read_bytes, record_of
+from jaxrlhf.core.shown import shown
+from jaxrlhf.run.folder import MOST_LINES
 
 Sample = dict[str, Any]
 """A line of samples.jsonl: step, prompt, completion, reward (or proxy and gold)."""
@@ -204,9 +206,9 @@ def read_history(folder: str | Path) -> History:
         raise InputError(f"{folder}: metrics.jsonl has no iteration yet: wait for the first")
     samples: dict[int, list[Sample]] = {}
     eval_samples: dict[int, list[Sample]] = {}
-    for row in sorted(read_lines(folder / "samples.jsonl"), key=lambda row: int(row["step"])):
+    for row in sorted(read_lines(folder / "samples.jsonl"), key=lambda row: row["step"]):
         kind = eval_samples if row.get("split") == "eval" else samples
-        kind.setdefault(int(row["step"]), []).append(row)
+        kind.setdefault(row["step"], []).append(row)
     config = load(folder / "config.yaml")
     return History(config, series(training), series(evaluations), samples, eval_samples)
 
@@ -217,24 +219,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
       InputError: the file cannot be read, or another line is no record with a step.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: give a folder that can be read") from None
+    content = read_bytes(path, MOST_LINES, "give a folder that can be read")
     # what stands after the last line feed is still being written
     *whole, _ = content.split(b"\n")
     records = []
     for number, line in enumerate(whole, 1):
-        try:
-            record = json.loads(line)
-            int(record["step"])
-        except (ValueError, TypeError, KeyError):
+        record = record_of(line)
+        if record is None:
             raise InputError(
-                f"{path}:{number}: {line[:80]!r} is no record with a step: "
+                f"{path}:{number}: {shown(line, 80)} is no record with a step: "
                 "remove the line, or resume the run, which drops it"
-            ) from None
+            )
         records.append(record)
     return records
 
@@ -244,7 +241,7 @@ def series(records: Iterable[dict[str, Any]]) -> Series:
 
     NaN for null (which is how a run writes what is not finite), and for what is no number.
     """
-    by_step = {int(record["step"]): record for record in records}
+    by_step = {record["step"]: record for record in records}
     steps = sorted(by_step)
     names = {name for record in by_step.values() for name in record} - {"step"}
     rows = {name: [by_step[step].get(name) for step in steps] for name in names}
