@@ -53,7 +53,7 @@ def test_input_error_is_one_line_that_commands_nothing():
 
 def test_generate_prints_what_a_model_says(monkeypatch, capsys):
     said = [[generate.Completed("first\n\x1b[2Jsecond", 0.5)]]
-    monkeypatch.setattr(generate, "complete", lambda *_: said)
+    monkeypatch.setattr(generate, "complete", lambda *_, **__: said)
     assert cli.main(["generate", "smollm2", "--prompt", "a", "--reward", "sentiment"]) == 0
     assert capsys.readouterr().out == "0.500\tfirst\n\\x1b[2Jsecond\n"
 
