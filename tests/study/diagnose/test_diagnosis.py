@@ -98,7 +98,7 @@ def test_save_writes_diagnosis(tmp_path):
 
 
 def test_save_no_folder(tmp_path):
-    with pytest.raises(InputError, match=r"diagnosis\.json: No such file or directory: copy"):
+    with pytest.raises(InputError, match=r"diagnosis\.json: cannot be written \(No such file"):
         save(tmp_path / "no", ILL, [])
 
 
