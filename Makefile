@@ -1,7 +1,8 @@
 # make demo    train the demo                 make test    run every test
 # make setup   .venv for development          make lint    ruff and pyright
 # make fuzz    damaged files for every reader
-# make soak    signals in every phase, and two hours of random faults
+# make soak    two hours of random faults     ARGS="--seconds 1200 --seed 1"
+# make signals SIGTERM and Ctrl-C in every phase of a run
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
 # PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment,
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test fuzz soak lint benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak signals lint benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -32,10 +33,11 @@ test: setup-test
 fuzz: setup-test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --inputs 10000 $(ARGS)
 
-# ARGS="--seconds 1200 --seed 1" are those of the faults.
 soak: setup-test
-	$(VENV)/bin/python -m pytest -m soak -rP
 	PYTHONPATH=tests:tests/mesh $(VENV)/bin/python tests/soak.py $(ARGS)
+
+signals: setup-test
+	$(VENV)/bin/python -m pytest -m signals -rP $(ARGS)
 
 lint: setup-test
 	$(VENV)/bin/ruff check .

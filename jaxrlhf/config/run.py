@@ -191,7 +191,7 @@ class DistributedConfig:
     heartbeat: int = 20
     """Seconds without a sign of life after which a process counts as dead, and all end."""
     watchdog: float | None = None
-    """Seconds without progress after which the processes end; six times that where much may take
+    """Seconds without progress after which the processes end, six times that where much may take
     long (the set-up, the first iteration, rewards, evaluations); 0 waits for ever; null: 300 for
     several processes, and for ever where there is one."""
 

@@ -249,13 +249,13 @@ class Checkpoints:
                 "folder must be on a disk that all hosts see"
             )
 
-        def put_away() -> None:
+        def make_way() -> None:
             # Only now that another step is whole: where all are damaged, all stay where they are.
             for step in damaged if is_first() else ():
                 target = put_aside(self.folder / str(step))
                 log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
 
-        all_or_none(put_away)
+        all_or_none(make_way)
         return found
 
     def _settle(self) -> None:

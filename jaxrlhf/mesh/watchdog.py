@@ -139,6 +139,6 @@ class Watchdog:
                 faulthandler.dump_traceback(all_threads=True)
                 during = f" in {self._phase}" if self._phase else ""
                 end(
-                    f"{_me()}: no progress for {limit:g} s{during} (distributed.watchdog="
-                    f"{self.seconds:g}): its stacks are above; all processes end"
+                    f"{_me()}: no progress for {limit:g} s{during} (distributed.watchdog): "
+                    "its stacks are above; all processes end"
                 )

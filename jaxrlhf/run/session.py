@@ -134,16 +134,20 @@ class Session:
         self.show = self._stack.enter_context(
             display(config.steps, title, self.start, active=is_first())
         )
+        self._greet()
+        self._mark(self.start)
+        self.signals.last_resort = self._last_resort
+        return self
+
+    def _greet(self) -> None:
+        """Say where the run is, and what is to be known of its model and rows."""
         if self.start:
-            self.show.note(f"resumed after iteration {self.start} of {config.steps}")
+            self.show.note(f"resumed after iteration {self.start} of {self.run.config.steps}")
         for note in filter(None, (*self.run.notes, self.meter.note())):
             self.show.note(note)
         for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
             for line in rows.note().splitlines() if rows is not None else ():
                 self.show.note(line)
-        self._mark(self.start)
-        self.signals.last_resort = self._last_resort
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
         # Nobody else may save the same step at the same time.

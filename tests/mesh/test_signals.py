@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import runs
 
@@ -43,29 +45,30 @@ def gold(prompts, completions, **columns):
 def config_of(folder, **changes):
     """Four iterations, saved every other; evaluated before, between, and at the end."""
     config = runs.ppo(folder)
-    gold = RewardConfig(function=f"{__name__}:gold", in_process=True)
     return replace(
         config,
         rewards=(RewardConfig(function=f"{__name__}:proxy", in_process=True),),
         data=replace(config.data, eval=config.data.train),
-        eval=EvalConfig(every=2, n=1, gold=(gold,)),
+        eval=EvalConfig(
+            every=2, n=1, gold=(RewardConfig(function=f"{__name__}:gold", in_process=True),)
+        ),
         **changes,
     )
 
 
 def launch(config, number=None, **wait):
-    """The summary of a run; None if it was stopped."""
+    """Train; a run that is held is stopped by the signal, and ends long before the wait does."""
     CALLS.clear()
     WAIT.clear()
     WAIT.update(wait, signal=number)
+    if number is None:
+        loop.train(config, runs.one_device())
+        return
     began = time.monotonic()
-    try:
-        return loop.train(config, runs.one_device())
-    except SystemExit as stopped:
-        if stopped.code:
-            raise
-        assert time.monotonic() - began < 50  # the wait was cut short
-        return None
+    with pytest.raises(SystemExit) as stopped:
+        loop.train(config, runs.one_device())
+    assert stopped.value.code == 0
+    assert time.monotonic() - began < 55
 
 
 def logged(config):
@@ -76,25 +79,23 @@ def logged(config):
     return rows, (output / "samples.jsonl").read_text()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    config = config_of(tmp_path_factory.mktemp("undisturbed"))
-    launch(config)
-    return logged(config), states(config)
-
-
-def states(config):
-    return runs.trained(config)[0]
-
-
-def test_stop(undisturbed, tmp_path):
-    config = config_of(tmp_path)
-    for number, wait in [
-        (signal.SIGINT, {"proxy": 1}),
-        (signal.SIGINT, {"gold": 1}),
-        (signal.SIGTERM, {"gold": 1}),
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, capsys):
+    """Stopped in the first reward, in the evaluation of the start, between, and at the end."""
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    whole, config = config_of(tmp_path / "whole"), config_of(tmp_path / "stopped")
+    launch(whole)
+    capsys.readouterr()
+    for number, name, call, said in [
+        (signal.SIGINT, "proxy", 1, "stopped by SIGINT after iteration 0, nothing new to save"),
+        (signal.SIGTERM, "gold", 1, "stopped by SIGTERM after iteration 1, which is saved"),
+        (signal.SIGINT, "gold", 2, "stopped by SIGINT after iteration 2, which is saved"),
+        (signal.SIGTERM, "proxy", 3, "stopped by SIGTERM after iteration 3, which is saved"),
+        (signal.SIGTERM, "gold", 1, "stopped by SIGTERM after iteration 4, which is saved"),
     ]:
-        assert launch(config, number, **wait) is None
+        launch(config, number, **{name: call})
+        assert said in capsys.readouterr().out
     launch(config)
-    print(logged(config)[0])
-    assert logged(config) == undisturbed[0]
+    assert logged(config) == logged(whole)
+    for x, y in zip(*(jax.tree.leaves(runs.trained(c)[0]) for c in (config, whole)), strict=True):
+        np.testing.assert_array_equal(x, y)
