@@ -135,7 +135,7 @@ def test_run_pipeline_takes_one_at_a_time(done):
 
 
 def test_run_pipeline_ends_with_a_status_when_a_run_is_stopped(tmp_path, monkeypatch):
-    def stopped(*_):
+    def stopped(*_, **__):
         raise SystemExit(0)
 
     monkeypatch.setattr("jaxrlhf.apps.pipeline.train", stopped)
