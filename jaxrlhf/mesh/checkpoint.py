@@ -179,8 +179,7 @@ class Checkpoints:
             manager = self._manager
             if manager is None:
                 _sweep(self.folder)
-                several = jax.process_count() > 1
-                self._meeting = Meeting(f"saves-{self.failed}") if several else None
+                self._meeting = Meeting() if jax.process_count() > 1 else None
                 manager = jointly(partial(_writer, self.folder, self._keep, self._meeting))
             self._manager = manager
             to_save = ocp.args.Composite(**items)

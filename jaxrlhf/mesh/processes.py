@@ -352,11 +352,14 @@ class Meeting:
     LAST = "set_value_start"
     """The end of the name of the meeting that all come to, whatever has happened before."""
 
-    def __init__(self, name: str):
-        self.name = name
+    _count = itertools.count()
+
+    def __init__(self):
+        self.name = f"saves-{next(Meeting._count)}"
         self._over = threading.Event()
         self._held: Counter[str] = Counter()
         self._last = ""
+        self._topics: list[str] = []
 
     def leave(self) -> None:
         """Wait for nobody any more, here: what is being met for has failed."""
@@ -380,13 +383,17 @@ class Meeting:
             # Looked at first: who has gone on from here has been here.
             failed = self._over.is_set() or posted(skipped)
             if len(posted(topic)) == jax.process_count():
-                return
+                break
             if failed:
                 raise RuntimeError("another process has failed in this save")
             if time.monotonic() > until:
                 raise TimeoutError(f"another process has not come to {key}")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
+        # All have come to this one, so nobody looks at those before any more.
+        for done in self._topics if key == self._last else ():
+            withdraw(done)
+        self._topics = [topic] if key == self._last else [*self._topics, topic]
 
     def _topic(self, key: str, count: int) -> str:
         return f"meeting/{self.name}/{key}/{count}"

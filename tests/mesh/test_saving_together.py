@@ -42,16 +42,23 @@ with together(override(Config(), sys.argv[2:]).distributed):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), {"x": x}
         )
         print("restored", checkpoints.restore(abstract)[0], flush=True)
+    limit(unlimited[0])
+    with Checkpoints(sys.argv[1] + "/another", CheckpointConfig(keep=9)) as checkpoints:
+        for step in (1, 3, 4):
+            checkpoints.save(step, {"x": x}, {})
+            checkpoints.wait()
+        print("after another", "failed", checkpoints.failed, flush=True)
 """
 
 
 def test_save_that_fails_on_one_of_two_fails_on_both(tmp_path):
-    """Refused as it begins (step 2), and in the background (step 3); the next one is whole."""
+    """Refused as it begins (step 2), and in the background (step 3); the next one is whole,
+    and so are those of another run in the same processes."""
     with started(tmp_path, *by_flags(free_port()), program=PROGRAM) as running:
         for status, out, errors in ended(running, 90):
             assert status == 0, errors
             failed = [int(line.split()[-1]) for line in out.splitlines() if "after" in line]
-            assert failed == [0, 1, 2, 2], out + errors
+            assert failed == [0, 1, 2, 2, 0], out + errors
             assert out.count("No space left on device") == 1
             assert "restored 4" in out
     assert sorted(x.name for x in tmp_path.iterdir() if x.name.isdigit()) == ["1", "4"]
