@@ -42,6 +42,14 @@ def gold(prompts, completions, **columns):
     return paid("gold", completions)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C, which is ignored in what a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def config_of(folder, **changes):
     """Four iterations, saved every other; evaluated before, between, and at the end."""
     config = runs.ppo(folder)
