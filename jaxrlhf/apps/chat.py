@@ -102,34 +102,33 @@ class Conversation:
 
     def ask(self, text: str, key: jax.Array, out: TextIO) -> None:
         """Add a message, write the answer as it is drawn, and add that too."""
-        self.chat.append({"role": "user", "content": text})
-        try:
-            prompt = self._fitting(out)
-        except InputError:
-            self.chat.pop()
-            raise
+        chat, prompt = self._fitting([*self.chat, {"role": "user", "content": text}], out)
         said = write_answer(self.who, prompt, key, out)
-        self.chat.append({"role": "assistant", "content": said})
+        self.chat = [*chat, {"role": "assistant", "content": said}]
 
-    def _fitting(self, out: TextIO) -> Prompt:
-        """The conversation as a prompt, its first turns forgotten where they leave no room."""
-        first, forgotten = int(self.chat[0]["role"] == "system"), 0
+    def _fitting(self, chat: list[Message], out: TextIO) -> tuple[list[Message], Prompt]:
+        """A conversation without as many of its first turns as leave no room, and its prompt.
+
+        Raises:
+          InputError: its last message alone leaves none.
+        """
+        first, forgotten = int(chat[0]["role"] == "system"), 0
         while True:
-            prompt = self.who.prompt(self.chat)
+            prompt = self.who.prompt(chat)
             try:
                 self.who.policy.encode(prompt)
                 break
             except InputError:
-                if len(self.chat) - first < 3:
+                if len(chat) - first < 3:
                     raise
-            del self.chat[first : first + 2]
+            chat = chat[:first] + chat[first + 2 :]
             forgotten += 1
         if forgotten:
             many = (
                 "turn no longer fits, and is" if forgotten == 1 else "turns no longer fit, and are"
             )
             print(f"(the first {many} forgotten)", file=out)
-        return prompt
+        return chat, prompt
 
 
 def write_answer(who: Speaker, prompt: Prompt, key: jax.Array, out: TextIO) -> str:

@@ -41,8 +41,8 @@ def product(contract: int, x: Array, w: Array) -> Array:
     """x·W, contracting the last ``contract`` axes of x with the first of W.
 
     Its gradient is the usual one, but xᵀ·dy has x on the left: the other way round, as JAX would
-    have it, XLA transposes dy and whatever made it, and then the result; on CPUs, for a layer's
-    eight products, a fifth of a step.
+    have it, XLA transposes dy and whatever made it, and then the result; on CPUs that is a tenth of
+    a gradient (benchmarks/RESULTS.md).
     """
     return jnp.tensordot(x, w, contract)
 

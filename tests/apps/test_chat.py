@@ -73,6 +73,13 @@ def test_converse_forgets_what_does_not_fit(folder):
     assert "ask for fewer" in said
 
 
+def test_converse_keeps_all_where_a_message_does_not_fit(folder, monkeypatch):
+    seen = read_by(monkeypatch)
+    talk([folder], ["hi", "a" * 260, "and"])
+    turn = "<|user|>{}<|end|><|assistant|>"
+    assert seen[-1] == f"{turn.format('hi')}....<|end|>{turn.format('and')}"
+
+
 def test_converse_judges_answers(folder, tmp_path, monkeypatch):
     (tmp_path / "judges.py").write_text(
         "def dots(prompts, completions):\n    return [c.count('.') for c in completions]\n"
