@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import unwritable, write_atomic, writing
+from jaxrlhf.core.reading import record_of
 
 log = logging.getLogger(__name__)
 
@@ -160,15 +161,13 @@ def _drop_later(path: Path, resume_step: int | None, unmeasured: Collection[int]
 
 
 def _is_kept(line: bytes, resume_step: int | None, unmeasured: Collection[int]) -> bool:
-    try:
-        row = json.loads(line.decode())
-        held_out = row.get("split") == "eval" or any(name.startswith("eval/") for name in row)
-        again = held_out and row["step"] in unmeasured
-        return resume_step is not None and row["step"] <= resume_step and not again
-    # Brackets without end are a RecursionError.
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    row = record_of(line)
+    if row is None:
         log.warning("dropped a line that is no record: %r", line[:80])
         return False
+    held_out = row.get("split") == "eval" or any(name.startswith("eval/") for name in row)
+    again = held_out and row["step"] in unmeasured
+    return resume_step is not None and row["step"] <= resume_step and not again
 
 
 def _line(step: int, values: Mapping[str, Any]) -> str:
