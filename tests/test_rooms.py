@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+from collections import Counter
 from pathlib import Path
 
 import jaxrlhf as rl
@@ -114,6 +115,12 @@ def test_config_does_not_import_jax():
 def test_files_are_short():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in TREES}
     assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 500} == {}
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """They are imported by their names alone: of two, a run over all of them would lose one."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_functions_are_short():

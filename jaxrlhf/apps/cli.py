@@ -248,7 +248,7 @@ def generate(
 
     given = read_asked(prompts) if prompts else tuple(map(as_text, prompt))
     if n == len(given) == 1 and judge is None and sys.stdout.isatty():
-        from jaxrlhf.apps.chat import answer
+        from jaxrlhf.apps.talk import answer
 
         answer(model, given[0], wish, seed, chat=not raw)
         return
@@ -299,7 +299,7 @@ def chat(
     check_sample(wish)
     judge = judge_of(reward, reward_model)
     prepare_jax()
-    from jaxrlhf.apps.chat import converse
+    from jaxrlhf.apps.talk import converse
 
     converse([model, against] if against else [model], wish, judge, as_text(system), seed)
 

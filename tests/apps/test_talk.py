@@ -6,9 +6,10 @@ import json
 import pytest
 import tiny_models
 
-from jaxrlhf.apps import chat, cli, generate
-from jaxrlhf.apps.chat import converse, pieces
+from jaxrlhf.apps import cli, generate
+from jaxrlhf.apps import talk as talking
 from jaxrlhf.apps.generate import complete
+from jaxrlhf.apps.talk import converse, pieces
 from jaxrlhf.config import RewardConfig, SampleConfig
 from jaxrlhf.core.errors import InputError
 
@@ -107,10 +108,10 @@ def test_answer_writes_what_complete_gives(tmp_path, capsys):
     path = tiny_models.rigged_folder(tmp_path / "any", TOKENIZER, SIZE)
     config = SampleConfig(n=1, max_new_tokens=12)
     for seed in range(3):
-        chat.answer(path, "hi", config, seed, chat=True)
+        talking.answer(path, "hi", config, seed, chat=True)
         ((said,),) = complete(path, ["hi"], config, seed=seed, chat=True)
         written = capsys.readouterr().out
-        assert written.rstrip("\n") == chat.visible(said.text, lines=True).rstrip("\n")
+        assert written.rstrip("\n") == talking.visible(said.text, lines=True).rstrip("\n")
 
 
 def test_complete_renders_what_is_said(folder, monkeypatch):
@@ -152,7 +153,7 @@ def test_ctrl_c_ends_the_answer(folder, monkeypatch):
         yield DOT
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "stream", stopped)
+    monkeypatch.setattr(talking, "stream", stopped)
     assert talk([folder], ["hi"]) == [". (interrupted)"]
 
 
