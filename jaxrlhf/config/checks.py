@@ -98,7 +98,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "algorithm.score_l2 "
         "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
         "algorithm.margin algorithm.sft_coef algorithm.desirable_weight "
-        "algorithm.undesirable_weight",
+        "algorithm.undesirable_weight model.decoder.windows model.decoder.rotary_dim "
+        "model.decoder.attention_softcap model.decoder.logit_softcap",
     ),
     (
         "at least 1",
@@ -117,8 +118,9 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "optim.eps optim.max_grad_norm algorithm.value_clip algorithm.target_kl "
         "algorithm.kl_target algorithm.kl_horizon algorithm.off_policy_cap algorithm.beta "
         "algorithm.delta "
-        "model.lora.alpha model.decoder.rope_theta "
-        "model.decoder.norm_eps",
+        "model.lora.alpha model.decoder.rope_theta model.decoder.window_rope_theta "
+        "model.decoder.norm_eps model.decoder.embed_multiplier model.decoder.attention_scale "
+        "model.decoder.logit_scale model.decoder.residual_multiplier",
     ),
     ("above 1", lambda x: x > 1, "algorithm.dual_clip"),
     ("below 4294967296", lambda x: x < 2**32, "seed"),
@@ -180,8 +182,11 @@ def _model(config: Config) -> Iterator[str]:
                 f"model.decoder: heads={decoder.heads} % kv_heads={decoder.kv_heads} is not 0: "
                 "each key/value head serves the same number of query heads"
             )
-        if decoder.head_dim % 2:
-            yield f"model.decoder.head_dim={decoder.head_dim}: must be even, for rotary positions"
+        size = decoder.rotary_dim or decoder.head_dim
+        if size % 2 or size > decoder.head_dim:
+            name = "rotary_dim" if decoder.rotary_dim else "head_dim"
+            what = f"must be even, for rotary positions, and at most head_dim={decoder.head_dim}"
+            yield f"model.decoder.{name}={size}: {what}"
     if model.lora is not None and not model.lora.targets:
         yield "model.lora.targets: empty: name at least one of q, k, v, o, gate, up, down"
 

@@ -1,6 +1,6 @@
 """The networks: policy, critic, reference, and the decoder they are made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Remat = Literal["none", "dots", "full"]
@@ -12,13 +12,28 @@ AttentionKernel = Literal["auto", "pieces", "cudnn", "splash"]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretched rotary frequencies (``rope_type: llama3`` of a config.json)."""
+    """Rotary frequencies stretched for rows longer than a model was first trained with."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    """Of llama3, with the next."""
+    high_freq_factor: float = 4.0
+    original_context: int = 0
     """Tokens of context that the model was first trained with."""
+    kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"
+    """linear: all frequencies / factor. llama3: the low ones / factor. yarn (arXiv:2309.00071):
+    likewise, by turns over the first context. longrope (arXiv:2402.13753): each by its own."""
+    beta_fast: float = 32.0
+    """Of yarn, with the next: turns from which on, and up to which, one is kept, or divided."""
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Of yarn: the ramp begins and ends at whole pairs."""
+    attention_factor: float = 1.0
+    """cos and sin are multiplied by it."""
+    factors: tuple[float, ...] = ()
+    """Of longrope, what each frequency is divided by where ``context`` is no more than the original
+    one; ``long_factors`` where it is more. ``factor`` is then the most that it can be stretched."""
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,12 +58,50 @@ class DecoderConfig:
     """Biases on query, key and value (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on each query and key head (Qwen3)."""
-    activation: Literal["silu", "gelu"] = "silu"
-    """Of the MLP's gate; gelu is its tanh approximation (Gemma)."""
+    activation: Literal["silu", "gelu", "gelu_exact"] = "silu"
+    """Of the MLP; gelu is its tanh approximation (Gemma), gelu_exact is without it (Pythia)."""
     norm_offset: bool = False
     """Norms scale by 1 + their parameter (Gemma)."""
-    embed_scale: bool = False
-    """Embeddings are multiplied by √embed on their way in (Gemma)."""
+    embed_multiplier: float = 1.0
+    """Embeddings are multiplied by it on their way in (Gemma: √embed)."""
+    family: str = field(default="", compare=False)
+    """Whose files the weights are written as, a model_type of transformers; "": llama, qwen2, qwen3
+    or gemma, which these features are of. It changes nothing of what is computed."""
+    windows: tuple[int, ...] = ()
+    """How many tokens a layer's token looks at, up to itself; 0: all before it. Of one layer after
+    the other, over and over: (4096, 0) is every second layer (Gemma 2). Empty: all of all."""
+    window_rope_theta: float | None = None
+    """rope_theta of layers with a window, unscaled (Gemma 3, OLMo 3); None: as the others."""
+    no_rope: tuple[bool, ...] = ()
+    """Which layers' queries and keys are not rotated, over and over as ``windows`` (SmolLM3)."""
+    rotary_dim: int = 0
+    """Numbers of a head that are rotated, the first ones (GLM-4, Phi-4-mini); 0: all."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """learned: a table of context vectors is added to the embeddings (GPT-2)."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    """Of norm: layer."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Where attention and MLP have a norm: on what they read, on what they add (OLMo 2), or on both
+    (Gemma 2)."""
+    block: Literal["serial", "parallel", "one_norm"] = "serial"
+    """parallel: the MLP reads what attention reads, not what it adds to (Pythia); one_norm: through
+    the same norm (Cohere)."""
+    gated: bool = True
+    """The MLP is down(act(gate(x)) · up(x)), else down(act(up(x))) (GPT-2)."""
+    qk_norm_all: bool = False
+    """qk_norm is of all heads at once (OLMo 2)."""
+    o_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float | None = None
+    """Scores are q·k times it; None: 1/√head_dim."""
+    attention_softcap: float = 0.0
+    """Scores s become cap·tanh(s / cap) (Gemma 2); 0: they stay. Likewise the logits, below."""
+    logit_softcap: float = 0.0
+    logit_scale: float = 1.0
+    """Logits are multiplied by it (Cohere, Granite)."""
+    residual_multiplier: float = 1.0
+    """What attention and MLP add is multiplied by it (Granite)."""
 
 
 @dataclass(frozen=True)

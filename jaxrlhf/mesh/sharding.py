@@ -36,6 +36,7 @@ RULES: Rules = {
     "group": None,
     "pair": None,
     "vocab": "tensor",
+    "positions": None,
     "head_dim": None,
     "layers": None,
     "rank": None,

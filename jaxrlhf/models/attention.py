@@ -1,10 +1,13 @@
 """Attention: each token looks at those before it, however long the row is."""
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.config import DecoderConfig
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import budget, constrain, devices_in_mesh, length_shards
 from jaxrlhf.models.cache import Layer, mixed, scores
@@ -19,10 +22,41 @@ LOWEST = -1e30
 """A score that no exp(score − most) is felt of."""
 
 
-def attend(query: Array, key: Array, value: Array, allowed_BTS: Array) -> Array:
+class Look(NamedTuple):
+    """How a decoder's layers look at tokens, beside the window, in which they differ."""
+
+    scale: float | None = None
+    """Scores are q·k times it; None: 1/√H."""
+    softcap: float = 0.0
+    """A score s becomes cap·tanh(s / cap); 0: it stays."""
+
+
+PLAIN = Look()
+
+
+def look_of(c: DecoderConfig) -> Look:
+    """What a decoder's config says of it."""
+    return Look(c.attention_scale, c.attention_softcap)
+
+
+def attend(query: Array, key: Array, value: Array, allowed_BTS: Array, look: Look = PLAIN) -> Array:
     """softmax(q·kᵀ/√H)·v of T queries [B, T, N, H] over S keys [B, S, K, H] where ``allowed``."""
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    return jax.nn.dot_product_attention(query, key, value, mask=allowed_BTS[:, None])
+    if not look.softcap:
+        mask = allowed_BTS[:, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=look.scale)
+    rows, tokens, heads, size = query.shape
+    query = query.reshape(rows, tokens, key.shape[2], -1, size)
+    found = _product("btkgh,bskh->bkgts", query, key)
+    found = capped(found * (look.scale or size**-0.5), look.softcap)
+    found = jnp.where(allowed_BTS[:, None, None], found, LOWEST)
+    weight = jax.nn.softmax(found, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weight, value).reshape(rows, tokens, heads, size)
+
+
+def capped(x: Array, cap: float) -> Array:
+    """cap·tanh(x / cap), which stays within ±cap (arXiv:2408.00118); x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def pieces_of(query: Array, keys: int) -> int:
@@ -33,9 +67,16 @@ def pieces_of(query: Array, keys: int) -> int:
 
 
 def attend_before(
-    query: Array, key: Array, value: Array, mask_BT: Array, segment_BT: Array | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    mask_BT: Array,
+    segment_BT: Array | None = None,
+    window: int | Array = 0,
+    look: Look = PLAIN,
 ) -> Array:
-    """``attend`` of rows to themselves: a token to the real ones up to it, of its own segment.
+    """``attend`` of rows to themselves: a token to the real ones up to it, of its own segment, and
+    of the last ``window`` columns alone if that is not 0.
 
     Under a mesh with ``context`` the queries are split over it by their place in the row, and keys
     and values are gathered over it, once a layer: T·K·H numbers a row, where the scores are N·T²
@@ -54,7 +95,10 @@ def attend_before(
         allowed = (place_T[:, None] >= jnp.arange(tokens)) & (mask_BT[:, None] != 0)
         if segment_BT is not None:
             allowed &= segment_BT[:, place_T, None] == segment_BT[:, None]
-        return attend(query, key, value, allowed)
+        if not isinstance(window, int) or window:
+            far = place_T[:, None] - jnp.arange(tokens) >= window
+            allowed &= ~far | (jnp.asarray(window) == 0)
+        return attend(query, key, value, allowed, look)
 
     if (pieces := pieces_of(query, tokens)) > 1:
         return _in_pieces(some, query, key, value, pieces)
@@ -105,6 +149,8 @@ def attend_next(
     prompt_mask_QP: Array,
     since: Layer,
     at: Array,
+    window: int = 0,
+    look: Look = PLAIN,
 ) -> Array:
     """``attend`` of the next token of B rows, whose keys and values lie in two places.
 
@@ -114,11 +160,13 @@ def attend_next(
 
     Args:
       query: [B, N, H]; B = Q·n, prompt-major.
-      prompt: keys and values [Q, K, P, H] of the prompts, each one's shared by its n rows.
+      prompt: keys and values [Q, K, P, H] of the prompts, each one's shared by its n rows; with a
+        window of the prompts' last tokens alone, where they have more.
       prompt_mask_QP: 1 on real tokens.
-      since: keys and values [B, K, S, H] of the new tokens up to this one, in the slots 0 … ``at``;
-        what the others hold is not read.
-      at: one number, or one for each row, [B].
+      since: keys and values [B, K, S, H] of the new tokens up to this one, number t in slot t mod
+        S; what slots of no token hold is not read.
+      at: the number of this token: one, or one for each row, [B].
+      window: tokens that it looks at, itself among them, at most S; 0: all.
 
     Returns:
       [B, N, H], in the query's dtype.
@@ -137,15 +185,24 @@ def attend_next(
         x = x.reshape(prompts, kv_heads, -1, groups, x.shape[-1])
         return jnp.swapaxes(x, 1, 2).reshape(rows, kv_heads, groups, -1)
 
-    query, scale = query.reshape(rows, kv_heads, groups, size), size**-0.5
-    first = scale * scores(of_prompt(query), prompt[0])
-    first = of_row(jnp.where(prompt_mask_QP[:, None, None] != 0, first, LOWEST))
-    later = scale * scores(query, since[0])
+    query, scale = query.reshape(rows, kv_heads, groups, size), look.scale or size**-0.5
     at = at.reshape(-1, 1, 1, 1)
-    later = jnp.where(jnp.arange(later.shape[-1]) <= at, later, LOWEST)
+    first = of_row(capped(scale * scores(of_prompt(query), prompt[0]), look.softcap))
+    later = capped(scale * scores(query, since[0]), look.softcap)
+    columns, slots = first.shape[-1], later.shape[-1]
+    real = jnp.repeat(prompt_mask_QP[:, -columns:] != 0, rows // prompts, axis=0)[:, None, None]
+    ago = (at - jnp.arange(slots)) % slots if window else at - jnp.arange(slots)
+    there = (ago >= 0) & (ago <= at)
+    if window:
+        real &= at + columns - jnp.arange(columns) < window
+        there &= ago < window
+    first, later = jnp.where(real, first, LOWEST), jnp.where(there, later, LOWEST)
     most = jnp.maximum(first.max(-1, keepdims=True), later.max(-1, keepdims=True))
     first, later = jnp.exp(first - most), jnp.exp(later - most)
     total = first.sum(-1, keepdims=True) + later.sum(-1, keepdims=True)
     seen = of_row(mixed(of_prompt(first), prompt[1], query.dtype))
     seen += mixed(later, since[1], query.dtype)
     return (seen / total).astype(query.dtype).reshape(rows, heads, size)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxrlhf.config import DecoderConfig
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import DECODE, constrain
+from jaxrlhf.models.rope import Kind as LayerKind
+from jaxrlhf.models.rope import kinds
 
 KEPT = ("batch", "kv_heads", "slots", "head_dim")
 """Keys and values as decoding reads them: the tokens of a head lie together."""
@@ -46,25 +48,43 @@ def slots_of(tokens: int) -> int:
     return -(-max(tokens, 1) // tile) * tile
 
 
+def slots_in(kind: LayerKind, tokens: int) -> int:
+    """Slots of such a layer's cache for so many new tokens: with a window it is a ring of its size,
+    in which a token takes the place of one that is out of sight."""
+    return min(slots_of(tokens), slots_of(kind.window)) if kind.window else slots_of(tokens)
+
+
 def empty_cache(decoder: DecoderConfig, kind: Kind, rows: int, tokens: int) -> tuple[Layer, ...]:
     """Room for the keys and values of so many new tokens of each row."""
-    zeros = jnp.zeros((rows, decoder.kv_heads, slots_of(tokens), decoder.head_dim), kind)
-    scale = jnp.zeros(zeros.shape[:-1], jnp.float32) if kind == "int8" else None
-    blank = laid_out(Stored(zeros, scale))
-    return ((blank, blank),) * decoder.layers
+    found = kinds(decoder)
+
+    def blank(slots: int) -> Layer:
+        zeros = jnp.zeros((rows, decoder.kv_heads, slots, decoder.head_dim), kind)
+        scale = jnp.zeros(zeros.shape[:-1], jnp.float32) if kind == "int8" else None
+        both = laid_out(Stored(zeros, scale))
+        return both, both
+
+    each = [blank(slots_in(layer, tokens)) for layer in found.all]
+    return tuple(each[which] for which in found.of_layer)
 
 
-def grow(cache: tuple[Layer, ...], tokens: int) -> tuple[Layer, ...]:
-    """The cache with room for so many new tokens, no fewer than it has room for."""
-    more = slots_of(tokens) - cache[0][0].x.shape[2]
-    if more <= 0:
-        return cache
-    width = ((0, 0), (0, 0), (0, more), (0, 0))
-    return laid_out(jax.tree.map(lambda x: jnp.pad(x, width[: x.ndim]), cache))
+def grow(decoder: DecoderConfig, cache: tuple[Layer, ...], tokens: int) -> tuple[Layer, ...]:
+    """The cache with room for so many new tokens, no fewer than it has room for.
+
+    A ring that grows has not come round yet: it is of the size of its window from then on.
+    """
+    found, wider = kinds(decoder), []
+    for which, layer in zip(found.of_layer, cache, strict=True):
+        more = max(slots_in(found.all[which], tokens) - layer[0].x.shape[2], 0)
+        width = ((0, 0), (0, 0), (0, more), (0, 0))
+        padded = jax.tree.map(lambda x, w=width: jnp.pad(x, w[: x.ndim]), layer)
+        wider.append(laid_out(padded) if more else layer)
+    return tuple(wider)
 
 
 def write(old: Stored, new: Array, at: Array) -> Stored:
-    """A cache with the new token's [B, K, 1, H] in slot ``at``, which is one, or one a row, [B]."""
+    """A cache with token ``at``, [B, K, 1, H], in its slot of the ring; one, or one a row, [B]."""
+    at = at % old.x.shape[2]
     update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1 if at.ndim else 2)
     put = jax.vmap(update) if at.ndim else update
     return jax.tree.map(lambda x, y: put(x, y, at), old, store(new, old.x.dtype.name))

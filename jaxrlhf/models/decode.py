@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from jaxrlhf.config import DecoderConfig, SampleConfig
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, map_pieces, shardings
-from jaxrlhf.models.attention import attend_next
+from jaxrlhf.models.attention import attend_next, look_of
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
-from jaxrlhf.models.layers import Block, exact, rotary_angles
+from jaxrlhf.models.layers import Block, exact
+from jaxrlhf.models.rope import kinds, rotary_angles, windows_of
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
 
 
@@ -97,12 +98,19 @@ def _fuse(layer: Params) -> Params:
         return jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
 
     rest = {name: x for name, x in attention.items() if name not in ("q", "k", "v")}
-    gate_up = jnp.stack([mlp[name]["kernel"] for name in ("gate", "up")], axis=-2)
     return {
         **layer,
         "attention": {**rest, "qkv": {name: every(name) for name in attention["q"]}},
-        "mlp": {"gate_up": {"kernel": gate_up}, "down": mlp["down"]},
+        "mlp": _fused_mlp(mlp),
     }
+
+
+def _fused_mlp(mlp: Params) -> Params:
+    if "gate" not in mlp:
+        return mlp
+    # A kernel [D, F] or a bias [F]: F stays last.
+    both = {name: jnp.stack([mlp["gate"][name], x], axis=-2) for name, x in mlp["up"].items()}
+    return {"gate_up": both, "down": mlp["down"]}
 
 
 def kind_of(model: Model, config: SampleConfig) -> Kind:
@@ -130,6 +138,11 @@ def read_prompts(
         hidden, kept = model.apply(params, *rows, lora, keep=True)
         assert kept is not None
         both = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(model.decoder.layers)]
+        # Of a layer with a window the last tokens are all that will be looked at.
+        windows = windows_of(model.decoder)
+        both = [
+            jax.tree.map(lambda x, w=w: x[:, :, -w:], x) for x, w in zip(both, windows, strict=True)
+        ]
         layers = tuple((store(key, dtype), store(value, dtype)) for key, value in both)
         return hidden[:, -1], laid_out(layers)
 
@@ -156,25 +169,33 @@ def step(
     outer = model.outer(weights.outer)
     samples = token_B.shape[0] // prompts.mask_QP.shape[0]
     position_B = jnp.repeat(prompts.mask_QP.sum(1), samples) + at
-    angles = rotary_angles(position_B[:, None], model.decoder)
-    x = outer.embed(token_B[:, None], model.dtype)
+    found, look = kinds(model.decoder), look_of(model.decoder)
+    angles = [rotary_angles(position_B[:, None], model.decoder, kind) for kind in found.all]
+    x = outer.embed(token_B[:, None], position_B[:, None], model.dtype)
     x = constrain(x, ("batch", "length", "activation"), DECODE)
     written = []
-    for layer, prompt, before in zip(weights.layers, prompts.layers, cache, strict=True):
+    for layer, which, *caches in zip(
+        weights.layers, found.of_layer, prompts.layers, cache, strict=True
+    ):
 
         def attend(
-            query: Array, key: Array, value: Array, prompt: Layer = prompt, before: Layer = before
+            query: Array,
+            key: Array,
+            value: Array,
+            caches: list[Layer] = caches,
+            window: int = found.all[which].window,
         ) -> tuple[Array, Any]:
+            prompt, before = caches
             # Written, in place, before it is read: else XLA would read a copy, and write another.
             keys, values = before
             since = (
                 write(keys, jnp.swapaxes(key, 1, 2), at),
                 write(values, jnp.swapaxes(value, 1, 2), at),
             )
-            seen = attend_next(query[:, 0], prompt, prompts.mask_QP, since, at)
+            seen = attend_next(query[:, 0], prompt, prompts.mask_QP, since, at, window, look)
             return seen[:, None], since
 
         with exact(model.dtype):
-            x, both = nnx.merge(graph, layer)(x, angles, DECODE, attend)
+            x, both = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
         written.append(both)
     return outer.norm(x[:, 0]), tuple(written)

@@ -20,7 +20,7 @@ from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.shown import one_line, shown
 from jaxrlhf.models import names
-from jaxrlhf.models.hf_config import MOST_FLOAT, MOST_LAYERS
+from jaxrlhf.models.families.family import MOST_FLOAT, MOST_LAYERS
 
 _SCALARS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
@@ -36,6 +36,29 @@ MOST_AXES, MOST_ITEMS = 4, 2**22
 
 _DAMAGE = (struct.error, ValueError, LookupError, ArithmeticError, TypeError, RecursionError)
 """What reading nonsense raises."""
+
+
+NAMING = names.Naming(
+    "blk.{}.",
+    {
+        "embed/table": "token_embd",
+        "attention_norm": "attn_norm",
+        "attention/q": "attn_q",
+        "attention/k": "attn_k",
+        "attention/v": "attn_v",
+        "attention/o": "attn_output",
+        "attention/q_norm": "attn_q_norm",
+        "attention/k_norm": "attn_k_norm",
+        "mlp_norm": "ffn_norm",
+        "mlp/gate": "ffn_gate",
+        "mlp/up": "ffn_up",
+        "mlp/down": "ffn_down",
+        "norm": "output_norm",
+        "unembed": "output",
+    },
+    neighbours=True,
+)
+"""llama.cpp's, of the architectures that are read."""
 
 
 class Tensor(NamedTuple):
@@ -207,8 +230,7 @@ def smollm2_path() -> Path:
 def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a GGUF file of the llama architecture (Llama, Mistral, SmolLM), quantised or not.
 
-    Blocks are dequantised in numpy. The rows of query and key, which llama.cpp interleaves for
-    its rotary embedding (x₀, x_{H/2}, x₁, …), are put back into halves (x₀, x₁, …, x_{H/2}, …).
+    Blocks are dequantised in numpy.
 
     Returns:
       The decoder's configuration and its parameters: a nested dict of float32 numpy arrays.
@@ -221,15 +243,10 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
     decoder = read_gguf_decoder(path)
     _check(file, decoder)
 
-    def read(weight: names.Weight, layer: int) -> np.ndarray:
-        tensor = dequantise(file, weight.gguf.format(layer))
-        if weight.path in ("layers/attention/q/kernel", "layers/attention/k/kernel"):
-            heads, rows = weight.shape[1:]
-            pairs = tensor.reshape(heads, rows // 2, 2, decoder.embed)
-            tensor = pairs.swapaxes(1, 2).reshape(weight.stored)
-        return tensor
+    def read(tensor: names.Tensor) -> np.ndarray:
+        return dequantise(file, tensor.name)
 
-    return decoder, names.assemble(decoder, read)
+    return decoder, names.assemble(decoder, NAMING, read)
 
 
 def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:
@@ -289,9 +306,7 @@ def _check(file: File, decoder: DecoderConfig) -> None:
     if decoder.layers > len(file.tensors):
         what = f"llama.block_count={decoder.layers}, and it holds {len(file.tensors)} tensors"
         raise InputError(f"{file.path}: {what}: download it again")
-    expected = {
-        weight.gguf.format(layer): weight.stored for weight, layer in names.tensors(decoder)
-    }
+    expected = {tensor.name: tensor.shape for tensor in names.tensors(decoder, NAMING)}
     for name in sorted(expected.keys() | file.tensors.keys()):
         have = file.tensors[name].shape if name in file.tensors else "missing"
         want = expected.get(name, "no such tensor")

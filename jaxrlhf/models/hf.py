@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
@@ -20,12 +20,27 @@ from jaxrlhf.core.errors import InputError, refused
 from jaxrlhf.core.files import check_folder, writing
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models import names
-from jaxrlhf.models.hf_config import read_bias, read_config, read_object, write_config
+from jaxrlhf.models.hf_config import (
+    naming_of,
+    read_bias,
+    read_config,
+    read_object,
+    write_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DTYPES = ("F32", "BF16", "F16")
+
+_FOLLOWING = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+"""Ends of names of tensors that are no weights."""
 
 MOST_HEADER = 2**24
 """Bytes of the header of a safetensors file; of a model of 70 billion parameters they are 10⁵."""
@@ -34,8 +49,7 @@ MOST_HEADER = 2**24
 def read_hf(
     folder: str | os.PathLike[str], head: bool = False
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a causal language model of the Llama, Mistral, Qwen2, Qwen3 or Gemma (first
-    generation) architecture, or a reward model on its trunk.
+    """Reads a causal language model of one of ``families``, or a reward model on its trunk.
 
     The folder holds ``config.json`` and ``model.safetensors``, or shards of it with
     ``model.safetensors.index.json``, in float32, bfloat16 or float16. Tensors are converted one by
@@ -58,10 +72,10 @@ def read_hf(
         handles = _open(folder, stack)
         _check(folder, decoder, handles, head)
 
-        def read(weight: names.Weight, layer: int) -> np.ndarray:
-            return _tensor(folder, handles, weight.hf.format(layer))
+        def read(tensor: names.Tensor) -> np.ndarray:
+            return _tensor(folder, handles, tensor.name)
 
-        params = names.assemble(decoder, read, head)
+        params = names.assemble(decoder, naming_of(decoder), read, head)
     if head:
         params["head"]["bias"] = np.float32(read_bias(folder / "config.json"))
     return decoder, params
@@ -126,23 +140,23 @@ def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: 
     if decoder.layers > len(handles):
         what = f"num_hidden_layers={decoder.layers}, and its files hold {len(handles)} tensors"
         raise InputError(f"{folder / 'config.json'}: {what}; tensors are missing")
-    expected = {
-        weight.hf.format(layer): weight.stored for weight, layer in names.tensors(decoder, head)
-    }
+    naming = naming_of(decoder)
+    expected = {tensor.name: tensor.shape for tensor in names.tensors(decoder, naming, head)}
     if missing := sorted(expected.keys() - handles.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
     extra = handles.keys() - expected.keys()
-    # Old Llama exports hold the rotary frequencies, which follow from config.json.
-    extra = {name for name in extra if not name.endswith(".self_attn.rotary_emb.inv_freq")}
-    if decoder.tied and "lm_head.weight" in extra:
+    # Old exports hold the rotary frequencies and the causal mask, which follow from config.json.
+    extra = {name for name in extra if not name.endswith(_FOLLOWING)}
+    projection, table = (f"{naming.names[x]}.weight" for x in ("unembed", "embed/table"))
+    if decoder.tied and projection in extra:
         # Some exports write the tied projection out; it must then say the same.
-        head_VD = _tensor(folder, handles, "lm_head.weight")
-        if not np.array_equal(head_VD, _tensor(folder, handles, "model.embed_tokens.weight")):
+        head_VD = _tensor(folder, handles, projection)
+        if not np.array_equal(head_VD, _tensor(folder, handles, table)):
             raise InputError(
-                f"{folder}: lm_head.weight differs from the embedding, but config.json says "
+                f"{folder}: {projection} differs from the embedding, but config.json says "
                 "tie_word_embeddings=true; set it to false"
             )
-        extra.remove("lm_head.weight")
+        extra.remove(projection)
     if extra:
         raise InputError(
             f"{folder}: tensor {min(extra)} has no place in the model that config.json describes "
@@ -214,12 +228,7 @@ def write_hf(
         decoder, params, bias = _scored(decoder, params)
     leaves = names.flatten(decoder, params, head)
     config = write_config(decoder, dtype, bias)
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids = {key: token for key, token in {**ids, **(generation or {})}.items() if token is not None}
-    # Not pad_token_id: torch's embedding would then never train that row, and it may be eos.
-    config |= {key: ids[key] for key in ("bos_token_id", "eos_token_id") if key in ids}
-    if head and ids.get("pad_token_id") not in (None, tokenizer.eos_token_id):
-        config["pad_token_id"] = ids["pad_token_id"]  # a score is read before the padding
+    config, ids = _with_ids(config, tokenizer, generation, head)
 
     # Written beside its place and moved there whole, which one file system does at once.
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
@@ -228,10 +237,30 @@ def write_hf(
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", ids)
         _save_tokenizer(partial, tokenizer)
-        _write_weights(partial, names.tensors(decoder, head), leaves, dtype, shard_bytes)
+        naming = naming_of(decoder)
+
+        def stored(tensor: names.Tensor) -> np.ndarray:
+            return names.stored(decoder, naming, leaves, tensor)
+
+        _write_weights(partial, names.tensors(decoder, naming, head), stored, dtype, shard_bytes)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+
+
+def _with_ids(
+    config: dict[str, Any], tokenizer: Any, generation: Mapping[str, Any] | None, head: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json with the tokenizer's ids, and generation_config.json."""
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: token for key, token in {**ids, **(generation or {})}.items() if token is not None}
+    # No pad_token_id, not the family's own either: torch's embedding would then never train that
+    # row, and it may be eos.
+    config = {**config, "pad_token_id": None}
+    config |= {key: ids[key] for key in ("bos_token_id", "eos_token_id") if key in ids}
+    if head and ids.get("pad_token_id") not in (None, tokenizer.eos_token_id):
+        config["pad_token_id"] = ids["pad_token_id"]  # a score is read before the padding
+    return config, ids
 
 
 def _scored(decoder: DecoderConfig, params: Any) -> tuple[DecoderConfig, Any, float]:
@@ -254,31 +283,30 @@ def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def _write_weights(
     folder: Path,
-    tensors: list[tuple[names.Weight, int]],
-    leaves: dict[str, Any],
+    tensors: list[names.Tensor],
+    stored: Callable[[names.Tensor], np.ndarray],
     dtype: str,
     shard_bytes: int,
 ) -> None:
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     # Files are planned before one is written, since their names say how many there are.
     shards, room, size = [], 0, 0
-    for weight, layer in tensors:
-        needed = prod(weight.stored) * kind.itemsize
+    for tensor in tensors:
+        needed = prod(tensor.shape) * kind.itemsize
         if not shards or needed > room:
             shards.append([])
             room = shard_bytes
-        shards[-1].append((weight, layer))
+        shards[-1].append(tensor)
         room, size = room - needed, size + needed
     places = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
         held = {}
-        for weight, layer in shard:
-            name = weight.hf.format(layer)
+        for tensor in shard:
             # save_file writes the buffer as it lies: a transposed view would come out scrambled.
-            held[name] = np.ascontiguousarray(names.stored(leaves, weight, layer), kind)
-            places[name] = file
+            held[tensor.name] = np.ascontiguousarray(stored(tensor), kind)
+            places[tensor.name] = file
         save_file(held, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": places}

@@ -1,49 +1,31 @@
 """config.json of a Hugging Face checkpoint ↔ DecoderConfig."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config.model import DecoderConfig, RopeScaling
+from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core import reading
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.reading import check_text
 from jaxrlhf.core.shown import shown
+from jaxrlhf.models.families import FAMILIES, FIELDS, Family, Said, rope
+from jaxrlhf.models.families.family import MOST_FLOAT, MOST_LAYERS
+from jaxrlhf.models.names import Naming
 
-MOST_FLOAT = 1e38
-"""Beyond it float32, which computes with such numbers, has none."""
+UNSAID = ("llama", "qwen2", "qwen3", "gemma")
+"""Families that a decoder is written as if it names none: the first that has its features."""
 
-MOST_LAYERS = 10_000
-"""Layers that a model can have: of each, some names are written out."""
-
-_FAMILIES = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8},
-    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
-    "gemma": {"max_position_embeddings": 8192, "num_key_value_heads": 16, "head_dim": 256},
-}
-"""What transformers takes where a config.json leaves it out; as many key heads as query heads, and
-hidden_size / num_attention_heads, where it says nothing here either."""
-
-_GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
-"""What sets a Gemma of the first generation apart; later ones have more that is their own."""
-
-_FIELDS = {
-    "vocab": "vocab_size", "embed": "hidden_size", "layers": "num_hidden_layers",
-    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "mlp": "intermediate_size", "activation": "hidden_act", "context": "max_position_embeddings",
-    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
+ONLY = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "layer_types": None, "sliding_window": None, "use_bidirectional_attention": False,
+    "quantization_config": None, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    "num_local_experts": None, "num_experts": None,
 }  # fmt: skip
-"""Fields of ``DecoderConfig`` → what config.json calls them, in its order."""
-
-_SCALING = {
-    "factor": "factor", "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_context": "original_max_position_embeddings",
-}  # fmt: skip
-"""Fields of ``RopeScaling`` → what config.json calls them."""
+"""Fields that a family may have and the decoder not: what they must say where it does not."""
 
 
 def read_config(path: Path, head: bool = False) -> DecoderConfig:
@@ -59,44 +41,83 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
       InputError: the file is missing or malformed, or says something that the decoder cannot do.
     """
     config = read_object(path)
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in _FAMILIES:
-        raise InputError(
-            f"{path}: model_type={shown(family)}; supported are {', '.join(_FAMILIES)}"
-        )
-    _refuse_unsupported(path, config, "ForSequenceClassification" if head else "ForCausalLM")
+    family = _family(path, config)
+    for architecture in _texts(path, config, "architectures"):
+        if not architecture.endswith("ForSequenceClassification" if head else family.language):
+            kind = "ForSequenceClassification" if head else family.language
+            raise InputError(f"{path}: architectures={shown(architecture)}; give a …{kind} model")
+    return _decoder(Said(path, config, family.defaults), family, head)
 
-    gemma, default = family == "gemma", _FAMILIES[family]
-    heads, embed = (_number(path, config, _FIELDS[x]) for x in ("heads", "embed"))
-    head_dim = default.get("head_dim")
-    if config.get("head_dim") is None and not head_dim and embed % heads:
-        raise InputError(f"{path}: hidden_size={embed} % num_attention_heads={heads}; add head_dim")
+
+def _family(path: Path, config: Mapping[str, Any]) -> Family:
+    name = config.get("model_type")
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    also = ""
+    if isinstance(name, str) and isinstance(config.get("text_config"), dict):
+        also = "; of models that see, save the language model alone (its text_config)"
+    raise InputError(f"{path}: model_type={shown(name)}; supported are {', '.join(FAMILIES)}{also}")
+
+
+def _decoder(said: Said, family: Family, head: bool) -> DecoderConfig:
+    """What a config.json of a family says."""
+    keys = {**FIELDS, **family.fields}
+    heads, embed, layers = (said.number(keys[name]) for name in ("heads", "embed", "layers"))
+    if layers > MOST_LAYERS:
+        raise said.wrong(keys["layers"], layers, f"at most {MOST_LAYERS}")
+    head_dim = said.get(keys["head_dim"])
+    if head_dim is None and embed % heads:
+        raise InputError(
+            f"{said.path}: {keys['embed']}={embed} % {keys['heads']}={heads}; add head_dim"
+        )
+    head_dim = said.as_number(keys["head_dim"], head_dim or embed // heads)
     # Null is as many as query heads; the family's default is for what is left out.
-    kv_heads = _number(path, {**default, **config}, "num_key_value_heads", heads)
+    kv_heads = said.left_out(keys["kv_heads"], family.defaults.get("num_key_value_heads"))
+    kv_heads = said.as_number(keys["kv_heads"], heads if kv_heads is None else kv_heads)
     if heads % kv_heads:
         raise InputError(
-            f"{path}: num_attention_heads={heads} % num_key_value_heads={kv_heads} is not 0"
-            + ("" if "num_key_value_heads" in config else f"; a {family}'s default: write it down")
+            f"{said.path}: {keys['heads']}={heads} % {keys['kv_heads']}={kv_heads} is not 0"
+            + ("" if keys["kv_heads"] in said.table else f"; a {family.name}'s default: write it")
         )
-    sizes = {"head_dim": head_dim or embed // heads, "context": default["max_position_embeddings"]}
-    for name in ("vocab", "layers", "head_dim", "mlp", "context"):
-        sizes[name] = _number(path, config, _FIELDS[name], sizes.get(name))
-    if sizes["layers"] > MOST_LAYERS:
-        raise InputError(f"{path}: num_hidden_layers={sizes['layers']}; at most {MOST_LAYERS}")
-    theta, scaling = _rope(path, config, sizes["context"])
-    return DecoderConfig(
-        **sizes,
-        embed=embed,
-        heads=heads,
-        kv_heads=kv_heads,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=_number(path, config, "rms_norm_eps", 1e-6, float),
-        tied=head or config.get("tie_word_embeddings", gemma),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        **(_GEMMA if gemma else {}),
-    )
+    context = said.number(keys["context"])
+    found = family.read(said)
+    if found.get("positions") != "learned" and "rope_scaling" not in found:
+        found |= rope(said, context, None, found.get("rope_theta", 10_000.0))
+    # Rows that longrope stretches further have other factors: ``model.context`` says so.
+    scaling = found.get("rope_scaling")
+    if scaling is not None and scaling.kind == "longrope":
+        context = scaling.original_context
+    rest = {
+        "vocab": said.number(keys["vocab"]),
+        "context": context,
+        "norm_eps": said.number(keys["norm_eps"], 1e-6, float),
+        "tied": said.flag(keys["tied"]) or head,
+        "rotary_dim": _rotary_dim(said, head_dim),
+        "family": family.name,
+    }
+    if "mlp" not in found:
+        rest["mlp"] = said.number(keys["mlp"])
+    for key, value in ONLY.items():
+        if key not in said.asked:
+            said.only(key, value)
+    sizes = {"embed": embed, "layers": layers, "heads": heads, "kv_heads": kv_heads}
+    return DecoderConfig(**sizes, head_dim=head_dim, **{**rest, **found})
+
+
+def naming_of(decoder: DecoderConfig) -> Naming:
+    """Where the files of its family have a decoder's weights."""
+    return FAMILIES[decoder.family or UNSAID[0]].naming
+
+
+def _rotary_dim(said: Said, head_dim: int) -> int:
+    """Numbers of a head that are rotated, 0 if all are."""
+    table = said.table_of("rope_parameters") or said.table_of("rope_scaling")
+    share = table.get("partial_rotary_factor") or said.get("rotary_pct")
+    share = share or said.get("partial_rotary_factor", 1.0)
+    size = int(head_dim * said.as_number("partial_rotary_factor", share, float))
+    if size % 2 or size > head_dim:
+        raise said.wrong("partial_rotary_factor", share, f"{size} of {head_dim} have no pairs")
+    return 0 if size == head_dim else size
 
 
 def is_reward_model(path: Path) -> bool:
@@ -124,123 +145,88 @@ def read_object(path: Path) -> dict[str, Any]:
     return config
 
 
-def _number(path: Path, table: dict, key: str, default: Any = None, kind: type = int) -> Any:
-    """A positive number that an array can have, or be as long as; ``default`` where it is missing
-    or null."""
-    value = table.get(key)
-    value = default if value is None else value
-    ok = isinstance(value, int) or (kind is float and isinstance(value, float))
-    most = MOST_FLOAT if kind is float else 2**31
-    # So written that NaN fails too.
-    if not ok or isinstance(value, bool) or not 0 < value < most:
-        raise InputError(f"{path}: {key}={shown(value)}; it must be a positive {kind.__name__}")
-    return kind(value)
-
-
 def _texts(path: Path, table: dict, key: str) -> list[str]:
     """A list of texts; empty where it is missing or null."""
-    value = table.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise InputError(f"{path}: {key}={shown(value)}; it must be a list of texts")
-    return value
-
-
-def _refuse_unsupported(path: Path, config: dict[str, Any], kind: str) -> None:
-    """Raises InputError for the first field that asks for what the decoder does not do."""
-    gemma = config["model_type"] == "gemma"
-    tanh = ("gelu_pytorch_tanh", "gelu")  # of a Gemma they are the same
-    activation = config.get("hidden_act", tanh[0])
-    if gemma and activation not in tanh:
-        raise InputError(f"{path}: hidden_act={shown(activation)}; a gemma has {tanh[0]!r}")
-    only = {
-        **({} if gemma else {"hidden_act": "silu"}),
-        "use_bidirectional_attention": False,
-        "attention_bias": False,  # of Llama and Qwen3: biases on q, k, v and o
-        "mlp_bias": False,
-        "use_sliding_window": False,
-        "partial_rotary_factor": 1.0,
-        "quantization_config": None,
-    }
-    for key, value in only.items():
-        if config.get(key) is not None and config[key] != value:
-            raise InputError(f"{path}: {key}={shown(config[key])} is not supported, only {value!r}")
-    if not isinstance(config.get("tie_word_embeddings", False), bool):
-        raise InputError(f"{path}: tie_word_embeddings must be true or false")
-    for architecture in _texts(path, config, "architectures"):
-        if not architecture.endswith(kind):
-            raise InputError(f"{path}: architectures={shown(architecture)}; give a …{kind} model")
-    for layer in _texts(path, config, "layer_types"):
-        if layer != "full_attention":
-            raise InputError(f"{path}: layer_types has {shown(layer)}; supported is full_attention")
-    if config["model_type"] == "mistral":
-        window = config.get("sliding_window", 4096)
-        # Null is none at all, and one as wide as any row hides nothing.
-        window = window if window is None else _number(path, config, "sliding_window", 4096)
-        default = _FAMILIES["mistral"]["max_position_embeddings"]
-        context = _number(path, config, "max_position_embeddings", default)
-        if window is not None and window < context:
-            raise InputError(
-                f"{path}: sliding_window={window} is not supported; set it to null and "
-                f"max_position_embeddings to at most {window} if rows are no longer than that"
-            )
-
-
-def _rope(path: Path, config: dict[str, Any], context: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary frequencies, from either generation of transformers."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling={shown(rope)}; it must be an object or null")
-    default = _number(path, config, "rope_theta", 10_000.0, float)
-    theta = _number(path, rope, "rope_theta", default, float)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(
-            f"{path}: partial_rotary_factor={shown(rope['partial_rotary_factor'])} is not supported"
-        )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise InputError(f"{path}: rope_type={shown(kind)}; supported are default and llama3")
-    context = _number(path, rope, _SCALING["original_context"], context)
-    names = [name for name in _SCALING if name != "original_context"]
-    factors = {name: _number(path, rope, _SCALING[name], None, float) for name in names}
-    return theta, RopeScaling(**factors, original_context=context)
+    return Said(path, table, {}).texts(key)
 
 
 def write_config(decoder: DecoderConfig, dtype: str, bias: float | None = None) -> dict[str, Any]:
     """The config.json of ``decoder``, in the words of transformers 4, which 5 reads too.
 
+    What it says is read again: it is that decoder, or an error.
+
     Args:
       bias: of a reward model's score; None for a language model.
 
     Raises:
-      InputError: no architecture of transformers has this combination of features.
+      InputError: no family of transformers has this combination of features.
     """
-    if decoder.qkv_bias and decoder.qk_norm:
-        raise InputError("decoder: no Hugging Face architecture has both qkv_bias and qk_norm")
-    family = "qwen3" if decoder.qk_norm else "qwen2" if decoder.qkv_bias else "llama"
-    own = {name: getattr(decoder, name) == value for name, value in _GEMMA.items()}
-    if any(own.values()):
-        if not all(own.values()) or family != "llama":
-            listed = ", ".join(f"{name}={getattr(decoder, name)}" for name in own)
-            raise InputError(f"decoder: {listed}: no Hugging Face architecture has just these")
-        family = "gemma"
-    if family == "llama" and decoder.embed % decoder.heads:
+    head = bias is not None
+    differences = {}
+    for name in [decoder.family] if decoder.family else UNSAID:
+        config = _written(decoder, FAMILIES[name], dtype, bias)
+        again = _decoder(Said("config.json", config, FAMILIES[name].defaults), FAMILIES[name], head)
+        differences[name] = _differing(decoder, again)
+        if not differences[name]:
+            return config
+    name, fields = min(differences.items(), key=lambda item: len(item[1]))
+    listed = ", ".join(f"{field}={shown(getattr(decoder, field))}" for field in fields)
+    raise InputError(f"decoder: {listed}: no Hugging Face model of type {name} has just these")
+
+
+def _written(
+    decoder: DecoderConfig, family: Family, dtype: str, bias: float | None
+) -> dict[str, Any]:
+    if family.name == "llama" and decoder.embed % decoder.heads:
         raise InputError(
             f"decoder: embed={decoder.embed} % heads={decoder.heads}: LlamaForCausalLM refuses it"
         )
-    said = {theirs: getattr(decoder, ours) for ours, theirs in _FIELDS.items()}
-    said["hidden_act"] = "gelu_pytorch_tanh" if family == "gemma" else "silu"
-    if scaling := decoder.rope_scaling:
-        numbers = {theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}
-        said["rope_scaling"] = {"rope_type": "llama3", **numbers}
-    kind = "ForCausalLM" if bias is None else "ForSequenceClassification"
+    kind = family.architecture + family.language
+    if bias is not None:
+        kind = family.scored or f"{family.architecture}ForSequenceClassification"
+        if kind == "none":
+            raise InputError(f"decoder: transformers has no reward models of type {family.name}")
+    keys = {**FIELDS, **family.fields}
+    sizes = {theirs: getattr(decoder, ours) for ours, theirs in keys.items()}
+    scaling = decoder.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        sizes[keys["context"]] = round(scaling.factor * scaling.original_context)
     return {
-        "architectures": [family.capitalize() + kind],
-        "model_type": family,
-        **said,
+        "architectures": [kind],
+        "model_type": family.name,
+        **sizes,
         "attention_bias": False,
         "mlp_bias": False,
+        **family.write(decoder),
         "torch_dtype": dtype,
         **({} if bias is None else {"num_labels": 1, "score_bias": bias}),
     }
+
+
+def _differing(decoder: DecoderConfig, again: DecoderConfig) -> list[str]:
+    """Fields in which two decoders differ, by more than the rounding of a reciprocal."""
+    scaling = decoder.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        again = replace(again, context=decoder.context)
+    here, there = asdict(decoder), asdict(again)
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, dict) and isinstance(y, dict):
+            return all(same(x[key], y[key]) for key in x)
+        if isinstance(x, float) and isinstance(y, float):
+            return isclose(x, y, rel_tol=1e-6)
+        return x == y
+
+    def plain(name: str, x: Any) -> Any:
+        """What stands for "as usual", so that it equals what says the usual."""
+        usual = {
+            "attention_scale": decoder.head_dim**-0.5,
+            "window_rope_theta": decoder.rope_theta,
+        }
+        return usual[name] if name in usual and x is None else x
+
+    return [
+        name
+        for name in here
+        if name != "family" and not same(plain(name, here[name]), plain(name, there[name]))
+    ]

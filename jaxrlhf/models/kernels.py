@@ -5,6 +5,7 @@ at a time, on the chip, forwards and backwards; tiles after the diagonal are ski
 in bfloat16 and sum in float32. Elsewhere, and where they do not fit, ``attend_before``'s pieces.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from jaxrlhf.config.model import AttentionKernel
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import device_kind, length_shards, row_shards, spec
+from jaxrlhf.models.attention import PLAIN, Look, attend_before, look_of
+from jaxrlhf.models.rope import kinds
 
 QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", None, "kv_heads", None)
@@ -47,6 +50,7 @@ def choose(
         "context": "the mesh splits rows by context",
         "head_dim": f"heads are of {decoder.head_dim}: it takes multiples of 64, cudnn of 8 to 128",
         "packed": "cudnn takes no packed rows (data.packing)",
+        "softcap": "cudnn has no cap of scores (attention_softcap)",
     }
     size, cudnn = decoder.head_dim, fitting == "cudnn"
     fits = {
@@ -55,6 +59,7 @@ def choose(
         "context": length_shards() == 1,
         "head_dim": (size % 8 == 0 and size <= 128) if cudnn else size % 64 == 0,
         "packed": not (packed and cudnn),
+        "softcap": not (decoder.attention_softcap and cudnn),
     }
     if wanted == "pieces" or (wanted == "auto" and not all(fits.values())):
         return "pieces"
@@ -83,7 +88,38 @@ def reorder(x: Array, order_BT: Array) -> Array:
     return jax.vmap(row)(x, order_BT)
 
 
-def attend_cudnn(query: Array, key: Array, value: Array, mask_BT: Array) -> Array:
+def attend_rows(
+    kernel: AttentionKernel,
+    decoder: DecoderConfig,
+    which: int | Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask_BT: Array,
+    segment_BT: Array | None,
+) -> Array:
+    """``attend_before`` by ``kernel``, of a layer of the decoder's kind number ``which``."""
+    windows, look = [kind.window for kind in kinds(decoder).all], look_of(decoder)
+    distinct = sorted(set(windows))
+    if kernel == "pieces":
+        window = jnp.array(windows)[which] if len(distinct) > 1 else distinct[0]
+        return attend_before(query, key, value, mask_BT, segment_BT, window, look)
+
+    def through(window: int) -> Any:
+        if kernel == "cudnn":
+            return partial(attend_cudnn, window=window, look=look)
+        return partial(attend_splash, segment_BT=segment_BT, window=window, look=look)
+
+    if len(distinct) == 1:
+        return through(distinct[0])(query, key, value, mask_BT)
+    # A kernel is made for its window: the layer's own is chosen where the layers are one loop.
+    number = jnp.array([distinct.index(window) for window in windows])[which]
+    return jax.lax.switch(number, [*map(through, distinct)], query, key, value, mask_BT)
+
+
+def attend_cudnn(
+    query: Array, key: Array, value: Array, mask_BT: Array, window: int = 0, look: Look = PLAIN
+) -> Array:
     """``attend_before`` by cuDNN, of rows whose real tokens stand first."""
     tokens = query.shape[1]
     # Its gradient takes even lengths alone.
@@ -98,6 +134,8 @@ def attend_cudnn(query: Array, key: Array, value: Array, mask_BT: Array) -> Arra
             key,
             value,
             is_causal=True,
+            scale=look.scale,
+            local_window_size=(window - 1, 0) if window else None,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             implementation=CUDNN,  # type: ignore[arg-type]
@@ -108,38 +146,46 @@ def attend_cudnn(query: Array, key: Array, value: Array, mask_BT: Array) -> Arra
 
 
 def attend_splash(
-    query: Array, key: Array, value: Array, mask_BT: Array, segment_BT: Array | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    mask_BT: Array,
+    segment_BT: Array | None = None,
+    window: int = 0,
+    look: Look = PLAIN,
 ) -> Array:
     """``attend_before`` by splash attention. Padding is a segment of its own, number 0."""
     tokens = query.shape[1]
     segment_BT = jnp.where(mask_BT != 0, 1 if segment_BT is None else segment_BT + 1, 0)
 
     def device(query: Array, key: Array, value: Array, segment: Array) -> Array:
-        kernel = _splash_kernel(*query.shape[1:3])
+        kernel = _splash_kernel(*query.shape[1:3], window, look.softcap)
 
         def row(query: Array, key: Array, value: Array, segment: Array) -> Array:
             query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
             ids = splash.SegmentIds(segment, segment)
             return jnp.swapaxes(kernel(query, key, value, segment_ids=ids), 0, 1)
 
-        scaled = (query * query.shape[-1] ** -0.5).astype(query.dtype)
+        scaled = (query * (look.scale or query.shape[-1] ** -0.5)).astype(query.dtype)
         return jax.vmap(row)(scaled, key, value, segment[:, :, 0, 0])
 
     given = (_wide(x, TILES[-1]) for x in (query, key, value, segment_BT[:, :, None, None]))
     return _on_each_device(device, *given)[:, :tokens]
 
 
-def _splash_kernel(tokens: int, heads: int) -> Any:
+def _splash_kernel(tokens: int, heads: int, window: int, softcap: float) -> Any:
     tile = next(size for size in TILES if tokens % size == 0)
-    causal = masks.MultiHeadMask([masks.CausalMask((tokens, tokens))] * heads)
+    square = (tokens, tokens)
+    mask = masks.LocalMask(square, (window - 1, 0), 0) if window else masks.CausalMask(square)
     forwards = {"block_q": tile, "block_kv": tile}
     of_keys = {"block_q_dkv": tile, "block_kv_dkv": tile}
     of_queries = {"block_q_dq": tile, "block_kv_dq": tile}
     return splash.make_splash_mha(
-        causal,
+        masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**forwards, **of_keys, **of_queries),  # type: ignore[arg-type]
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None,
         interpret=INTERPRET,
     )
 

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.config import DecoderConfig, LoraConfig, RopeScaling
+from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, constrain
-
-Angles = tuple[Array, Array]
-"""cos and sin of the rotary embedding, [B, T, 1, H/2], float32."""
+from jaxrlhf.models.attention import capped
+from jaxrlhf.models.rope import Angles, rotate
 
 
 def exact(dtype: Any) -> AbstractContextManager[Any]:
@@ -145,62 +144,30 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
-class RMSNorm(nnx.Module):
-    """x / √(mean x² + eps) · scale over the last axis, in float32 (arXiv:1910.07467).
+class Norm(nnx.Module):
+    """(x − μ) / √(mean (x − μ)² + eps) · scale (+ bias) over the last axes of x, in float32.
 
-    With ``norm_offset`` the scale is 1 + its parameter.
+    ``norm: rms`` has μ = 0 (arXiv:1910.07467), ``layer`` the mean (arXiv:1607.06450). With
+    ``norm_offset`` the scale is 1 + its parameter.
     """
 
-    def __init__(self, axis: str, size: int, c: DecoderConfig):
+    def __init__(self, axes: dict[str, int], c: DecoderConfig):
         self.eps, self.offset = c.norm_eps, float(c.norm_offset)
-        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, jnp.float32), axes=(axis,))
+        self.over = tuple(range(-len(axes), 0))
+        self.centred = c.norm == "layer"
+        names, shape = tuple(axes), tuple(axes.values())
+        self.scale = nnx.Param(jnp.full(shape, 1 - self.offset, jnp.float32), axes=names)
+        if self.centred and c.norm_bias:
+            self.bias = nnx.Param(jnp.zeros(shape, jnp.float32), axes=names)
 
     def __call__(self, x: Array) -> Array:
         # Squares of bfloat16 would lose the sum, so the norm is always taken in float32.
         wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        scale = self.offset + self.scale[...].astype(jnp.float32)
-        return (wide * inverse * scale).astype(x.dtype)
-
-
-def positions(mask_BT: Array, segment_BT: Array | None = None) -> Array:
-    """Real tokens before each token, in its row or in its segment of it; [B, T] int32, at least 0.
-
-    A segment is a stretch of equal numbers.
-    """
-    count_BT = jnp.cumsum(mask_BT, axis=1) - 1
-    if segment_BT is not None:
-        starts = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1]) != 0
-        # Counts only grow, so the running maximum is the count at the start of the token's segment.
-        count_BT -= jax.lax.cummax(jnp.where(starts, count_BT, 0), axis=1)
-    return jnp.maximum(count_BT, 0)
-
-
-def rotary_angles(position_BT: Array, config: DecoderConfig) -> Angles:
-    """Angle position · theta^(−2i/H) of pair i (arXiv:2104.09864)."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling is not None:
-        frequency = stretch(frequency, config.rope_scaling)
-    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def stretch(frequency: Array, scaling: RopeScaling) -> Array:
-    """Llama 3.1: low frequencies divided by ``factor``, high ones kept, a ramp in between."""
-    # Full turns that a pair makes over the context that the model was first trained on.
-    turns = scaling.original_context * frequency / (2 * jnp.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0, 1)
-    return frequency * (keep + (1 - keep) / scaling.factor)
-
-
-def rotate(x: Array, angles: Angles) -> Array:
-    """Rotate the pairs (i, i + H/2) of the last axis of x [B, T, heads, H], in float32."""
-    cos, sin = angles
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+        if self.centred:
+            wide -= jnp.mean(wide, axis=self.over, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=self.over, keepdims=True) + self.eps)
+        y = wide * inverse * (self.offset + self.scale[...].astype(jnp.float32))
+        return (y + self.bias[...] if hasattr(self, "bias") else y).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -221,13 +188,14 @@ class Attention(nnx.Module):
             self.q = Linear("q", embed, query, rngs, lora, c.qkv_bias)
             self.k = Linear("k", embed, key, rngs, lora, c.qkv_bias)
             self.v = Linear("v", embed, key, rngs, lora, c.qkv_bias)
-        self.o = Linear("o", query, embed, rngs, lora)
-        if c.qk_norm:
-            self.q_norm = RMSNorm("head_dim", c.head_dim, c)
-            self.k_norm = RMSNorm("head_dim", c.head_dim, c)
+        self.o = Linear("o", query, embed, rngs, lora, c.o_bias)
+        if c.qk_norm or c.qk_norm_all:
+            each = {"head_dim": c.head_dim}
+            self.q_norm = Norm(query if c.qk_norm_all else each, c)
+            self.k_norm = Norm(key if c.qk_norm_all else each, c)
 
-    def project(self, x: Array, angles: Angles, rules: Rules) -> tuple[Array, Array, Array]:
-        """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated."""
+    def project(self, x: Array, angles: Angles | None, rules: Rules) -> tuple[Array, Array, Array]:
+        """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated by ``angles``."""
         if hasattr(self, "qkv"):
             every = self.qkv(x)
             query, key, value = every[..., :-2, :], every[..., -2, :], every[..., -1, :]
@@ -240,40 +208,54 @@ class Attention(nnx.Module):
         key, value = (
             constrain(y, ("batch", "length", "kv_heads", "head_dim"), rules) for y in (key, value)
         )
+        if angles is None:
+            return query, key, value
         return rotate(query, angles), rotate(key, angles), value
 
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
-"""``DecoderConfig.activation`` → the function; gelu by its tanh approximation."""
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+}
+"""``DecoderConfig.activation`` → the function."""
 
 
-class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) · up(x)) (arXiv:2002.05202)."""
+class MLP(nnx.Module):
+    """down(act(gate(x)) · up(x)) (arXiv:2002.05202), or down(act(up(x))) where it is not gated."""
 
     def __init__(
         self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None, fused: bool = False
     ):
         self.activation = c.activation
         embed, hidden = {"embed": c.embed}, {"mlp": c.mlp}
-        if fused:
-            self.gate_up = Linear("gate_up", embed, {"pair": 2, **hidden}, rngs, None)
+        if fused and c.gated:
+            both = {"pair": 2, **hidden}
+            self.gate_up = Linear("gate_up", embed, both, rngs, None, c.mlp_bias)
         else:
-            self.gate = Linear("gate", embed, hidden, rngs, lora)
-            self.up = Linear("up", embed, hidden, rngs, lora)
-        self.down = Linear("down", hidden, embed, rngs, lora)
+            if c.gated:
+                self.gate = Linear("gate", embed, hidden, rngs, lora, c.mlp_bias)
+            self.up = Linear("up", embed, hidden, rngs, lora, c.mlp_bias)
+        self.down = Linear("down", hidden, embed, rngs, lora, c.mlp_bias)
 
     def __call__(self, x: Array, rules: Rules) -> Array:
+        act = ACTIVATIONS[self.activation]
         if hasattr(self, "gate_up"):
             both = self.gate_up(x)
-            gate, up = both[..., 0, :], both[..., 1, :]
+            wide = act(both[..., 0, :]) * both[..., 1, :]
+        elif hasattr(self, "gate"):
+            wide = act(self.gate(x)) * self.up(x)
         else:
-            gate, up = self.gate(x), self.up(x)
-        wide = ACTIVATIONS[self.activation](gate) * up
+            wide = act(self.up(x))
         return self.down(constrain(wide, ("batch", "length", "mlp"), rules))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each added to the residual stream.
+
+    ``serial``, with the norms that ``norms`` says: x += n(attention(n(x))); x += n(mlp(n(x))).
+    Otherwise both read the same: x += attention(n(x)) + mlp(n(x)).
+    """
 
     def __init__(
         self,
@@ -282,15 +264,22 @@ class Block(nnx.Module):
         lora: LoraConfig | None = None,
         fused: bool = False,
     ):
-        self.attention_norm = RMSNorm("embed", c.embed, c)
+        self.serial, self.multiplier = c.block == "serial", c.residual_multiplier
+        embed = {"embed": c.embed}
         self.attention = Attention(c, rngs, lora, fused)
-        self.mlp_norm = RMSNorm("embed", c.embed, c)
-        self.mlp = GatedMLP(c, rngs, lora, fused)
+        self.mlp = MLP(c, rngs, lora, fused)
+        if c.norms != "after":
+            self.attention_norm = Norm(embed, c)
+            if c.block != "one_norm":
+                self.mlp_norm = Norm(embed, c)
+        if c.norms != "before":
+            self.attention_out_norm = Norm(embed, c)
+            self.mlp_out_norm = Norm(embed, c)
 
     def __call__(
         self,
         x: Array,
-        angles: Angles,
+        angles: Angles | None,
         rules: Rules,
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Array, Any]:
@@ -300,31 +289,51 @@ class Block(nnx.Module):
           attend: query [B, T, N, H], key and value [B, T, K, H] → what the queries see
             [B, T, N, H], and keys and values to be kept, if any.
         """
-        mixed, kept = attend(*self.attention.project(self.attention_norm(x), angles, rules))
-        x += self.attention.o(mixed)
-        x += self.mlp(self.mlp_norm(x), rules)
+
+        def normed(name: str, x: Array) -> Array:
+            return getattr(self, name)(x) if hasattr(self, name) else x
+
+        def plus(x: Array, change: Array) -> Array:
+            return x + (change if self.multiplier == 1 else self.multiplier * change)
+
+        read = normed("attention_norm", x)
+        mixed, kept = attend(*self.attention.project(read, angles, rules))
+        change = normed("attention_out_norm", self.attention.o(mixed))
+        if self.serial:
+            x = plus(x, change)
+            x = plus(x, normed("mlp_out_norm", self.mlp(normed("mlp_norm", x), rules)))
+        else:
+            other = normed("mlp_norm", x) if hasattr(self, "mlp_norm") else read
+            x = plus(x, change + self.mlp(other, rules))
         return constrain(x, ("batch", "length", "activation"), rules), kept
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def look_up(vocab: int, dtype: str, table: Array, token: Array) -> Array:
-    """The rows of a float32 table [V, D] for tokens [B, T], rounded to ``dtype``: [B, T, D].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def look_up(size: int, axis: str, dtype: str, table: Array, index: Array) -> Array:
+    """The rows of a float32 table [size, D], rounded to ``dtype``, for an index [B, T]: [B, T, D].
 
     Its gradient adds up in float32. In bfloat16 the thousands of a frequent token would not: a sum
     stops growing where what is added is less than a 256th of it.
+
+    Args:
+      axis: the logical axis that the table's rows are.
     """
     # Rounded where it lies, so that half as much is sent.
-    narrow = constrain(table.astype(dtype), ("vocab", "embed"))
-    return constrain(narrow, ("vocab", None))[token]
+    narrow = constrain(table.astype(dtype), (axis, "embed"))
+    return constrain(narrow, (axis, None))[index]
 
 
-def _look_up_forward(vocab: int, dtype: str, table: Array, token: Array) -> tuple[Array, Array]:
-    return look_up(vocab, dtype, table, token), token
+def _look_up_forward(
+    size: int, axis: str, dtype: str, table: Array, index: Array
+) -> tuple[Array, Array]:
+    return look_up(size, axis, dtype, table, index), index
 
 
-def _look_up_backward(vocab: int, dtype: str, token: Array, dx: Array) -> tuple[Array, None]:
-    zeros = constrain(jnp.zeros((vocab, dx.shape[-1]), jnp.float32), ("vocab", None))
-    return zeros.at[token].add(dx.astype(jnp.float32)), None
+def _look_up_backward(
+    size: int, axis: str, dtype: str, index: Array, dx: Array
+) -> tuple[Array, None]:
+    zeros = constrain(jnp.zeros((size, dx.shape[-1]), jnp.float32), (axis, None))
+    return zeros.at[index].add(dx.astype(jnp.float32)), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
@@ -338,17 +347,31 @@ def to_vocab(x: Array, weight: Array, axis: int) -> Array:
         return jax.lax.dot_general(x, weight, dims, preferred_element_type=wide)
 
 
+def shaped(logits: Array, scale: float, cap: float) -> Array:
+    """Logits as a decoder gives them, of products with its projection: ``logit_scale``, then
+    ``logit_softcap``."""
+    return capped(logits if scale == 1 else scale * logits, cap)
+
+
 class Embed(nnx.Module):
-    """Token embedding, float32 [V, D]; with ``embed_scale`` times √D, on its way in alone."""
+    """Token embedding, float32 [V, D], times ``embed_multiplier`` on its way in alone, and for
+    ``positions: learned`` that of each place."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
-        self.factor = c.embed**0.5 if c.embed_scale else 1.0
+        self.factor = c.embed_multiplier
         self.table = nnx.Param(normal(rngs, (c.vocab, c.embed), c.embed), axes=("vocab", "embed"))
+        if c.positions == "learned":
+            place = normal(rngs, (c.context, c.embed), c.embed)
+            self.place = nnx.Param(place, axes=("positions", "embed"))
 
-    def __call__(self, token: Array, dtype: str) -> Array:
+    def __call__(self, token: Array, position: Array, dtype: str) -> Array:
         table = self.table[...]
-        x: Any = look_up(table.shape[0], dtype, table, token)
-        return x if self.factor == 1 else x * jnp.asarray(self.factor, dtype)
+        x: Any = look_up(table.shape[0], "vocab", dtype, table, token)
+        x = x if self.factor == 1 else x * jnp.asarray(self.factor, dtype)
+        if not hasattr(self, "place"):
+            return x
+        place = self.place[...]
+        return x + look_up(place.shape[0], "positions", dtype, place, position)
 
 
 class Unembed(nnx.Module):
@@ -375,8 +398,8 @@ class Ends(nnx.Module):
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, head: bool):
         self.embed = Embed(c, rngs)
-        self.norm = RMSNorm("embed", c.embed, c)
-        self.tied = c.tied
+        self.norm = Norm({"embed": c.embed}, c)
+        self.tied, self.scale, self.cap = c.tied, c.logit_scale, c.logit_softcap
         if not c.tied:
             self.unembed = Unembed(c, rngs)
         if head:
@@ -384,7 +407,7 @@ class Ends(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] → logits [..., V], float32."""
-        return to_vocab(x, *self.projection())
+        return shaped(to_vocab(x, *self.projection()), self.scale, self.cap)
 
     def projection(self) -> tuple[Array, int]:
         """The output projection, and which of its axes is D."""

@@ -1,12 +1,13 @@
-"""Every weight of a decoder: its place in the tree, its shape, and its names in files.
+"""Every weight of a decoder: its place in the tree, its shape, and where files have it.
 
 The tree is a nested dict; leaves under ``layers`` are stacked over a leading layer axis. Files
-hold one tensor a layer, and linear maps as [out, in] (``y = W x``), where the tree holds
-``x @ kernel`` with heads as axes of their own: stored = kernel.reshape(in, out).T.
+hold linear maps as [out, in] (``y = W x``), where the tree holds ``x @ kernel`` with heads as axes
+of their own: stored = kernel.reshape(in, out).T. What a tensor of a file is called, and which of a
+layer's weights stand in it, is a ``Naming``.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ and tracing, which go on meanwhile."""
 
 
 class Weight(NamedTuple):
-    """One leaf of the tree; ``{}`` in a file's name stands for the layer."""
+    """One leaf of the tree."""
 
     path: str
     """Keys from the root, joined by "/"."""
@@ -30,95 +31,183 @@ class Weight(NamedTuple):
     """In the tree, of one layer."""
     stored: tuple[int, ...]
     """In files."""
-    hf: str
-    """Name in a Hugging Face checkpoint."""
-    gguf: str
-    """Name in a GGUF file of llama.cpp."""
 
     @property
     def stacked(self) -> bool:
         return self.path.startswith("layers/")
 
+    @property
+    def module(self) -> str:
+        """What has a name in files: "attention/q" of "layers/attention/q/bias"."""
+        path = self.path.removeprefix("layers/")
+        return path if path.startswith("embed/") else path.rpartition("/")[0]
 
-def weights(decoder: DecoderConfig, head: bool = False) -> list[Weight]:
-    """The weights that ``decoder`` has, in the order of the computation; with ``head``, the scalar
+
+def weights(c: DecoderConfig, head: bool = False) -> list[Weight]:
+    """The weights that a decoder has, in the order of the computation; with ``head``, the scalar
     head's too, but for its bias, for which files have no place."""
-    D, F, V, H = (decoder.embed,), (decoder.mlp,), (decoder.vocab,), (decoder.head_dim,)
-    N, K = (decoder.heads, *H), (decoder.kv_heads, *H)
+    D, F, V, H = (c.embed,), (c.mlp,), (c.vocab,), (c.head_dim,)
+    N, K = (c.heads, *H), (c.kv_heads, *H)
+    before, after = c.norms != "after", c.norms != "before"
+    found = [Weight("embed/table", V + D, V + D)]
+    if c.positions == "learned":
+        found.append(Weight("embed/place", (c.context, *D), (c.context, *D)))
+
+    def norm(path: str, shape: tuple[int, ...], there: bool, bias: bool = c.norm_bias) -> None:
+        for name in ("scale", "bias")[: there * (1 + bias)]:
+            found.append(Weight(f"{path}/{name}", shape, (prod(shape),)))
+
+    def linear(path: str, ins: tuple[int, ...], outs: tuple[int, ...], bias: bool = False) -> None:
+        found.append(Weight(f"{path}/kernel", ins + outs, (prod(outs), prod(ins))))
+        if bias:
+            found.append(Weight(f"{path}/bias", outs, (prod(outs),)))
+
     attention, mlp = "layers/attention", "layers/mlp"
-    # Path, axes of input (none: added or multiplied in place) and output, names in files, if any.
-    rows: list[tuple[str, tuple[int, ...], tuple[int, ...], str, str, bool]] = [
-        ("embed/table", V, D, "model.embed_tokens", "token_embd", True),
-        ("layers/attention_norm/scale", (), D, "input_layernorm", "attn_norm", True),
-    ]
-    for x, out in (("q", N), ("k", K), ("v", K)):
-        names = f"self_attn.{x}_proj", f"attn_{x}"
-        rows += [
-            (f"{attention}/{x}/kernel", D, out, *names, True),
-            (f"{attention}/{x}/bias", (), out, *names, decoder.qkv_bias),
-        ]
-    rows += [
-        (f"{attention}/o/kernel", N, D, "self_attn.o_proj", "attn_output", True),
-        (f"{attention}/q_norm/scale", (), H, "self_attn.q_norm", "attn_q_norm", decoder.qk_norm),
-        (f"{attention}/k_norm/scale", (), H, "self_attn.k_norm", "attn_k_norm", decoder.qk_norm),
-        ("layers/mlp_norm/scale", (), D, "post_attention_layernorm", "ffn_norm", True),
-        (f"{mlp}/gate/kernel", D, F, "mlp.gate_proj", "ffn_gate", True),
-        (f"{mlp}/up/kernel", D, F, "mlp.up_proj", "ffn_up", True),
-        (f"{mlp}/down/kernel", F, D, "mlp.down_proj", "ffn_down", True),
-        ("norm/scale", (), D, "model.norm", "output_norm", True),
-        ("unembed/kernel", D, V, "lm_head", "output", not decoder.tied),
-        ("head/kernel", D, (), "score", "cls.output", head),
-    ]
-    return [
-        _weight(path, ins, outs, (hf, gguf)) for path, ins, outs, hf, gguf, there in rows if there
-    ]
+    norm("layers/attention_norm", D, before)
+    for name, outs in (("q", N), ("k", K), ("v", K)):
+        linear(f"{attention}/{name}", D, outs, c.qkv_bias)
+    linear(f"{attention}/o", N, D, c.o_bias)
+    for name, outs in (("q_norm", N), ("k_norm", K)):
+        over = outs if c.qk_norm_all else H
+        norm(f"{attention}/{name}", over, c.qk_norm or c.qk_norm_all, False)
+    norm("layers/attention_out_norm", D, after)
+    norm("layers/mlp_norm", D, before and c.block != "one_norm")
+    for name in ("gate", "up")[not c.gated :]:
+        linear(f"{mlp}/{name}", D, F, c.mlp_bias)
+    linear(f"{mlp}/down", F, D, c.mlp_bias)
+    norm("layers/mlp_out_norm", D, after)
+    norm("norm", D, True)
+    if not c.tied:
+        linear("unembed", D, V)
+    if head:
+        linear("head", D, ())
+    return found
 
 
-def _weight(
-    path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], files: tuple[str, str]
-) -> Weight:
-    stored = (prod(outputs), prod(inputs)) if inputs else (prod(outputs),)
-    if path == "embed/table":  # rows are looked up, not multiplied: the same way round in files
-        stored = inputs + outputs
-    kind = "bias" if path.endswith("bias") else "weight"
-    layer = ("model.layers.{}.", "blk.{}.") if path.startswith("layers/") else ("", "")
-    hf, gguf = (f"{layer[i]}{files[i]}.{kind}" for i in range(2))
-    return Weight(path, inputs + outputs, stored, hf, gguf)
+class Naming(NamedTuple):
+    """How files of a kind name weights, and lay them out."""
+
+    layer: str
+    """Before the names of a layer's; ``{}`` is its number."""
+    names: Mapping[str, str]
+    """``Weight.module`` → name, to which ".weight" or ".bias" is added."""
+    fused: Mapping[str, tuple[str, ...]] = {}
+    """Name → the modules of a layer that stand in one tensor under it, one after the other."""
+    by_head: bool = False
+    """What is fused is so within each head (GPT-NeoX)."""
+    transposed: bool = False
+    """Linear maps of layers are [in, out] (GPT-2)."""
+    neighbours: bool = False
+    """Rotated pairs are (0, 1), (2, 3), … of a head, not (i, i + half) (GLM-4, GGUF)."""
 
 
-def tensors(decoder: DecoderConfig, head: bool = False) -> list[tuple[Weight, int]]:
-    """What files hold, a tensor each: weight and layer (0 where there is none)."""
-    return [
-        (weight, layer)
-        for weight in weights(decoder, head)
-        for layer in range(decoder.layers if weight.stacked else 1)
-    ]
+class Tensor(NamedTuple):
+    """One tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[Weight, int], ...]
+    """The weights in it, each of a layer (0 where there is none)."""
+
+
+def tensors(c: DecoderConfig, naming: Naming, head: bool = False) -> list[Tensor]:
+    """What files hold, in the order of the computation."""
+    together = {module: (name, them) for name, them in naming.fused.items() for module in them}
+    found = weights(c, head)
+    by_path = {weight.path: weight for weight in found}
+    listed = []
+    for weight in found:
+        *_, leaf = weight.path.rpartition("/")
+        kind = "bias" if leaf == "bias" else "weight"
+        if weight.module not in together:
+            name, parts = naming.names[weight.module], (weight,)
+        else:
+            name, modules = together[weight.module]
+            if weight.module != modules[0]:
+                continue
+            parts = tuple(by_path[f"layers/{module}/{leaf}"] for module in modules)
+        shape = (sum(part.stored[0] for part in parts), *weight.stored[1:])
+        if naming.transposed and weight.stacked:
+            shape = shape[::-1]
+        for layer in range(c.layers if weight.stacked else 1):
+            prefix = naming.layer.format(layer) if weight.stacked else ""
+            each = tuple((part, layer) for part in parts)
+            listed.append(Tensor(f"{prefix}{name}.{kind}", shape, each))
+    return listed
+
+
+def cut(c: DecoderConfig, naming: Naming, tensor: Tensor, array: np.ndarray) -> list[np.ndarray]:
+    """The weights of a tensor of a file, as ``Weight.stored``; views where that can be."""
+    parts = [part for part, _ in tensor.parts]
+    if naming.transposed and parts[0].stacked:
+        array = array.T
+    if len(parts) == 1:
+        found = [array]
+    elif naming.by_head:
+        heads = array.reshape(c.heads, len(parts), -1, *array.shape[1:])
+        found = [heads[:, i].reshape(part.stored) for i, part in enumerate(parts)]
+    else:
+        found = np.split(array, np.cumsum([part.stored[0] for part in parts])[:-1])
+    if naming.neighbours:
+        found = [_pairs(c, *both, apart=True) for both in zip(parts, found, strict=True)]
+    return found
+
+
+def joined(c: DecoderConfig, naming: Naming, tensor: Tensor, found: list[np.ndarray]) -> np.ndarray:
+    """The reverse of ``cut``."""
+    parts = [part for part, _ in tensor.parts]
+    if naming.neighbours:
+        found = [_pairs(c, *both, apart=False) for both in zip(parts, found, strict=True)]
+    if len(parts) == 1:
+        array = found[0]
+    elif naming.by_head:
+        heads = [x.reshape(c.heads, 1, -1, *x.shape[1:]) for x in found]
+        array = np.concatenate(heads, axis=1).reshape(-1, *found[0].shape[1:])
+    else:
+        array = np.concatenate(found)
+    return array.T if naming.transposed and parts[0].stacked else array
+
+
+def _pairs(c: DecoderConfig, weight: Weight, array: np.ndarray, apart: bool) -> np.ndarray:
+    """Rows of queries and keys with the pairs of a head's rotated numbers apart, half of them from
+    each other, or else side by side; other weights as they are."""
+    if weight.module not in ("attention/q", "attention/k"):
+        return array
+    size = c.rotary_dim or c.head_dim
+    heads = array.reshape(-1, c.head_dim, *array.shape[1:])
+    turned, rest = heads[:, :size], heads[:, size:]
+    split = (size // 2, 2) if apart else (2, size // 2)
+    turned = turned.reshape(-1, *split, *array.shape[1:]).swapaxes(1, 2)
+    turned = turned.reshape(-1, size, *array.shape[1:])
+    return np.concatenate([turned, rest], axis=1).reshape(array.shape)
 
 
 def assemble(
-    decoder: DecoderConfig, read: Callable[[Weight, int], np.ndarray], head: bool = False
+    c: DecoderConfig, naming: Naming, read: Callable[[Tensor], np.ndarray], head: bool = False
 ) -> dict[str, Any]:
     """The tree of float32 arrays, filled tensor by tensor: one copy of the model in memory.
 
     Args:
-      read: called with each of ``tensors``, from several threads at once; returns it in the shape
-        ``weight.stored``, of any float dtype.
+      read: called with each of ``tensors``, from several threads at once; returns it in its shape,
+        of any float dtype.
     """
     # Empty, not zeros: each number is written once, and pages are not touched before.
     arrays = {
-        weight: np.empty((decoder.layers if weight.stacked else 1, *weight.shape), np.float32)
-        for weight in weights(decoder, head)
+        weight: np.empty((c.layers if weight.stacked else 1, *weight.shape), np.float32)
+        for weight in weights(c, head)
     }
 
-    def fill(weight: Weight, layer: int) -> None:
-        tensor, place = read(weight, layer), arrays[weight][layer]
-        if weight.path.endswith("kernel"):
-            place.reshape(weight.stored[::-1])[...] = tensor.T
-        else:
-            place[...] = tensor.reshape(weight.shape)
+    def fill(tensor: Tensor) -> None:
+        each = cut(c, naming, tensor, read(tensor))
+        for (weight, layer), array in zip(tensor.parts, each, strict=True):
+            place = arrays[weight][layer]
+            if weight.path.endswith("kernel"):
+                place.reshape(weight.stored[::-1])[...] = array.T
+            else:
+                place[...] = array.reshape(weight.shape)
 
     with ThreadPool(READERS) as pool:  # of daemons: an error elsewhere does not wait for them
-        pool.starmap(fill, tensors(decoder, head), chunksize=1)
+        pool.map(fill, tensors(c, naming, head), chunksize=1)
 
     params: dict[str, Any] = {}
     for weight, array in arrays.items():
@@ -130,24 +219,28 @@ def assemble(
     return params
 
 
-def stored(leaves: dict[str, Any], weight: Weight, layer: int) -> np.ndarray:
+def stored(
+    c: DecoderConfig, naming: Naming, leaves: Mapping[str, Any], tensor: Tensor
+) -> np.ndarray:
     """One of ``tensors``, as files hold it, out of what ``flatten`` returns; may be a view."""
-    array = np.asarray(leaves[weight.path][layer] if weight.stacked else leaves[weight.path])
-    if weight.path.endswith("kernel"):
-        return array.reshape(weight.stored[::-1]).T
-    return array.reshape(weight.stored)
+
+    def of(weight: Weight, layer: int) -> np.ndarray:
+        array = np.asarray(leaves[weight.path][layer] if weight.stacked else leaves[weight.path])
+        if weight.path.endswith("kernel"):
+            return array.reshape(weight.stored[::-1]).T
+        return array.reshape(weight.stored)
+
+    return joined(c, naming, tensor, [of(*part) for part in tensor.parts])
 
 
-def flatten(decoder: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]:
+def flatten(c: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]:
     """The leaves of ``params`` by path; ``head`` as of ``weights``.
 
     Raises:
-      InputError: if names or shapes are not those of ``decoder``; names the first difference.
+      InputError: if names or shapes are not those of the decoder; names the first difference.
     """
     leaves = dict(_leaves(params))
-    shapes = {
-        w.path: (decoder.layers, *w.shape) if w.stacked else w.shape for w in weights(decoder, head)
-    }
+    shapes = {w.path: (c.layers, *w.shape) if w.stacked else w.shape for w in weights(c, head)}
     for path in sorted(leaves.keys() | shapes.keys()):
         want = shapes.get(path)
         have = tuple(leaves[path].shape) if path in leaves else None

@@ -20,18 +20,16 @@ from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import AttentionKernel, Remat
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
-from jaxrlhf.models.attention import attend_before
 from jaxrlhf.models.cache import KEPT
-from jaxrlhf.models.kernels import attend_cudnn, attend_splash, choose, real_first, reorder
+from jaxrlhf.models.kernels import attend_rows, choose, real_first, reorder
 from jaxrlhf.models.layers import (
     POLICIES,
     Block,
     Ends,
     adapters_of,
     exact,
-    positions,
-    rotary_angles,
 )
+from jaxrlhf.models.rope import angles_by_kind, kinds, positions
 
 
 class Declared(NamedTuple):
@@ -163,7 +161,7 @@ class Model:
         declared = blocks(self.decoder, self.lora if lora is not None else None)
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
         check_tree(layers, declared.shapes, "layers")
-        outer = self.outer(params)
+        outer, which_L = self.outer(params), jnp.array(kinds(self.decoder).of_layer)
         kernel = choose(self.attention, self.decoder, self.dtype, segment_BT is not None)
         back_BT = None
         if kernel == "cudnn":
@@ -171,31 +169,30 @@ class Model:
             token_BT, attention_mask_BT = (
                 reorder(x, order_BT) for x in (token_BT, attention_mask_BT)
             )
-        x = outer.embed(token_BT, self.dtype)
+        position_BT = positions(attention_mask_BT, segment_BT)
+        x = outer.embed(token_BT, position_BT, self.dtype)
         x = constrain(x, ("batch", "length", "activation"))
-        angles = rotary_angles(positions(attention_mask_BT, segment_BT), self.decoder)
+        angles = angles_by_kind(position_BT, self.decoder)
 
         def in_place(x: Array) -> Array:
             return x if back_BT is None else reorder(x, back_BT)
 
-        def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-            kept = None
-            if keep:
-                placed = (jnp.swapaxes(in_place(y), 1, 2) for y in (key, value))
-                kept = tuple(constrain(y, KEPT, DECODE) for y in placed)
-            if kernel == "cudnn":
-                return attend_cudnn(query, key, value, attention_mask_BT), kept
-            over_rows = attend_splash if kernel == "splash" else attend_before
-            return over_rows(query, key, value, attention_mask_BT, segment_BT), kept
+        def layer(x: Array, item: tuple[Params, Array]) -> tuple[Array, Any]:
+            weights, which = item
 
-        def layer(x: Array, weights: Params) -> tuple[Array, Any]:
-            return nnx.merge(declared.graph, self.cast(weights))(x, angles, RULES, attend)
+            def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+                kept = tuple(map(_laid_out, map(in_place, (key, value)))) if keep else None
+                given = query, key, value, attention_mask_BT, segment_BT
+                return attend_rows(kernel, self.decoder, which, *given), kept
+
+            module = nnx.merge(declared.graph, self.cast(weights))
+            return module(x, angles(which), RULES, attend)
 
         # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
         # is not to make another.
         layers = layers if keep else self.cast(layers)
         with exact(self.dtype):
-            x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, layers)
+            x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, (layers, which_L))
         return in_place(outer.norm(x)), kept
 
     def logits(self, params: Params, hidden: Array) -> Array:
@@ -222,6 +219,11 @@ class Model:
         declared = ends(self.decoder, "head" in params)
         check_tree(outer, declared.shapes, "params")
         return nnx.merge(declared.graph, outer)
+
+
+def _laid_out(x: Array) -> Array:
+    """Keys or values [B, T, K, H] as decoding reads them."""
+    return constrain(jnp.swapaxes(x, 1, 2), KEPT, DECODE)
 
 
 def check_tree(params: Any, declared: Any, path: str) -> None:

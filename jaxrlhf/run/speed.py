@@ -22,6 +22,7 @@ from jaxrlhf.mesh.chips import CHIPS, name_of
 from jaxrlhf.mesh.sharding import DECODE, make_mesh, row_shards
 from jaxrlhf.models.cache import Kind
 from jaxrlhf.models.decode import kind_of
+from jaxrlhf.models.rope import windows_of
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.setup import Run
 from jaxrlhf.steps.slots import decode_steps
@@ -81,11 +82,12 @@ def _quickest(call: Callable[[Array], Array], given: Array, tries: int = 4) -> f
 def matrices(decoder: DecoderConfig, vocab: bool = True) -> int:
     """N: the weights that every token is multiplied with.
 
-    Of a layer D·H·(2N + 2K) + 3·D·F, and D·V of the projection on the vocabulary, if it is asked
-    for. The embedding is looked up, norms and biases are vectors: neither counts.
+    Of a layer D·H·(2N + 2K) + 3·D·F, 2·D·F where the MLP has no gate, and D·V of the projection on
+    the vocabulary, if it is asked for. The embedding is looked up, norms and biases are vectors:
+    neither counts.
     """
     c = decoder
-    layer = c.embed * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp)
+    layer = c.embed * (2 * c.head_dim * (c.heads + c.kv_heads) + (2 + c.gated) * c.mlp)
     return c.layers * layer + vocab * c.embed * c.vocab
 
 
@@ -100,11 +102,13 @@ def forward_flops(model: Model, length: float, vocab: bool = True) -> float:
     """FLOPs of a token's forward pass: 2·N + 4·L·(heads·H)·T (PaLM, arXiv:2204.02311, B).
 
     Args:
-      length: T, tokens of a row, mean; the mask is counted as if it hid nothing, as is usual.
+      length: T, tokens of a row, mean; the mask is counted as if it hid nothing, as is usual. Of a
+        layer with a window it is no more than that.
       vocab: whether the token is projected on the vocabulary.
     """
     c = model.decoder
-    attention = 4 * c.layers * c.heads * c.head_dim * length
+    seen = sum(min(window or length, length) for window in windows_of(c))
+    attention = 4 * c.heads * c.head_dim * seen
     return 2 * (matrices(c, vocab) + adapters(model)) + attention
 
 

@@ -18,13 +18,24 @@ import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import budget, constrain, devices_in_mesh, length_shards, row_shards
-from jaxrlhf.models.layers import exact, to_vocab
+from jaxrlhf.models.layers import exact, shaped, to_vocab
 
 LOGITS_A_DEVICE = 2**25
 """Logits that may exist at once on a device (128 MiB in float32); see ``budget``."""
 
 SKIPPED = 8
 """Pieces at least, where those that nobody wants are skipped."""
+
+
+class How(NamedTuple):
+    """What is static of a call."""
+
+    axis: int
+    """Of the projection, which is D."""
+    entropy: bool
+    scale: float
+    cap: float
+
 
 SPLIT = ("batch", None, "length", None)
 """Of [devices over rows, their rows, devices over columns, their columns]: a piece as it lies."""
@@ -58,8 +69,10 @@ def token_logp(
     temperature: float | Array,
     entropy: bool,
     wanted_BT: Array | None = None,
+    scale: float = 1.0,
+    cap: float = 0.0,
 ) -> tuple[Array, Array]:
-    """log softmax(h·W/temperature)[token] and the entropy of that softmax, float32 [B, T], nats.
+    """log softmax(z)[token] of z = h·W/temperature, and the entropy of it, float32 [B, T], nats.
 
     Args:
       hidden_BTD: in the compute dtype, in which the products are taken; sums are float32.
@@ -68,6 +81,8 @@ def token_logp(
       entropy: static; if False, zeros stand in its place.
       wanted_BT: bool; anything may stand where it is False, and logits are computed for about as
         many columns as the row with the most wanted ones needs. None: all are wanted.
+      scale, cap: static, a decoder's ``logit_scale`` and ``logit_softcap``; h·W is ``shaped`` so
+        before it is divided by the temperature.
     """
     rows, columns = token_BT.shape
     shards = row_shards(), length_shards()
@@ -95,8 +110,9 @@ def token_logp(
         place_BT, used = _wanted_first(wanted_BT, width, pieces)
         token_BT, hidden_BTD = (_moved(x, place_BT) for x in (token_BT, hidden_BTD))
         columns = width * pieces
+    how = How(axis, entropy, scale, cap)
     hidden, tau = split(hidden_BTD, "activation"), jnp.asarray(temperature, jnp.float32)
-    found: Any = _in_pieces(axis, entropy, hidden, weight, split(token_BT), tau, used)
+    found: Any = _in_pieces(how, hidden, weight, split(token_BT), tau, used)
     logp, spread = map(joined, found)
     if wanted_BT is not None and place_BT is not None:
         place_BT = place_BT[:, : wanted_BT.shape[1]]
@@ -134,10 +150,9 @@ def _moved(x: Array, place_BT: Array) -> Array:
     return jnp.take_along_axis(x, source_BT.reshape(*place_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_pieces(
-    axis: int,
-    entropy: bool,
+    how: How,
     hidden: Array,
     weight: Array,
     token: Array,
@@ -146,8 +161,8 @@ def _in_pieces(
 ) -> Any:
     """``token_logp`` of pieces, which lie along the first axis; ``used`` of them, the first, or all
     if it is None, and 0 of the others."""
-    whole = _gathered(weight, axis, hidden)
-    return _forward(axis, entropy, hidden, whole, token, temperature, used)[:2]
+    whole = _gathered(weight, how.axis, hidden)
+    return _forward(how, hidden, whole, token, temperature, used)[:2]
 
 
 def _gathered(weight: Array, axis: int, hidden: Array) -> Array:
@@ -157,8 +172,9 @@ def _gathered(weight: Array, axis: int, hidden: Array) -> Array:
     return constrain(constrain(weight.astype(hidden.dtype), WEIGHT[axis]), names)
 
 
-def _logits(hidden: Array, weight: Array, axis: int, temperature: Array) -> Array:
-    return constrain(to_vocab(hidden, weight, axis) / temperature, (*SPLIT, "vocab"))
+def _logits(hidden: Array, weight: Array, how: How, temperature: Array) -> Array:
+    logits = shaped(to_vocab(hidden, weight, how.axis), how.scale, how.cap)
+    return constrain(logits / temperature, (*SPLIT, "vocab"))
 
 
 def _each(used: Array | None, start: Any, items: Any, work: Any) -> Any:
@@ -175,8 +191,7 @@ def _each(used: Array | None, start: Any, items: Any, work: Any) -> Any:
 
 
 def _forward(
-    axis: int,
-    entropy: bool,
+    how: How,
     hidden: Array,
     weight: Array,
     token: Array,
@@ -187,11 +202,11 @@ def _forward(
 
     def work(i: Any, item: tuple[Array, Array], found: Any) -> Any:
         hidden, token = item
-        logits = _logits(hidden, weight, axis, temperature)
+        logits = _logits(hidden, weight, how, temperature)
         total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
         spread = jnp.zeros_like(total)
-        if entropy:
+        if how.entropy:
             log_p = logits - total[..., None]
             spread = -(jnp.exp(log_p) * log_p).sum(-1)
         return tuple(
@@ -202,22 +217,20 @@ def _forward(
     return _each(used, (nothing,) * 3, (hidden, token), work)
 
 
-def _keep(
-    axis: int, entropy: bool, hidden: Any, weight: Any, token: Any, temperature: Any, used: Any
-) -> Any:
-    whole = _gathered(weight.value, axis, hidden.value)
+def _keep(how: How, hidden: Any, weight: Any, token: Any, temperature: Any, used: Any) -> Any:
+    whole = _gathered(weight.value, how.axis, hidden.value)
     used = None if used is None else used.value
     given = hidden.value, whole, token.value, temperature.value, used
-    logp, spread, total = _forward(axis, entropy, *given)
+    logp, spread, total = _forward(how, *given)
     trained = jnp.zeros(()) if weight.perturbed else None
     return (logp, spread), Saved(
         hidden.value, token.value, whole, temperature.value, total, spread, trained, used
     )
 
 
-def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
+def _backward(how: How, saved: Saved, given: Any) -> Any:
     """Of one piece after the other; the weight's gradient a device, added up over devices last."""
-    weight, temperature = saved.weight, saved.temperature
+    axis, weight, temperature = how.axis, saved.weight, saved.temperature
     slopes = tuple(
         jnp.zeros_like(saved.total) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x
         for x in given
@@ -225,21 +238,25 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
 
     def work(i: Any, item: tuple[Array, ...], now: Any) -> Any:
         hidden, token, total, spread, dlogp, dspread = item
-        sums, dhidden = now
-        log_p = _logits(hidden, weight, axis, temperature) - total[..., None]
+        sums, dhidden, dscale = now
+        z = _logits(hidden, weight, how, temperature)
+        log_p = z - total[..., None]
         chosen = jnp.arange(log_p.shape[-1]) == token[..., None]
         p = jnp.exp(log_p)
         dz = dlogp[..., None] * (chosen - p)
-        if entropy:
+        if how.entropy:
             dz -= dspread[..., None] * p * (log_p + spread[..., None])
-        dz = (dz / temperature).astype(hidden.dtype)
+        if how.cap:
+            dscale += (dz * z).sum()
+            dz *= 1 - (z * (temperature / how.cap)) ** 2  # the slope of cap·tanh
+        dz = (dz * (how.scale / temperature)).astype(hidden.dtype)
         dz = constrain(dz, (*SPLIT, "vocab"))
         with exact(hidden.dtype):
             slope = jnp.tensordot(dz, weight, ((4,), (1 - axis,)))
             if sums is not None:
                 product = "arcwd,arcwv->acdv" if axis == 0 else "arcwd,arcwv->acvd"
                 sums += jnp.einsum(product, hidden, dz, preferred_element_type=jnp.float32)
-        return sums, dhidden.at[i].set(constrain(slope, (*SPLIT, "activation")))
+        return sums, dhidden.at[i].set(constrain(slope, (*SPLIT, "activation"))), dscale
 
     sums = None
     names: list[str | None] = list(WEIGHT[axis])
@@ -249,11 +266,14 @@ def _backward(axis: int, entropy: bool, saved: Saved, given: Any) -> Any:
         sums = jnp.zeros((*shards, *weight.shape), jnp.float32)
         sums = constrain(sums, ("batch", "length", *names))
     items = saved.hidden, saved.token, saved.total, saved.spread, *slopes
-    sums, dhidden = _each(saved.used, (sums, jnp.zeros_like(saved.hidden)), items, work)
+    start = sums, jnp.zeros_like(saved.hidden), jnp.zeros(())
+    sums, dhidden, dscale = _each(saved.used, start, items, work)
     dweight = None if sums is None else constrain(sums.sum((0, 1)), WEIGHT[axis])
-    # z = h·W/τ, so that Σ dz·z, over the vocabulary, is h·dh over the embedding.
-    wide = saved.hidden.astype(jnp.float32), dhidden.astype(jnp.float32)
-    return dhidden, dweight, None, -(wide[0] * wide[1]).sum() / temperature, None
+    if not how.cap:
+        # z = h·W/τ, so that Σ dz·z, over the vocabulary, is h·dh over the embedding.
+        wide = saved.hidden.astype(jnp.float32), dhidden.astype(jnp.float32)
+        dscale = (wide[0] * wide[1]).sum()
+    return dhidden, dweight, None, -dscale / temperature, None
 
 
 _in_pieces.defvjp(_keep, _backward, symbolic_zeros=True)

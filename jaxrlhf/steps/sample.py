@@ -170,7 +170,7 @@ def _decode(
     carry = drawn(start)
     # A step reads all of its caches: as long as responses are short, so are they.
     for most in stages:
-        carry = loop({**carry, "cache": grow(carry["cache"], most - 1)}, most)
+        carry = loop({**carry, "cache": grow(model.decoder, carry["cache"], most - 1)}, most)
     return carry
 
 

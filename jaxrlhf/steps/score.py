@@ -60,7 +60,8 @@ def forward(
     before = hidden[:, first - 1 : -1]
     some = None if wanted_BT is None else asked
     rows = before, *model.projection(params), token_BT[:, first:]
-    logp, spread = token_logp(*rows, temperature, entropy, some)
+    c = model.decoder
+    logp, spread = token_logp(*rows, temperature, entropy, some, c.logit_scale, c.logit_softcap)
 
     def full(x: Array, where: Array) -> Array:
         return jnp.pad(jnp.where(where, x, 0.0), ((0, 0), (first, 0)))

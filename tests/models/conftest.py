@@ -6,6 +6,8 @@ import pytest
 
 from jaxrlhf.config import DecoderConfig
 from jaxrlhf.models import names
+from jaxrlhf.models.gguf import NAMING
+from jaxrlhf.models.hf_config import naming_of
 from jaxrlhf.models.tokenizer import load_tokenizer
 
 
@@ -22,9 +24,11 @@ def random_params():
 
     def make(decoder):
         rng = np.random.default_rng(0)
-        return names.assemble(
-            decoder, lambda weight, _: 0.3 * rng.standard_normal(weight.stored, dtype=np.float32)
-        )
+
+        def noise(tensor):
+            return 0.3 * rng.standard_normal(tensor.shape, dtype=np.float32)
+
+        return names.assemble(decoder, naming_of(decoder), noise)
 
     return make
 
@@ -58,13 +62,14 @@ def write_gguf(random_params):
         }
         leaves = names.flatten(decoder, params or random_params(decoder))
         arrays = {}
-        for weight, layer in names.tensors(decoder):
-            array = names.stored(leaves, weight, layer)
-            if "attn_q.weight" in weight.gguf:
+        plain = NAMING._replace(neighbours=False)
+        for tensor in names.tensors(decoder, plain):
+            array = names.stored(decoder, plain, leaves, tensor)
+            if "attn_q.weight" in tensor.name:
                 array = permute(array, decoder.heads)
-            if "attn_k.weight" in weight.gguf:
+            if "attn_k.weight" in tensor.name:
                 array = permute(array, decoder.kv_heads)
-            arrays[weight.gguf.format(layer)] = np.ascontiguousarray(array)
+            arrays[tensor.name] = np.ascontiguousarray(array)
         arrays |= tensors or {}
         writer = gguf.GGUFWriter(path, kv.pop("general.architecture", "llama"))
         add = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}

@@ -31,8 +31,8 @@ def test_write_and_grow_keep_the_rest():
         keys.x[:, :, 4] * keys.scale[:, :, 4, None], 2 * new[:, :, 0], atol=0.04
     )
     assert (keys.scale[0] != 0).sum() == (keys.scale[1] != 0).sum() == 2 * 2
-    longer = grow(((keys, keys),), 20)[0][0]
+    longer = grow(FEW, ((keys, keys),) * FEW.layers, 20)[0][0]
     assert (longer.x.shape, longer.scale.shape) == ((2, 2, 24, 4), (2, 2, 24))
     np.testing.assert_array_equal(longer.x[:, :, :8], keys.x)
     assert not longer.x[:, :, 8:].any()
-    assert grow(((keys, keys),), 3)[0][0] is keys
+    assert grow(FEW, ((keys, keys),) * FEW.layers, 3)[0][0] is keys

@@ -16,7 +16,7 @@ from jaxrlhf.models.decode import axes, decode_layout, fused, lay_out, read_prom
 from jaxrlhf.models.transformer import Model
 
 P, NEW, SAMPLES = 4, 5, 2
-GEMMA = {"activation": "gelu", "norm_offset": True, "embed_scale": True}
+GEMMA = {"activation": "gelu", "norm_offset": True, "embed_multiplier": 32**0.5}
 MASK = FULL.at[1, :3].set(0)  # a prompt of one token
 MORE = jnp.array(np.random.default_rng(5).integers(0, 300, (3 * SAMPLES, NEW)), jnp.int32)
 

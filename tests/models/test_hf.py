@@ -46,6 +46,7 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
     "gemma": GemmaConfig(**SHAPE, head_dim=16),
 }
+ROOT = 32**0.5
 FEATURES = {
     "tied": {},
     "llama3": {
@@ -54,7 +55,7 @@ FEATURES = {
     },
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True, "tied": False, "head_dim": 16},
-    "gemma": {"activation": "gelu", "norm_offset": True, "embed_scale": True, "head_dim": 16},
+    "gemma": {"activation": "gelu", "norm_offset": True, "embed_multiplier": ROOT, "head_dim": 16},
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -149,7 +150,7 @@ def test_write_hf_tokenizer_and_ids(write, tiny_tokenizer):
     assert (generation.eos_token_id, generation.pad_token_id) == (1, 0)
     config = json.loads((out / "config.json").read_text())
     assert config["eos_token_id"] == 1
-    assert "pad_token_id" not in config  # torch's embedding would not train that row
+    assert config["pad_token_id"] is None  # torch's embedding would not train that row
     # the name of the class that transformers 4 knows too
     saved = json.loads((out / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -218,7 +219,7 @@ def test_write_reward_model_padding_is_not_its_end(write, tiny_tokenizer):
         out, _ = write(head=True, name="other")
     finally:
         tiny_tokenizer.pad_token = tiny_tokenizer.decode([0])
-    assert "pad_token_id" not in json.loads((out / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] is None
 
 
 @pytest.mark.parametrize(

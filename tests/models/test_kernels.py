@@ -14,7 +14,14 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import kernels, transformer
 from jaxrlhf.models.attention import attend_before
-from jaxrlhf.models.kernels import attend_cudnn, attend_splash, choose, real_first, reorder
+from jaxrlhf.models.kernels import (
+    attend_cudnn,
+    attend_rows,
+    attend_splash,
+    choose,
+    real_first,
+    reorder,
+)
 
 B, T, N, K, H = 2, 199, 4, 2, 8  # an odd length: no number of tiles divides it
 RNG = np.random.default_rng(0)
@@ -72,6 +79,35 @@ def test_kernels_equal_pieces(form, config, on_cpu):
         with jax.set_mesh(make_mesh(config)):
             found = run(kernel, QUERY, KEY, VALUE, MASK)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "features"),
+    [
+        ("cudnn", {"windows": (5,), "attention_scale": 0.2}),
+        ("cudnn", {"windows": (5, 0)}),
+        ("splash", {"windows": (0, 5), "attention_scale": 0.2, "attention_softcap": 2.0}),
+        ("splash", {"windows": (5,)}),
+    ],
+)
+def test_kernels_of_layers_with_windows_equal_pieces(kernel, features, decoder, on_cpu):
+    """Of each kind of layer, where all layers are one loop; rows have no gaps."""
+    decoder, mask = replace(decoder, **features), jnp.ones_like(MASK).at[1, :7].set(0)
+    for number in range(len(features["windows"])):
+
+        def attend(form, query, key, value, mask, number=number):
+            if form != "cudnn":
+                return attend_rows(form, decoder, jnp.array(number), query, key, value, mask, None)
+            order, back = real_first(mask)
+            rows = (reorder(x, order) for x in (query, key, value, mask))
+            return reorder(attend_rows(form, decoder, jnp.array(number), *rows, None), back)
+
+        expected = run(partial(attend, "pieces"), QUERY, KEY, VALUE, mask)
+        found = run(partial(attend, kernel), QUERY, KEY, VALUE, mask)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+        every = run(attend_before, QUERY, KEY, VALUE, mask)
+        same = np.abs(every[1] - found[1]).max() < 0.01
+        assert same == (features == {"windows": (5, 0)} and number == 1)  # all else shows
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "splash"])

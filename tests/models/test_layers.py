@@ -13,7 +13,8 @@ import pytest
 from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models.layers import POLICIES, look_up, positions
+from jaxrlhf.models.layers import POLICIES, look_up
+from jaxrlhf.models.rope import positions
 from jaxrlhf.models.transformer import Model
 
 V, D = 32, 8
@@ -23,7 +24,7 @@ TOKEN = np.random.default_rng(1).integers(0, V, (4, 6))
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_look_up_by_hand(dtype):
-    found = look_up(V, dtype, jnp.asarray(TABLE), jnp.asarray(TOKEN))
+    found = look_up(V, "vocab", dtype, jnp.asarray(TABLE), jnp.asarray(TOKEN))
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, jnp.asarray(TABLE[TOKEN], dtype))
 
@@ -34,7 +35,7 @@ def test_look_up_gradient_of_a_frequent_token(dtype):
     token = jnp.zeros((8, 1024), jnp.int32).at[0, 0].set(3)
 
     def total(table):
-        return (1e-3 * look_up(V, dtype, table, token)).sum(dtype=jnp.float32)
+        return (1e-3 * look_up(V, "vocab", dtype, table, token)).sum(dtype=jnp.float32)
 
     found = np.asarray(jax.jit(jax.grad(total))(jnp.asarray(TABLE)))
     assert found.dtype == np.float32
@@ -51,7 +52,8 @@ def test_look_up_gradient_is_that_of_indexing_on_a_mesh():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         found = jax.jit(jax.grad(total), static_argnums=1)(
-            jnp.asarray(TABLE), lambda table: look_up(V, "float32", table, jnp.asarray(TOKEN))
+            jnp.asarray(TABLE),
+            lambda table: look_up(V, "vocab", "float32", table, jnp.asarray(TOKEN)),
         )
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

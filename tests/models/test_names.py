@@ -9,7 +9,10 @@ import pytest
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import names
+from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.transformer import Model
+
+NAMING = FAMILIES["llama"].naming
 
 
 @pytest.mark.parametrize(
@@ -26,28 +29,31 @@ def test_assemble_kernel_computes_what_the_stored_matrix_does(tiny):
     rng = np.random.default_rng(0)
     stored = {}
 
-    def read(weight, layer):
-        x = rng.standard_normal(weight.stored).astype(np.float32)
-        return stored.setdefault((weight.path, layer), x)
+    def read(tensor):
+        x = rng.standard_normal(tensor.shape).astype(np.float32)
+        return stored.setdefault(tensor.name, x)
 
-    attention = names.assemble(tiny, read)["layers"]["attention"]
+    attention = names.assemble(tiny, NAMING, read)["layers"]["attention"]
     x_D = rng.standard_normal(tiny.embed).astype(np.float32)
     for layer in range(tiny.layers):
         query_NH = np.einsum("D,DNH->NH", x_D, attention["q"]["kernel"][layer])
-        flat = stored["layers/attention/q/kernel", layer] @ x_D
+        flat = stored[f"model.layers.{layer}.self_attn.q_proj.weight"] @ x_D
         np.testing.assert_allclose(query_NH.reshape(-1), flat, atol=1e-5)
         out_D = np.einsum("NH,NHD->D", query_NH, attention["o"]["kernel"][layer])
-        flat = stored["layers/attention/o/kernel", layer] @ query_NH.reshape(-1)
+        flat = stored[f"model.layers.{layer}.self_attn.o_proj.weight"] @ query_NH.reshape(-1)
         np.testing.assert_allclose(out_D, flat, atol=1e-5)
 
 
 def test_stored_is_the_inverse_of_assemble(tiny, random_params):
-    decoder = replace(tiny, tied=False, qkv_bias=True)
-    params = random_params(decoder)
-    leaves = names.flatten(decoder, params)
-
-    again = names.assemble(decoder, partial(names.stored, leaves))
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    for family in ("llama", "phi3", "glm4", "gpt_neox", "gpt2"):
+        naming, every = FAMILIES[family].naming, {"qkv_bias": True, "o_bias": True}
+        every |= {"gated": False, "mlp_bias": True} if family.startswith("gpt") else {}
+        decoder = replace(tiny, tied=False, kv_heads=4, **every)
+        decoder = replace(decoder, norms="both" if family == "glm4" else "before", rotary_dim=4)
+        params = random_params(replace(decoder, family=family))
+        stored = partial(names.stored, decoder, naming, names.flatten(decoder, params))
+        again = names.assemble(decoder, naming, stored)
+        jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_flatten_names_the_first_difference(tiny, random_params):

@@ -26,18 +26,19 @@ MESHES = [
 ]
 
 
-def plain(hidden, weight, axis, token, temperature, entropy):
+def plain(hidden, weight, axis, token, temperature, entropy, scale=1.0, cap=0.0):
     """From all logits at once."""
-    log_p = jax.nn.log_softmax(jnp.tensordot(hidden, weight, ((2,), (axis,))) / temperature)
+    logits = scale * jnp.tensordot(hidden, weight, ((2,), (axis,)))
+    log_p = jax.nn.log_softmax((cap * jnp.tanh(logits / cap) if cap else logits) / temperature)
     spread = -(jnp.exp(log_p) * log_p).sum(-1) if entropy else jnp.zeros(token.shape)
     return jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0], spread
 
 
-def run(function, axis, entropy, hidden, weight, token, temperature):
+def run(function, axis, entropy, hidden, weight, token, temperature, **shape):
     """Its values, and gradients by hidden states, weight and temperature."""
 
     def total(hidden, weight, temperature):
-        found = function(hidden, weight, axis, token, temperature, entropy)
+        found = function(hidden, weight, axis, token, temperature, entropy, **shape)
         return (SLOPES[0] * found[0] + SLOPES[1] * found[1]).sum(), found
 
     return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(hidden, weight, temperature)
@@ -59,6 +60,13 @@ def test_token_logp_equals_log_softmax(axis, entropy, pieces, monkeypatch):
     weight = WEIGHT if axis == 0 else WEIGHT.T
     given = axis, entropy, HIDDEN, weight, TOKEN, 0.7
     close(jax.jit(partial(run, logp.token_logp, *given))(), run(plain, *given))
+
+
+@pytest.mark.parametrize("shape", [{"scale": 0.5}, {"cap": 2.0}, {"scale": 3.0, "cap": 1.5}])
+def test_token_logp_of_scaled_and_capped_logits(shape, monkeypatch):
+    monkeypatch.setattr(logp, "LOGITS_A_DEVICE", B * -(-T // 3) * V)
+    given = 0, True, HIDDEN, WEIGHT, TOKEN, 0.7
+    close(jax.jit(partial(run, logp.token_logp, *given, **shape))(), run(plain, *given, **shape))
 
 
 def test_token_logp_in_bfloat16_adds_up_in_float32(monkeypatch):

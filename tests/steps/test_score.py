@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.config import DecoderConfig
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps import logp as log_probs
 from jaxrlhf.steps.score import forward, last_token, reward, score, value
@@ -20,6 +21,8 @@ whole = jax.jit(forward, static_argnames=("model", "entropy", "value", "first"))
 
 
 class Stub:
+    decoder = DecoderConfig(9, 9, 1, 1, 1, 8, 8)  # of its logits nothing is scaled or capped
+
     """hidden[i] = onehot(i) in every row; logits of position i from a table; the head says i."""
 
     def __init__(self, table):

@@ -17,8 +17,9 @@ from jaxrlhf.core.types import Batch, TrainState
 from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import DECODE, at_hand, few_rows_layout, on_host, spec
-from jaxrlhf.models.cache import KEPT, slots_of
+from jaxrlhf.models.cache import KEPT, slots_in
 from jaxrlhf.models.decode import Weights, kind_of
+from jaxrlhf.models.rope import kinds
 from jaxrlhf.rewards.models import Member, packed_reward, packed_scores
 from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
@@ -271,15 +272,17 @@ def cache_bytes(run: Run, rows: int) -> float:
     at_once = rows_at_a_time(run.config, rows)
     # a slot that is filled again has a copy of its prompt
     copies = at_once if at_once < rows else 0
-    parts = (
-        (prompts + copies, run.config.data.max_prompt_tokens),
-        (at_once, slots_of(sample.max_new_tokens - 1)),
-    )
-    numbers = 0
-    for count, slots in parts:
-        shape = (count, c.kv_heads, slots, c.head_dim)
-        numbers += _decoding(run, SimpleNamespace(shape=shape), KEPT)
-    return float(size * c.layers * numbers)
+    found, width, numbers = kinds(c), run.config.data.max_prompt_tokens, 0
+    for which in found.of_layer:
+        layer = found.all[which]
+        parts = (
+            (prompts + copies, min(width, layer.window or width)),
+            (at_once, slots_in(layer, sample.max_new_tokens - 1)),
+        )
+        for count, slots in parts:
+            shape = (count, c.kv_heads, slots, c.head_dim)
+            numbers += _decoding(run, SimpleNamespace(shape=shape), KEPT)
+    return float(size * numbers)
 
 
 def _shards(run: Run) -> int:

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.models.decode import kind_of
+from jaxrlhf.models.rope import windows_of
 from jaxrlhf.run.setup import Run
 from jaxrlhf.study.plan.calls import Call, arguments_by_kind, kinds_of, on_device, rows_at_a_time
 
@@ -69,10 +70,11 @@ def activations(run: Run, tokens: float) -> float:
     """Bytes on each device of what the products of all layers hand on, for so many tokens.
 
     Of a layer and token: what attention and MLP add up to, 2·D; queries, keys, values and what
-    attention makes of them, (2·N + 2·K)·H, and gate and up, 2·F, these split over tensor.
+    attention makes of them, (2·N + 2·K)·H, and gate and up, 2·F (without a gate F), these split
+    over tensor.
     """
     c = run.model.decoder
-    split = (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.mlp
+    split = (2 * c.heads + 2 * c.kv_heads) * c.head_dim + (1 + c.gated) * c.mlp
     each = 2 * c.embed + split / run.mesh.shape["tensor"]
     return tokens * c.layers * each * np.dtype(run.model.dtype).itemsize
 
@@ -87,13 +89,19 @@ def _token(run: Run, call: Call, copy: float, trips: int) -> float:
     shared = rows == call.responses and rows // sample.n % shards == 0
     prompts = rows // sample.n if shared else rows
     length = min(trips + 1, sample.max_new_tokens)
-    slots = prompts * run.config.data.max_prompt_tokens + rows * length / 2
+    width = run.config.data.max_prompt_tokens
+
+    def slots(window: int) -> float:
+        """Of a layer, filled on average."""
+        most = window or max(width, length)
+        return prompts * min(width, most) + rows * min(length / 2, most)
+
     heads = c.kv_heads / run.mesh.shape["tensor"]
     size = np.dtype(run.model.dtype).itemsize
     kind = kind_of(run.model, sample)
     # of int8 also a float32 a vector
     vector = c.head_dim * np.dtype(kind).itemsize + (4 if kind == "int8" else 0)
-    cache = 2 * c.layers * slots / shards * heads * vector
+    cache = 2 * sum(map(slots, windows_of(c))) / shards * heads * vector
     table = 0.0 if c.tied else c.vocab * c.embed * size / run.mesh.shape["tensor"]
     return copy - table + cache
 
