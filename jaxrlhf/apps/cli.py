@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from jaxrlhf import __version__
 from jaxrlhf.apps.shell import (
     COMMANDS,
     as_text,
@@ -45,6 +46,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"jaxrlhf {__version__}")
+        return 0
     try:
         if (name := words[0]) not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, 1)
@@ -78,7 +82,7 @@ def usage() -> str:
     return (
         "usage: jaxrlhf COMMAND …\n\nReinforcement learning from human feedback in JAX.\n\n"
         + "\n".join(lines)
-        + "\n\njaxrlhf COMMAND --help lists what a command takes."
+        + "\n\njaxrlhf COMMAND --help lists what a command takes; jaxrlhf --version says which it is."
     )
 
 
@@ -456,3 +460,15 @@ def env() -> None:
     kinds = [device.device_kind for device in jax.devices()]
     count = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
     print(f"{'devices':<18}{count} ({jax.default_backend()}, {jax.process_count()} process)")
+
+
+@command("completion", "a script that completes words in a shell: completion bash|zsh")
+def completion(shell: Annotated[Positional[Literal["bash", "zsh"]], arg(metavar="SHELL")]) -> None:
+    """Print a script by which a shell completes commands and options; its first lines say where to.
+
+    Args:
+      shell: bash or zsh.
+    """
+    from jaxrlhf.apps.completion import script
+
+    print(script(shell, COMMANDS), end="")

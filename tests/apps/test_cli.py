@@ -21,6 +21,7 @@ def test_main_help_lists_commands(capsys):
     listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
     assert listed == list(cli.COMMANDS)
     order = "train plan demo pipeline generate chat eval report export diagnose serve tasks env"
+    order += " completion"
     assert " ".join(listed) == order
     assert cli.main([]) == 2
     assert capsys.readouterr().err == out
