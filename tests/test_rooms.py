@@ -15,7 +15,7 @@ ROOMS = (
 )  # fmt: skip
 """From the ground up: a module imports its own room and those before it."""
 
-EXTRAS = {"vader", "datasets", "matplotlib", "math_verify", "reasoning_gym"}
+EXTRAS = {"vader", "math_verify", "reasoning_gym"}
 """Optional dependencies."""
 
 LATE = {"scipy"}

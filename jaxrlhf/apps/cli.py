@@ -82,7 +82,7 @@ def usage() -> str:
     return (
         "usage: jaxrlhf COMMAND …\n\nReinforcement learning from human feedback in JAX.\n\n"
         + "\n".join(lines)
-        + "\n\njaxrlhf COMMAND --help lists what a command takes; jaxrlhf --version says which it is."
+        + "\n\njaxrlhf COMMAND --help lists what a command takes; --version says which it is."
     )
 
 

@@ -1,7 +1,10 @@
 """The one error that a user can mend: what is wrong, where, and what to do about it."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
 
 from jaxrlhf.core.shown import one_line, visible
 
@@ -38,3 +41,21 @@ def refused(what: str, remedy: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{what} ({one_line(error)}); {remedy}") from None
+
+
+def to_install(extra: str) -> str:
+    """The command that brings an extra of this package, with a release or without one.
+
+    In a clone it installs the clone anew, with the extra; elsewhere the packages that the extra
+    stands for, by the metadata of what is installed.
+    """
+    clone = Path(__file__).parents[2]
+    if (clone / "pyproject.toml").exists():
+        return f"pip install -e {shlex.quote(f'{clone}[{extra}]')}"
+    try:
+        known = requires("jaxrlhf") or []
+    except PackageNotFoundError:
+        known = []
+    wanted = [line.partition(";")[0] for line in known if line.endswith(f'extra == "{extra}"')]
+    # Nothing installed has the extra: an old copy, or one that no installer knows of.
+    return f"pip install {shlex.join(x.strip() for x in wanted) or f'jaxrlhf[{extra}]'}"

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from tyro.conf import Positional, arg
 
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, to_install
 from jaxrlhf.core.reading import parse_yaml, problem_of
 from jaxrlhf.core.shown import shown
 from jaxrlhf.data.rows import write_rows
@@ -88,7 +88,7 @@ def task_rows(
     try:
         import reasoning_gym  # noqa: PLC0415 (optional extra)
     except ImportError as error:
-        message = "tasks: reasoning-gym is missing: pip install 'jaxrlhf[verifiers]'"
+        message = f"tasks: reasoning-gym is missing: {to_install('verifiers')}"
         raise InputError(message) from error
     known = reasoning_gym.factory.DATASETS
     if task not in known:

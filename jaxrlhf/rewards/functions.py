@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, to_install
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def make_sentiment() -> RewardFunction:
         from vader import SentimentIntensityAnalyzer  # noqa: PLC0415 (optional extra)
     except ImportError as error:
         raise InputError(
-            "reward function 'sentiment' needs nltk-vader-sentiment; pip install jaxrlhf[demo]"
+            f"reward function 'sentiment' needs nltk-vader-sentiment: {to_install('demo')}"
         ) from error
     # Made once: it reads its lexicon from a file.
     analyzer = SentimentIntensityAnalyzer()

@@ -30,7 +30,7 @@ from typing import Any
 
 import regex
 
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, to_install
 
 MATH_SECONDS = 5
 """Seconds that math-verify may take to read a text, and to compare two expressions; the row then
@@ -39,7 +39,7 @@ has no reward. It has no limit outside the main thread."""
 PATTERN_SECONDS = 1.0
 """Seconds that a pattern may take on a completion; the row then has no reward."""
 
-EXTRA = "needs math-verify and reasoning-gym: pip install 'jaxrlhf[verifiers]'"
+EXTRA = f"needs math-verify and reasoning-gym: {to_install('verifiers')}"
 
 Columns = Mapping[str, Any]
 """The columns of one row."""

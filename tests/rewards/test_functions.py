@@ -250,5 +250,5 @@ def test_sentiment_creates_the_analyzer_once(monkeypatch):
 
 def test_sentiment_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "vader", None)
-    with pytest.raises(InputError, match=r"pip install jaxrlhf\[demo\]"):
+    with pytest.raises(InputError, match=r"pip install -e .*\[demo\]"):
         make_sentiment()

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxrlhf.config import Config, MeshConfig, across_slices, resolve_mesh
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, to_install
 from jaxrlhf.mesh.chips import CHIPS, GIB, Chip
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import is_run
@@ -32,7 +32,7 @@ from jaxrlhf.study.plan.calls import (
     refused,
     resident,
 )
-from jaxrlhf.study.plan.gpus import EXTRA, GPUS, described
+from jaxrlhf.study.plan.gpus import GPUS, described
 from jaxrlhf.study.plan.moved import Move, moves, source, sources, total
 from jaxrlhf.study.plan.needed import needed
 from jaxrlhf.study.plan.topology import Topology, chip_of
@@ -198,8 +198,7 @@ def _tpus(topology: Topology, slices: int) -> list[Any]:
     name = topology.name
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"--topology {name}: libtpu, the TPU compiler, is not installed: "
-            "pip install 'jaxrlhf[plan]'"
+            f"--topology {name}: libtpu, the TPU compiler, is not installed: {to_install('plan')}"
         )
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     # without it each of a chip's two cores would be a device
@@ -433,7 +432,7 @@ def _remarks(
     if topology.compiler == "cpu":
         said = "compiled for CPU devices: temporaries and collectives are that compiler's"
         if topology.chip in GPUS:
-            said += f"; pip install '{EXTRA}' for the GPU's"
+            said += f"; {to_install('plan-gpu')} for the GPU's"
         found.append(said)
     if topology.compiler == "gpu" and any(call.fetched for call in calls.values()):
         found.append(

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from jaxrlhf.mesh.chips import CHIPS, GIB
 
-EXTRA = "jaxrlhf[plan-gpu]"
-
 
 @dataclass(frozen=True)
 class Gpu:

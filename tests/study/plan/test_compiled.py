@@ -158,7 +158,7 @@ def test_mesh_of_tpu_slices():
 
 def test_mesh_of_tpus_without_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"v5e:2x4: libtpu.* pip install 'jaxrlhf\[plan\]'"):
+    with pytest.raises(InputError, match=r"v5e:2x4: libtpu.* pip install -e .*\[plan\]"):
         mesh_of(MeshConfig(), parse("v5e:2x4"))
 
 
