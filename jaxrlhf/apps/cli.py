@@ -308,13 +308,20 @@ def chat(
     converse([model, against] if against else [model], wish, judge, as_text(system), seed)
 
 
-@command("eval", "held-out prompts: rewards, KL, win rate, best-of-n: eval RUN", raw=True)
+@command("eval", "held-out: rewards, KL, best-of-n; of a reward model accuracy: eval RUN", raw=True)
 def evaluate(words: list[str]) -> None:
     """Measure MODEL on held-out prompts, beside what it must beat, and print the figures."""
     from jaxrlhf.config import parse_evaluate
 
     wish = parse_evaluate(words)
     prepare_jax()
+    from jaxrlhf.models.load import scores_texts
+
+    if scores_texts(wish.model):
+        from jaxrlhf.study import reward_bench
+
+        print(reward_bench.table(reward_bench.measure(wish)))
+        return
     from jaxrlhf.study.evaluate import evaluate_model
     from jaxrlhf.study.figures import table
 

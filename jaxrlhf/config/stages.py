@@ -18,12 +18,14 @@ from jaxrlhf.core.shown import shown
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure a policy on held-out prompts: sampled at T = 1, untruncated."""
+    """Measure a policy on held-out prompts, sampled at T = 1, untruncated, or a reward model on
+    pairs."""
 
     model: str
     """The output folder of a run, or smollm2, a Hugging Face folder, a .gguf file."""
     data: str = ""
-    """Prompts, a .jsonl or .parquet file; "" = the run's data.eval."""
+    """Prompts, a .jsonl or .parquet file; "" = the run's data.eval. For a reward model
+    pairs: prompt, chosen, rejected, and perhaps subset, as RewardBench has them."""
     reference: str = ""
     """What the KL is measured to and the best of n is drawn from; as model. "" = the run's
     reference."""
@@ -52,6 +54,8 @@ class EvaluateConfig:
     """Pieces that heads, mlp and vocabulary are split into; None: as the run."""
     context: int | None = None
     """Pieces that the tokens of whole rows are split into; None: as the run."""
+    raw: bool = False
+    """Of reward models alone: score pairs of text as they are, without the chat template."""
     seed: int = 0
     """Every draw follows from it."""
     output: str = ""

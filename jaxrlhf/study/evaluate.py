@@ -88,6 +88,8 @@ def evaluate_model(
       InputError: a model, data or reward that cannot be used, or no folder that can be written.
     """
     check_evaluate(wish)
+    if wish.raw:
+        raise InputError("raw: a policy continues prompts of text as they are always: leave it out")
     if not wish.output and not is_run(wish.model):
         raise InputError(
             f"output: missing: {wish.model} is no run's folder: give one for evaluation.json"

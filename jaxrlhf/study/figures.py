@@ -189,20 +189,20 @@ def table(found: Mapping[str, Any], width: int = 100) -> str:
     if found.get("against") is not None:
         columns["against " + found["models"]["against"]] = found["against"]
     rows = [
-        (label, *(_interval(column, name) for column in columns.values()))
+        (label, *(mean_text(column, name) for column in columns.values()))
         for name, label in LABELS.items()
         if name in found["policy"]
     ]
-    _print(console, title, ("", *columns), rows)
+    print_table(console, title, ("", *columns), rows)
     if wins := found.get("win_rate"):
-        rates = [(f"by {j}", _interval(wins, j)) for j in judges]
-        _print(console, "Win rate (ties one half)", ("", "policy wins"), rates)
+        rates = [(f"by {j}", mean_text(wins, j)) for j in judges]
+        print_table(console, "Win rate (ties one half)", ("", "policy wins"), rates)
     for name, title in {"pass_at_k": "pass@k", "maj_at_k": "maj@k"}.items():
         if curve := found.get(name):
-            _print(console, title, ("k", "share of prompts"), _rows(curve, "k", ("rate",)))
+            print_table(console, title, ("k", "share of prompts"), _rows(curve, "k", ("rate",)))
     if curve := found.get("best_of_n"):
         rows = _rows(curve, "n", ("kl_nats", *judges))
-        _print(console, "Best of n, without training", ("n", "KL, nats", *judges), rows)
+        print_table(console, "Best of n, without training", ("n", "KL, nats", *judges), rows)
     if equal := found.get("equal_kl"):
         kl = f"the policy's KL of {number(equal['kl_nats'])} nats"
         reached = ", ".join(f"{judge} {number(equal[judge])}" for judge in judges)
@@ -214,12 +214,12 @@ def table(found: Mapping[str, Any], width: int = 100) -> str:
 
 def _rows(curve: Mapping[str, Any], over: str, names: Sequence[str]) -> list[tuple[str, ...]]:
     return [
-        (str(x), *(_interval({k: v[i] for k, v in curve.items()}, name) for name in names))
+        (str(x), *(mean_text({k: v[i] for k, v in curve.items()}, name) for name in names))
         for i, x in enumerate(curve[over])
     ]
 
 
-def _interval(figures: Mapping[str, Any], name: str) -> str:
+def mean_text(figures: Mapping[str, Any], name: str) -> str:
     """A mean with the half width of its interval: 0.15 ± 0.09."""
     if name not in figures:
         return ""
@@ -227,7 +227,7 @@ def _interval(figures: Mapping[str, Any], name: str) -> str:
     return number(figures[name]) + ("" if ci is None or ci != ci else f" ± {number(ci)}")
 
 
-def _print(
+def print_table(
     console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
     shown = Table(title=Text(visible(title)), title_justify="left", box=None, padding=(0, 3, 0, 0))
