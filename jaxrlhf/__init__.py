@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from jaxrlhf.models.load import load_model as load_model
     from jaxrlhf.models.stop_strings import stop_table as stop_table
     from jaxrlhf.models.transformer import Model as Model
+    from jaxrlhf.run import quartet as quartet
     from jaxrlhf.run.loop import train as train
+    from jaxrlhf.steps.iteration import make_iteration as make_iteration
     from jaxrlhf.steps.sample import sample as sample
     from jaxrlhf.steps.score import forward as forward
     from jaxrlhf.steps.score import reward as reward
@@ -45,7 +47,9 @@ _HOMES = {
     "load_model": "jaxrlhf.models.load",
     "read_ends": "jaxrlhf.models.ends",
     "stop_table": "jaxrlhf.models.stop_strings",
+    "make_iteration": "jaxrlhf.steps.iteration",
     "make_mesh": "jaxrlhf.mesh.sharding",
+    "quartet": "jaxrlhf.run.quartet",
     "sample": "jaxrlhf.steps.sample",
     "forward": "jaxrlhf.steps.score",
     "reward": "jaxrlhf.steps.score",
@@ -61,7 +65,7 @@ _HOMES = {
 }
 """Public name → the module it lives in."""
 
-_MODULES = {"algorithms", "config", "masked"}
+_MODULES = {"algorithms", "config", "masked", "quartet"}
 """Those of them that are modules themselves."""
 
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

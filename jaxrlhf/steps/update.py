@@ -323,7 +323,7 @@ def make_update(
             total, metrics, grads = _accumulate(value_and_grad, *_split(batch, microbatches))
         if rate is not None:
             metrics = {**metrics, "learning_rate": jnp.float32(rate(_position(state)))}
-        return _apply(tx, state, total, metrics, grads)
+        return apply_gradients(tx, state, total, metrics, grads)
 
     return jax.jit(update, donate_argnums=(0,) if donate else (), out_shardings=(layout, None))
 
@@ -392,7 +392,7 @@ def combine_updates(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float
     return whole | rates
 
 
-def _apply(
+def apply_gradients(
     tx: optax.GradientTransformation, state: TrainState, value: Array, metrics: Metrics, grads: Any
 ) -> tuple[TrainState, Metrics]:
     """The optimizer's step, unless the loss or a gradient is not finite."""
