@@ -99,6 +99,9 @@ run)
     done
     (($#)) || die "CONFIG is missing: the path of a YAML file in the image"
     text=$(manifest train "$@")
+    check_config "$@"
+    warn_uncommitted 'the image has what it was built of'
+    explain 'kubectl apply would create this: a JobSet, whose pods are the hosts of the run'
     if [[ -n ${DRY_RUN-} ]]; then
         printf '%s\n' "$text"
     else
@@ -106,8 +109,12 @@ run)
     fi
     ;;
 logs)
+    explain 'follows the log of the first pod, until Ctrl-C'
     run kubectl logs --follow --tail=200 \
         "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
     ;;
-delete) run kubectl delete jobset "$NAME" --ignore-not-found ;;
+delete)
+    explain 'ends the run and takes its pods away; what it wrote to the claim stays'
+    run kubectl delete jobset "$NAME" --ignore-not-found
+    ;;
 esac

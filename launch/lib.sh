@@ -41,3 +41,17 @@ run() { # COMMAND…: runs it; a dry run prints it
 try() { # COMMAND…: whether it succeeds, quietly; in a dry run nothing exists yet
     [[ -z ${DRY_RUN-} ]] && "$@" >/dev/null 2>&1
 }
+
+explain() { # TEXT: what the next command is for, in a dry run
+    [[ -z ${DRY_RUN-} ]] || echo "# $*"
+}
+
+check_config() { # CONFIG [--dotted.key value …]: dies unless it loads; nothing is touched before
+    "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/check.py" "$@" || exit 2
+}
+
+warn_uncommitted() { # says what will not be sent, or is not in the image
+    local changed
+    changed=$(git -C "$(dirname "${BASH_SOURCE[0]}")" status --porcelain 2>/dev/null | wc -l) || true
+    ((changed == 0)) || echo "warning: $changed files have edits that are not committed, and $*" >&2
+}

@@ -76,20 +76,24 @@ create() {
         --provisioning-model=RESERVATION_BOUND --instance-termination-action=DELETE
         --reservation-affinity=specific "--reservation=$reservation"
     )
+    explain 'a policy: the hosts lie together, in this topology'
     try gcloud compute resource-policies describe "$policy" "--region=$region" "${project[@]}" ||
         run gcloud compute resource-policies create workload-policy "$policy" "--region=$region" \
             "${project[@]}" --type=HIGH_THROUGHPUT "--accelerator-topology=$TOPOLOGY"
+    explain 'a template: what each host is'
     try gcloud compute instance-templates describe "$template" "${project[@]}" ||
         run gcloud compute instance-templates create "$template" "${project[@]}" \
             "--machine-type=$machine" "--image-family=$family" \
             --image-project=ubuntu-os-accelerator-images --boot-disk-type=hyperdisk-balanced \
             --boot-disk-size=200GB --maintenance-policy=TERMINATE --scopes=cloud-platform \
             "${options[@]}"
+    explain 'the group: as many hosts as the slice has, all or none; this is what costs'
     try gcloud compute instance-groups managed describe "$NAME" "${zone[@]}" ||
         run gcloud compute instance-groups managed create "$NAME" "${zone[@]}" "--size=$count" \
             "--template=$template" --target-size-policy-mode=bulk \
             --default-action-on-vm-failure=do-nothing \
             "--workload-policy=projects/$PROJECT/regions/$region/resourcePolicies/$policy"
+    explain 'waits until they run'
     run gcloud compute instance-groups managed wait-until "$NAME" "${zone[@]}" --stable
 }
 
@@ -126,17 +130,27 @@ tell() { # HOST COMMAND
 
 start() {
     (($#)) || die "CONFIG is missing: the path of a YAML file in the repository"
+    check_config "$@"
+    warn_uncommitted 'hosts get what is committed'
     archive=$(mktemp -d)
     trap 'rm -rf "$archive"' EXIT
+    explain 'packs what is committed'
     run git -C "$here/.." archive --format=tar.gz -o "$archive/jaxrlhf.tar.gz" HEAD
+    explain 'copies it to every host'
     everywhere copy "$archive/jaxrlhf.tar.gz"
+    explain 'unpacks it there, and installs it into a virtual environment'
     everywhere tell 'mkdir -p jaxrlhf && tar -xzf jaxrlhf.tar.gz -C jaxrlhf && jaxrlhf/launch/remote.sh install'
-    [[ -z $before ]] || everywhere tell "$before"
+    if [[ -n $before ]]; then
+        explain 'what --before asks of every host'
+        everywhere tell "$before"
+    fi
+    explain 'starts the run on all hosts, in the background; its log is run.log'
     everywhere tell "jaxrlhf/launch/remote.sh start $(quoted "$@")"
 }
 
 delete() { # what there is, in the order that lets go of one another
     local there=''
+    explain 'group, template and policy go, in this order'
     if [[ -n ${DRY_RUN-} ]] || try gcloud compute instance-groups managed describe "$NAME" "${zone[@]}"; then
         there=1
         run gcloud compute instance-groups managed delete "$NAME" "${zone[@]}" --quiet
@@ -157,8 +171,12 @@ create) create ;;
 run) start "$@" ;;
 logs)
     all=$(instances)
+    explain 'follows the log of the first host, until Ctrl-C'
     tell "${all%%$'\n'*}" 'tail -n 200 -F jaxrlhf/run.log'
     ;;
-stop) everywhere tell 'jaxrlhf/launch/remote.sh stop' ;;
+stop)
+    explain 'SIGTERM: the run saves a checkpoint and ends'
+    everywhere tell 'jaxrlhf/launch/remote.sh stop'
+    ;;
 delete) delete ;;
 esac

@@ -85,6 +85,7 @@ create() {
     version=${VERSION:-$(runtime "$TYPE")}
     now=$(state)
     if [[ -z $now ]]; then
+        explain 'asks for the slice; the request waits in a queue until there is room'
         run gcloud compute tpus queued-resources create "$NAME" "${where[@]}" "--node-id=$NAME" \
             "--accelerator-type=$TYPE" "--runtime-version=$version" ${spot:+--spot}
         now=$(state)
@@ -111,30 +112,53 @@ delete() {
         echo "$NAME: not there"
         return
     fi
+    explain 'gives the slice back, and its disks with it'
     run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
 }
 
-start() {
+checked() { # before anything is asked for: the run could start
     (($#)) || die "CONFIG is missing: the path of a YAML file in the repository"
+    check_config "$@"
+    warn_uncommitted 'hosts get what is committed'
+}
+
+start() {
     archive=$(mktemp -d)
     trap 'rm -rf "$archive"' EXIT
+    explain 'packs what is committed'
     run git -C "$here/.." archive --format=tar.gz -o "$archive/jaxrlhf.tar.gz" HEAD
+    explain 'copies it to every host'
     run gcloud compute tpus tpu-vm scp "$archive/jaxrlhf.tar.gz" "$NAME:" "${where[@]}" --quiet \
         --worker=all
+    explain 'unpacks it there, and installs it into a virtual environment'
     on_hosts all 'mkdir -p jaxrlhf && tar -xzf jaxrlhf.tar.gz -C jaxrlhf && jaxrlhf/launch/remote.sh install'
-    [[ -z $before ]] || on_hosts all "$before"
+    if [[ -n $before ]]; then
+        explain 'what --before asks of every host'
+        on_hosts all "$before"
+    fi
+    explain 'starts the run on all hosts, in the background; its log is run.log'
     on_hosts all "jaxrlhf/launch/remote.sh start $(quoted "$@")"
 }
 
 case $action in
 create) create ;;
-run) start "$@" ;;
+run)
+    checked "$@"
+    start "$@"
+    ;;
 resume)
+    checked "$@"
     case $(state) in FAILED | SUSPENDED) delete ;; esac
     create
     start "$@"
     ;;
-logs) on_hosts "$worker" 'tail -n 200 -F jaxrlhf/run.log' ;;
-stop) on_hosts all 'jaxrlhf/launch/remote.sh stop' ;;
+logs)
+    explain 'follows the log of one host, until Ctrl-C'
+    on_hosts "$worker" 'tail -n 200 -F jaxrlhf/run.log'
+    ;;
+stop)
+    explain 'SIGTERM: the run saves a checkpoint and ends'
+    on_hosts all 'jaxrlhf/launch/remote.sh stop'
+    ;;
 delete) delete ;;
 esac

@@ -34,6 +34,9 @@ need TYPE --type
 need IMAGE --image
 (($#)) || die "CONFIG is missing: the path of a YAML file in the image"
 need_program xpk
+check_config "$@"
+warn_uncommitted 'the image has what it was built of'
+explain 'a workload: xpk makes it a JobSet of the cluster'
 run xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$TYPE" \
     "--num-slices=$slices" "--docker-image=$IMAGE" "${place[@]}" \
     "--command=. launch/env.sh tpu && python -m jaxrlhf train $(quoted "$@")"

@@ -63,7 +63,7 @@ JOBSET = closed(
 
 @pytest.fixture
 def manifest(workshop):
-    def render(kind, *options, words=("c.yaml", "--output", "/runs/a: b")):
+    def render(kind, *options, words=("/c.yaml", "--output", "/runs/a: b")):
         named = ["--name", "ppo-1", "--image", "r.dev/i:1", *KINDS[kind]]
         words = [*named, *options, "--dry-run", *words]
         return yaml.safe_load(workshop.output("gke.sh", "run", kind, *words))
@@ -124,7 +124,7 @@ def test_manifest_ends_and_restarts_all_together(manifest, kind):
 def test_manifest_runs_the_command_with_what_it_asks_for(manifest, kind):
     jobset, other = manifest(kind), manifest(kind, "--claim", "mine", "--queue", "team")
     [container] = pod_of(jobset)["containers"]
-    assert container["args"] == ["train", "c.yaml", "--output", "/runs/a: b"]
+    assert container["args"] == ["train", "/c.yaml", "--output", "/runs/a: b"]
     assert container["image"] == "r.dev/i:1"
     assert {"name": "DEVICE", "value": kind} in container["env"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
@@ -184,7 +184,7 @@ def test_gpu_processes_find_the_first(manifest):
 
 def test_run_applies(workshop):
     workshop.fake("kubectl", '#!/bin/bash\necho "$*"\ncat\n')
-    output = workshop.output("gke.sh", "run", "gpu", *NAMED, *GPU, "c.yaml")
+    output = workshop.output("gke.sh", "run", "gpu", *NAMED, *GPU, "/c.yaml")
     assert output.startswith("apply -f -\n# A run on GPU nodes")
 
 

@@ -12,20 +12,20 @@ XPK = ["--cluster", "c", "--name", "n", "--type", "v5litepod-256", "--image", "r
 
 
 def test_xpk_creates_a_workload(workshop):
-    words = [*XPK, "--slices", "2", "--project", "p", "--zone", "z", "c.yaml", "--output", "a b"]
+    words = [*XPK, "--slices", "2", "--project", "p", "--zone", "z", "/c.yaml", "--output", "a b"]
     workshop.output("xpk.sh", *words)
     [call] = workshop.calls()
     assert call == [
         "xpk", "workload", "create", "--cluster=c", "--workload=n", "--tpu-type=v5litepod-256",
         "--num-slices=2", "--docker-image=r.dev/i:1", "--project=p", "--zone=z",
-        r"--command=. launch/env.sh tpu && python -m jaxrlhf train c.yaml --output a\ b",
+        r"--command=. launch/env.sh tpu && python -m jaxrlhf train /c.yaml --output a\ b",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("left_out", range(4))
 def test_xpk_names_what_is_missing(workshop, left_out):
     words = XPK[: 2 * left_out] + XPK[2 * left_out + 2 :]
-    errors = workshop.refusal("xpk.sh", *words, "c.yaml")
+    errors = workshop.refusal("xpk.sh", *words, "/c.yaml")
     assert errors.startswith(f"error: {XPK[2 * left_out]} is missing")
     assert workshop.calls() == []
 

@@ -1,6 +1,7 @@
 """A slice of the Cloud TPU API, one of Compute Engine: the gcloud commands, in order; and what a
 host of a slice is asked to do."""
 
+import re
 import shutil
 import time
 
@@ -70,27 +71,27 @@ def test_vm_create_newer_slices_are_elsewhere(workshop):
 
 def test_vm_run_copies_installs_and_starts(workshop):
     before = ["--before", "sudo mount x /runs"]
-    workshop.output("tpu_vm.sh", "run", *VM, *before, "c.yaml", "--output", "/runs/a b")
+    workshop.output("tpu_vm.sh", "run", *VM, *before, "/c.yaml", "--output", "/runs/a b")
     scp, *rest = workshop.calls()
     assert scp[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
     assert scp[5].endswith("/jaxrlhf.tar.gz")
     assert scp[6:] == ["a:", AT, "--quiet", "--worker=all"]
-    start = rf"{START} c.yaml --output /runs/a\ b"
+    start = rf"{START} /c.yaml --output /runs/a\ b"
     assert rest == [ssh(INSTALL), ssh("sudo mount x /runs"), ssh(start)]
 
 
 def test_vm_run_stops_at_the_first_failure(workshop):
     workshop.answers = {"install": [(255, "")]}
-    assert workshop.run("tpu_vm.sh", "run", *VM, "c.yaml").returncode == 255
+    assert workshop.run("tpu_vm.sh", "run", *VM, "/c.yaml").returncode == 255
     assert len(workshop.calls()) == 2
 
 
 def test_vm_resume_replaces_a_preempted_slice(workshop):
     workshop.answers = {"describe": [(0, "SUSPENDED"), (0, "SUSPENDED"), (1, ""), (0, "ACTIVE")]}
-    workshop.output("tpu_vm.sh", "resume", *VM, *TYPE, "c.yaml")
+    workshop.output("tpu_vm.sh", "resume", *VM, *TYPE, "/c.yaml")
     calls = workshop.calls()
     assert calls[:6] == [DESCRIBE, DESCRIBE, DELETE, DESCRIBE, CREATE, DESCRIBE]
-    assert calls[-1] == ssh(f"{START} c.yaml")
+    assert calls[-1] == ssh(f"{START} /c.yaml")
 
 
 def test_vm_logs_stop_delete(workshop):
@@ -122,11 +123,10 @@ def test_vm_refuses(workshop, words, message):
 
 
 def test_vm_dry_run_runs_nothing(workshop):
-    words = ["resume", *VM, *TYPE, "--dry-run", "c.yaml"]
+    words = ["resume", *VM, *TYPE, "--dry-run", "/c.yaml"]
     lines = workshop.output("tpu_vm.sh", *words, PATH="/usr/bin:/bin").splitlines()
-    assert [line.split()[:2] for line in lines] == [
-        ["+", "gcloud"], ["+", "git"], *[["+", "gcloud"]] * 3,
-    ]  # fmt: skip
+    assert [line[:8] for line in lines[1::2]] == ["+ gcloud", "+ git -C", *["+ gcloud"] * 3]
+    assert all(re.match("# [a-z]", line) for line in lines[::2])  # what each is for
 
 
 # tpu_gce.sh
@@ -186,11 +186,11 @@ def test_gce_create_capacity(workshop, option, words):
 
 def test_gce_run_tells_every_host(workshop):
     workshop.answers = HOSTS
-    workshop.output("tpu_gce.sh", "run", *GCE, "c.yaml", "--steps", "3")
+    workshop.output("tpu_gce.sh", "run", *GCE, "/c.yaml", "--steps", "3")
     told = sorted(
         (call[3], call[-1].rpartition(" && ")[2]) for call in workshop.calls() if call[2] == "ssh"
     )
-    commands = (f"--command={START} c.yaml --steps 3", "jaxrlhf/launch/remote.sh install")
+    commands = (f"--command={START} /c.yaml --steps 3", "jaxrlhf/launch/remote.sh install")
     assert told == [(host, command) for host in ("a-1", "a-2") for command in commands]
     copied = [call[4:] for call in workshop.calls() if call[2] == "scp"]
     assert sorted(copied) == [[f"a-{i}:", Z, P, "--quiet"] for i in (1, 2)]
@@ -200,7 +200,7 @@ def test_gce_run_tells_every_host(workshop):
 
 def test_gce_run_fails_if_one_host_does(workshop):
     workshop.answers = HOSTS | {"ssh a-2": [(255, "")]}
-    assert "not every host could be told" in workshop.refusal("tpu_gce.sh", "run", *GCE, "c.yaml")
+    assert "not every host could be told" in workshop.refusal("tpu_gce.sh", "run", *GCE, "/c.yaml")
     assert not any("start" in call[-1] for call in workshop.calls())
 
 

@@ -40,6 +40,8 @@ def parse(name: str, gpus: bool = False) -> Topology:
     if name == "here":
         return Topology(name, "", 0, "here")
     kind, _, shape = name.partition(":")
+    if hint := _by_count(name):
+        raise InputError(f"--topology {name}: how its chips lie is missing: give {hint}")
     if kind not in CHIPS:
         raise InputError(f"--topology {name}: unknown device; give {', '.join(CHIPS)} or here")
     torus = CHIPS[kind].torus
@@ -53,6 +55,23 @@ def parse(name: str, gpus: bool = False) -> Topology:
     if torus:
         return Topology(name, kind, count, "tpu")
     return Topology(name, kind, count, "gpu" if gpus and kind != "cpu" else "cpu")
+
+
+def _by_count(name: str) -> str:
+    """The name here of what a cloud calls v5e-256: the most compact shape; "" of another name."""
+    match = re.fullmatch(r"(\w+)-([1-9]\d*)", name)
+    kind = {"v5litepod": "v5e"}.get(match[1], match[1]) if match else ""
+    if not match or kind not in CHIPS:
+        return ""
+    dims = CHIPS[kind].torus or 1
+    # Slices in three dimensions are named by their cores, of which a chip has two.
+    chips = int(match[2]) // (2 if dims == 3 else 1)
+    if chips < 1 or chips & (chips - 1):
+        return ""
+    twos = chips.bit_length() - 1
+    # As they are written: 2x4, and 2x2x1.
+    sizes = sorted((2 ** ((twos + i) // dims) for i in range(dims)), reverse=dims == 3)
+    return f"{kind}:{'x'.join(map(str, sizes))}"
 
 
 def environment(

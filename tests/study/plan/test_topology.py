@@ -29,6 +29,12 @@ def test_parse(name, chip, devices, compiler):
     ("name", "message"),
     [
         ("v5x:16x16", "--topology v5x:16x16: unknown device; give v4, v5e, v5p"),
+        ("v5e-256", "--topology v5e-256: how its chips lie is missing: give v5e:16x16"),
+        ("v5litepod-8", "give v5e:2x4"),
+        ("v5p-512", "give v5p:8x8x4"),
+        ("v4-8", "give v4:2x2x1"),
+        ("h100-8", "give h100:8"),
+        ("v5e-100", "unknown device"),
         ("v5e", "--topology v5e: v5e takes 2 sizes, as in v5e:16x16"),
         ("v5p:16x16", "v5p takes 3 sizes, as in v5p:8x8x4"),
         ("v5e:0x16", "v5e takes 2 sizes"),
