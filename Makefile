@@ -3,6 +3,7 @@
 # make fuzz    damaged files for every reader
 # make soak    two hours of random faults     ARGS="--seconds 1200 --seed 1"
 # make signals SIGTERM and Ctrl-C in every phase of a run
+# make docs    the site, in site/; SERVE=1: on 127.0.0.1:8001, while you write
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
 # PYTHON=python3.11 chooses the interpreter, VENV=folder the place of the virtual environment,
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test fuzz soak signals lint benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak signals lint docs benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -44,12 +45,17 @@ lint: setup-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Strict: a broken link, or a page that the navigation lacks, is an error.
+docs: setup-test
+	$(PIP) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs $(if $(SERVE),serve --dev-addr 127.0.0.1:8001,build --strict)
+
 # Each peer has a virtual environment in .venv-peers/: a few GiB, made at the first call.
 benchmark: setup-test
 	$(VENV)/bin/python benchmarks/peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-peers
+	rm -rf $(VENV) .venv-peers site
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 on the PATH: give one with make PYTHON=/path/to/python" >&2; exit 2; }
