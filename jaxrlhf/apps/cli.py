@@ -20,6 +20,7 @@ from jaxrlhf.apps.shell import (
     beyond_locale,
     command,
     never_refuse,
+    no_devices,
     prepare_jax,
     settle,
     typed,
@@ -72,6 +73,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        # Without a device whatever comes first fails, each in its own words.
+        if not (problem := no_devices()):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -452,21 +459,11 @@ def tasks(words: list[str]) -> None:
 
 @command("env", "versions and devices")
 def env() -> None:
-    """Print the versions that matter in a bug report, and the devices."""
+    """Print the versions that matter in a bug report, and the devices, or why there are none."""
     prepare_jax()
-    import platform
-    from importlib.metadata import version
+    from jaxrlhf.apps.env import lines
 
-    import jax
-
-    print(f"{'python':<18}{platform.python_version()}")
-    for name in (
-        "jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
-    ):  # fmt: skip
-        print(f"{name:<18}{version(name)}")
-    kinds = [device.device_kind for device in jax.devices()]
-    count = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
-    print(f"{'devices':<18}{count} ({jax.default_backend()}, {jax.process_count()} process)")
+    print(*lines(), sep="\n")
 
 
 @command("completion", "a script that completes words in a shell: completion bash|zsh")

@@ -3,6 +3,7 @@
 import codecs
 import gc
 import hashlib
+import importlib
 import io
 import os
 import platform
@@ -111,3 +112,12 @@ def beyond_locale(error: UnicodeEncodeError) -> str:
         f"{name}: the locale's encoding, {error.encoding}, has no such name of a "
         "file: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
     )
+
+
+def no_devices() -> str:
+    """Why JAX has no device, if it has been imported and has none; else ""."""
+    if "jax" not in sys.modules:
+        return ""
+    # Imported by the command that has failed, in as far as it came.
+    backend = importlib.import_module("jaxrlhf.mesh.backend")
+    return backend.no_devices()

@@ -122,6 +122,20 @@ def test_env_prints_versions_and_devices():
     assert re.search(r"^devices +8 x cpu \(cpu, 1 process\)$", result.stdout, re.MULTILINE)
 
 
+def test_a_device_that_is_not_there_is_one_line(tmp_path):
+    """``cuda`` would be there on a machine with a GPU: this one is nowhere."""
+    config = Path(__file__).parents[2] / "configs" / "ppo_tiny.yaml"
+    result = run("train", str(config), "--output", str(tmp_path / "run"), JAX_PLATFORMS="nowhere")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: JAX_PLATFORMS=nowhere: JAX finds no such device (")
+    assert result.stderr.endswith("or leave JAX_PLATFORMS out, to run on what there is\n")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    result = run("env", JAX_PLATFORMS="nowhere")
+    assert result.returncode == 0
+    assert re.search(r"^devices +none: JAX_PLATFORMS=nowhere: ", result.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("words", "seconds"),
     [(["--help"], 0.5), (["train", "--help"], 1.5), (["demo", "--help"], 1.0)],
