@@ -33,6 +33,7 @@ from jaxrlhf.config import (
 from jaxrlhf.mesh.checkpoint import load
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.run.loop import train
+from jaxrlhf.run.metrics import lookup
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
 
@@ -226,7 +227,11 @@ def trained(config, mesh=None):
         step, found, _ = load(Path(config.output) / "checkpoints", abstract)
     assert step == config.steps
     lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-    return jax.device_get(found), [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
+    # Every figure of every run has its line in docs/metrics.md.
+    names = {name for record in records for name in record} - {"step"}
+    assert [name for name in names if lookup(name) is None] == []
+    return jax.device_get(found), records
 
 
 def interrupt(config, step, check=lambda: None):

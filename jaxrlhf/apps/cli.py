@@ -335,17 +335,30 @@ def evaluate(words: list[str]) -> None:
     print(table(evaluate_model(wish)))
 
 
-@command("report", "a page about a run, or several compared: report RUN…")
+@command("report", "a page about a run, or several compared: report RUN… [--watch]")
 def report(
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN…")],
     output: str = "",
+    watch: bool = False,
+    port: int = 0,
 ) -> None:
     """Write one page about a run, or about several side by side, that needs no network to be read.
 
+    A pipeline's folder stands for its last run.
+
     Args:
-      runs: output folders of runs.
+      runs: output folders of runs, or of pipelines.
       output: the .html file; report.html in the folder of a single run, if empty.
+      watch: write no file, but serve the page to this machine, and follow the runs.
+      port: where to serve it; 0 takes a free one.
     """
+    if watch:
+        from jaxrlhf.apps.watch import watch as follow
+
+        if output:
+            raise InputError("--output and --watch: a page that is watched is no file: give one")
+        follow(runs, port)
+        return
     from jaxrlhf.run.report import write_report
 
     print(write_report(runs, output))

@@ -1,6 +1,7 @@
 """From records to curves, and from curves to charts as inline SVG, styled by the page's stylesheet.
 
-Pure functions. A number that is missing is NaN.
+Pure functions. A number that is missing is NaN. What report.js shows of a chart under the pointer
+stands in the ``data-`` attributes of its curves.
 """
 
 import math
@@ -11,53 +12,14 @@ from markupsafe import Markup
 
 from jaxrlhf.core.stats import wilson
 from jaxrlhf.run.display import number
+from jaxrlhf.run.folder import RunFiles
+from jaxrlhf.run.metrics import COUNTS, DRAWN, HELD_OUT, METRICS, Metric
 
 FAR = 1e100
 """Beyond it nothing is drawn: widths of axes would not be finite."""
 
 MOST_POINTS = 240
 """Points of a curve; more are averaged in equal stretches."""
-
-TRAINING = {
-    "reward": ("Reward, in training", "reward units"),
-    "kl": ("KL to the reference, in training", "nats a sequence"),
-    "length": ("Length, in training", "tokens"),
-    "entropy_estimate": ("Entropy, in training", "nats a token"),
-    "loss": ("Loss", ""),
-    "accuracy": ("Accuracy, in training", "share"),
-    "explained_variance": ("Explained variance of the value function", "share"),
-    "clip_fraction": ("Clipped ratios", "share"),
-    "grad_norm": ("Gradient norm", ""),
-    "tokens_per_second": ("Speed of an iteration", "tokens a second"),
-    "mfu": ("MFU: FLOPs of the update that the model needs, of the peak", "share"),
-    "bandwidth_share": ("Weights and keys that decoding reads, of the peak bandwidth", "share"),
-    "sample_share": ("Time of sampling in an iteration", "share"),
-    "idle_share": ("Steps of decoding for rows that had ended", "share"),
-    "recompiles": ("Programs compiled anew", "count"),
-}
-"""Metrics of the iterations that are drawn, their titles and units."""
-
-HELD_OUT = {
-    "gold": ("Gold measure", "reward units"),
-    "proxy": ("Reward (proxy)", "reward units"),
-    "kl_nats": ("KL to the reference", "nats a sequence"),
-    "length": ("Length", "tokens"),
-    "ended": ("Ended", "share"),
-    "entropy": ("Entropy", "nats a token"),
-    "distinct_1": ("Distinct tokens", "share"),
-    "distinct_2": ("Distinct bigrams", "share"),
-    "repetition_3": ("Repeated 3-grams", "share"),
-    "unknown": ("Without a score", "share"),
-    "accuracy": ("Accuracy", "share"),
-    "accuracy_large_gap": ("Accuracy, large gap", "share"),
-    "loss": ("Loss", ""),
-    "completions": ("Completions", ""),
-    "rows": ("Rows", ""),
-}
-"""Metrics of held-out rows in their order, what they are called, and their units."""
-
-COUNTS = ("completions", "rows")
-"""Those that say how much was measured, which are not drawn."""
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
@@ -175,7 +137,9 @@ def reliability(summary: Mapping[str, Any]) -> list[Point]:
     curve = summary.get("reliability") or {}
     names = ("predicted", "observed", "count")
     points = []
-    for row in rows_of(curve) if all(name in curve for name in names) else ():
+    if not all(name in curve for name in names):
+        return []
+    for row in rows_of({name: curve[name] for name in names}):
         predicted, share, count = (number_of(row, name) for name in names)
         # So written that NaN fails too.
         if not (0 <= share <= 1 and 0 < count < FAR):
@@ -208,22 +172,51 @@ class Scale(NamedTuple):
         return round(self.start + share * (self.end - self.start), 1)
 
 
-def training_curves(metrics: Mapping[str, Records]) -> list[Markup]:
-    """The iterations' metrics, a chart each, a curve a run: name → lines of metrics.jsonl."""
-    return [
-        chart(_curves(metrics, metric), _titled(title, unit), "iteration")
-        for metric, (title, unit) in TRAINING.items()
-    ]
+def training_curves(metrics: Mapping[str, Records]) -> tuple[list[Markup], list[str]]:
+    """The iterations' metrics, a chart each, a curve a run: name → lines of metrics.jsonl.
+
+    Returns:
+      Charts, and a line that names the metrics that never change, of which there is none.
+    """
+    drawn, still = [], []
+    for name in DRAWN:
+        curves, metric = _curves(metrics, name), METRICS[name]
+        values = {point.y for curve in curves for point in curve.points}
+        if len(values) > 1:
+            drawn.append(chart(curves, _titled(metric.title, metric.unit), "iteration", metric))
+        elif any(len(curve.points) > 1 for curve in curves):
+            still.append(f"{metric.title} {number(values.pop())}")
+    return drawn, [f"Always the same: {'; '.join(still)}."] if still else []
 
 
 def held_out_curves(metrics: Mapping[str, Records]) -> list[Markup]:
     """Held-out measures over the iterations, for runs that were measured more than twice."""
     out = []
-    for metric, (title, unit) in HELD_OUT.items():
-        curves = _curves(metrics, f"eval/{metric}", dots=True)
-        if metric not in COUNTS and any(len(curve.points) > 2 for curve in curves):
-            out.append(chart(curves, _titled(f"{title}, held out", unit), "iteration"))
+    for name, metric in HELD_OUT.items():
+        curves = _curves(metrics, f"eval/{name}", dots=True)
+        values = {point.y for curve in curves for point in curve.points}
+        often = any(len(curve.points) > 2 for curve in curves)
+        if name not in COUNTS and often and len(values) > 1:
+            title = _titled(f"{metric.title}, held out", metric.unit)
+            out.append(chart(curves, title, "iteration", metric))
     return out
+
+
+def over_optimisation(named: Mapping[str, RunFiles]) -> list[Markup]:
+    """Proxy and gold over √KL, and best-of-n beside them where it has been measured."""
+    curves: dict[str, list[Series]] = {"proxy": [], "gold": []}
+    for i, (name, run) in enumerate(named.items()):
+        trained = name, gold_against_proxy(run.metrics, root=True), False
+        best = f"{name}, best of n", best_of_n(run.evaluation, root=True), True
+        for label, policies, dashed in (trained, best):
+            for measure, found in curves.items():
+                points = [getattr(policy, measure) for policy in policies]
+                found.append(Series(label, points, i, dashed, dots=True))
+    x = "√KL to the reference, √nats"
+    return [
+        chart(found, f"{HELD_OUT[measure].title} over √KL (reward units)", x)
+        for measure, found in curves.items()
+    ]
 
 
 def _curves(metrics: Mapping[str, Records], metric: str, dots: bool = False) -> list[Series]:
@@ -237,13 +230,14 @@ def _titled(title: str, unit: str) -> str:
     return f"{title} ({unit})" if unit else title
 
 
-def chart(curves: Sequence[Series], title: str, x: str) -> Markup:
+def chart(curves: Sequence[Series], title: str, x: str, about: Metric | None = None) -> Markup:
     """Curves over one pair of axes, with a legend if they are several; nothing without a point.
 
     Args:
       curves: points that are not finite are left out.
       title: text above, with the unit of the values; also what a screen reader says.
       x: name of the axis across, with its unit; it begins at 0 where that is near.
+      about: what is said of the metric below.
     """
     curves = [curve._replace(points=[p for p in curve.points if drawn(p)]) for curve in curves]
     curves = [curve for curve in curves if curve.points]
@@ -254,11 +248,27 @@ def chart(curves: Sequence[Series], title: str, x: str) -> Markup:
     left, right = spread([p.x for p in points], 0.0)
     across = Scale(0.0 if 0 < left < right / 10 else left, right, LEFT, WIDTH - RIGHT)
     up = Scale(*spread(ends, 0.06), HEIGHT - BOTTOM, TOP)  # SVG counts from the top
-    parts = [*_axes(across, up, x), *(part for c in curves for part in _curve(c, across, up))]
+    parts = [*_axes(across, up, x), *(_curve(c, across, up) for c in curves)]
     return Markup(
         '<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {w} {h}" role="img" '
-        'aria-label="{title}">{parts}</svg>{legend}</figure>'
-    ).format(title=title, w=WIDTH, h=HEIGHT, parts=Markup("").join(parts), legend=_legend(curves))
+        'aria-label="{title}">{parts}</svg>{legend}{about}</figure>'
+    ).format(
+        title=title,
+        w=WIDTH,
+        h=HEIGHT,
+        parts=Markup("").join(parts),
+        legend=_legend(curves),
+        about=_about(about),
+    )
+
+
+def _about(metric: Metric | None) -> Markup:
+    """What a metric says, in its first sentence, and where it should be."""
+    if metric is None:
+        return Markup("")
+    healthy = f" Healthy: {metric.healthy}." if metric.healthy else ""
+    said = f"{metric.says.split('. ')[0]}.{healthy}"
+    return Markup('<p class="about">{}</p>').format(said.replace("`", ""))
 
 
 def spread(values: Sequence[float], margin: float) -> tuple[float, float]:
@@ -301,7 +311,29 @@ def _axes(across: Scale, up: Scale, x: str) -> Iterator[Markup]:
     yield text.format("column name", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, x)
 
 
-def _curve(curve: Series, across: Scale, up: Scale) -> Iterator[Markup]:
+def _curve(curve: Series, across: Scale, up: Scale) -> Markup:
+    """A curve, and beside it the values that stand at its places."""
+    parts = Markup("").join(_marks(curve, across, up))
+    told = [f"{number(p.y)}" + _half(p) for p in curve.points]
+    return Markup('<g data-name="{}" data-x="{}" data-y="{}" class="c{}">{}</g>').format(
+        curve.name,
+        "|".join(_short(p.x) for p in curve.points),
+        "|".join(told),
+        curve.colour % COLOURS,
+        parts,
+    )
+
+
+def _short(x: float) -> str:
+    """Where a point lies: a step in full, else two or three digits."""
+    return f"{x:.0f}" if x % 1 == 0 and abs(x) < 1e9 else number(x)
+
+
+def _half(point: Point) -> str:
+    return "" if math.isnan(point.ci) else f" ± {number(point.ci)}"
+
+
+def _marks(curve: Series, across: Scale, up: Scale) -> Iterator[Markup]:
     colour = f"c{curve.colour % COLOURS}" + (" dashed" if curve.dashed else "")
     places = [(across.at(p.x), up.at(p.y)) for p in curve.points]
     if len(places) > 1:

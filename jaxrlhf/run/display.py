@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,32 +15,33 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxrlhf.core.shown import visible
-
-ROWS = {
-    "reward": "reward",
-    "kl": "KL",
-    "entropy": "entropy",
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "tokens_per_second": "tokens/s",
-    "mfu": "MFU",
-    "bandwidth_share": "bandwidth",
-    "sample_share": "sampling",
-    "idle_share": "idle",
-    "value_explained_variance": "value expl. var.",
-}
-"""Metrics that are shown where a run has them, in this order, and their labels. ``reward`` is what
-is learnt from, with penalties and KL; that of a completion is the score alone."""
+from jaxrlhf.run.metrics import METRICS, TERMINAL
 
 UNITS = {"tokens_per_second": " tok/s"}
 """Metrics that a plain line writes as number and unit, not as name and number."""
 
+WIDE = 100
+"""Columns from which on the panel has room for units."""
+
 _BARS = "▁▂▃▄▅▆▇█"
+
+Compiled = Callable[[], tuple[int, float]]
+"""Programs compiled so far, and the seconds that took."""
+
+
+def _none() -> tuple[int, float]:
+    return 0, 0.0
 
 
 @contextmanager
 def display(
-    total: int, title: str, start: int = 0, console: Console | None = None, active: bool = True
+    total: int,
+    title: str,
+    start: int = 0,
+    console: Console | None = None,
+    active: bool = True,
+    where: str = "",
+    compiled: Compiled = _none,
 ) -> Iterator["Display"]:
     """Show a run's progress: live if stdout is a terminal, else one plain line an iteration.
 
@@ -52,11 +53,15 @@ def display(
       start: iterations that are done already, on resume.
       console: where to write, if not to stdout.
       active: False shows nothing, for all but process 0 of a multi-host run.
+      where: a line that comes first: what the run is on.
+      compiled: asked when the first iteration is done, which waits for its programs.
     """
     if not active:
         console = Console(quiet=True)
     console = console or Console(force_terminal=sys.stdout.isatty())
-    show = Display(total, title, start, console)
+    show = Display(total, title, start, console, compiled)
+    if where:
+        show.note(where)
     # A log wants one line an iteration, and no codes that move the cursor.
     if not _is_live(console):
         show.note(title)
@@ -70,13 +75,44 @@ def display(
 class Display:
     """See ``display``. All texts are shown as they are: no markup, no control characters."""
 
-    def __init__(self, total: int, title: str, start: int, console: Console):
+    def __init__(
+        self,
+        total: int,
+        title: str,
+        start: int,
+        console: Console,
+        compiled: Compiled = _none,
+    ):
         self.live: Live | None = None
+        self._compiled, self._before = compiled, compiled()
+        self._phase = ""
         self._title, self._total, self._step, self._console = title, total, start, console
         self._history: dict[str, list[float]] = {}
         self._samples: list[Mapping[str, Any]] = []
         self._seconds: list[float] = []
         self._began = time.monotonic()
+
+    def resume(self, start: int) -> None:
+        """So many iterations are done already."""
+        self._step = start
+
+    def lasted(self) -> float:
+        """Seconds that what the run does now has taken so far."""
+        return time.monotonic() - self._began
+
+    def phase(self, name: str, told: bool = True) -> None:
+        """The run begins with something that is no iteration, such as reading; "" ends it.
+
+        Args:
+          name: what it does now.
+          told: note how long what it did before has taken.
+        """
+        now = time.monotonic()
+        if self._phase and told:
+            self.note(f"{self._phase}: {now - self._began:.1f} s")
+        self._phase, self._began = name, now
+        if self.live is not None:
+            self.live.refresh()
 
     def step(
         self, step: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
@@ -85,14 +121,14 @@ class Display:
 
         Args:
           step: iterations done, this one included.
-          metrics: numbers by name, those of ``ROWS`` among them; ``seconds`` is how long the
+          metrics: numbers by name, those of ``TERMINAL`` among them; ``seconds`` is how long the
             iteration took (measured here if missing).
           samples: the newest completions, newest last: prompt, completion and reward of each.
         """
         now = time.monotonic()
         self._seconds.append(float(metrics.get("seconds", now - self._began)))
         self._began, self._step = now, step
-        for name in ROWS:
+        for name in TERMINAL:
             if metrics.get(name) is not None:
                 self._history.setdefault(name, []).append(float(metrics[name]))
         # An iteration without samples leaves the last ones in sight.
@@ -101,6 +137,14 @@ class Display:
             self.note(self._line(metrics))
         else:
             self.live.refresh()
+        count, seconds = self._programs()
+        if len(self._seconds) == 1 and count:
+            self.note(f"compiling {count} programs: {seconds:.1f} s, in part beside the reading")
+
+    def _programs(self) -> tuple[int, float]:
+        """Programs compiled since the run began, and their seconds."""
+        count, seconds = self._compiled()
+        return count - self._before[0], seconds - self._before[1]
 
     def note(self, text: str) -> None:
         """Show one line of text: above the live panel, or in the log."""
@@ -115,7 +159,7 @@ class Display:
             self._console.file.flush()
 
     def _line(self, metrics: Mapping[str, Any]) -> str:
-        shown = [name for name in ROWS if metrics.get(name) is not None]
+        shown = [name for name in TERMINAL if metrics.get(name) is not None]
         parts = [
             f"{number(metrics[name])}{UNITS[name]}"
             if name in UNITS
@@ -139,17 +183,25 @@ class Display:
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True)
-        here = time.monotonic() - self._began
-        if self._step >= self._total:
-            left = "done"
-        elif not self._seconds:
-            left = f"first step {clock(here)}"
-        else:
-            pace = statistics.median(self._seconds[-20:])
-            left = f"{pace:.1f} s/step  ETA {clock(pace * (self._total - self._step) - here)}"
         bar = ProgressBar(total=max(self._total, 1), completed=self._step)
-        grid.add_row(f"step {self._step}/{self._total}", bar, left)
+        grid.add_row(f"step {self._step}/{self._total}", bar, self._left())
         return grid
+
+    def _left(self) -> str:
+        """What goes on now, or how long the rest will take."""
+        here = time.monotonic() - self._began
+        if self._phase:
+            return f"{self._phase} {clock(here)}"
+        if self._step >= self._total:
+            return "done"
+        if not self._seconds:
+            count, _ = self._programs()
+            return f"first step {clock(here)}" + (f", {count} programs compiled" if count else "")
+        # The first step has waited for its programs: it tells nothing of those to come.
+        if not (steady := self._seconds[1:]):
+            return f"first step {self._seconds[0]:.1f} s"
+        pace = statistics.median(steady[-20:])
+        return f"{pace:.1f} s/step  ETA {clock(pace * (self._total - self._step) - here)}"
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style="dim")
@@ -157,11 +209,15 @@ class Display:
         for title in ("first", "last"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("", ratio=1, no_wrap=True, overflow="crop")
+        wide = self._console.width >= WIDE
+        if wide:
+            table.add_column("", style="dim", no_wrap=True)
         width = max(8, min(40, self._console.width - 44))
-        for name, label in ROWS.items():
+        for name, label in TERMINAL.items():
             if values := self._history.get(name):
                 line = Text(sparkline(values, width), style="cyan")
-                table.add_row(label, number(values[0]), number(values[-1]), line)
+                unit = [METRICS[name].unit] * wide
+                table.add_row(label, number(values[0]), number(values[-1]), line, *unit)
         return table
 
     def _completions(self) -> Table:

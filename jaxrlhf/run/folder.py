@@ -36,6 +36,8 @@ class RunFiles(NamedTuple):
     diagnosis: list[Record] | None
     """The findings of diagnosis.json, by ``jaxrlhf diagnose``, of the last step likewise; None if
     nobody has looked."""
+    earlier: tuple["RunFiles", ...] = ()
+    """Of a pipeline, the runs of the stages before this one, in their order."""
 
 
 def _of_equal_length(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -48,11 +50,20 @@ Figures = dict[str, float | None]
 Columns = Annotated[dict[str, list[float | None]], pydantic.AfterValidator(_of_equal_length)]
 
 
+def _of_bins(curve: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    # The edges of gaps stand with a reward model's curve, and are of other bins.
+    _of_equal_length({name: column for name, column in curve.items() if name != "gap_edges"})
+    return curve
+
+
+Curve = Annotated[dict[str, list[float | None]], pydantic.AfterValidator(_of_bins)]
+
+
 class _Summary(pydantic.BaseModel, strict=True):
     """What is read of summary.json beside numbers by their names."""
 
     seconds: dict[str, float] | None = None
-    reliability: Columns = {}
+    reliability: Curve = {}
 
 
 class _Evaluation(pydantic.BaseModel, strict=True):
@@ -86,14 +97,31 @@ _KINDS: dict[str, type[pydantic.BaseModel]] = {
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Read a run's folder.
+    """Read a run's folder; or a pipeline's, which stands for its last run.
 
     Raises:
-      InputError: no run's folder, or a file in it that cannot be read or is not what it should be.
+      InputError: neither of the two, or a file that cannot be read or is not what it should be.
     """
     path = Path(folder)
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
+    if (path / "config.yaml").is_file():
+        return _read(path)
+    runs = [_read(stage) for stage in stages_of(path)]
+    if not runs:
+        raise InputError(
+            f"{folder}: not the output folder of a run, nor of a pipeline (it holds neither "
+            "config.yaml nor a stage that does): give one that train or pipeline has written"
+        )
+    return runs[-1]._replace(earlier=tuple(runs[:-1]))
+
+
+def stages_of(folder: Path) -> list[Path]:
+    """The runs among the stages of a pipeline's folder, in their order."""
+    found = [x.parent for x in folder.glob("*/stage.json") if (x.parent / "config.yaml").is_file()]
+    # A run writes its config when it begins, and stages begin one after the other.
+    return sorted(found, key=lambda stage: (stage / "config.yaml").stat().st_mtime_ns)
+
+
+def _read(path: Path) -> RunFiles:
     config = read_yaml(path / "config.yaml")
     if not isinstance(config, dict):
         raise InputError(f"{path}/config.yaml: holds no settings: mend or remove it")
@@ -101,7 +129,7 @@ def read_run(folder: str | Path) -> RunFiles:
     last = max((record["step"] for record in metrics), default=0)
     evaluation, diagnosis = (_known(path / name) for name in ("evaluation.json", "diagnosis.json"))
     return RunFiles(
-        folder=str(folder),
+        folder=str(path),
         config=config,
         metrics=metrics,
         samples=read_lines(path / "samples.jsonl"),

@@ -20,9 +20,9 @@ def metrics(i):
     return {
         "reward": 0.1 * i,
         "kl": 1.2 * i,
-        "entropy": 3.1,
+        "entropy_estimate": 3.1,
         "tokens_per_second": 412.3,
-        "value_explained_variance": math.nan if i < 2 else -0.5,
+        "explained_variance": math.nan if i < 2 else -0.5,
         "other": 1.0,
         "seconds": 12.3,
     }
@@ -68,6 +68,55 @@ def test_display_panel(width):
 def test_display_panel_before_and_after():
     assert "first step 0:00:00" in panel(60, 0)[1]
     assert "done" in panel(60, 15)[1]
+
+
+def test_display_panel_has_units_where_it_is_wide():
+    assert "nats a sequence" in "\n".join(panel(120, 3))
+    assert "nats a sequence" not in "\n".join(panel(90, 3))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [([60.0], "first step 60.0 s"), ([60, 2, 2], "2.0 s")]
+)
+def test_display_eta_leaves_out_the_first_step(seconds, shown):
+    """It has waited for its programs: 12 steps of 2 s are left, not of the mean."""
+    with display(15, "x", console=terminal(80)) as show:
+        for i, spent in enumerate(seconds, 1):
+            show.step(i, {"seconds": spent})
+    plain = Console(record=True, width=80, file=io.StringIO())
+    plain.print(show)
+    line = plain.export_text().splitlines()[1]
+    assert shown in line
+    assert ("ETA 0:00:24" in line) == (len(seconds) == 3)
+
+
+def test_display_says_phases_and_programs(capsys, monkeypatch):
+    now = iter([0.0, 1.0, 3.5, 4.0, 5.0, 9.0])
+    monkeypatch.setattr("jaxrlhf.run.display.time.monotonic", lambda: next(now))
+    told = iter([(2, 1.0), (9, 5.0), (9, 5.0)])
+    with display(2, "x", where="cpu: here", compiled=lambda: next(told)) as show:
+        show.phase("reading the data")
+        show.phase("reading the weights")
+        show.phase("", told=True)
+        show.step(1, {"loss": 1.0})
+        show.step(2, {"loss": 1.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "cpu: here",
+        "x",
+        "reading the data: 2.5 s",
+        "reading the weights: 0.5 s",
+        "step 1/2  loss 1.00  1.0 s",
+        "compiling 7 programs: 4.0 s, in part beside the reading",
+        "step 2/2  loss 1.00  4.0 s",
+    ]
+
+
+def test_display_panel_shows_a_phase():
+    with display(3, "x", console=terminal(80)) as show:
+        show.phase("evaluating")
+        plain = Console(record=True, width=80, file=io.StringIO())
+        plain.print(show)
+    assert "evaluating 0:00:00" in plain.export_text()
 
 
 def interrupted(console):

@@ -1,7 +1,11 @@
 """The page about runs: what it shows, that all of it is escaped, and that it needs no network."""
 
+import base64
+import hashlib
 import json
+import os
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +14,13 @@ import pytest
 import yaml
 
 from jaxrlhf.apps import cli
+from jaxrlhf.config import PPOConfig, RewardConfig, RLOOConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.run.report import fields, read_run, render, write_report
+from jaxrlhf.run.comparison import compare
+from jaxrlhf.run.page import fields
+from jaxrlhf.run.report import read_run, render, write_report
 from jaxrlhf.run.session import Session
+from jaxrlhf.run.texts import spaced, turns
 
 EVIL = "<script>alert('x')</script> & \"quoted\" </td>"
 VOID = {"meta", "line", "circle", "polyline", "br", "img", "input"}
@@ -103,7 +111,7 @@ def sample(step, prompt, completion):
 
 
 SAMPLES = [
-    {"step": 1, "prompt": "in training", "completion": "never shown", "reward": 0.0},
+    {"step": 1, "prompt": "in training", "completion": "of a training prompt", "reward": 0.0},
     sample(0, EVIL, "before it"),
     sample(0, EVIL, "its second"),
     sample(2, EVIL, "between"),
@@ -117,7 +125,7 @@ def folder(tmp_path):
 
 
 def write_run(folder, **changes):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     config = {"algorithm": {"name": "ppo"}, "model": {"path": "smollm2"}, "steps": 4, "seed": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(config | changes))
     for name, rows in {"metrics.jsonl": METRICS, "samples.jsonl": SAMPLES}.items():
@@ -162,9 +170,9 @@ def test_render_escapes_and_needs_no_network(folder):
     text = render([read_run(folder), read_run(folder)]) + render([read_run(folder)])
     page = Reader(text)
     assert EVIL in page.texts
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 2  # of two pages, each its own
     assert not {"src", "href", "xlink:href", "onload", "onerror"} & {n for n, _ in page.attributes}
-    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"https?://|@import|url\(|import\(|eval\(|innerHTML", text)
 
 
 def test_render_before_the_first_iteration(tmp_path):
@@ -176,11 +184,107 @@ def test_render_before_the_first_iteration(tmp_path):
     assert "svg" not in page.tags
 
 
-def test_render_shows_the_first_completion_of_both_ends(folder):
+def test_render_shows_a_prompt_at_every_evaluation(folder):
+    """The first draw of each; those of training apart, the newest."""
     texts = Reader(render([read_run(folder)])).texts
-    assert "before it\n(gold 0.50)" in texts
-    assert f"after {EVIL}\n(gold 0.50)" in texts
-    assert not any("its second" in t or "between" in t or "never shown" in t for t in texts)
+    said = [x.strip() for x in texts if x.strip()]
+    found = said.index("before it")
+    assert said[found - 1 : found + 4] == ["step 0", "before it", "gold 0.50", "step 2", "between"]
+    assert f"after {EVIL}" in texts
+    assert "its second" not in texts
+    assert "of a training prompt" in texts
+
+
+CHATS = [
+    "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nHi!<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<start_of_turn>system\nBe kind.<end_of_turn>\n<start_of_turn>user\nHi!<end_of_turn>\n"
+    "<start_of_turn>model\n",
+    "<|system|>\nBe kind.</s>\n<|user|>\nHi!</s>\n<|assistant|>\n",
+]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_turns_of_rendered_chats(chat):
+    assert turns(chat) == [("system", "Be kind."), ("user", "Hi!")]
+
+
+def test_turns_of_plain_text():
+    assert turns("The soup was") == [("", "The soup was")]
+    assert turns("") == [("", "")]
+
+
+def test_spaced_keeps_both_ends():
+    assert spaced(range(0, 100, 10)) == [0, 20, 40, 70, 90]
+    assert spaced([0, 5]) == [0, 5]
+    assert spaced([]) == []
+
+
+def test_render_leaves_out_what_never_changes(folder):
+    rows = [{"step": i, "loss": float(i), "clip_fraction": 0.0, "skipped": 0.0} for i in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = " ".join(Reader(render([read_run(folder)])).texts)
+    assert "Always the same: Clipped ratios 0.00; Updates skipped 0.00." in text
+    assert "Clipped ratios (share)" not in text
+    assert "What the update descends. Healthy: finite." in text
+
+
+def test_render_leaves_out_default_rows(folder):
+    """Counts stand in a sentence; what is 0 at both ends, nowhere."""
+    more = {"completions": 90.0, "unknown": 0.0, "distinct_2": 0.5, "accuracy_gap_2": 0.75}
+    both = {f"{name}_{end}": x for name, x in more.items() for end in ("before", "after")}
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | both))
+    texts = Reader(render([read_run(folder)])).texts
+    assert "Means with 95 % intervals over 90 completions." in texts
+    assert not {"Completions", "Without a score"} & set(texts)
+    assert {"Distinct bigrams", "Accuracy, quarter 2 of the gaps"} <= set(texts)
+
+
+def test_read_run_of_a_reward_model_with_gaps(folder):
+    """The edges of its gaps are fewer than the bins of its curve."""
+    curve = SUMMARY["reliability"] | {"gap_edges": [0.1]}
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"reliability": curve}))
+    assert "Share that came true over its probability" in render([read_run(folder)])
+
+
+def test_a_pipeline_stands_for_its_last_run(tmp_path, capsys):
+    for age, stage in enumerate(("sft", "ppo", "pairs")):
+        folder = write_run(tmp_path / "demo" / stage, algorithm={"name": stage})
+        (folder / "stage.json").write_text("{}")
+        os.utime(folder / "config.yaml", (age, age))
+    (folder / "config.yaml").unlink()  # pairs are no run
+    assert cli.main(["report", str(tmp_path / "demo")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/demo/report.html\n"
+    texts = Reader((tmp_path / "demo" / "report.html").read_text()).texts
+    assert f"ppo: {tmp_path}/demo/ppo" in texts
+    stages = [x for x in texts[texts.index("stage") :] if x.strip()]
+    assert stages[3:5] == ["sft", "sft"]
+    assert stages[6:8] == ["ppo", "ppo"]
+    other = write_run(tmp_path / "other", seed=1)
+    both = [str(tmp_path / "demo"), str(other), "--output", str(tmp_path / "both.html")]
+    assert cli.main(["report", *both]) == 0
+    assert cli.main(["report", str(other), str(tmp_path), "--output", "x.html"]) == 2
+    assert f"error: {tmp_path}: not the output folder of a run" in capsys.readouterr().err
+
+
+def test_differences_leave_out_defaults_that_only_one_has(tmp_path):
+    ppo = json.loads(json.dumps(asdict(PPOConfig(gamma=0.9))))
+    judged = {"rewards": [asdict(RewardConfig(function="a:b"))]}
+    folders = [
+        write_run(tmp_path / "a", algorithm=ppo, **judged),
+        write_run(tmp_path / "b", algorithm=asdict(RLOOConfig()), rewards=[]),
+    ]
+    page = compare([read_run(folder) for folder in folders])
+    section = next(x for x in page.sections if x.title == "Where the configs differ")
+    rows = {row[0]: row[1:] for row in section.tables[0].rows}
+    assert rows["algorithm.gamma"] == ("0.9", "–")
+    assert rows["rewards.0.function"] == ("a:b", "–")
+    assert "algorithm.lam" not in rows
+    assert "rewards.0.weight" not in rows
+    assert page.configs == {}
 
 
 def test_write_report_compares_runs(folder, tmp_path):
@@ -270,9 +374,16 @@ def test_render_lets_nothing_in_from_elsewhere(folder):
     attributes = dict(Reader(render([read_run(folder)])).attributes)
     assert attributes["http-equiv"] == "Content-Security-Policy"
     text = render([read_run(folder)])
-    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     # Before all that it holds for.
     assert text.index(policy) < text.index("<style>")
+    live = render([read_run(folder)], live=True)
+    assert f"'sha256-{digest}'; connect-src 'self'; base-uri" in live
 
 
 def test_read_run_leaves_out_torn_lines(folder, caplog):
