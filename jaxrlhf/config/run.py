@@ -247,6 +247,9 @@ class Config:
     """Iterations: rollouts on policy, optimizer steps offline."""
     seed: int = 0
     """Every draw follows from seed and step."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the figures of metrics.jsonl and the completions also go; each has an extra of its name
+    that installs it. TensorBoard's files lie in output/tensorboard."""
     output: str = "runs/run"
     """Folder of the run: config.yaml, metrics.jsonl, samples.jsonl, summary.json, report.html, …"""
 

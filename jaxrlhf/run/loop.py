@@ -31,6 +31,7 @@ from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
 from jaxrlhf.run.feed import batches, example, packing_metrics, place
 from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation
+from jaxrlhf.run.notices import announced
 from jaxrlhf.run.programs import OnPolicyPrograms, on_schedule
 from jaxrlhf.run.record import known
 from jaxrlhf.run.session import Session, lock
@@ -65,14 +66,15 @@ def train(
     """
     began = time.perf_counter()
     mesh = mesh or make_mesh(config.mesh)
-    with Signals(leave) as signals, jax.set_mesh(mesh):
+    with Signals(leave) as signals, jax.set_mesh(mesh), announced(config, mesh) as show:
         # Shapes first: programs are compiled while the weights are still being read.
         run = setup(config, mesh, abstract=True)
         with compiled_ahead(run):
+            show.phase("reading the weights")
             run = fill(run)
             with (
                 lock(config.output),
-                Session(run, began, feed, signals) as session,
+                Session(run, began, feed, signals, show) as session,
                 guarded(),
             ):
                 session.lap("setup")
@@ -486,4 +488,5 @@ def summarise(run: Run, session: Session) -> dict[str, Any]:
     summary |= session.skipped() | session.totals()
     session.recorder.summary(summary)
     session.report()
+    session.say_end(summary)
     return summary

@@ -15,6 +15,7 @@ import numpy as np
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import unwritable, write_atomic, writing
 from jaxrlhf.core.reading import record_of
+from jaxrlhf.run.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Recorder:
       resume_step: the restored step; None starts the files anew.
       active: False makes every method do nothing, for all but process 0 of a multi-host run.
       unmeasured: steps whose evaluation was not completed: of those, its lines are dropped too.
+      trackers: are given the same, and closed with it.
 
     Raises:
       InputError: the files cannot be read or written at the start; by ``close``, lines still wait.
@@ -45,6 +47,7 @@ class Recorder:
         resume_step: int | None = None,
         active: bool = True,
         unmeasured: Collection[int] = (),
+        trackers: Trackers | None = None,
     ):
         self._output = Path(output)
         self._files: list[_Lines] = []
@@ -54,11 +57,13 @@ class Recorder:
                 self._output.mkdir(parents=True, exist_ok=True)
                 _drop_later(self._output / name, resume_step, unmeasured)
                 self._files.append(_Lines(self._output / name))
+        self._trackers = trackers or Trackers()
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._trackers.close(error)
         try:
             self.close()
         except InputError as lost:
@@ -71,11 +76,14 @@ class Recorder:
         """Write ``{"step": step, **values}`` to metrics.jsonl."""
         if self._active:
             self._files[0].write([_line(step, values)])
+            self._trackers.metrics(step, plain(values))
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write each row (prompt, completion, reward, …) with its step to samples.jsonl."""
         if self._active:
-            self._files[1].write([_line(step, row) for row in rows])
+            listed = [plain(row) for row in rows]
+            self._files[1].write([_line(step, row) for row in listed])
+            self._trackers.samples(step, listed)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Replace summary.json, which is whole at any time."""

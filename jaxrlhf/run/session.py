@@ -31,13 +31,15 @@ from jaxrlhf.data.tokens import Encoded, contents
 from jaxrlhf.mesh.checkpoint import Checkpoints
 from jaxrlhf.mesh.processes import all_or_none, is_first
 from jaxrlhf.mesh.signals import AGAIN, Signals, Stop, poll
-from jaxrlhf.run.display import display
+from jaxrlhf.run.display import Display
 from jaxrlhf.run.held_out import Evaluation
+from jaxrlhf.run.notices import announced, ending
 from jaxrlhf.run.record import Recorder, plain
 from jaxrlhf.run.report import write_report
 from jaxrlhf.run.setup import Run
 from jaxrlhf.run.speed import Meter
 from jaxrlhf.run.stopping import exchange, has_ended, is_over
+from jaxrlhf.run.trackers import trackers_of
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Session:
       began: ``time.perf_counter()`` when its set-up began, which the first lap is counted from.
       feed: called at every lap, with a name for what may take long until the next.
       signals: that the run listens to.
+      show: the terminal's; one of its own, if None.
 
     Attributes:
       states: the training states, restored or at their start (``run.states``, which are deleted
@@ -78,8 +81,10 @@ class Session:
         began: float | None = None,
         feed: Callable[[str], None] | None = None,
         signals: Signals | None = None,
+        show: Display | None = None,
     ):
         self.run = run
+        self._shown = show
         self.output = Path(run.config.output)
         self.states: dict[str, TrainState] = run.states
         self.host: dict[str, Any] = {"seconds": {}}
@@ -127,13 +132,13 @@ class Session:
         # What a stop has cut short is measured again, and stands there once.
         due = {self.start} if self.unmeasured else set()
         due |= set() if "before" in self.host else {0}
+        self.show = self._shown or self._stack.enter_context(announced(config, self.run.mesh))
+        trackers = trackers_of(config, resumed, self.show.note)
         self.recorder = self._stack.enter_context(
-            Recorder(self.output, resumed, active=is_first(), unmeasured=due)
+            Recorder(self.output, resumed, is_first(), due, trackers)
         )
-        title = f"{config.algorithm.name} → {config.output}"
-        self.show = self._stack.enter_context(
-            display(config.steps, title, self.start, active=is_first())
-        )
+        self.show.resume(self.start)
+        self.show.phase("")
         self._greet()
         self._mark(self.start)
         self.signals.last_resort = self._last_resort
@@ -267,6 +272,8 @@ class Session:
         spent, self._lapped = now - self._lapped, now
         seconds = self.host["seconds"]
         seconds[phase] = seconds.get(phase, 0.0) + spent
+        if phase == "evaluate":
+            self.show.phase("", told=False)
         # Several agree on it at the end of an iteration, or in a wait for rewards.
         if not self._updating and jax.process_count() == 1:
             poll()
@@ -279,6 +286,7 @@ class Session:
     def begin_evaluation(self) -> None:
         """What follows may take long, to the next lap."""
         self._say_next("evaluation")
+        self.show.phase("evaluating")
 
     def record(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """Log one iteration: its states are whole again."""
@@ -312,7 +320,7 @@ class Session:
         self.recorder.metrics(step, values)
         self.recorder.samples(step, [{"split": "eval", **row} for row in evaluation.samples])
         listed = "  ".join(f"{name} {x:.3g}" for name, x in evaluation.metrics.items())
-        self.show.note(f"held out, step {step}: {listed}")
+        self.show.note(f"held out, step {step} ({self.show.lasted():.1f} s): {listed}")
 
     def report(self) -> None:
         """Write report.html from the run's files; the run stands even if they make no page."""
@@ -321,6 +329,12 @@ class Session:
                 write_report([self.output])
             except (InputError, OSError) as error:
                 log.warning("no report: %s", error)
+
+    def say_end(self, summary: dict[str, Any]) -> None:
+        """Show what came of the run, and what can be done with it."""
+        chats = bool(getattr(self.run.tokenizer, "chat_template", None))
+        for line in ending(self.run.config, summary, chats):
+            self.show.note(line)
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run with no iteration left; None if there is something to do."""

@@ -171,16 +171,22 @@ class Compilations:
 
     def __init__(self):
         self.count: dict[int, int] = {}
+        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, *_: Any, **__: Any) -> None:
+    def _heard(self, event: str, seconds: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
             thread = threading.get_ident()
             self.count[thread] = self.count.get(thread, 0) + 1
 
     def here(self) -> int:
         """Those of the thread that asks, so far."""
         return self.count.get(threading.get_ident(), 0)
+
+    def total(self) -> tuple[int, float]:
+        """Those of all threads, and the seconds that they took, so far."""
+        return sum(self.count.copy().values()), self.seconds
 
 
 @functools.cache
