@@ -32,8 +32,10 @@ def described(mesh: Mesh, dtype: str) -> str:
     else:
         memory = f"{memory} each" if memory else ""
     axes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
+    kind = first.device_kind
+    named = f"{len(devices)} device{'s' * (len(devices) > 1)}"
     parts = [
-        f"{len(devices)} x {first.device_kind}",
+        named if kind == first.platform else f"{len(devices)} x {kind}",
         memory,
         dtype,
         f"mesh {', '.join(axes) or 'of one device'}",

@@ -32,7 +32,7 @@ def asked(monkeypatch, platforms):
 def test_described_on_eight_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     line = backend.described(mesh, "bfloat16")
-    assert line.startswith("cpu: 8 x cpu; ")
+    assert line.startswith("cpu: 8 devices; ")
     assert line.endswith(" GiB of memory; bfloat16; mesh data 2, fsdp 4")
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     assert backend.described(one, "float32").endswith("; float32; mesh of one device")

@@ -201,7 +201,7 @@ def test_train_tells_trackers_what_it_writes(fake, capsys):
     told = [json.loads(line) for line in (folder / "told.jsonl").read_text().splitlines()]
     assert told == written
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("cpu: 1 x cpu; ")
+    assert out[0].startswith("cpu: 1 device; ")
     assert f"tensorboard: tensorboard --logdir {folder}/tensorboard" in out
     assert [re.sub(r"[\d.]+ s$", "", line) for line in out[2:4]] == [
         "reading the data: ",
