@@ -4,16 +4,18 @@ import json
 import re
 import sqlite3
 import struct
+import sys
 import textwrap
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import runs
 
 from jaxrlhf.config import Config, load
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.run import trackers
+from jaxrlhf.run import trackers, tracking
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.trackers import Trackers, check_trackers, trackers_of
 
@@ -177,6 +179,26 @@ def test_a_tracker_that_blocks_holds_nothing_up(fake, caplog, monkeypatch):
         "trackers: tensorboard has 20 records to send, and gets no mo",
         "trackers: tensorboard does not come to its end, and has been",
     ]
+
+
+def test_a_tracker_ends_by_itself_where_its_run_was_killed(fake, monkeypatch):
+    """Its input ends without a word: what came is still sent, within a time."""
+    folder = fake()
+    limits = []
+    timer = SimpleNamespace(daemon=False, start=lambda: None)
+    monkeypatch.setattr(
+        tracking.threading, "Timer", lambda *given: limits.append(given[0]) or timer
+    )
+    monkeypatch.delitem(sys.modules, "tensorboardX", raising=False)
+    answers = []
+    run = [str(folder), "id", None, {}]
+    lines = [run, ["metrics", 1, {"loss": 0.5}], ["metrics", 2, {"loss": 0.25}]]
+    tracking.serve("tensorboard", iter(map(json.dumps, lines)), answers.append)
+    del sys.modules["tensorboardX"]  # the fake one
+    told = [json.loads(line) for line in (folder / "told.jsonl").read_text().splitlines()]
+    assert told == [[1, "loss", 0.5], [2, "loss", 0.25]]
+    assert answers == [{"where": f"tensorboard --logdir {folder}/tensorboard"}]
+    assert limits == [tracking.LEFT_SECONDS]
 
 
 def test_trackers_begin_a_run_of_their_own_where_the_id_is_damaged(fake, caplog):
