@@ -15,7 +15,7 @@
 #   --chips N        chips, or GPUs, of a node (4, or 8)
 #   --queue QUEUE    Kueue's local queue; left out where there is none
 #   --claim CLAIM    the claim mounted at /runs (jaxrlhf-runs, of launch/gke/storage.yaml)
-#   --dry-run        prints the manifest and applies nothing
+#   --dry-run        prints the manifest and applies nothing, wherever it stands on the line
 #
 # IMAGE is built by launch/Dockerfile; write the run below /runs: --output /runs/NAME. kubectl has to
 # point at the cluster, which needs JobSet 0.5 or newer.
@@ -24,6 +24,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 . "$here/lib.sh"
 
+take_dry_run "$@"
+set -- "${WORDS[@]}"
 action=${1-} kind=
 case $action in
 -h | --help) usage && exit ;;
@@ -50,7 +52,6 @@ while (($#)); do
     --chips) value_of "$1" $# && CHIPS=$2 && shift 2 ;;
     --queue) value_of "$1" $# && QUEUE=$2 && shift 2 ;;
     --claim) value_of "$1" $# && CLAIM=$2 && shift 2 ;;
-    --dry-run) DRY_RUN=1 && shift ;;
     -h | --help) usage && exit ;;
     -*) die "$1: unknown option (-h lists them)" ;;
     *) break ;;

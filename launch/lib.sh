@@ -16,6 +16,18 @@ value_of() { # OPTION COUNT: dies unless a value follows the option
     (($2 > 1)) || die "$1: a value must follow"
 }
 
+take_dry_run() { # WORDS…: sets WORDS to them without --dry-run, wherever it stands, and obeys it
+    WORDS=()
+    local word
+    for word; do
+        if [[ $word == --dry-run ]]; then
+            DRY_RUN=1
+        else
+            WORDS+=("$word")
+        fi
+    done
+}
+
 need() { # VARIABLE OPTION: dies unless the variable is set
     [[ -n ${!1-} ]] || die "$2 is missing: give it, or set $1 (-h explains)"
 }

@@ -9,6 +9,7 @@
 #   -d DEVICES     fake devices of each (1)
 #   -p PORT        of process 0 (a free one)
 #   COMMAND        words of the jaxrlhf command; after --, any other command
+#   --dry-run      among them, or before: print what each process would run
 #
 # Each line of output starts with the number of its process. When one process fails the others get
 # SIGTERM, and SIGKILL after GRACE_SECONDS (10); the exit status is that of the first that failed.
@@ -17,6 +18,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 . "$here/lib.sh"
 
+[[ " $* " == *" -- "* ]] || {
+    take_dry_run "$@"
+    set -- "${WORDS[@]}"
+}
 processes=2 devices=1 port=
 while (($#)); do
     case $1 in
@@ -51,6 +56,14 @@ flags=" ${XLA_FLAGS-} "
 flags=$(sed -E 's/ --xla_force_host_platform_device_count=[0-9]+//g' <<<"$flags")
 export XLA_FLAGS="${flags# }--xla_force_host_platform_device_count=$devices"
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes
+
+if [[ -n ${DRY_RUN-} ]]; then
+    for ((i = 0; i < processes; i++)); do
+        run env "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" "JAX_NUM_PROCESSES=$processes" \
+            "JAX_PROCESS_ID=$i" "XLA_FLAGS=$XLA_FLAGS" "${command[@]}"
+    done
+    exit
+fi
 
 pids=()
 stop() { # SIGNAL to those that are still there

@@ -14,7 +14,7 @@
 #   --spot                  may be preempted, costs less
 #   --reservation NAME      the capacity to use
 #   --before COMMAND        every host runs it before the run starts, to mount a shared disk, say
-#   --dry-run               prints the commands and runs none
+#   --dry-run               prints the commands and runs none, wherever it stands on the line
 #
 # NAME, ZONE, PROJECT and TOPOLOGY may also be variables of these names. create leaves alone what is
 # there; run starts a stopped run again where it was; logs follows the first host's.
@@ -23,6 +23,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 . "$here/lib.sh"
 
+take_dry_run "$@"
+set -- "${WORDS[@]}"
 action=${1-}
 case $action in
 -h | --help) usage && exit ;;
@@ -43,7 +45,6 @@ while (($#)); do
     --reservation) value_of "$1" $# && reservation=$2 && shift 2 ;;
     --before) value_of "$1" $# && before=$2 && shift 2 ;;
     --spot) spot=1 && shift ;;
-    --dry-run) DRY_RUN=1 && shift ;;
     -h | --help) usage && exit ;;
     -*) die "$1: unknown option (-h lists them)" ;;
     *) break ;;

@@ -19,7 +19,7 @@
 #   --version VERSION  of the runtime; by TYPE if left out
 #   --project PROJECT  gcloud's own if left out
 #   --spot             may be preempted, costs less
-#   --dry-run          prints the commands and runs none
+#   --dry-run          prints the commands and runs none, wherever it stands on the line
 #
 # NAME, ZONE, TYPE and PROJECT may also be variables of these names. The disks of a slice are gone
 # with it: the run's output has to be on a disk that all hosts mount, which --before can do: a command
@@ -30,6 +30,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 . "$here/lib.sh"
 
+take_dry_run "$@"
+set -- "${WORDS[@]}"
 action=${1-}
 case $action in
 -h | --help) usage && exit ;;
@@ -48,7 +50,6 @@ while (($#)); do
     --before) value_of "$1" $# && before=$2 && shift 2 ;;
     --worker) value_of "$1" $# && worker=$2 && shift 2 ;;
     --spot) spot=1 && shift ;;
-    --dry-run) DRY_RUN=1 && shift ;;
     -h | --help) usage && exit ;;
     -*) die "$1: unknown option (-h lists them)" ;;
     *) break ;; # CONFIG, and what belongs to the run

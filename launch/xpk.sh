@@ -13,6 +13,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 . "$here/lib.sh"
 
+take_dry_run "$@"
+set -- "${WORDS[@]}"
 CLUSTER=${CLUSTER-} NAME=${NAME-} TYPE=${TYPE-} IMAGE=${IMAGE-} slices=1 place=()
 while (($#)); do
     case $1 in
@@ -23,7 +25,6 @@ while (($#)); do
     --image) value_of "$1" $# && IMAGE=$2 && shift 2 ;;
     --slices) value_of "$1" $# && slices=$2 && shift 2 ;;
     --project | --zone) value_of "$1" $# && place+=("$1=$2") && shift 2 ;;
-    --dry-run) DRY_RUN=1 && shift ;;
     -*) die "$1: unknown option (-h lists them)" ;;
     *) break ;;
     esac

@@ -170,3 +170,26 @@ def test_flags_agrees_with_the_installed_xla():
         env={"XLA_FLAGS": kept.stdout.strip(), "JAX_PLATFORMS": "cpu"},
     )
     assert count.stdout == "3\n", count.stderr
+
+
+# --dry-run
+
+DRY = {
+    "tpu_vm.sh": "run --name a --zone z c.yaml --steps 3",
+    "tpu_gce.sh": "run --name a --zone z --project p c.yaml --steps 3",
+    "gke.sh": "run tpu --name a --image i --type t --topology 2x2 c.yaml --steps 3",
+    "xpk.sh": "--cluster c --name a --type t --image i c.yaml --steps 3",
+    "gpu.sh": "c.yaml --steps 3",
+    "local.sh": "-n 2 train c.yaml --steps 3",
+}
+
+
+@pytest.mark.parametrize("script", DRY)
+@pytest.mark.parametrize("before", [0, -2, -1, None])
+def test_dry_run_anywhere_on_the_line_is_one(script, before, workshop):
+    words = DRY[script].split()
+    words.insert(len(words) if before is None else before, "--dry-run")
+    output = workshop.output(script, *words)
+    assert workshop.calls() == []
+    assert "c.yaml" in output
+    assert "dry-run" not in output
