@@ -31,6 +31,7 @@ from jaxrlhf.config.run import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import check_no_url
 
 
 def check(config: Config) -> None:
@@ -39,6 +40,8 @@ def check(config: Config) -> None:
     Raises:
       InputError: the first rule that does not hold.
     """
+    for field, path in _places(config):
+        check_no_url(field, path)
     # Ranges first: the rules after them may divide by what they have checked.
     learning = _on_policy if is_on_policy(config) else _offline
     for problem in itertools.chain(
@@ -166,6 +169,19 @@ def _get(config: Config, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name, None)
     return value
+
+
+def _places(config: Config) -> Iterator[tuple[str, str]]:
+    """The fields that name a file or a folder, and what they name."""
+    keys = (
+        "output model.path reference.path critic.path data.train data.eval data.chat_template "
+        "algorithm.normalise_on"
+    )
+    yield from ((key, _get(config, key) or "") for key in keys.split())
+    for field, rewards in (("rewards", config.rewards), ("eval.gold", config.eval.gold)):
+        for i, reward in enumerate(rewards):
+            yield f"{field}.{i}.model", reward.model
+            yield from ((f"{field}.{i}.ensemble", path) for path in reward.ensemble)
 
 
 def _model(config: Config) -> Iterator[str]:

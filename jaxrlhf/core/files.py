@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,12 +66,32 @@ def free(path: str | Path) -> str:
     return f"{space}{files} are free there"
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether a path is a URL, gs://bucket/folder, say; a Path has lost one of its slashes."""
+    return re.match(r"[A-Za-z][\w+.-]+:/", str(path)) is not None
+
+
+def check_no_url(field: str, path: str | Path) -> None:
+    """Refuse a URL where a folder or file of this machine is wanted.
+
+    Raises:
+      InputError: it is one; the message says what to do.
+    """
+    if is_url(path):
+        raise InputError(
+            f"{field}={path}: a URL, and only files of this machine are read and written: mount "
+            "the bucket (gcsfuse, mount-s3) and give the folder, or copy files here first (gcloud "
+            "storage cp -r, aws s3 cp --recursive)"
+        )
+
+
 def check_file(path: str | Path) -> None:
     """See that a file can be written, before the work that it is to hold; makes its folder.
 
     Raises:
       InputError: it cannot.
     """
+    check_no_url("output", path)
     if Path(path).is_dir():
         raise InputError(f"{path}: cannot be written (it is a folder): give the path of a file")
     check_folder(Path(path).parent)
@@ -82,6 +103,7 @@ def check_folder(folder: Path) -> None:
     Raises:
       InputError: they cannot.
     """
+    check_no_url("output", folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # By making a file: permissions do not tell of a read-only mount.

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError, refused
-from jaxrlhf.core.files import check_folder, writing
+from jaxrlhf.core.files import check_folder, check_no_url, writing
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models import names
 from jaxrlhf.models.hf_config import (
@@ -183,6 +183,7 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     Raises:
       InputError: ``folder`` exists and is not empty, or cannot be written.
     """
+    check_no_url("out", str(folder))
     folder = Path(folder).absolute()
     with writing(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

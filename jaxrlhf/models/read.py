@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from jaxrlhf.config import Config, DecoderConfig, ModelConfig, load
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import check_no_url
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
 from jaxrlhf.models.hf import read_hf
@@ -126,9 +128,14 @@ def folder(path: str) -> Path:
     Raises:
       InputError: if it is none.
     """
+    check_no_url("model.path", path)
     if not path or not os.path.isdir(path):
+        # As the Hub names what is there: ORG/NAME.
+        named = re.fullmatch(r"[\w-][\w.-]*/([\w-][\w.-]*)", path)
+        hub = named and f"hf download {path} --local-dir models/{named[1]}"
+        fetch = f"; a model of the Hugging Face Hub has to be fetched first: {hub}" if hub else ""
         raise InputError(
             f"model.path={shown(path, 200)}: no such folder; give smollm2, a Hugging Face folder, "
-            "a .gguf file or the output folder of a run"
+            f"a .gguf file or the output folder of a run{fetch}"
         )
     return Path(path)
