@@ -3,10 +3,11 @@
 The column names are TRL's. A value is plain text, or a chat: a list of ``{role, content}``.
 
     prompts       prompt
-    completions   prompt, completion        or messages (its last turn is the completion)
+    completions   prompt, completion        or messages (its last turn is the completion), or text
+                  (all of it but its first token is learnt, which has nothing before it)
     labelled      prompt, completion, label: true or false; or both answers of a pair
-    pairs         prompt, chosen, rejected  or chosen, rejected (chats that start with the prompt),
-                  and margin, a number, if wanted
+    pairs         prompt, chosen, rejected  or chosen, rejected (which start with the prompt, as
+                  messages or as words), and margin, a number, if wanted
     ranked        prompt, responses, ranks: lists of equal length; rank 1 is best, equal ranks are a
                   tie (or chosen and rejected: a ranking of two)
     scored        prompt, completion, score: a number (or label: true or false)
@@ -33,7 +34,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, refused
 from jaxrlhf.core.shown import shown
 from jaxrlhf.data.chat import PLAIN, ChatSettings, Writer, writer_of
 from jaxrlhf.data.rows import (
@@ -45,6 +46,7 @@ from jaxrlhf.data.rows import (
     as_string,
     as_text,
     columns_of,
+    content_text,
     list_of,
     text_of,
     transform,
@@ -67,6 +69,8 @@ class Prompt:
     """``path:line``."""
     chat: bool = False
     """Whether a chat template wrote the text; a beginning-of-sequence token is then its affair."""
+    messages: list[Message] | None = None
+    """The chat, for reward functions; None where it is plain text."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,28 @@ class Stepwise:
 
 def stack_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """The extra columns of a batch, one list a column; None where a row lacks it."""
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    return {
+        name: [prompt.columns.get(name) for prompt in prompts] for name in column_names(prompts)
+    }
+
+
+def prompt_of(source: Any) -> dict[str, str]:
+    """What samples.jsonl has of a Prompt: its text as ``prompt``, and what the user said last as
+    ``user``, where it is a chat."""
+    said = [x for x in source.messages or () if x["role"] == "user"]
+    return {"prompt": source.text} | ({"user": content_text(said[-1])} if said else {})
+
+
+def column_names(rows: Sequence[Any]) -> list[str]:
+    """The extra columns that any of these rows has, in the order in which they come."""
+    return list(dict.fromkeys(name for row in rows for name in row.columns))
 
 
 def _prompt(row: Row, writer: Writer) -> Prompt:
     prompt = text_of(row, "prompt")
     text, _ = render(writer, prompt, ())
-    return Prompt(text, columns_of(row, "prompt"), row.where, not isinstance(prompt, str))
+    messages = None if isinstance(prompt, str) else prompt
+    return Prompt(text, columns_of(row, "prompt"), row.where, messages is not None, messages)
 
 
 def _completion(row: Row, writer: Writer, train_on: str = "completion") -> Completion:
@@ -150,6 +168,8 @@ def _completion(row: Row, writer: Writer, train_on: str = "completion") -> Compl
       train_on: "completion": imitate those of the completion (of ``messages``: the last turn).
         "assistant": those of the prompt too. "one turn": of an answer that is compared or labelled.
     """
+    if row.has("text") and not (row.has("prompt") or row.has("messages")):
+        return _text(row, writer)
     if row.has("messages") and not row.has("prompt"):
         chat = text_of(row, "messages")
         if isinstance(chat, str) or len(chat) < 2:
@@ -170,16 +190,31 @@ def _completion(row: Row, writer: Writer, train_on: str = "completion") -> Compl
     return Completion(text, "".join(pieces), columns, row.where, kept, chat=True)
 
 
+def _text(row: Row, writer: Writer) -> Completion:
+    """A text that is all to be learnt, but for a first token that has nothing before it."""
+    text, tokenizer = as_string(row.values["text"], "text", row.where), writer.tokenizer
+    cut = 0
+    # A tokenizer that adds a beginning-of-sequence token puts that before the first.
+    if tokenizer.bos_token_id is None or tokenizer.encode("")[:1] != [tokenizer.bos_token_id]:
+        with refused(f"{row.where}: text={shown(text)}: is not in the tokenizer", "drop the row"):
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        cut = next((end for _, end in found["offset_mapping"] if end), 0)
+    if not text[cut:].strip():
+        raise InputError(f"{row.where}: text={shown(text)}: one token, which follows none; drop it")
+    return Completion(text[:cut], text[cut:], columns_of(row, "text"), row.where)
+
+
 def _pair(row: Row, writer: Writer) -> Pair:
     """Two answers that differ, in the row and as the template writes them."""
     where = row.where
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if chosen == rejected:
         raise InputError(f"{where}: chosen == rejected, {shown(chosen)}; drop the row")
-    if row.has("prompt") or isinstance(chosen, str) or isinstance(rejected, str):
+    if row.has("prompt") or isinstance(chosen, str) != isinstance(rejected, str):
         prompt = text_of(row, "prompt")
     else:
-        shared = _shared(chosen, rejected, where)
+        both = isinstance(chosen, str)
+        shared = (_shared_words if both else _shared)(chosen, rejected, where)  # type: ignore[arg-type]
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     text, (good, bad) = render(writer, prompt, (chosen, rejected))
     # A template may leave out just what differs, such as a name or a thought.
@@ -200,6 +235,19 @@ def _shared(chosen: list[Message], rejected: list[Message], where: str) -> int:
         raise InputError(f"{where}: chosen and rejected share no first message; add a prompt")
     if shared in (len(chosen), len(rejected)):
         raise InputError(f"{where}: one of chosen and rejected is the start of the other; drop it")
+    return shared
+
+
+def _shared_words(chosen: str, rejected: str, where: str) -> int:
+    """How many characters two texts have in common at their start, in whole words: the prompt of
+    both. An answer has the space before its first word."""
+    both = zip(chosen, rejected, strict=False)
+    most = min(len(chosen), len(rejected))
+    prefix = chosen[: next((i for i, (a, b) in enumerate(both) if a != b), most)]
+    word = "" if not prefix or prefix[-1].isspace() else prefix.split()[-1]
+    shared = len(prefix[: len(prefix) - len(word)].rstrip())
+    if shared == 0:
+        raise InputError(f"{where}: chosen and rejected share no first word; add a prompt")
     return shared
 
 

@@ -223,8 +223,39 @@ def value_of(row: Row, key: str) -> Any:
     """Whatever stands in a column, or an InputError that names those there are."""
     if key not in row.values:
         keys = f"{', '.join(map(str, row.values)):.200}" or "none"
-        raise InputError(f"{row.where}: no {key!r} among its columns ({keys}); add or rename one")
+        raise InputError(f"{row.where}: no {key!r} among its columns ({keys}); {_remedy(row, key)}")
     return row.values[key]
+
+
+RENAMED = {
+    "prompt": ("question", "instruction", "query", "input", "problem"),
+    "completion": ("answer", "response", "output", "solution", "chosen"),
+    "rejected": ("reject", "loser"),
+    "chosen": ("winner", "preferred"),
+    "steps": ("completions",),
+}
+"""What others call our columns."""
+
+
+def _remedy(row: Row, key: str) -> str:
+    """How a row of another shape becomes one with ``key``; docs/from_trl.md has all of them."""
+    if row.has("conversations"):
+        return (
+            "turn its conversations into messages: {from: human, value: x} is {role: user, content:"
+            " x}, and gpt is assistant"
+        )
+    if key == "prompt" and row.has("messages"):
+        return "give prompt: the messages up to the turn that is to be answered"
+    if key in ("chosen", "rejected") and row.has("completion", "label"):
+        return (
+            "answers that are labelled one by one are for kto, bco, or pointwise_reward_model with "
+            "kind: binary"
+        )
+    if key in ("chosen", "rejected", "label") and row.has("messages"):
+        return "messages alone are for sft"
+    if found := [name for name in RENAMED.get(key, ()) if row.has(name)]:
+        return f"rename {found[0]} to {key}"
+    return "add or rename one"
 
 
 def text_of(row: Row, key: str) -> Text:
