@@ -82,7 +82,7 @@ class Policy(NamedTuple):
                 return Prompt(said, columns_of(row, "prompt"), row.where)
             said = [{"role": "user", "content": said}]
         text, _ = render(Writer(self.tokenizer, row.where, self.settings, row.values), said, ())
-        return Prompt(text, columns_of(row, "prompt"), row.where, chat=True)
+        return Prompt(text, columns_of(row, "prompt"), row.where, chat=True, messages=said)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's ids.

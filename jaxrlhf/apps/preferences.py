@@ -27,6 +27,7 @@ from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.rewards.functions import Asked, Source
 from jaxrlhf.rewards.isolation import host_source
+from jaxrlhf.rewards.judge import chats_of
 from jaxrlhf.steps.sample import sample
 
 BATCHES = 8
@@ -144,7 +145,8 @@ def judged(
     """The completions of one rollout with their scores, of its first ``real`` prompts."""
     texts = repeat([prompt.source.text for prompt in prompts], config.n)  # type: ignore[union-attr]
     completions = decode_rollout(tokenizer, rollout.token_BT, rollout.mask_BT, texts)
-    score_B = judge(Asked(texts, completions, {}, rollout.ended_B.tolist())).score_B
+    chats = chats_of([prompt.source for prompt in prompts], config.n)  # type: ignore[misc]
+    score_B = judge(Asked(texts, completions, {}, rollout.ended_B.tolist(), chats)).score_B
     for q in range(real):
         rows = slice(q * config.n, (q + 1) * config.n)
         yield Group(

@@ -58,6 +58,9 @@ Source = Prompt | Completion | Pair | Ranked | Stepwise
 Span = tuple[int, int]
 """From where, and to before where."""
 
+ANY_LENGTH = 2**31
+"""A limit in tokens where another, the networks' context, is the limit."""
+
 NORMALISED = 128
 """Answers that a normalisation is measured on, at most: its mean is then right to a tenth of the
 standard deviation."""

@@ -1,11 +1,12 @@
 """What a source of reward on the host is asked and answers, and reward functions, found and called.
 
-A reward function is ``(prompts, completions, **columns) → list of floats``, one a completion.
-``prompts`` and ``completions`` are lists of text, special tokens removed unless ``special_tokens``
-is set; each further column of the data arrives as a list under its own name, so a function names
-those it wants and takes the rest as ``**columns``. ``None`` says "does not apply to this row": the
-row's reward is then the sum of the other sources. Anything else that is no finite number (a string,
-NaN, inf) says "failed": the row is left out of learning. Neither is ever read as 0.
+A reward function is ``(prompts, completions, **columns) → list of floats``, one a completion; it
+names what it wants of these (see ``signature``). ``prompts`` and ``completions`` are lists of text,
+special tokens removed unless ``special_tokens`` is set, or of messages, for a user's function,
+where the row's prompt is a chat; each further column of the data arrives as a list under its own
+name. ``None`` says "does not apply to this row": the row's reward is then the sum of the other
+sources. Anything else that is no finite number (a string, NaN, inf) says "failed": the row is left
+out of learning. Neither is ever read as 0.
 
 Functions may be asynchronous (``async def``); all of those run in one event loop.
 """
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from jaxrlhf.core.errors import InputError, to_install
+from jaxrlhf.rewards.signature import RENAME, arguments, missing, signature_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Asked:
     """The other columns of the data, by name; None where a row lacks one."""
     ended: Sequence[bool]
     """Whether a completion ended with a stop token; False where it was cut off."""
+    chats: Sequence[Sequence[Mapping[str, Any]] | None] = ()
+    """The messages of each prompt, None where it is plain text; empty: all are."""
+    ids: Sequence[Sequence[int]] | None = None
+    """The token ids of each completion, stop token included, where a source asks for them."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -50,7 +56,23 @@ class Asked:
 
     def rows(self, which: slice) -> "Asked":
         columns = {name: values[which] for name, values in self.columns.items()}
-        return Asked(self.prompts[which], self.completions[which], columns, self.ended[which])
+        texts = self.prompts[which], self.completions[which]
+        ids = None if self.ids is None else self.ids[which]
+        return Asked(*texts, columns, self.ended[which], self.chats[which], ids)
+
+    def as_messages(self) -> tuple[list[Any], list[Any]]:
+        """Prompts and completions as a user's function gets them: messages where they are a chat,
+        text else. They are copies."""
+        if not self.chats:
+            return list(self.prompts), list(self.completions)
+        rows = zip(self.chats, self.prompts, self.completions, strict=True)
+        said = [
+            (text, completion)
+            if chat is None
+            else ([dict(x) for x in chat], [{"role": "assistant", "content": completion}])
+            for chat, text, completion in rows
+        ]
+        return [prompt for prompt, _ in said], [completion for _, completion in said]
 
 
 class Scored(NamedTuple):
@@ -157,16 +179,36 @@ def resolve(dotted: str) -> RewardFunction:
     except Exception as error:
         raise InputError(
             f"reward function {dotted!r}: importing {module_name!r} raised {describe(error)}; "
-            "mend it, install it, or put its folder on PYTHONPATH"
+            "mend it, install it, put it beside the config or into the working directory, or put "
+            "its folder on PYTHONPATH"
         ) from error
     function: Any = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise InputError(
             f"reward function {dotted!r}: {module_name} has no function {name!r}"
-            f"{_suggest(name, known)}; mend the name"
+            f"{_suggest(name, known)}; mend the name, or see whether another module is meant than "
+            f"{getattr(module, '__file__', 'a built-in one')}"
         )
     return cast(RewardFunction, function)
+
+
+def callable_of(dotted: str) -> RewardFunction:
+    """``resolve``, and of a class with ``__call__`` an object of it, made without arguments.
+
+    Raises:
+      InputError: as ``resolve``; the object cannot be made.
+    """
+    function: Any = resolve(dotted)
+    if not isinstance(function, type) or not any("__call__" in vars(x) for x in function.__mro__):
+        return function
+    try:
+        return function()
+    except Exception as error:
+        raise InputError(
+            f"reward function {dotted!r}: making one raised {describe(error)}{_place(error)}; give "
+            "its arguments defaults, or name an object of it"
+        ) from error
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -177,21 +219,25 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 def call(
     name: str,
     function: RewardFunction,
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
+    ids: Sequence[Sequence[int]] | None = None,
 ) -> Scored:
     """The checked scores of B rows: NaN where one is no finite number, and does not apply where it
     is None. A column of them, [B, 1], is taken as [B].
 
     Raises:
-      FunctionError: the result is not a list of B scores, or the function raised; its error is then
-        the cause.
+      FunctionError: the function asks for a column that is not there; the result is not a list of B
+        scores; or the function raised, and its error is then the cause.
     """
+    how = signature_of(function)
+    if lacking := missing(how, list(columns), ids is not None):
+        raise FunctionError(name, lacking, RENAME)
     try:
         # Copies: what one function does to its arguments does not reach the next.
-        lists = {key: list(values) for key, values in columns.items()}
-        result: Any = function(list(prompts), list(completions), **lists)
+        by_position, by_name = arguments(how, prompts, completions, columns, ids)
+        result: Any = function(*by_position, **by_name)
         if inspect.isawaitable(result):
             result = finish(result)
     except (Exception, SystemExit) as error:

@@ -30,6 +30,7 @@ from jaxrlhf.config import IsolateConfig, RewardConfig, name_of
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.rewards.channel import ChannelError, ClosedError, receive, send
 from jaxrlhf.rewards.functions import MEND, Asked, FunctionError, Scored, Source, call
+from jaxrlhf.rewards.signature import signature_of
 from jaxrlhf.rewards.worker import LONGEST, READ, host_function
 
 START_SECONDS = 120.0
@@ -57,20 +58,45 @@ def host_source(config: RewardConfig, workers: int = 1, devices: bool = False) -
     """
     if config.isolate or is_foreign(config):
         return Isolated(config, workers, devices)
-    function, name = host_function(config), name_of(config)
-
-    def ask(asked: Asked) -> Scored:
-        return call(name, function, asked.prompts, asked.completions, asked.columns)
-
-    return ask
+    return InProcess(config)
 
 
 def is_foreign(config: RewardConfig) -> bool:
     """Whether a source runs code of others, which it is not to run in this process."""
-    if config.in_process:
-        return False
-    own = ":" not in config.function or config.function.startswith("jaxrlhf.")
-    return config.verifier in FOREIGN or not own
+    return not config.in_process and (config.verifier in FOREIGN or is_users(config))
+
+
+def is_users(config: RewardConfig) -> bool:
+    """Whether it is a user's function: one that is not this package's."""
+    return ":" in config.function and not config.function.startswith("jaxrlhf.")
+
+
+def texts_of(config: RewardConfig, asked: Asked) -> tuple[list[Any], list[Any]]:
+    """Prompts and completions as a source is given them: text, to a user's function messages."""
+    if is_users(config):
+        return asked.as_messages()
+    return list(asked.prompts), list(asked.completions)
+
+
+class InProcess:
+    """A source that calls a function or verifier in this process.
+
+    Attributes:
+      needs: the columns of the data that it cannot do without.
+      ids: whether it asks for token ids.
+
+    Raises:
+      InputError: the function cannot be had.
+    """
+
+    def __init__(self, config: RewardConfig):
+        self._config, self._function = config, host_function(config)
+        how = signature_of(self._function)
+        self.needs, self.ids = how.needs, how.ids
+
+    def __call__(self, asked: Asked) -> Scored:
+        name, texts = name_of(self._config), texts_of(self._config, asked)
+        return call(name, self._function, *texts, asked.columns, asked.ids)
 
 
 def check_host(config: RewardConfig) -> None:
@@ -89,6 +115,9 @@ class Isolated:
     One process is started at once, so that a function which cannot be imported is found early, the
     others when they are needed. They end with this object, or with the process that holds it.
 
+    Attributes:
+      needs, ids: as of ``InProcess``.
+
     Raises:
       InputError: the function cannot be had.
     """
@@ -101,7 +130,8 @@ class Isolated:
         self._workers: list[_Worker | None] = [None] * self._limits.workers
         for slot in range(self._limits.workers):
             self._free.put(slot)
-        self._workers[0] = _Worker(config, self._limits, devices)
+        first = self._workers[0] = _Worker(config, self._limits, devices)
+        self.needs, self.ids = first.needs, first.ids
         # Of the list and not of self: a finalizer that holds its object never runs.
         self.close = weakref.finalize(self, _stop, self._workers)
 
@@ -117,14 +147,16 @@ class Isolated:
 
     def _call(self, asked: Asked) -> Scored:
         columns = {name: list(values) for name, values in asked.columns.items()}
-        rows = {"prompts": [*asked.prompts], "completions": [*asked.completions]}
+        prompts, completions = texts_of(self._config, asked)
+        ids = None if asked.ids is None else [[*row] for row in asked.ids]
+        rows = {"prompts": prompts, "completions": completions, "columns": columns, "ids": ids}
         slot = self._free.get()
         try:
             worker = self._workers[slot]
             if worker is None or worker.process.poll() is not None:
                 worker = _Worker(self._config, self._limits, self._devices)
                 self._workers[slot] = worker
-            scores, problem = worker.ask({**rows, "columns": columns}, len(asked))
+            scores, problem = worker.ask(rows, len(asked))
         except (InputError, OSError) as error:  # the next call tries again to start one
             scores, problem = None, f"its process could not be started: {error}"
         finally:
@@ -165,6 +197,8 @@ class _Worker:
             why = said.get("unusable") or f"{name_of(config)}: importing it {_problem(said)}"
             within = f" (in a process with memory_gib={limits.memory_gib:g})" if bounded else ""
             raise InputError(f"{why}{within}")
+        self.needs = tuple(map(str, said.get("needs") or ()))
+        self.ids = said.get("ids") is True
 
     def ask(self, rows: dict[str, Any], count: int) -> tuple[list[float | None] | None, str]:
         """The scores of ``count`` rows; None, and why, where there are none."""

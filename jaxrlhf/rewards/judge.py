@@ -24,9 +24,10 @@ from jaxrlhf.mesh.sharding import fetch, put_rows, row_layout
 from jaxrlhf.mesh.signals import listening
 from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards import service, verifiers
-from jaxrlhf.rewards.functions import Asked, Scored, Source
+from jaxrlhf.rewards.functions import Asked, FunctionError, Scored, Source
 from jaxrlhf.rewards.isolation import host_source
 from jaxrlhf.rewards.models import Scorer, load_scorer
+from jaxrlhf.rewards.signature import RENAME, Signature, missing
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Reward:
     """A verifier's: completion → what it answers."""
     special: bool = False
     """Whether the completions that it is given have their special tokens."""
+    needs: tuple[str, ...] = ()
+    """The columns of the data without which a function cannot be called."""
+    ids: bool = False
+    """Whether a function asks for token ids."""
 
 
 def keeps_special_tokens(config: RewardConfig) -> bool:
@@ -80,10 +85,21 @@ def load_rewards(configs: Sequence[RewardConfig], field: str = "rewards") -> tup
             verifier = verifiers.make(config.verifier, config.answer, config.pattern)
             truth, answer = verifier.truth, verifier.answer
         special = keeps_special_tokens(config)
-        rewards.append(
-            Reward(name, config.weight, config.gate, ask, config.length, truth, answer, special)
-        )
+        needs, ids = getattr(ask, "needs", ()), getattr(ask, "ids", False)
+        given = (config.weight, config.gate, ask, config.length, truth, answer, special)
+        rewards.append(Reward(name, *given, needs, ids))
     return tuple(rewards)
+
+
+def check_columns(rewards: Sequence[Reward], there: Sequence[str]) -> None:
+    """Refuse a function that asks for a column which is not among those of the data.
+
+    Raises:
+      InputError: it names the argument, and lists what there is.
+    """
+    for reward in rewards:
+        if lacking := missing(Signature(needs=reward.needs), there):
+            raise FunctionError(reward.name, lacking, RENAME)
 
 
 def check_truths(rewards: Sequence[Reward], rows: Sequence[Any]) -> None:
@@ -188,6 +204,8 @@ class Judge:
     mesh: Any
     max_excluded: float = 1.0
     """Share of the rows that may go without a reward."""
+    columns: tuple[str, ...] = ()
+    """Columns of the data, which are given also where no row of a batch has them."""
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Judgement:
         """Score the Q·G rows of Q prompts; on the devices alone where no source is on the host.
@@ -271,8 +289,19 @@ class Judge:
         texts = repeat([prompt.text for prompt in prompts], n)
         ended = ended_B if special else None
         completions = decode_rollout(self.tokenizer, token_BT, mask_BT, texts, ended)
-        columns = {name: repeat(x, n) for name, x in stack_columns(prompts).items()}
-        return Asked(texts, completions, columns, ended_B.tolist())
+        blank: dict[str, list[Any]] = {name: [None] * len(prompts) for name in self.columns}
+        columns = {name: repeat(x, n) for name, x in (blank | stack_columns(prompts)).items()}
+        ids = None
+        if any(source.ids for source in self.sources):
+            ids = [row[kept != 0].tolist() for row, kept in zip(token_BT, mask_BT, strict=True)]
+        return Asked(texts, completions, columns, ended_B.tolist(), chats_of(prompts, n), ids)
+
+
+def chats_of(prompts: Sequence[Prompt], n: int) -> list[Any]:
+    """The messages of the prompts, each ``n`` times, for ``Asked``; empty where all are text."""
+    if all(prompt.messages is None for prompt in prompts):
+        return []
+    return repeat([prompt.messages for prompt in prompts], n)
 
 
 def _columns(parts: list[Array]) -> Array:
@@ -287,11 +316,13 @@ def make_judge(
     field: str,
     max_excluded: float = 1.0,
     sources: tuple[Reward, ...] | None = None,
+    columns: Sequence[str] = (),
 ) -> Judge:
     """The judge that a list of reward configs describes; an InputError where one cannot be had.
 
     Args:
       sources: ``load_rewards(configs, field)``, where that is done.
+      columns: those of the data.
     """
     sources = sources or load_rewards(configs, field)
     scorers = [
@@ -300,7 +331,7 @@ def make_judge(
         else None
         for index, config in enumerate(configs)
     ]
-    return Judge(sources, tuple(scorers), tokenizer, loader.mesh, max_excluded)
+    return Judge(sources, tuple(scorers), tokenizer, loader.mesh, max_excluded, tuple(columns))
 
 
 def ask_together(source: Source, asked: Asked, prompts: int) -> Scored:

@@ -1,8 +1,9 @@
 """A worker process: finds a function or verifier, and calls it for whoever asks.
 
-Asked {id, source, memory} it says {id, ready} or {id, unusable: why}; then for each {id, prompts,
-completions, columns} {id, scores: B numbers, NaN where it failed and null where it does not apply}
-or {id, problem: why}. If it says nothing, the function has ended the process, or never returns.
+Asked {id, source, memory} it says {id, ready, needs: columns that it cannot do without, ids: if it
+wants token ids} or {id, unusable: why}; then for each {id, prompts, completions, columns, ids} {id,
+scores: B numbers, NaN where it failed and null where it does not apply} or {id, problem: why}. If
+it says nothing, the function has ended the process, or never returns.
 
 It imports neither jax nor transformers: it is ready soon.
 """
@@ -18,7 +19,8 @@ from jaxrlhf.config import RewardConfig, name_of
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.rewards import verifiers
 from jaxrlhf.rewards.channel import ClosedError, receive, send
-from jaxrlhf.rewards.functions import FunctionError, RewardFunction, call, resolve
+from jaxrlhf.rewards.functions import FunctionError, RewardFunction, call, callable_of
+from jaxrlhf.rewards.signature import signature_of
 
 READ = ("function", "verifier", "answer", "pattern")
 """The fields of a RewardConfig that a worker reads."""
@@ -31,7 +33,7 @@ def host_function(config: RewardConfig) -> RewardFunction:
     """The function that a config names, or its verifier as one; an InputError if it is not to be
     had."""
     if config.function:
-        return resolve(config.function)
+        return callable_of(config.function)
     verifier = verifiers.make(config.verifier, config.answer, config.pattern)
     return lambda prompts, completions, **columns: verifiers.verify(verifier, completions, columns)
 
@@ -77,15 +79,15 @@ def _prepare(sock: socket.socket) -> tuple[RewardFunction | None, RewardConfig]:
     except InputError as error:
         send(sock, {"id": wish["id"], "unusable": str(error)[:LONGEST]})
         return None, config
-    send(sock, {"id": wish["id"], "ready": True})
+    how = signature_of(function)
+    send(sock, {"id": wish["id"], "ready": True, "needs": how.needs, "ids": how.ids})
     return function, config
 
 
 def _answer(config: RewardConfig, function: RewardFunction, asked: dict[str, Any]) -> dict:
     try:
-        scored = call(
-            name_of(config), function, asked["prompts"], asked["completions"], asked["columns"]
-        )
+        texts = asked["prompts"], asked["completions"]
+        scored = call(name_of(config), function, *texts, asked["columns"], asked["ids"])
     except FunctionError as error:
         return {"problem": error.what[:LONGEST]}
     rows = zip(scored.score_B.tolist(), scored.applies(), strict=True)

@@ -20,6 +20,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.types import Params, StopTable, TrainState
 from jaxrlhf.data.chat import with_date
+from jaxrlhf.data.formats import column_names
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, load_data, load_normalise_rows, longest
 from jaxrlhf.mesh.sharding import (
@@ -49,7 +50,13 @@ from jaxrlhf.models.read import is_reward_folder
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.rewards.judge import Judge, check_truths, load_rewards, make_judge
+from jaxrlhf.rewards.judge import (
+    Judge,
+    check_columns,
+    check_truths,
+    load_rewards,
+    make_judge,
+)
 from jaxrlhf.run.programs import (
     OfflinePrograms,
     OnPolicyPrograms,
@@ -219,11 +226,14 @@ def _networks(run: Run, loader: Loader) -> Run:
     def judge(rewards: tuple[RewardConfig, ...], field: str, before: Judge | None) -> Judge:
         vocab, limit = model.decoder.vocab, config.max_excluded
         sources = before.sources if before else load_rewards(rewards, field)
+        asked = (run.train_rows if field == "rewards" else None, run.eval_rows)
+        prompts = [row.source for part in asked if part for row in part.items]
+        columns = column_names(prompts)
         # Asked for once: `fill` comes by again, with the same sources.
-        if not before:
-            asked = (run.train_rows if field == "rewards" else None, run.eval_rows)
-            check_truths(sources, [row.source for part in asked if part for row in part.items])
-        return make_judge(rewards, loader, run.tokenizer, vocab, field, limit, sources)
+        if prompts and not before:
+            check_columns(sources, columns)
+            check_truths(sources, prompts)
+        return make_judge(rewards, loader, run.tokenizer, vocab, field, limit, sources, columns)
 
     return replace(
         run,

@@ -29,10 +29,10 @@ from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
 from jaxrlhf.data.chat import chat_settings
-from jaxrlhf.data.formats import Prompt, read_prompts
+from jaxrlhf.data.formats import Prompt, column_names, read_prompts
 from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.text import decode_rollout
-from jaxrlhf.data.tokens import READERS, Encoded, encode_rows, prompt_arrays
+from jaxrlhf.data.tokens import ANY_LENGTH, READERS, Encoded, encode_rows, prompt_arrays
 from jaxrlhf.mesh.processes import is_first
 from jaxrlhf.mesh.sharding import DECODE, fetch, make_mesh, put_rows, row_shards, tpu_slices
 from jaxrlhf.models.ends import read_ends
@@ -40,7 +40,7 @@ from jaxrlhf.models.load import Loader, Network, is_run, run_config, scores_text
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.rewards.judge import Judge, make_judge
+from jaxrlhf.rewards.judge import Judge, check_columns, make_judge
 from jaxrlhf.run.programs import packed_logp
 from jaxrlhf.run.record import plain
 from jaxrlhf.steps.sample import sample
@@ -51,7 +51,6 @@ STREAMS = {"model": 0x7FFFFFF0, "reference": 0x7FFFFFF1, "against": 0x7FFFFFF2}
 """Streams of the draws of each, beside those of training and of the evaluations in a run."""
 
 NEW_TOKENS = 64  # most tokens of a completion by a model that is no run
-ANY_LENGTH = 2**31  # tokens of a prompt: the context of the networks is the limit
 
 BATCHES = 8
 """Times ``rows`` completions a device that are drawn in one call, ``rows`` of them at once."""
@@ -253,7 +252,7 @@ def read_entrants(
         sampling=sampling,
         stops=stop_table(tokenizer, sampling.stop_strings, vocab),
         rows=wish.rows,
-        judges=_judges(wish, config, loader, tokenizer, vocab),
+        judges=_judges(wish, config, loader, tokenizer, vocab, prompts),
         tokenizer=tokenizer,
         mesh=mesh,
     )
@@ -312,18 +311,31 @@ def _new_tokens(config: Config, run: bool, width: int) -> int:
 
 
 def _judges(
-    wish: EvaluateConfig, config: Config, loader: Loader, tokenizer: Any, vocab: int
+    wish: EvaluateConfig,
+    config: Config,
+    loader: Loader,
+    tokenizer: Any,
+    vocab: int,
+    rows: Rows[Encoded],
 ) -> dict[str, Judge]:
-    """``proxy``, the rewards that the run was trained on, and ``gold``, where there are such."""
+    """``proxy``, the rewards that the run was trained on, and ``gold``, where there are such.
+
+    Raises:
+      InputError: one cannot be had, or asks for a column that the rows do not have.
+    """
+    columns = column_names([row.source for row in rows.items])
     gold = config.eval.gold
     if wish.reward or wish.reward_model:
         gold = (RewardConfig(function=wish.reward, model=wish.reward_model),)
     sources = {"proxy": ("rewards", config.rewards), "gold": ("gold", gold)}
-    return {
-        name: make_judge(configs, loader, tokenizer, vocab, field)
+    judges = {
+        name: make_judge(configs, loader, tokenizer, vocab, field, columns=columns)
         for name, (field, configs) in sources.items()
         if configs
     }
+    for judge in judges.values():
+        check_columns(judge.sources, columns)
+    return judges
 
 
 def _check_fits(name: str, network: Network, vocab: int, tokens: int) -> None:

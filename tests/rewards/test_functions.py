@@ -181,11 +181,6 @@ def test_call_names_the_line_of_the_function_that_raised(module, tmp_path):
     assert f" at {tmp_path}/failing_rewards.py:6; mend it, or, in a run, set isolate" in message
 
 
-def test_call_of_a_function_that_takes_other_arguments():
-    with pytest.raises(InputError, match=r"raised TypeError: .* unexpected .* 'answer'; mend it"):
-        score(lambda prompts, completions: [], columns={"answer": [1, 2]})
-
-
 def test_call_async_functions_share_a_loop_that_stays():
     loops = []
 
