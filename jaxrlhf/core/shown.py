@@ -1,7 +1,7 @@
 """What others have written, as it may be shown: cut short, control characters made visible."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _BLANK = re.compile("[\t-\r\x1c-\x1f\x85\u2028\u2029]")
@@ -64,6 +64,12 @@ def _pieces(value: Any, limit: int) -> Iterator[str]:
         yield f"a number of {value.bit_length()} bits"
     else:
         yield repr(value)
+
+
+def asked(sample: Mapping[str, Any]) -> Any:
+    """What a sample, a line of samples.jsonl, asks: of a chat what the user said last (``user``),
+    and not its whole ``prompt``, which may begin with pages of instructions."""
+    return sample.get("user") or sample.get("prompt", "")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

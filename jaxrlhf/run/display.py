@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jaxrlhf.core.shown import visible
+from jaxrlhf.core.shown import asked, visible
 from jaxrlhf.run.metrics import METRICS, TERMINAL
 
 UNITS = {"tokens_per_second": " tok/s"}
@@ -123,7 +123,8 @@ class Display:
           step: iterations done, this one included.
           metrics: numbers by name, those of ``TERMINAL`` among them; ``seconds`` is how long the
             iteration took (measured here if missing).
-          samples: the newest completions, newest last: prompt, completion and reward of each.
+          samples: the newest completions, newest last: prompt (or ``user``, what the user said
+            last in it), completion and reward of each.
         """
         now = time.monotonic()
         self._seconds.append(float(metrics.get("seconds", now - self._began)))
@@ -226,8 +227,8 @@ class Display:
         table.add_column("prompt", ratio=2, no_wrap=True, overflow="ellipsis")
         table.add_column("completion", ratio=3, no_wrap=True, overflow="ellipsis")
         for sample in self._samples:
-            texts = (Text(visible(sample.get(name, ""))) for name in ("prompt", "completion"))
-            table.add_row(number(sample.get("reward")), *texts)
+            texts = asked(sample), sample.get("completion", "")
+            table.add_row(number(sample.get("reward")), *(Text(visible(x)) for x in texts))
         return table
 
 

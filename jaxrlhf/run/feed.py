@@ -18,6 +18,7 @@ from jaxrlhf.data.batches import (
     steps_batch,
     token_batch,
 )
+from jaxrlhf.data.formats import Prompt, prompt_of
 from jaxrlhf.data.packing import packing
 from jaxrlhf.data.text import MARKS, show_batch, show_example
 from jaxrlhf.data.tokens import Encoded
@@ -93,6 +94,13 @@ def packing_metrics(batch: Any) -> dict[str, float]:
         "rows": float(batch.segment_BT.max(1).sum()),
         "packing_efficiency": float((batch.segment_BT != 0).mean()),
     }
+
+
+def last_turn(run: Run, ids: list[int]) -> dict[str, str]:
+    """What the user said last in the prompt with these ids, as ``user``; nothing of plain text."""
+    source = next((row.source for row in run.train_rows.items if row.prompt == ids), None)
+    found = prompt_of(source) if isinstance(source, Prompt) else {}
+    return {name: text for name, text in found.items() if name == "user"}
 
 
 def example(run: Run) -> str:

@@ -30,6 +30,7 @@ from jaxrlhf.core.stats import (
 )
 from jaxrlhf.core.types import Params, Rollout, TokenBatch
 from jaxrlhf.data.batches import held_out_batches, preference_batch
+from jaxrlhf.data.formats import prompt_of
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import Encoded, imitated, prompt_arrays
 from jaxrlhf.mesh.sharding import at_hand, fetch, put_rows, row_shards
@@ -111,7 +112,7 @@ def evaluate_policy(run: Run, params: Params, rows: tuple[Encoded, ...]) -> Eval
                 log.warning("eval/%s: %d of %d completions have none", name, unknown, len(tokens))
     samples = [
         {
-            "prompt": rows[index].source.text,  # type: ignore[union-attr]
+            **prompt_of(rows[index].source),
             "completion": text,
             **{name: float(columns[name][b]) for name in ("proxy", "gold") if name in columns},
         }

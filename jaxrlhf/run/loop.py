@@ -29,7 +29,7 @@ from jaxrlhf.mesh.signals import Signals
 from jaxrlhf.mesh.watchdog import guarded
 from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
-from jaxrlhf.run.feed import batches, example, packing_metrics, place
+from jaxrlhf.run.feed import batches, example, last_turn, packing_metrics, place
 from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation
 from jaxrlhf.run.notices import announced
 from jaxrlhf.run.programs import OnPolicyPrograms, on_schedule
@@ -48,6 +48,7 @@ def train(
     mesh: Mesh | None = None,
     feed: Callable[[str], None] | None = None,
     leave: int | None = None,
+    may_change: bool = True,
 ) -> dict[str, Any]:
     """Carry out a run, or go on with it, and return its summary.
 
@@ -58,6 +59,7 @@ def train(
         for the next where that may take long.
       leave: exit status for a SIGTERM or Ctrl-C that cannot wait for this function to return, where
         the process is this run's alone; None: it is not.
+      may_change: go on with a run whose settings were others, where they may change (``changes``).
 
     Raises:
       SystemExit: with status 0: SIGTERM or Ctrl-C came, and what was done is saved.
@@ -74,7 +76,7 @@ def train(
             run = fill(run)
             with (
                 lock(config.output),
-                Session(run, began, feed, signals, show) as session,
+                Session(run, began, feed, signals, show, may_change) as session,
                 guarded(),
             ):
                 session.lap("setup")
@@ -373,11 +375,15 @@ def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, An
     rows = (rollout.token_BT, rollout.attention_mask_BT, rollout.mask_BT, judgement.reward_B)
     token_BT, attention_BT, mask_BT, reward_B = fetch(_first_rows(rows))
     blank = [""] * len(token_BT)
-    prompts = decode_rollout(run.tokenizer, token_BT, attention_BT * (mask_BT == 0), blank)
+    given_BT = attention_BT * (mask_BT == 0)
+    prompts = decode_rollout(run.tokenizer, token_BT, given_BT, blank)
     completions = decode_rollout(run.tokenizer, token_BT, mask_BT, blank)
+    turns = [last_turn(run, x[m != 0].tolist()) for x, m in zip(token_BT, given_BT, strict=True)]
     return [
-        {"prompt": prompt, "completion": completion, "reward": float(reward)}
-        for prompt, completion, reward in zip(prompts, completions, reward_B, strict=True)
+        {"prompt": prompt, **turn, "completion": completion, "reward": float(reward)}
+        for prompt, turn, completion, reward in zip(
+            prompts, turns, completions, reward_B, strict=True
+        )
     ]
 
 

@@ -1,10 +1,9 @@
 """The host's chores around a run: one folder, its lock, its log, its checkpoints, its clock.
 
-``Session`` opens the folder and goes on where the run stopped. ``lock`` sees to it that nobody else
-writes there, ``fingerprint`` that it is still the same run.
+``Session`` opens the folder and goes on where the run stopped, if it is still the same run
+(``changes``). ``lock`` sees to it that nobody else writes there.
 """
 
-import dataclasses
 import fcntl
 import io
 import json
@@ -14,15 +13,14 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxrlhf.algorithms import kl_kind
-from jaxrlhf.config import Config, OnPolicyConfig, dump, is_on_policy, load
+from jaxrlhf.config import dump, is_on_policy, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.types import TrainState
@@ -31,6 +29,13 @@ from jaxrlhf.data.tokens import Encoded, contents
 from jaxrlhf.mesh.checkpoint import Checkpoints
 from jaxrlhf.mesh.processes import all_or_none, is_first
 from jaxrlhf.mesh.signals import AGAIN, Signals, Stop, poll
+from jaxrlhf.run.changes import (
+    Change,
+    changes_of,
+    check_fingerprint,
+    fingerprint,
+    refuse_changes,
+)
 from jaxrlhf.run.display import Display
 from jaxrlhf.run.held_out import Evaluation
 from jaxrlhf.run.notices import announced, ending
@@ -64,6 +69,7 @@ class Session:
       feed: called at every lap, with a name for what may take long until the next.
       signals: that the run listens to.
       show: the terminal's; one of its own, if None.
+      may_change: go on where fields have changed that may; False: refuse, and name them.
 
     Attributes:
       states: the training states, restored or at their start (``run.states``, which are deleted
@@ -73,6 +79,7 @@ class Session:
       start: iterations already done.
       unmeasured: whether the run was stopped after them and before the evaluation that is due.
       meter: counts what the iteration at hand does.
+      changed: what this launch changes in a run that it goes on with.
     """
 
     def __init__(
@@ -82,9 +89,12 @@ class Session:
         feed: Callable[[str], None] | None = None,
         signals: Signals | None = None,
         show: Display | None = None,
+        may_change: bool = True,
     ):
         self.run = run
         self._shown = show
+        self.changed: list[Change] = []
+        self._may_change = may_change
         self.output = Path(run.config.output)
         self.states: dict[str, TrainState] = run.states
         self.host: dict[str, Any] = {"seconds": {}}
@@ -113,6 +123,7 @@ class Session:
         )
         # Names of changed fields are a better error than shapes that differ.
         self._check_same_run()
+        all_or_none(self._check_changes)
         if self.checkpoints.latest() is not None:  # or a resumed run would hold two states
             for x in jax.tree.leaves(self.states):
                 x.delete()
@@ -148,6 +159,8 @@ class Session:
         """Say where the run is, and what is to be known of its model and rows."""
         if self.start:
             self.show.note(f"resumed after iteration {self.start} of {self.run.config.steps}")
+        if self.changed:
+            self.show.note(f"with other settings than before: {', '.join(map(str, self.changed))}")
         for note in filter(None, (*self.run.notes, self.meter.note())):
             self.show.note(note)
         for rows in (self.run.train_rows, self.run.eval_rows, self.run.normalise_rows):
@@ -196,6 +209,13 @@ class Session:
         """
         host = self.checkpoints.noted() or {}
         check_fingerprint(host.get("fingerprint", {}), self._fingerprint)
+
+    def _check_changes(self) -> None:
+        """Refuse other settings for a run that has saved anything, unless they may change."""
+        if is_first() and self.checkpoints.latest() is not None:
+            self.changed = changes_of(self.run.config)
+            if not self._may_change:
+                refuse_changes(self.run.config.output, self.changed)
 
     def steps(self) -> Iterator[int]:
         """The iterations that are left; all processes stop between two if one has been asked to."""
@@ -414,85 +434,3 @@ def lock(output: str | Path) -> io.IOBase:
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
-
-
-def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
-    """What must stay the same for a run to go on where it stopped, as JSON-able nested dicts.
-
-    The number of steps counts only where the learning rate depends on it. Left out is what may
-    change from launch to launch: mesh, microbatches, checkpoints, evaluation, output, the numbers
-    of the algorithm (its words and switches, defaults filled in, say what is learnt, and from
-    what), and the rewards.
-
-    Args:
-      config: the run's configuration.
-      **facts: more of the kind that only the run knows, such as the number of rows of the data,
-        and a digest of their ``contents``.
-    """
-    full = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in a file
-    if isinstance(config.algorithm, OnPolicyConfig):
-        full["algorithm"]["kl_estimator"] = kl_kind(config.algorithm)
-    optim = _without(full["optim"], "microbatches", "max_skipped")
-    # A decaying rate depends on how many steps there will be.
-    if config.optim.schedule != "constant":
-        optim["steps"] = config.steps
-    unread = "max_tokens" if is_on_policy(config) else "max_prompt_tokens"
-    # The contents tell what a template made of the rows, wherever it lies.
-    data = _without(full["data"], "eval", "chat_template", "allow_dropped", unread)
-    return {
-        "algorithm": {k: x for k, x in full["algorithm"].items() if isinstance(x, str | bool)},
-        "model": _without(full["model"], "remat"),
-        "critic": _without(full["critic"], "warmup"),
-        "reference": _without(full["reference"], "offload"),
-        "optim": optim,
-        "data": data if data["date"] else _without(data, "date"),
-        "sample": {"n": config.sample.n},
-        "seed": config.seed,
-        "eval": {"patience": "on" if config.eval.patience else "off"},  # a second set of parameters
-        **facts,
-    }
-
-
-def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run whose configuration has become another.
-
-    A field that one side lacks came or went with a version of the program and is not compared.
-    Rows with the same contents are the same rows, whichever path leads to them.
-
-    Args:
-      saved: the fingerprint in the checkpoint.
-      now: the fingerprint of this launch.
-
-    Raises:
-      InputError: fields differ; the message names each, with both values. Or only the contents of
-        the rows do.
-    """
-    differences = list(_differences(saved, json.loads(json.dumps(now))))
-    if saved.get("contents", "") == now.get("contents"):
-        differences = [found for found in differences if found[0] != "data.train"]
-    fields = [found for found in differences if found[0] not in ("contents", "eval.contents")]
-    if fields:
-        listed = ", ".join(f"{name}={new!r} (was {old!r})" for name, old, new in fields)
-        raise InputError(
-            f"cannot resume with {listed}: set it back to what it was, or choose another output"
-        )
-    if differences:
-        files = {"contents": now["data"]["train"], "eval.contents": "data.eval"}
-        listed = " and ".join(files[name] for name, _, _ in sorted(differences))
-        raise InputError(
-            f"cannot resume: the rows of {listed} have changed: put them back as they were, or "
-            "choose another output"
-        )
-
-
-def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of every field that both sides have and that differs."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in (key for key in new if key in old):
-            yield from _differences(old[key], new[key], f"{name}.{key}" if name else key)
-    elif old != new:
-        yield name, old, new

@@ -33,7 +33,8 @@ from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards.isolation import Isolated
 from jaxrlhf.run import loop
-from jaxrlhf.run.session import Session, check_fingerprint, fingerprint, lock
+from jaxrlhf.run.changes import check_fingerprint, fingerprint
+from jaxrlhf.run.session import Session, lock
 from jaxrlhf.run.setup import setup
 
 HOLD = """
