@@ -19,6 +19,7 @@ from jaxrlhf.apps.shell import (
     as_text,
     beyond_locale,
     command,
+    importable,
     never_refuse,
     no_devices,
     prepare_jax,
@@ -55,7 +56,9 @@ def main(words: Sequence[str] | None = None) -> int:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             known = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
             raise InputError(f"{name}: unknown command ({known})")
-        COMMANDS[name][1](list(words[1:]))
+        # Dotted names of functions are looked for where the command is given.
+        with importable(os.curdir):
+            COMMANDS[name][1](list(words[1:]))
     except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,16 +96,21 @@ def usage() -> str:
     )
 
 
+RESUME = "--resume-with-changes"
+"""The word that lets a run go on with other settings; no field of CONFIG."""
+
+
 @command("train", "train as a YAML file says: train CONFIG [--dotted.key value …]", raw=True)
 def train(words: list[str]) -> None:
     """Load CONFIG, change it by the words after it, check it, train."""
-    from jaxrlhf.config import Config, check, load, override
+    from jaxrlhf.config import Config, check, load, locate_config, override
 
     if words[:1] in (["-h"], ["--help"]):
         override(Config(), ["--help"])
     if not words or words[0].startswith("-"):
         raise InputError("train: CONFIG, the path of a YAML file, comes first")
-    config = load(words[0], words[1:])
+    changes = [word for word in words[1:] if word != RESUME]
+    config = load(words[0], changes)
     check(config)
     prepare_jax()
     from jaxrlhf.models.read import read_ahead
@@ -112,8 +120,35 @@ def train(words: list[str]) -> None:
     from jaxrlhf.mesh import processes as distributed
     from jaxrlhf.run import loop
 
-    with distributed.together(config.distributed) as watchdog:
-        loop.train(distributed.placeless(config), feed=watchdog.feed, leave=0)
+    with (
+        importable(locate_config(words[0]).parent),
+        distributed.together(config.distributed) as watchdog,
+    ):
+        placeless = distributed.placeless(config)
+        loop.train(placeless, feed=watchdog.feed, leave=0, may_change=RESUME in words)
+
+
+@command("init", "a commented config to begin with: init ALGORITHM [--data FILE]")
+def init(
+    algorithm: Annotated[Positional[str], arg(metavar="ALGORITHM")],
+    data: str = "",
+    reward: str = "",
+    model: str = "smollm2",
+    output: Annotated[str, arg(aliases=("-o",))] = "",
+) -> None:
+    """Write a config that runs, as wide as the data asks for, with a comment at each line.
+
+    Args:
+      algorithm: ppo, grpo, dpo, sft, reward_model, …; another word lists them.
+      data: rows to learn from, .jsonl or .parquet; without it, those that come with the package.
+      reward: a function, package.module:function or sentiment, or a reward model's folder.
+      model: smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run.
+      output: the YAML file; ALGORITHM.yaml, if empty.
+    """
+    prepare_jax()
+    from jaxrlhf.apps.init import write_config
+
+    print(write_config(algorithm, data, reward, model, output))
 
 
 @command("plan", "what a run takes, on devices not at hand: plan CONFIG --topology NAME", raw=True)
@@ -202,13 +237,14 @@ def pipeline(
       output: folder of the stages, in place of the file's.
       seed: every draw follows from it; in place of the file's.
     """
-    from jaxrlhf.config import load_pipeline
+    from jaxrlhf.config import load_pipeline, locate_config
 
     stages = load_pipeline(config, output, seed)
     prepare_jax()
     from jaxrlhf.apps.pipeline import run_pipeline
 
-    run_pipeline(stages, own_process=True)
+    with importable(locate_config(config).parent):
+        run_pipeline(stages, own_process=True)
 
 
 @command("generate", "answers to prompts: generate MODEL --prompt TEXT")

@@ -8,7 +8,8 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
@@ -38,6 +39,20 @@ def typed(function: Callable[..., None]) -> Callable[[list[str]], None]:
         tyro.cli(function, prog=f"jaxrlhf {function.__name__}", args=words)
 
     return run
+
+
+@contextmanager
+def importable(*folders: str | Path) -> Iterator[None]:
+    """Modules of these folders can be imported inside, here and in workers that are started, and
+    after all others: a file of the user's hides none of a library."""
+    added = [str(Path(folder).absolute()) for folder in folders]
+    sys.path.extend(added)
+    try:
+        yield
+    finally:
+        for entry in added:
+            with suppress(ValueError):
+                sys.path.remove(entry)
 
 
 TURN = 5e-4

@@ -35,7 +35,7 @@ from jaxrlhf.config.algorithms import (
 )
 from jaxrlhf.config.axes import AXES, across_slices, check_mesh, resolve_mesh, sizes_of
 from jaxrlhf.config.checks import check, check_sample, check_seed, rows_at_once
-from jaxrlhf.config.load import dump, load, override, save
+from jaxrlhf.config.load import dump, load, locate_config, override, save
 from jaxrlhf.config.model import (
     CriticConfig,
     DecoderConfig,

@@ -31,14 +31,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Types, names and choices are checked here; ``check`` holds the rules between fields.
 
     Args:
-      path: a YAML file; fields that it leaves out have their defaults.
+      path: a YAML file, or ``jaxrlhf:configs/NAME``, one of this package's; fields that it leaves
+        out have their defaults.
       overrides: see ``override``.
 
     Raises:
       InputError: no such file, bad YAML, an unknown key, a value of the wrong type.
       SystemExit: an override that does not parse; tyro has said why on stderr.
     """
-    config = build(Config, read(Path(path)), str(path))
+    config = build(Config, read(locate_config(path)), str(path))
     return override(config, overrides) if overrides else config
 
 
@@ -95,7 +96,8 @@ def override(config: Config, words: Sequence[str], prog: str = "jaxrlhf train CO
             prog=prog,
             description="Train as CONFIG, a YAML file, says; each option changes one of its "
             "fields, and so does an assignment, as optim.warmup=5. Values are written as in the "
-            "YAML: null, [1, 2], {a: 1}.",
+            "YAML: null, [1, 2], {a: 1}. --resume-with-changes, anywhere, goes on with a run that "
+            "was begun with other settings.",
             args=unknown,
             default=config,
             config=(tyro.conf.AvoidSubcommands,),
@@ -230,11 +232,32 @@ def read(path: Path) -> Any:
     return content
 
 
-def packaged(name: str) -> Path:
+def packaged(name: str = "") -> Path:
     """A file of configs/, which lies inside an installed package and beside its source."""
     package = Path(__file__).parents[1]
     inside = package / "configs" / name
     return inside if inside.exists() else package.parent / "configs" / name
+
+
+PACKAGED = "jaxrlhf:configs/"
+"""What the name of a config begins with that comes with this package."""
+
+
+def locate_config(path: str | Path) -> Path:
+    """The file that ``path`` names, or that ``jaxrlhf:configs/NAME`` does in this package.
+
+    Raises:
+      InputError: none of those has this name; the message names close ones.
+    """
+    if not str(path).startswith(PACKAGED) or Path(path).exists():
+        return Path(path)
+    name, root = str(path).removeprefix(PACKAGED), packaged()
+    known = sorted(x.relative_to(root).as_posix() for x in root.rglob("*.yaml"))
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3, 0.4)
+        remedy = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+        raise InputError(f"{path}: no such config in the package ({remedy})")
+    return packaged(name)
 
 
 def build(kind: Any, value: Any, source: str, key: str = "") -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 import tyro
 
 from jaxrlhf.config.checks import below_least, check_seed
-from jaxrlhf.config.load import build, read
+from jaxrlhf.config.load import build, locate_config, read
 from jaxrlhf.config.run import Config
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import check_no_url
 from jaxrlhf.core.shown import shown
 
 
@@ -176,15 +177,17 @@ def load_pipeline(path: str | Path, output: str = "", seed: int | None = None) -
     """The pipeline that a YAML file describes, its stages' files found beside it.
 
     Args:
+      path: a YAML file, or ``jaxrlhf:configs/pipelines/NAME``, one of this package's.
       output, seed: in place of the file's.
 
     Raises:
       InputError: no such file, an unknown key, a stage that is of no kind or of two, a name that
         is taken or refers to no earlier stage, a number out of its range.
     """
-    path = Path(path)
+    path = locate_config(path)
     config: PipelineConfig = build(PipelineConfig, read(path), str(path))
     output, seed = output or config.output, config.seed if seed is None else seed
+    check_no_url("output", output)
     if not 0 <= seed < 2**32:
         raise InputError(f"{path}: seed={seed}: give 0 or more, below {2**32}")
     if not config.stages:
