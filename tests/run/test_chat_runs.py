@@ -22,6 +22,7 @@ from jaxrlhf.config import (
     SampleConfig,
     SFTConfig,
 )
+from jaxrlhf.core.shown import asked
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.run import loop
 from jaxrlhf.run.feed import batches, example
@@ -45,7 +46,9 @@ PAIR = {"prompt": CHAT, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
 
 
 def long_answers(prompts, completions, **columns):
-    return [float(len(text)) for text in completions]
+    """Of messages: what is asked last, and the answer to it."""
+    assert all(prompt[-1]["content"] in QUESTIONS for prompt in prompts)
+    return [float(len(answer[0]["content"])) for answer in completions]
 
 
 def config_of(kind, folder, rows, **changes):
@@ -151,13 +154,19 @@ def test_ppo_on_chats_learns_from_responses_alone(tmp_path):
         run = replace(run, programs=replace(run.programs, targets=heard))
         session = loop.Session(run)
         session.host["kl_coef"] = 0.05
-        _, metrics, rollout, _ = loop.iterate(run, session, 0)
+        _, metrics, rollout, judgement = loop.iterate(run, session, 0)
+        samples = loop.shown(run, rollout, judgement)
     batch = seen[0][0]
     mask = np.asarray(batch.weight_BT) != 0
     np.testing.assert_array_equal(mask, np.asarray(rollout.mask_BT) != 0)
     assert not mask[:, : config.data.max_prompt_tokens].any()
     assert mask[:, config.data.max_prompt_tokens].all()
     assert metrics["skipped"] == 0
+    # The template begins with a system prompt; people see what was asked last.
+    assert all(sample["prompt"].startswith("system\n") for sample in samples)
+    assert {asked(sample) for sample in samples} == set(QUESTIONS[::-1])
+    texts = [len(sample["completion"]) for sample in samples]
+    np.testing.assert_array_equal(np.asarray(judgement.reward_B), texts)
 
 
 def test_train_shows_and_writes_an_example(tmp_path, capsys):

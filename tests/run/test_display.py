@@ -65,6 +65,17 @@ def test_display_panel(width):
     assert "other" not in text
 
 
+def test_display_panel_shows_what_the_user_said_last_of_a_chat():
+    console = terminal(100)
+    with display(2, "x", console=console) as show:
+        show.step(1, metrics(1), [{"prompt": "Pages of advice. Why?", "user": "Why?"}])
+    plain = Console(record=True, width=100, file=io.StringIO())
+    plain.print(show)
+    text = plain.export_text()
+    assert "Why?" in text
+    assert "advice" not in text
+
+
 def test_display_panel_before_and_after():
     assert "first step 0:00:00" in panel(60, 0)[1]
     assert "done" in panel(60, 15)[1]

@@ -287,6 +287,19 @@ def test_differences_leave_out_defaults_that_only_one_has(tmp_path):
     assert page.configs == {}
 
 
+def test_render_shows_what_the_user_said_last_of_a_chat(tmp_path):
+    (tmp_path / "config.yaml").write_text("steps: 2\n")
+    chat = {"split": "eval", "prompt": "system\nPages of advice.\nuser\nWhy?", "user": "Why?"}
+    rows = [{"step": step, **chat, "completion": f"after {step}"} for step in (0, 2)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(tmp_path)
+    for runs in ([run], [run, run]):
+        texts = Reader(render(runs)).texts
+        assert "Why?" in texts
+        assert "after 2" in texts
+        assert not any("advice" in text for text in texts)
+
+
 def test_write_report_compares_runs(folder, tmp_path):
     other = write_run(tmp_path / "other", seed=1, model={"path": "elsewhere"})
     (other / "evaluation.json").write_text(json.dumps(EVALUATION))
