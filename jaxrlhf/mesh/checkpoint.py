@@ -23,18 +23,18 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_folder, free, write_atomic, writing
+from jaxrlhf.core.files import check_folder, free, write_atomic
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.messages import exchange
 from jaxrlhf.mesh.notes import (
     beside,
-    check_place,
     claim,
+    note_of,
+    note_path,
     notes,
     put_aside,
     seal,
     steps_in,
-    unseal,
 )
 from jaxrlhf.mesh.processes import Meeting, all_or_none, is_first, jointly
 
@@ -195,14 +195,16 @@ class Checkpoints:
           InputError: the last save, or this, could not be written.
         """
         self.wait()
-        path = self.folder / str(self.latest()) / "host" / "metadata"
+        step = self.folder / str(self.latest())
 
         def rewrite() -> None:
             if not is_first():
                 return
-            with writing(path):
-                note = unseal(json.loads(path.read_text(encoding="utf-8")))
-                write_atomic(path, json.dumps(seal({**note, "host": dict(host)})))
+            try:
+                note = note_of(step)
+            except ValueError as error:
+                raise InputError(f"{step}: {error}: start again from the step before") from None
+            write_atomic(note_path(step), json.dumps(seal({**note, "host": dict(host)})))
 
         all_or_none(rewrite)
 
@@ -425,11 +427,9 @@ def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, An
     }
     arrays = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=part)
     handler = ocp.CompositeCheckpointHandler()
+    note = note_of(path)
+    _check_leaves(path, note["leaves"], wanted, part)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        items = ocp.args.Composite(host=ocp.args.JsonRestore())
-        note = unseal(reader.restore(path, args=items)["host"])
-        check_place(path, note)
-        _check_leaves(path, note["leaves"], wanted, part)
         items = ocp.args.Composite(state=arrays)
         return reader.restore(path, args=items)["state"], note
 

@@ -17,10 +17,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic, writing
+from jaxrlhf.core.reading import read_object
 from jaxrlhf.mesh.processes import is_first
 
 log = logging.getLogger(__name__)
+
+MOST_NOTE = 2**26
+"""Bytes of a note: among the host's numbers are those of every held-out prompt."""
 
 
 def seal(note: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,9 +45,30 @@ def unseal(sealed: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: it has changed since.
     """
-    if sealed["sha256"] != _sha256(sealed["note"]):
+    note = sealed.get("note")
+    if not isinstance(note, dict) or sealed.get("sha256") != _sha256(note):
         raise ValueError("the note is not as it was saved")
-    return sealed["note"]
+    return note
+
+
+def note_of(step: Path) -> dict[str, Any]:
+    """The note of a step, which is its own.
+
+    Raises:
+      ValueError: it cannot be read, has changed, or is of another step or run.
+    """
+    try:
+        note = unseal(read_object(note_path(step), MOST_NOTE))
+    # No InputError: whoever asks may have another step.
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    check_place(step, note)
+    return note
+
+
+def note_path(step: Path) -> Path:
+    """The file that holds the note of a step."""
+    return step / "host" / "metadata"
 
 
 def _sha256(note: dict[str, Any]) -> str:
@@ -85,22 +111,20 @@ def put_aside(path: Path) -> str:
 def notes(folder: Path) -> Iterator[dict[str, Any]]:
     """The notes that can be read, of the newest step first."""
     for step in sorted(steps_in(folder), reverse=True):
-        path = folder / str(step) / "host" / "metadata"
         try:
-            note = unseal(json.loads(path.read_text(encoding="utf-8")))
-            check_place(folder / str(step), note)
-            yield note
-        # Whatever a damaged file makes of its reader; ``restore`` has the word about it.
-        except Exception as error:
-            log.debug("%s: %s", path, error)
+            yield note_of(folder / str(step))
+        # ``restore`` has the word about it.
+        except ValueError as error:
+            log.debug("%s/%d: %s", folder, step, error)
 
 
 def _run_of(folder: Path) -> str | None:
     """The name of the run whose steps belong into a folder; None where nothing says it."""
     try:
-        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        run = read_object(folder / "run.json").get("run")
+    except InputError:
         return None
+    return run if isinstance(run, str) else None
 
 
 def claim(folder: Path) -> str:
@@ -119,8 +143,8 @@ def claim(folder: Path) -> str:
 
 def check_place(path: Path, note: dict[str, Any]) -> None:
     """Raise ValueError for the note of another step than ``path`` is, or of another run's."""
-    if note["step"] != int(path.name):
-        raise ValueError(f"its files are those of step {note['step']}")
+    if note.get("step") != int(path.name):
+        raise ValueError(f"its files are those of step {note.get('step')}")
     run = _run_of(path.parent)
     if run is not None and note.get("run", run) != run:
         raise ValueError("its files are those of another run")

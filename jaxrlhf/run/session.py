@@ -23,6 +23,7 @@ import jax
 from jaxrlhf.config import dump, is_on_policy, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic, writing
+from jaxrlhf.core.reading import read_object
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, contents
@@ -363,12 +364,14 @@ class Session:
         if self.is_left() or not path.is_file() or not measured:
             return None
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            # Of a shorter run that has since been given more steps.
-            if summary["steps"] != self.start:
-                return None
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            log.warning("%s: cannot be read (%s), and is written anew", path, error)
+            summary = read_object(path, remedy="it is written anew")
+        except InputError as error:
+            log.warning("%s", error)
+            return None
+        if "steps" not in summary:
+            log.warning("%s: no summary of a run: it is written anew", path)
+        # Of a shorter run that has since been given more steps.
+        if summary.get("steps") != self.start:
             return None
         self.show.note(f"nothing to do: all {self.start} iterations are done")
         return summary
