@@ -2,6 +2,8 @@
 # make setup   .venv for development          make lint    ruff and pyright
 # make fuzz    damaged files for every reader
 # make soak    two hours of random faults     ARGS="--seconds 1200 --seed 1"
+# make kills   two hundred kills              ARGS="--kills 50 --target ppo"
+# make growth  memory and open files over 500 iterations
 # make signals SIGTERM and Ctrl-C in every phase of a run
 # make docs    the site, in site/; SERVE=1: on 127.0.0.1:8001, while you write
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
@@ -16,7 +18,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test fuzz soak signals lint docs benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals lint docs benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -32,10 +34,16 @@ test: setup-test
 
 # Ten thousand damaged files a reader, half an hour on one core; ARGS="--inputs 500 -k gguf": some.
 fuzz: setup-test
-	$(VENV)/bin/python -m pytest tests/test_fuzz.py --inputs 10000 $(ARGS)
+	$(VENV)/bin/python -m pytest tests/test_fuzz.py --inputs 10000 --timeout 0 $(ARGS)
 
 soak: setup-test
 	PYTHONPATH=tests:tests/mesh $(VENV)/bin/python tests/soak.py $(ARGS)
+
+kills: setup-test
+	PYTHONPATH=tests:tests/mesh $(VENV)/bin/python tests/soak.py --kills 200 --most 25 $(ARGS)
+
+growth: setup-test
+	$(VENV)/bin/python -m pytest -m growth -rP $(ARGS)
 
 signals: setup-test
 	$(VENV)/bin/python -m pytest -m signals -rP $(ARGS)

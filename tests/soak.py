@@ -1,21 +1,23 @@
 """Tiny runs under random faults, over and over; each must end as the run that nothing disturbed.
 
     make soak     (python tests/soak.py --help lists what can be chosen)
+    make kills    two hundred kills alone, of every algorithm, the pipeline, one process and two
 
-A target is first carried out undisturbed. Then, until the time is over, it is carried out anew
-while faults strike its process: SIGKILL, SIGSTOP for some seconds, SIGTERM, Ctrl-C, a full disk, a
-clock that jumps; between two launches a bit flips in its newest checkpoint. Rewards come from a
-service that fails every third request once. Of two processes one is struck, and the other has to
-end by itself. In the end arrays (by their digests), host's numbers, metrics, samples and pairs are
-compared with the undisturbed ones, bit for bit but for the clock. Status 1 if anything differs, a
-launch hangs, prints a traceback, or resumes from before a step that was on disk.
+A target is first carried out undisturbed. Then it is carried out anew while faults strike its
+process, most of them after the launch has saved a step: SIGKILL at any instant, or just before a
+change to a file of checkpoints, SIGSTOP for some seconds, SIGTERM, Ctrl-C, a full disk, a clock
+that jumps; between two launches a bit flips in its newest checkpoint. Rewards come from a service
+that fails every third request once. Of two processes one is struck, and the other has to end by
+itself. After each launch it is seen that no step on disk and no line of metrics before it was lost,
+and that the run went on from the newest. In the end arrays (by their digests), host's numbers,
+metrics, samples and pairs are compared with the undisturbed ones, bit for bit but for the clock.
+Status 1 if anything differs, a launch hangs, prints a traceback, or begins again in silence.
 
 The disk is a small tmpfs where the process may mount one, else a limit on the size of files.
 """
 
 import argparse
 import collections
-import json
 import os
 import random
 import resource
@@ -25,32 +27,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import runs
 import servers
-import yaml
-from loopback import free_port
-
-from jaxrlhf.config import CheckpointConfig, EvalConfig, MeshConfig, RewardConfig, save
-from jaxrlhf.config.rewards import ServiceConfig
-from jaxrlhf.run.speed import TIMED
-
-ROOT = Path(__file__).resolve().parents[1]
-
-MAIN = """
-import os, random, sys, time
-
-if jumps := os.environ.get("SOAK_CLOCK"):
-    true, chance = time.time, random.Random(int(jumps))
-    time.time = lambda: true() + chance.choice([-1e7, -60.0, 0.0, 0.0, 60.0, 1e7])
-from jaxrlhf.apps.cli import main
-sys.exit(main())
-"""
-"""The command; with SOAK_CLOCK, under a clock that jumps by up to four months."""
+from targets import (
+    ALGORITHMS,
+    Target,
+    Unreliable,
+    contents,
+    is_done,
+    last_line,
+    on_disk,
+    pipeline,
+    run,
+)
 
 LONG = 300
 """Seconds after which a launch counts as hung."""
@@ -58,43 +52,22 @@ LONG = 300
 DISK = 48
 """MiB of the disk."""
 
-FAULTS = {"kill": 6, "stop": 2, "term": 3, "interrupt": 1, "disk": 3, "clock": 1, "flip": 2}
+FAULTS = {
+    "kill": 5, "kill at a save": 3, "stop": 2, "term": 3, "interrupt": 1, "disk": 3, "clock": 1,
+    "flip": 3,
+}  # fmt: skip
 """What strikes, and how often among the others."""
 
-CLOCKS = {*TIMED, "stage_seconds", "peak_memory_gib", "failed_saves", "minutes"}
-"""What two runs need not share."""
+KILLS = {"kill": 3, "kill at a save": 1}
 
+TARGETS = (*ALGORITHMS, "pipeline", "ppo2", "sft2")
+"""What is carried out: on two processes, if its name ends in 2."""
 
-@dataclass
-class Target:
-    """Something to carry out, and where it ends up."""
+MIXED = ("pipeline", "ppo", "reward_model", "ppo2")
+"""Of them, those that the faults other than kills are tried on."""
 
-    name: str
-    words: Callable[[Path], list[str]]
-    """The command's words, by the folder that it writes to."""
-    processes: int = 1
-
-    def launch(self, out: Path, **variables: str) -> list[subprocess.Popen]:
-        """Its processes; what they say is added to out.log."""
-        port, flags = free_port(), []
-        if self.processes > 1:
-            flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(self.processes)]
-            flags += ["--distributed.heartbeat", "10", "--distributed.watchdog", "60"]
-        kept = {x: y for x, y in os.environ.items() if x not in ("XLA_FLAGS", "JAX_PROCESS_ID")}
-        environment = {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables}
-        started = []
-        for index in range(self.processes):
-            own = [*flags, "--process", str(index)] if flags else []
-            with open(f"{out}.log", "a", encoding="utf-8") as log:
-                started.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", MAIN, *self.words(out), *own],
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                    )
-                )
-        return started
+MOST_CHANGES = 80
+"""Changes to files of checkpoints among which is the one that a kill comes before."""
 
 
 class Tally(collections.Counter):
@@ -103,100 +76,43 @@ class Tally(collections.Counter):
     def __init__(self) -> None:
         super().__init__()
         self.wrong: list[str] = []
+        self.slowest = 0.0
 
     def complain(self, what: str) -> None:
         self.wrong.append(what)
         print(f"WRONG: {what}", flush=True)
 
 
-def pipeline(folder: Path) -> Target:
-    """The tiny pipeline, its runs shortened."""
-    source = ROOT / "configs" / "pipelines" / "demo_tiny.yaml"
-    content = yaml.safe_load(source.read_text(encoding="utf-8"))
-    short = {"steps": 12, "checkpoint.every": 2, "checkpoint.keep": 3}
-    for stage in content["stages"]:
-        if "train" in stage:
-            stage["train"] = str((source.parent / stage["train"]).resolve())
-            stage["set"] |= short
-        if "preferences" in stage:
-            stage["preferences"] |= {"train_rounds": 1, "eval_rounds": 1}
-    path = folder / "pipeline.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return Target("pipeline", lambda out: ["pipeline", str(path), "--output", str(out)])
+@dataclass(frozen=True)
+class Before:
+    """What there was when a launch began.
+
+    Attributes:
+      steps: on disk, of every run by its name.
+      going: those that had begun and were not done.
+      said: bytes of the log.
+      flipped: the run whose newest step is damaged; "" for none.
+    """
+
+    steps: dict[str, list[int]]
+    going: list[str]
+    said: int
+    flipped: str = ""
 
 
-def ppo(folder: Path, url: str = "", processes: int = 1) -> Target:
-    """PPO on one process whose rewards a service gives, or on two."""
-    (folder / "rows").mkdir(exist_ok=True)
-    rewards = (RewardConfig(service=ServiceConfig(url, backoff=0.05)),) if url else (runs.GOODNESS,)
-    config = runs.ppo(
-        folder / "rows", steps=40, rewards=rewards, checkpoint=CheckpointConfig(every=2, keep=3)
-    )
-    data = replace(config.data, eval=config.data.train)
-    config = replace(config, data=data, eval=EvalConfig(every=10, n=1))
-    config = replace(config, mesh=MeshConfig(data=processes))
-    path = folder / f"ppo_{processes}.yaml"
-    save(config, path)
-    name = "two" if processes > 1 else "ppo"
-    return Target(name, lambda out: ["train", str(path), "--output", str(out)], processes)
+@dataclass
+class Soak:
+    """What is the same for all rounds.
 
+    Attributes:
+      faults: what strikes, and how often among the others.
+      small: whether the folder is on a disk that may be filled.
+    """
 
-def unreliable(handler: object, request: dict) -> None:
-    """A reward service: every third request fails, and comes through when it is asked again."""
-    failed, number = unreliable.failed, len(unreliable.failed)  # type: ignore[attr-defined]
-    fails = hash(request["id"]) % 3 == 0 and request["id"] not in failed
-    if fails:
-        failed.add(request["id"])
-    if fails and number % 2:
-        servers.say(handler, b"{", status=200)
-    elif fails:
-        servers.fails(handler, request)
-    else:
-        servers.honest(handler, request)
-
-
-unreliable.failed = set()  # type: ignore[attr-defined]
-
-
-# What is there
-
-
-def on_disk(out: Path) -> dict[str, int]:
-    """The newest step of every run below ``out``."""
-    return {
-        str(folder.relative_to(out)): max(steps)
-        for folder in sorted(out.rglob("checkpoints"))
-        if (steps := [int(x.name) for x in folder.iterdir() if x.name.isdigit()])
-    }
-
-
-def untimed(value: object) -> object:
-    """``value`` without what a clock has said."""
-    if isinstance(value, dict):
-        return {key: untimed(x) for key, x in value.items() if key not in CLOCKS}
-    return [untimed(x) for x in value] if isinstance(value, list) else value
-
-
-def contents(out: Path) -> dict[str, object]:
-    """All that a run, or a pipeline, has come to, by the name of the file."""
-    found: dict[str, object] = {}
-    for run, step in on_disk(out).items():
-        path = out / run / str(step) / "host" / "metadata"
-        note = json.loads(path.read_text(encoding="utf-8"))["note"]
-        note["host"].pop("fingerprint")
-        found[f"{run}/{step}"] = untimed({x: note[x] for x in ("leaves", "host")})
-    for path in sorted(out.rglob("*.json*")):
-        if "checkpoints" in path.parts or path.name == "stage.json":
-            continue
-        text = path.read_text(encoding="utf-8")
-        rows = text.splitlines() if path.suffix == ".jsonl" else [text]
-        found[str(path.relative_to(out))] = [untimed(json.loads(row)) for row in rows]
-    # Names of folders are those of the run, wherever it lies.
-    return json.loads(json.dumps(found).replace(str(out), "OUT"))
-
-
-def is_done(out: Path) -> bool:
-    return (out / "summary.json").is_file()
+    chance: random.Random
+    faults: Mapping[str, int]
+    small: bool = False
+    tally: Tally = field(default_factory=Tally)
 
 
 # Faults
@@ -212,7 +128,7 @@ def fill(out: Path, until: float) -> None:
     ballast.unlink(missing_ok=True)
 
 
-def limit(process: subprocess.Popen, until: float) -> None:
+def limit(process: Any, until: float) -> None:
     """No file can grow beyond some kB until then: where no small disk can be mounted."""
     with suppress(ProcessLookupError):
         _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
@@ -227,92 +143,154 @@ def flip(out: Path, chance: random.Random) -> str:
     Of a run that is done the last step is what others start from: see docs/reliability.md.
     """
     steps = on_disk(out)
-    going = [x for x in steps if not (out / x).with_name("summary.json").exists()]
-    going = [x for x in going if len([y for y in (out / x).iterdir() if y.name.isdigit()]) > 1]
+    going = [x for x in steps if not is_done(out / x) and len(steps[x]) > 1]
     if not going:
         return ""
-    run = chance.choice(going)
-    files = [x for x in (out / run / str(steps[run])).rglob("*") if x.is_file()]
-    path = chance.choice(sorted(x for x in files if x.stat().st_size))
+    name = chance.choice(going)
+    folder = out / name / "checkpoints" / str(steps[name][-1])
+    path = chance.choice(sorted(x for x in folder.rglob("*") if x.is_file() and x.stat().st_size))
     content = bytearray(path.read_bytes())
     bit = chance.randrange(8 * len(content))
     content[bit // 8] ^= 1 << (bit % 8)
     path.write_bytes(content)
-    return run
+    return name
 
 
-def strike(fault: str, struck: subprocess.Popen, out: Path, small: bool, seconds: float) -> None:
+def strike(fault: str, struck: Any, out: Path, small: bool, seconds: float) -> None:
     """Do to a process what the fault is; it may have ended."""
-    if fault == "stop":
-        struck.send_signal(signal.SIGSTOP)
-        time.sleep(seconds)
-        struck.send_signal(signal.SIGCONT)
-    elif fault == "disk" and small:
-        fill(out, time.monotonic() + seconds)
-    elif fault == "disk":
-        limit(struck, time.monotonic() + seconds)
-    else:
-        kinds = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
-        struck.send_signal(kinds[fault])
+    if fault == "disk" and small:
+        return fill(out, time.monotonic() + seconds)
+    if fault == "disk":
+        return limit(struck, time.monotonic() + seconds)
+    kinds = {
+        "kill": signal.SIGKILL,
+        "term": signal.SIGTERM,
+        "interrupt": signal.SIGINT,
+        "stop": signal.SIGSTOP,
+    }
+    with suppress(ProcessLookupError):
+        os.kill(struck.pid, kinds[fault])
+        if fault == "stop":
+            time.sleep(seconds)
+            os.kill(struck.pid, signal.SIGCONT)
 
 
-def wait(started: Sequence[subprocess.Popen], tally: Tally, what: str) -> None:
-    """Wait for the end of all; those that hang are killed and complained of."""
+def newest(steps: dict[str, list[int]]) -> dict[str, int]:
+    return {name: found[-1] for name, found in steps.items()}
+
+
+def await_step(started: Sequence[Any], out: Path, before: Before) -> None:
+    """Wait until a launch has a step on disk that was not there, or has ended."""
     until = time.monotonic() + LONG
-    for process in started:
-        try:
-            process.wait(max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            tally.complain(f"{what}: process {started.index(process)} hangs")
+    while all(x.exitcode is None for x in started) and time.monotonic() < until:
+        with suppress(OSError):  # a folder that is going away
+            if newest(on_disk(out)) != newest(before.steps):
+                return
+        time.sleep(0.005)
+
+
+# A round
+
+
+def look(out: Path, flipped: str) -> Before:
+    steps, log = on_disk(out), Path(f"{out}.log")
+    said = log.stat().st_size if log.exists() else 0
+    return Before(steps, [x for x in steps if not is_done(out / x)], said, flipped)
+
+
+def wait(started: Sequence[Any], tally: Tally, what: str) -> None:
+    """Wait for the end of all; those that hang are killed and complained of."""
+    began = time.monotonic()
+    for index, process in enumerate(started):
+        process.join(max(0.1, began + LONG - time.monotonic()))
+        if process.exitcode is None:
+            tally.complain(f"{what}: process {index} hangs")
             process.kill()
-            process.wait()
+            process.join()
 
 
-def disturbed(
-    target: Target, out: Path, chance: random.Random, whole: float, small: bool, tally: Tally,
-    most: int,
-) -> None:  # fmt: skip
-    """Carry a target out under up to ``most`` faults; ``whole`` seconds are what it takes alone."""
-    log, strikes = Path(f"{out}.log"), 0
-    while not is_done(out) and tally["launches"] < 10_000:
-        fault = chance.choices(list(FAULTS), list(FAULTS.values()))[0] if strikes < most else ""
-        flipped = flip(out, chance) if fault == "flip" else ""
-        before = on_disk(out)
-        said = log.stat().st_size if log.exists() else 0
-        clock = {"SOAK_CLOCK": str(chance.randrange(2**31))} if fault == "clock" else {}
-        started = target.launch(out, **clock)
+def launch(target: Target, out: Path, fault: str, before: Before, soak: Soak) -> str:
+    """Carry a target on until it ends, by itself or by a fault; what has struck."""
+    chance = soak.chance
+    variables = {
+        "clock": {"CLOCK": str(chance.randrange(2**31))},
+        "kill at a save": {"KILL": str(chance.randint(1, MOST_CHANGES))},
+    }
+    started = target.launch(out, **variables.get(fault, {}))
+    struck = chance.choice(started)
+    if fault in ("kill", "stop", "term", "interrupt", "disk"):
+        # Now and then before it has got anywhere, else with something to lose.
+        if chance.random() < 0.8:
+            await_step(started, out, before)
+        time.sleep(chance.uniform(0.0, 0.6))
+        if struck.exitcode is None:
+            strike(fault, struck, out, soak.small, chance.uniform(0.5, 3))
+        else:
+            fault = ""
+    began = time.monotonic()
+    wait(started, soak.tally, f"{target.name} after {fault or 'nothing'}")
+    if fault in ("kill", "term", "interrupt"):
+        soak.tally.slowest = max(soak.tally.slowest, time.monotonic() - began)
+    if fault == "kill at a save" and all(x.exitcode != -signal.SIGKILL for x in started):
+        return ""
+    return fault
+
+
+def disturbed(target: Target, out: Path, soak: Soak, most: int) -> None:
+    """Carry a target out under up to ``most`` faults."""
+    strikes, tally = 0, soak.tally
+    while not is_done(out):
+        planned = ""
+        if strikes < most:
+            planned = soak.chance.choices(list(soak.faults), list(soak.faults.values()))[0]
+        before = look(out, flip(out, soak.chance) if planned == "flip" else "")
+        fault = launch(target, out, planned, before, soak)
+        fault = "" if fault == "flip" and not before.flipped else fault
         tally["launches"] += 1
-        struck = chance.choice(started)
-        if fault not in ("", "clock", "flip"):
-            with suppress(subprocess.TimeoutExpired):
-                started[0].wait(chance.uniform(0.1, 1.2) * whole)
-        if fault and (fault in ("clock", "flip") or started[0].poll() is None):
+        if fault:
+            tally[fault] += 1
             strikes += 1
-            tally[fault if fault != "flip" or flipped else "no step to flip"] += 1
-            if fault not in ("clock", "flip"):
-                strike(fault, struck, out, small, chance.uniform(1, 5))
-        wait(started, tally, f"{target.name} after {fault or 'nothing'}")
-        with open(log, encoding="utf-8") as file:
-            file.seek(said)
-            told = file.read()
-        check(told, before, flipped, tally, f"{target.name}, {fault or 'undisturbed'}")
-        if not fault and not is_done(out):
-            tally.complain(f"{target.name}: undisturbed, and not done: {told[-300:]}")
+        told = Path(f"{out}.log").read_bytes()[before.said :].decode(errors="replace")
+        check(out, told, before, fault, tally, f"{target.name}, {fault or 'undisturbed'}")
+        if not planned and not is_done(out):
+            tally.complain(f"{target.name}: undisturbed, and not done: {told[-500:]}")
             return
 
 
-def check(told: str, before: dict[str, int], flipped: str, tally: Tally, what: str) -> None:
-    """See that a launch went on from what was on disk, and ended in words, not in a traceback."""
+RESUMED = "resumed after iteration "
+
+
+def check(out: Path, told: str, before: Before, fault: str, tally: Tally, what: str) -> None:
+    """See that a launch went on from what was on disk, lost none, and gave no traceback.
+
+    Args:
+      told: what it has said.
+    """
     if "Traceback" in told:
         tally["tracebacks"] += 1
-        tally.complain(f"{what}: a traceback: {told[told.index('Traceback') :][:2000]}")
-    resumed = [int(x.split()[0]) for x in told.split("resumed after iteration ")[1:]]
+        tally.complain(f"{what}: a traceback: {told[told.index('Traceback') :][:3000]}")
+    resumed = [int(x.split()[0]) for x in told.split(RESUMED)[1:]]
     tally["resumed"] += len(resumed)
-    # The run that goes on is the last that had begun; those before it are done.
-    newest = list(before.values())
-    if resumed and newest and resumed[0] not in newest and not flipped:
-        tally["lost"] += 1
-        tally.complain(f"{what}: resumed after iteration {resumed[0]}, and on disk was {before}")
+    after = on_disk(out)
+    for name, steps in before.steps.items():
+        had = f"{what}: {name} had step {steps[-1]} on disk"
+        # Of a damaged step nothing is promised but that the one before is taken.
+        good = steps[-2:] if name == before.flipped else steps[-1:]
+        kept = after.get(name, [-1])[-1]
+        if kept < good[0]:
+            tally["lost"] += 1
+            tally.complain(f"{had}, and has {kept}")
+        if name in before.going and resumed and resumed[0] not in good:
+            tally["lost"] += 1
+            tally.complain(f"{had}, and went on from {resumed[0]}")
+        if kept > steps[-1] and not resumed:
+            tally["silent restarts"] += 1
+            tally.complain(f"{had}, and begins again: {told[:1000]}")
+    for name, steps in after.items():
+        # With a full disk, lines wait in memory.
+        if fault != "disk" and last_line(out / name) < steps[-1]:
+            tally["lost"] += 1
+            tally.complain(f"{what}: {name} has step {steps[-1]} on disk, and not its metrics")
 
 
 def compare(wanted: dict, found: dict, tally: Tally, what: str) -> None:
@@ -321,73 +299,105 @@ def compare(wanted: dict, found: dict, tally: Tally, what: str) -> None:
             tally.complain(f"{what}: {name} differs")
 
 
-def soak(
-    folder: Path, seconds: float, seed: int, names: Sequence[str], most: int, small: bool = False
+def undisturbed(target: Target, folder: Path, tally: Tally) -> dict[str, object]:
+    """What a target comes to that nothing disturbs."""
+    out = folder / f"{target.name}_whole"
+    wait(target.launch(out), tally, target.name)
+    told = Path(f"{out}.log").read_text(encoding="utf-8")
+    assert is_done(out), told[-2000:]
+    return contents(out)
+
+
+def carry_on(
+    folder: Path, soak: Soak, targets: Sequence[Target], most: int, seconds: float, strikes: int = 0
 ) -> Tally:
-    """Carry targets out, undisturbed and then disturbed, in turn until the time is over.
+    """Carry targets out, undisturbed and then disturbed, in turn.
 
     Args:
       folder: where all is written to.
-      names: the targets.
       most: faults of one round.
-      small: whether ``folder`` is on a disk that may be filled.
+      seconds: after which no round begins; one a target does in any case.
+      strikes: or, if more than 0, as many of them.
     """
-    tally, chance = Tally(), random.Random(seed)
-    with servers.service(unreliable) as server:
-        made = {
-            "pipeline": lambda: pipeline(folder),
-            "ppo": lambda: ppo(folder, server.url),
-            "two": lambda: ppo(folder, processes=2),
-        }
-        targets, wanted, whole = [made[name]() for name in names], {}, {}
-        for target in targets:
-            out = folder / f"{target.name}_whole"
-            # Twice: the first compiles.
-            for _ in range(2):
-                shutil.rmtree(out, ignore_errors=True)
-                began = time.monotonic()
-                wait(target.launch(out), tally, target.name)
-                whole[target.name] = time.monotonic() - began
-            assert is_done(out), Path(f"{out}.log").read_text(encoding="utf-8")[-2000:]
-            wanted[target.name] = contents(out)
-        until, rounds = time.monotonic() + seconds, 0
-        while rounds == 0 or time.monotonic() < until:
-            target = targets[rounds % len(targets)]
-            rounds += 1
-            out = folder / f"{target.name}_{rounds}"
-            disturbed(target, out, chance, whole[target.name], small, tally, most)
-            compare(wanted[target.name], contents(out), tally, f"{target.name}, round {rounds}")
-            tally["rounds"] += 1
-            print(f"round {rounds}, {target.name}: {dict(tally)}", flush=True)
-            if not tally.wrong:
-                shutil.rmtree(out)
-                Path(f"{out}.log").unlink()
+    tally = soak.tally
+    wanted: dict[str, dict] = {}
+    until, rounds = time.monotonic() + seconds, 0
+    while rounds < len(targets) or (
+        sum(tally[x] for x in soak.faults) < strikes if strikes else time.monotonic() < until
+    ):
+        target = targets[rounds % len(targets)]
+        rounds += 1
+        if target.name not in wanted:
+            wanted[target.name] = undisturbed(target, folder, tally)
+        out = folder / f"{target.name}_{rounds}"
+        disturbed(target, out, soak, most)
+        compare(wanted[target.name], contents(out), tally, f"{target.name}, round {rounds}")
+        tally["rounds"] += 1
+        print(f"round {rounds}, {target.name}: {told_of(tally)}", flush=True)
+        if not tally.wrong:
+            shutil.rmtree(out)
+            Path(f"{out}.log").unlink()
     return tally
+
+
+def told_of(tally: Tally) -> str:
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(tally.items()))
+    return f"{counts}; slowest end {tally.slowest:.1f} s; wrong {len(tally.wrong)}"
+
+
+def targets_of(names: Sequence[str], folder: Path, steps: int, url: str) -> list[Target]:
+    """Targets by their names, as in TARGETS; the service gives PPO's rewards on one process."""
+    made = []
+    for name in names:
+        single = name.removesuffix("2")
+        asked = url if name == "ppo" else ""
+        made.append(
+            pipeline(folder)
+            if name == "pipeline"
+            else run(single, folder, steps, asked, processes=1 + (single != name))
+        )
+    return made
+
+
+def mounted(small: bool) -> tuple[Path, bool]:
+    """A folder of one's own, and whether it is on a small disk."""
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    options = ["-t", "tmpfs", "-o", f"size={DISK}m", "none", str(folder)]
+    return folder, small and not subprocess.run(["mount", *options], check=False).returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=7200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", action="append", choices=["pipeline", "ppo", "two"])
-    parser.add_argument("--most", type=int, default=8, help="faults of one round")
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--steps", type=int, default=120, help="of a run")
+    parser.add_argument("--most", type=int, default=12, help="faults of one round")
+    parser.add_argument("--kills", type=int, default=0, help="so many kills, and nothing else")
     parser.add_argument("--mounted", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     # In a mount namespace of its own, which ends with it, a small disk is nobody else's.
-    if not given.mounted:
+    if not given.mounted and not given.kills:
         mount = ["unshare", "--mount", "--map-root-user"]
         if shutil.which("unshare") and not subprocess.run([*mount, "true"], check=False).returncode:
             os.execvp("unshare", [*mount, sys.executable, *sys.argv, "--mounted"])
-    folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    options = ["-t", "tmpfs", "-o", f"size={DISK}m", "none", str(folder)]
-    small = given.mounted and not subprocess.run(["mount", *options], check=False).returncode
-    names = given.target or ["pipeline", "ppo", "two"]
+    folder, small = mounted(given.mounted)
+    # Kills may cut what is written there too.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}-compiled")
+    names = given.target or (TARGETS if given.kills else MIXED)
+    unreliable = Unreliable(given.seed)
+    soak = Soak(random.Random(given.seed), KILLS if given.kills else FAULTS, small)
     try:
-        tally = soak(folder, given.seconds, given.seed, names, given.most, small)
+        with servers.service(unreliable) as server:
+            targets = targets_of(names, folder, given.steps, server.url)
+            tally = carry_on(folder, soak, targets, given.most, given.seconds, given.kills)
     finally:
         if small:
             subprocess.run(["umount", "-l", str(folder)], check=False)
-    print(f"small disk: {small}; {dict(tally)}; wrong: {len(tally.wrong)}")
+        shutil.rmtree(f"{folder}-compiled", ignore_errors=True)
+    answers = ", ".join(f"{kind} {count}" for kind, count in unreliable.bad.items())
+    print(f"small disk: {small}; the service answered: {answers}")
+    print(f"seed {given.seed}: {told_of(tally)}")
     print("\n".join(tally.wrong))
     return 1 if tally.wrong else 0
 

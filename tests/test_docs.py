@@ -1,4 +1,5 @@
-"""What docs/ says runs: its programs, its configs, its commands; and the site is built whole."""
+"""What docs/ says runs: its programs, its configs, its commands, the tests that it names; and the
+site is built whole."""
 
 import importlib.util
 import re
@@ -129,3 +130,12 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     page = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
     assert "jaxrlhf.steps.iteration.make_iteration" in page
+def test_tests_that_docs_name_are_there():
+    tests = Path(__file__).parent
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCS)
+    named = re.findall(r"([\w/]+\.py)::(\w+)", text)
+    assert len(named) > 50
+    for file, name in named:
+        assert f"def {name}(" in (tests / file).read_text(encoding="utf-8"), (file, name)
+    for file in re.findall(r"tests/[\w/]+\.py", text):
+        assert (tests.parent / file).is_file(), file

@@ -7,50 +7,24 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import EvalConfig, MeshConfig, SampleConfig, load
-from jaxrlhf.mesh.sharding import make_mesh, put_rows
+from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import load_model
 from jaxrlhf.run import loop
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.score import score
 
 PROMPTS = (
     "The pizza from the corner last week was",
     "My new phone turned out to be",
     "The capital of France is",
-    "Once upon a time there was",
-    "Two plus two is",
-    "The weather on our trip was",
-    "In the morning she likes to",
-    "The best way to learn is",
 )
-
-
-@pytest.mark.slow
-def test_smollm2_draws_the_same_tokens_on_a_mesh_of_eight():
-    draw, rescore = jax.jit(sample, static_argnums=(0, 5)), jax.jit(score, static_argnums=0)
-    drawn = []
-    for sizes, devices in ((MeshConfig(), 1), (MeshConfig(data=4, fsdp=2), 8)):
-        mesh = make_mesh(sizes, jax.devices()[:devices])
-        with jax.set_mesh(mesh):
-            model, params, tokenizer = load_model("smollm2", mesh)
-            batch = tokenizer(list(PROMPTS), return_tensors="np", padding=True)
-            arrays = (batch["input_ids"].astype(np.int32), batch["attention_mask"])
-            config = SampleConfig(max_new_tokens=12, n=1, stop=(2,), pad=2)
-            key = jax.random.key(0)
-            rollout = draw(model, params, *put_rows(arrays, mesh), key, config)
-            logp = rescore(model, params, rollout.token_BT, rollout.attention_mask_BT)
-            gap = np.abs(np.asarray(logp * rollout.mask_BT - rollout.logp_BT))
-            assert gap.max() <= 1e-4
-            drawn.append(np.asarray(rollout.token_BT))
-    assert (drawn[0] == drawn[1]).mean() >= 0.999
 
 
 @pytest.mark.slow
 def test_smollm2_greedy_decode_equals_full_forwards():
     model, params, tokenizer = load_model("smollm2", make_mesh(MeshConfig(), jax.devices()[:1]))
-    batch = tokenizer(list(PROMPTS[:3]), return_tensors="np", padding=True)
+    batch = tokenizer(list(PROMPTS), return_tensors="np", padding=True)
     token, mask = batch["input_ids"].astype(np.int32), batch["attention_mask"]
     config = SampleConfig(max_new_tokens=8, n=1, temperature=0.0)
     draw = jax.jit(sample, static_argnums=(0, 5))
@@ -73,7 +47,10 @@ def test_smollm2_greedy_decode_equals_full_forwards():
 
 @pytest.mark.slow
 def test_smollm2_learns_alike_on_a_mesh_of_eight(tmp_path):
-    """One iteration of PPO with adapters on 4 × 2 × 1, beside the same on one device."""
+    """One iteration of PPO with adapters on 4 × 2 × 1, beside the same on one device.
+
+    It draws the same tokens, with the log-probs that a forward of the whole text gives them.
+    """
     config = load("configs/ppo_smollm2_sentiment.yaml", ["--output", str(tmp_path)])
     config = replace(
         config,
@@ -90,11 +67,15 @@ def test_smollm2_learns_alike_on_a_mesh_of_eight(tmp_path):
             session.host["kl_coef"] = 0.2
             start = jax.device_get(run.states["policy"].params)
             states, metrics, rollout, _ = loop.iterate(run, session, 0)
+            # The policy has started as the reference.
+            texts = rollout.token_BT, rollout.attention_mask_BT
+            logp_BT = run.programs.reference(run.reference.params, *texts)
+            gap_BT = np.abs(np.asarray(logp_BT * rollout.mask_BT - rollout.logp_BT))
+            assert gap_BT.max() <= 1e-4
             tokens.append(np.asarray(rollout.token_BT))
             learnt.append(jax.device_get(states["policy"].params))
         assert metrics["updates"] == 2
         assert 0 < metrics["grad_norm"] < np.inf
-        assert abs(metrics["kl"]) <= 1e-3  # nats a sequence: the policy starts as the reference
     assert (tokens[0] == tokens[1]).mean() >= 0.999
     assert norm(start, learnt[0]) > 0
     assert norm(*learnt) <= 0.02 * norm(start, learnt[0])

@@ -164,6 +164,18 @@ def test_files_damaged_for_one_process_are_passed_over_by_both(both, tmp_path):
     assert [row["step"] for row in logged(folder)] == [1, 2, 3, 4]
 
 
+def test_one_process_goes_on_where_two_were(both, tmp_path):
+    config = replace(config_of("sft", tmp_path / "sft"), steps=6)
+    mesh = make_mesh(config.mesh, jax.devices()[:4])
+    for which in ("one", "two"):
+        shutil.copytree(both[0] / "sft" / which, tmp_path / which)
+        train(replace(config, output=str(tmp_path / which)), mesh)
+    loader = Loader(make_mesh(MeshConfig(), jax.devices()[:1]))
+    first, other = (loader.trained(str(tmp_path / which)).params for which in ("one", "two"))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), other, first)
+    assert [row["step"] for row in logged(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
+
+
 def newest(checkpoints):
     names = [path.name for path in checkpoints.glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0)

@@ -32,6 +32,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Batch
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.words import goodness
+from jaxrlhf.mesh.notes import steps_in
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.rewards.judge import Judgement
 from jaxrlhf.run import loop
@@ -239,6 +240,7 @@ def test_train_raises_after_too_many_updates_that_are_not_finite(tmp_path, monke
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["skipped"] == 1
     assert len(lines) == 2  # four updates an iteration: the sixth in a row comes in the second
+    assert not steps_in(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

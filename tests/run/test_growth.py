@@ -1,0 +1,75 @@
+"""Five hundred iterations hold no more memory, files, threads and processes than the first hundred
+did; by `make growth`."""
+
+import gc
+import os
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+
+from jaxrlhf.config import CheckpointConfig, EvalConfig, RewardConfig
+from jaxrlhf.run.loop import train
+from jaxrlhf.run.speed import Meter
+
+pytestmark = [
+    pytest.mark.growth,
+    pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc"),
+]
+
+STEPS, SETTLED = 500, 100
+GROWTH = 8 * 2**20
+"""Bytes between the means of the first and the last hundred iterations after SETTLED."""
+
+
+def paid(prompts, completions, **columns):
+    """Of a stranger, so that it is asked in a worker."""
+    return [float(len(text)) for text in completions]
+
+
+def held():
+    """Bytes in memory, open files, threads, and processes that this one has started."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    tasks = Path("/proc/self/task").iterdir()
+    children = [(task / "children").read_text(encoding="ascii").split() for task in tasks]
+    return (
+        pages * os.sysconf("SC_PAGE_SIZE"),
+        len(os.listdir("/proc/self/fd")),
+        threading.active_count(),
+        sum(map(len, children)),
+    )
+
+
+@pytest.mark.parametrize("name", ["ppo", "sft"])
+def test_five_hundred_iterations_hold_no_more(name, tmp_path, monkeypatch):
+    """With a save every five of them, and an evaluation every fifty."""
+    counts = []
+    real = Meter.begin
+
+    def begin(self, seconds):
+        # What is garbage is not held; when Python would look for it is chance.
+        gc.collect()
+        counts.append(held())
+        real(self, seconds)
+
+    monkeypatch.setattr(Meter, "begin", begin)
+    config = runs.of(name, tmp_path, steps=STEPS, checkpoint=CheckpointConfig(every=5, keep=2))
+    config = replace(config, eval=EvalConfig(every=50, n=1))
+    if name == "ppo":
+        data = replace(config.data, eval=config.data.train)
+        config = replace(config, data=data, rewards=(RewardConfig("test_growth:paid"),))
+    else:
+        config = replace(config, data=replace(config.data, eval=config.data.train))
+    gc.freeze()
+    train(config, runs.one_device())
+    memory, files, threads, processes = np.array(counts[SETTLED:]).T
+    print(f"{name}: {memory[:100].mean() / 2**20:.1f} → {memory[-100:].mean() / 2**20:.1f} MiB, ")
+    for what, few in {"files": files, "threads": threads, "processes": processes}.items():
+        print(f"{what} {few.min()} to {few.max()}, at the end {few[-100:].min()}")
+        assert few[-100:].min() <= few[:100].min()
+        assert few[-100:].max() <= few[:100].max()
+    assert memory[-100:].mean() - memory[:100].mean() < GROWTH
