@@ -37,10 +37,10 @@ fuzz: setup-test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --inputs 10000 --timeout 0 $(ARGS)
 
 soak: setup-test
-	PYTHONPATH=tests:tests/mesh $(VENV)/bin/python tests/soak.py $(ARGS)
+	PYTHONPATH=tests $(VENV)/bin/python tests/soak.py $(ARGS)
 
 kills: setup-test
-	PYTHONPATH=tests:tests/mesh $(VENV)/bin/python tests/soak.py --kills 200 --most 25 $(ARGS)
+	PYTHONPATH=tests $(VENV)/bin/python tests/soak.py --kills 200 --most 25 $(ARGS)
 
 growth: setup-test
 	$(VENV)/bin/python -m pytest -m growth -rP $(ARGS)

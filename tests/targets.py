@@ -76,8 +76,8 @@ def nursery() -> Any:
     """Where processes are forked; what JAX reads as it is imported is set before that begins."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     shell.prepare_jax()
-    places = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "mesh")]
-    os.environ["PYTHONPATH"] = ":".join([*places, os.environ.get("PYTHONPATH", "")])
+    places = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = ":".join(places)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(NEEDED))
     return context
@@ -164,7 +164,7 @@ def run(name: str, folder: Path, steps: int, url: str = "", processes: int = 1) 
         config = replace(config, data=data, rewards=(rewards,))
     config = replace(config, mesh=MeshConfig(data=processes))
     if config.data.eval:
-        config = replace(config, eval=EvalConfig(every=10, n=1))
+        config = replace(config, eval=EvalConfig(every=20, n=1))
     return target(config, folder, f"{name}{processes if processes > 1 else ''}")
 
 

@@ -1,20 +1,17 @@
 """SIGTERM and Ctrl-C in each phase of a run: what is done is saved, and the next launch goes on."""
 
-import json
 import os
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 import runs
+from targets import contents
 
 from jaxrlhf.config import EvalConfig, RewardConfig
 from jaxrlhf.run import loop
-from jaxrlhf.run.speed import TIMED
 
 CALLS = {}
 """How often each of the functions below has been called, in the run at hand."""
@@ -79,14 +76,6 @@ def launch(config, number=None, **wait):
     assert time.monotonic() - began < 55
 
 
-def logged(config):
-    """What a run has logged, but for its clock."""
-    output = Path(config.output)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").open()]
-    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
-    return rows, (output / "samples.jsonl").read_text()
-
-
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, capsys):
     """Stopped in the first reward, in the evaluation of the start, between, and at the end."""
     for name in ("whole", "stopped"):
@@ -104,6 +93,5 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, capsys):
         launch(config, number, **{name: call})
         assert said in capsys.readouterr().out
     launch(config)
-    assert logged(config) == logged(whole)
-    for x, y in zip(*(jax.tree.leaves(runs.trained(c)[0]) for c in (config, whole)), strict=True):
-        np.testing.assert_array_equal(x, y)
+    # Arrays too, by their digests.
+    assert contents(Path(config.output)) == contents(Path(whole.output))
