@@ -164,7 +164,7 @@ def run(name: str, folder: Path, steps: int, url: str = "", processes: int = 1) 
         config = replace(config, data=data, rewards=(rewards,))
     config = replace(config, mesh=MeshConfig(data=processes))
     if config.data.eval:
-        config = replace(config, eval=EvalConfig(every=20, n=1))
+        config = replace(config, eval=EvalConfig(every=20, **({"n": 1} if config.rewards else {})))
     return target(config, folder, f"{name}{processes if processes > 1 else ''}")
 
 

@@ -130,6 +130,8 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     page = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
     assert "jaxrlhf.steps.iteration.make_iteration" in page
+
+
 def test_tests_that_docs_name_are_there():
     tests = Path(__file__).parent
     text = "".join(path.read_text(encoding="utf-8") for path in DOCS)

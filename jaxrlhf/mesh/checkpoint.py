@@ -9,6 +9,7 @@ is of another step or run, note and digests tell. Beside the steps, ``run.json``
 
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ from jaxrlhf.mesh.notes import (
     seal,
     steps_in,
 )
-from jaxrlhf.mesh.processes import Meeting, all_or_none, is_first, jointly
+from jaxrlhf.mesh.processes import Meeting, all_or_none, any_process, is_first, jointly
 
 log = logging.getLogger(__name__)
 
@@ -384,6 +385,9 @@ def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list
             raise
         # Whatever a damaged file makes of its reader.
         except Exception as error:
+            # A trainer goes on while others read: what it has deleted makes room for newer ones.
+            if any_process(not os.path.lexists(folder / str(step))):
+                return _newest(folder, abstract, part)
             damaged[step] = _brief(error)
             log.warning("%s/%d is DAMAGED, passing over it: %s", folder, step, damaged[step])
     # Never a silent start at step 0 in a folder that holds the work of hours.

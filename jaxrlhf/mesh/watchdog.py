@@ -25,6 +25,9 @@ FAILED = 13
 PATIENCE = 60
 """Seconds until a process says that it still waits for the others."""
 
+FAREWELL = 1.0
+"""Seconds that process 0 waits before it ends of bad input, which others may have too."""
+
 GRACE = 5
 """Seconds after which what is meant to end a process ends it in a rougher way."""
 
@@ -53,6 +56,9 @@ def guarded() -> Iterator[None]:
         if done or not jax.distributed.is_initialized():
             raise
         if isinstance(error, InputError):
+            # JAX aborts the others once it has gone, and those that fail alike say so themselves.
+            if jax.process_index() == 0:
+                time.sleep(FAREWELL)
             end(f"error: {_me()}: {error}", 2)
         if isinstance(error, KeyboardInterrupt):
             end(f"{_me()}: interrupted; all processes end", 130)

@@ -30,6 +30,7 @@ from jaxrlhf.mesh.watchdog import guarded
 from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
 from jaxrlhf.run.feed import batches, example, last_turn, packing_metrics, place
+from jaxrlhf.run.fingerprint import check_alike, told
 from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation
 from jaxrlhf.run.notices import announced
 from jaxrlhf.run.programs import OnPolicyPrograms, on_schedule
@@ -69,6 +70,7 @@ def train(
     began = time.perf_counter()
     mesh = mesh or make_mesh(config.mesh)
     with Signals(leave) as signals, jax.set_mesh(mesh), announced(config, mesh) as show:
+        check_alike(told(config))
         # Shapes first: programs are compiled while the weights are still being read.
         run = setup(config, mesh, abstract=True)
         with compiled_ahead(run):

@@ -1,12 +1,11 @@
 """The host's chores around a run: one folder, its lock, its log, its checkpoints, its clock.
 
 ``Session`` opens the folder and goes on where the run stopped, if it is still the same run
-(``changes``). ``lock`` sees to it that nobody else writes there.
+(``fingerprint``, ``changes``). ``lock`` sees to it that nobody else writes there.
 """
 
 import fcntl
 import io
-import json
 import logging
 import os
 import resource
@@ -30,14 +29,9 @@ from jaxrlhf.data.tokens import Encoded, contents
 from jaxrlhf.mesh.checkpoint import Checkpoints
 from jaxrlhf.mesh.processes import all_or_none, is_first
 from jaxrlhf.mesh.signals import AGAIN, Signals, Stop, poll
-from jaxrlhf.run.changes import (
-    Change,
-    changes_of,
-    check_fingerprint,
-    fingerprint,
-    refuse_changes,
-)
+from jaxrlhf.run.changes import Change, changes_of, refuse_changes
 from jaxrlhf.run.display import Display
+from jaxrlhf.run.fingerprint import check_alike, check_fingerprint, fingerprint
 from jaxrlhf.run.held_out import Evaluation
 from jaxrlhf.run.notices import announced, ending
 from jaxrlhf.run.record import Recorder, plain
@@ -119,6 +113,7 @@ class Session:
             sampled = {"n": config.eval.n, "gold": len(config.eval.gold)}
             measured = _rows_of(self.run.eval_rows) | (sampled if is_on_policy(config) else {})
             self._fingerprint["eval"] |= measured
+        check_alike(self._fingerprint)
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
         )
@@ -412,6 +407,8 @@ def lock(output: str | Path) -> io.IOBase:
 
     Keep the result: ``with lock(output): …``. Process 0 of a multi-host run holds it for all.
 
+    On a disk without locks it warns, and claims nothing.
+
     Raises:
       InputError: another run writes to ``output``, or the folder cannot be written.
     """
@@ -432,6 +429,8 @@ def lock(output: str | Path) -> io.IOBase:
             f"output={str(output)!r}: another run writes there ({holder}); "
             "wait for it, stop it, or choose another output"
         ) from error
+    except OSError as error:  # as some network disks are mounted
+        log.warning("%s: cannot be locked (%s): start no second run there", path, error.strerror)
     # The lock is the open file, not its text: a killed process leaves none behind.
     with writing(path):
         file.truncate(0)

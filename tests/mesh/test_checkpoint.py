@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import TrainState
+from jaxrlhf.mesh import checkpoint
 from jaxrlhf.mesh.checkpoint import (
     Checkpoints,
     _not_orbax_future,
@@ -316,6 +317,20 @@ def test_restore_ignores_unfinished(tmp_path):
         assert checkpoints.restore(ABSTRACT)[0] == 2
         checkpoints.save(3, state_at(3), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "run.json"]
+
+
+def test_load_while_a_trainer_deletes(tmp_path, monkeypatch):
+    """With keep=1, what a reader has found may be gone when it reads."""
+    fill(tmp_path, (1,))
+    read = checkpoint._read
+
+    def late(path, *rest):
+        if path.name == "1":
+            fill(tmp_path, (2,), CheckpointConfig(keep=1))
+        return read(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "_read", late)
+    assert load(tmp_path, ABSTRACT)[0] == 2
 
 
 # A disk that is full, lost or not there

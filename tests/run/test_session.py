@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -33,7 +35,7 @@ from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards.isolation import Isolated
 from jaxrlhf.run import loop
-from jaxrlhf.run.changes import check_fingerprint, fingerprint
+from jaxrlhf.run.fingerprint import check_alike, check_fingerprint, fingerprint, told
 from jaxrlhf.run.session import Session, lock
 from jaxrlhf.run.setup import setup
 
@@ -67,6 +69,15 @@ def test_lock_released_by_kill(tmp_path):
         finally:
             child.kill()
     lock(tmp_path).close()
+
+
+def test_lock_on_a_disk_without_locks(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(38, os.strerror(38))
+
+    monkeypatch.setattr("jaxrlhf.run.session.fcntl.flock", refuse)
+    lock(tmp_path).close()
+    assert ".lock: cannot be locked (Function not implemented): start no second" in caplog.text
 
 
 def test_lock_unwritable(tmp_path):
@@ -184,6 +195,17 @@ def test_check_fingerprint_facts_and_versions():
     check_fingerprint({"seed": 0}, {"seed": 0, "new_in_this_version": 3})
     with pytest.raises(InputError, match=r"rows=10 \(was 9\)"):
         check_fingerprint(fingerprint(base(), rows=9), fingerprint(base(), rows=10))
+
+
+def test_check_alike_names_what_one_process_was_told_otherwise(monkeypatch, tmp_path):
+    config = runs.sft(tmp_path)
+    check_alike(told(config))
+    others = [json.dumps(told(replace(config, **x))) for x in ({}, {"seed": 5, "steps": 9})]
+    monkeypatch.setattr("jaxrlhf.run.fingerprint.exchange", lambda text: [text, *others])
+    message = r"process 2 was told otherwise than .* steps=9 \(0: 4\), seed=5 \(0: 0\): start"
+    with pytest.raises(InputError, match=message):
+        loop.train(config, runs.one_device())
+    assert not Path(config.output).exists()
 
 
 def test_fingerprint_constant_rate_may_go_on():
