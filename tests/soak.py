@@ -46,7 +46,7 @@ from targets import (
     run,
 )
 
-LONG = 300
+LONG = 600
 """Seconds after which a launch counts as hung."""
 
 DISK = 48
@@ -209,8 +209,12 @@ def wait(started: Sequence[Any], tally: Tally, what: str) -> None:
             process.join()
 
 
-def launch(target: Target, out: Path, fault: str, before: Before, soak: Soak) -> str:
-    """Carry a target on until it ends, by itself or by a fault; what has struck."""
+def launch(target: Target, out: Path, fault: str, before: Before, soak: Soak) -> tuple[str, bool]:
+    """Carry a target on until it ends, by itself or by a fault.
+
+    Returns:
+      What has struck, and whether the target says that all is done.
+    """
     chance = soak.chance
     variables = {
         "clock": {"CLOCK": str(chance.randrange(2**31))},
@@ -232,19 +236,19 @@ def launch(target: Target, out: Path, fault: str, before: Before, soak: Soak) ->
     if fault in ("kill", "term", "interrupt"):
         soak.tally.slowest = max(soak.tally.slowest, time.monotonic() - began)
     if fault == "kill at a save" and all(x.exitcode != -signal.SIGKILL for x in started):
-        return ""
-    return fault
+        fault = ""
+    return fault, is_done(out) and not any(x.exitcode for x in started)
 
 
 def disturbed(target: Target, out: Path, soak: Soak, most: int) -> None:
     """Carry a target out under up to ``most`` faults."""
-    strikes, tally = 0, soak.tally
-    while not is_done(out):
+    strikes, tally, done = 0, soak.tally, False
+    while not done:
         planned = ""
         if strikes < most:
             planned = soak.chance.choices(list(soak.faults), list(soak.faults.values()))[0]
         before = look(out, flip(out, soak.chance) if planned == "flip" else "")
-        fault = launch(target, out, planned, before, soak)
+        fault, done = launch(target, out, planned, before, soak)
         fault = "" if fault == "flip" and not before.flipped else fault
         tally["launches"] += 1
         if fault:
@@ -252,7 +256,7 @@ def disturbed(target: Target, out: Path, soak: Soak, most: int) -> None:
             strikes += 1
         told = Path(f"{out}.log").read_bytes()[before.said :].decode(errors="replace")
         check(out, told, before, fault, tally, f"{target.name}, {fault or 'undisturbed'}")
-        if not planned and not is_done(out):
+        if not planned and not done:
             tally.complain(f"{target.name}: undisturbed, and not done: {told[-500:]}")
             return
 
