@@ -41,6 +41,7 @@ from jaxrlhf.config.model import (
     DecoderConfig,
     LoraConfig,
     ModelConfig,
+    MoeConfig,
     ReferenceConfig,
     RopeScaling,
 )

@@ -8,7 +8,7 @@ from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.config.run import MeshConfig
 from jaxrlhf.core.errors import InputError
 
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 """The axes of every mesh, outermost first: devices that lie close exchange along the last."""
 
 
@@ -71,10 +71,16 @@ def check_mesh(
     """
     mesh = resolve_mesh(mesh, devices)
     split = {name: getattr(decoder, name) for name in ("heads", "kv_heads", "mlp", "vocab")}
-    both = mesh.context > 1
+    weights = ("fsdp", *(name for name in ("expert", "context") if getattr(mesh, name) > 1))
+    experts = {"experts": decoder.moe.experts if decoder.moe else 1}
     for axis, pieces, sizes in (
         ("tensor", mesh.tensor, split),
-        ("fsdp·context" if both else "fsdp", mesh.fsdp * mesh.context, {"embed": decoder.embed}),
+        ("expert", mesh.expert, experts),
+        (
+            "·".join(weights),
+            math.prod(sizes_of(mesh)[x] for x in weights),
+            {"embed": decoder.embed},
+        ),
     ):
         # What would divide is said, so that nobody has to search for it.
         whole = math.gcd(*sizes.values(), devices)
@@ -86,15 +92,16 @@ def check_mesh(
                     f"{name}={size} % {axis}={pieces} is not 0: "
                     f"{named} can be {fits} with this model on {devices} devices"
                 )
-    shards = mesh.data * mesh.fsdp
+    shards = mesh.data * mesh.fsdp * mesh.expert
+    named = "data·fsdp·expert" if mesh.expert > 1 else "data·fsdp"
     if rows % shards:
         raise InputError(
-            f"rows={rows} % (data·fsdp)={shards} is not 0: change mesh, data.batch_size, sample.n, "
+            f"rows={rows} % ({named})={shards} is not 0: change mesh, data.batch_size, sample.n, "
             "minibatches or microbatches, so that the rows of a microbatch divide"
         )
     if slots % (shards * mesh.context):
         raise InputError(
-            f"sample.slots={slots} % (data·fsdp·context)={shards * mesh.context} is not 0: each "
+            f"sample.slots={slots} % ({named}·context)={shards * mesh.context} is not 0: each "
             "device has slots of its own: give a multiple"
         )
     return mesh

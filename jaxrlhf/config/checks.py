@@ -112,7 +112,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "distributed.initialization_timeout distributed.heartbeat "
         "algorithm.epochs algorithm.minibatches algorithm.length algorithm.rounds model.lora.rank "
         "model.decoder.vocab model.decoder.embed model.decoder.layers model.decoder.heads "
-        "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context",
+        "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context "
+        "model.decoder.moe.experts model.decoder.moe.per_token",
     ),
     ("at least 2", lambda x: x >= 2, "data.max_tokens"),
     (
@@ -198,6 +199,10 @@ def _model(config: Config) -> Iterator[str]:
                 f"model.decoder: heads={decoder.heads} % kv_heads={decoder.kv_heads} is not 0: "
                 "each key/value head serves the same number of query heads"
             )
+        if (moe := decoder.moe) and moe.per_token > moe.experts:
+            yield f"model.decoder.moe.per_token={moe.per_token}: there are experts={moe.experts}"
+        if moe and (decoder.mlp_bias or not decoder.gated):
+            yield "model.decoder.moe: experts have a gate and no bias: leave out gated, mlp_bias"
         size = decoder.rotary_dim or decoder.head_dim
         if size % 2 or size > decoder.head_dim:
             name = "rotary_dim" if decoder.rotary_dim else "head_dim"

@@ -37,6 +37,17 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """An MLP of many experts, each ``decoder.mlp`` wide, of which a token takes a few."""
+
+    experts: int
+    per_token: int
+    """Experts that a token takes: the likeliest of its router."""
+    normalise: bool = True
+    """Their weights add up to 1 (Mixtral, Qwen3); else they are their probabilities (OLMoE)."""
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder-only transformer; families differ in these fields alone."""
 
@@ -100,6 +111,8 @@ class DecoderConfig:
     logit_softcap: float = 0.0
     logit_scale: float = 1.0
     """Logits are multiplied by it (Cohere, Granite)."""
+    moe: MoeConfig | None = None
+    """Each layer's MLP is a mixture of experts."""
     residual_multiplier: float = 1.0
     """What attention and MLP add is multiplied by it (Granite)."""
 

@@ -161,7 +161,7 @@ class MeshConfig:
     """Devices along each axis; one of them may be -1, which means the rest. All axes but slices."""
 
     data: int = -1
-    """Copies of the model; rows are split over data × fsdp."""
+    """Copies of the model; rows are split over data × fsdp × expert."""
     fsdp: int = 1
     """Pieces that parameters are split into by their embed axis."""
     tensor: int = 1
@@ -174,6 +174,8 @@ class MeshConfig:
     """Groups of devices with fast links inside and the data-center network between them: TPU
     slices, or else hosts. data lies across them if it divides by their number, else fsdp; the other
     axes lie inside."""
+    expert: int = 1
+    """Pieces that the experts of a mixture are split into; other parameters by it as by fsdp."""
 
 
 @dataclass(frozen=True)

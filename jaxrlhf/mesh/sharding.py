@@ -28,8 +28,11 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 RULES: Rules = {
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp", "context"),
+    "batch": ("data", "fsdp", "expert"),
+    "embed": ("fsdp", "expert", "context"),
+    "experts": "expert",
+    "expert_embed": ("fsdp", "context"),
+    "router": None,
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -45,14 +48,16 @@ RULES: Rules = {
     "activation": None,
 }
 """Logical axis → mesh axes. ``activation`` is the embed axis of hidden states, whose rows are
-already split over fsdp; ``length`` that of tokens, ``slots`` that of the keys and values which they
+already split over fsdp; ``experts`` that of a mixture, whose own embed axis is ``expert_embed``;
+``length`` that of tokens, ``slots`` that of the keys and values which they
 look at: each device has those of all tokens of its rows."""
 
 
 DECODE: Rules = {
     **RULES,
-    "batch": ("data", "fsdp", "context"),
+    "batch": ("data", "fsdp", "expert", "context"),
     "embed": None,
+    "expert_embed": None,
     "length": None,
 }
 """For sampling. Weights are gathered over fsdp and context once a rollout instead of once a token;
@@ -61,7 +66,7 @@ further."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh data × fsdp × context × tensor over ``devices`` (default: all).
+    """The mesh data × fsdp × expert × context × tensor over ``devices`` (default: all).
 
     Raises:
       InputError: if the axes do not multiply to the number of devices, or the devices do not lie in
@@ -227,8 +232,8 @@ def row_layout(mesh: Mesh) -> NamedSharding:
 
 
 def few_rows_layout(mesh: Mesh, rows: int) -> NamedSharding:
-    """``row_layout`` if the rows divide by data·fsdp; else, as few prompts may, all everywhere."""
-    split = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    """``row_layout`` if the rows divide over it; else, as few prompts may, all everywhere."""
+    split = rows % math.prod(mesh.shape[name] for name in RULES["batch"] or ()) == 0
     return row_layout(mesh) if split else NamedSharding(mesh, PartitionSpec())
 
 

@@ -21,8 +21,9 @@ from jaxrlhf.config import DecoderConfig, SampleConfig
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, map_pieces, shardings
 from jaxrlhf.models.attention import attend_next, look_of
+from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
-from jaxrlhf.models.layers import Block, exact
+from jaxrlhf.models.layers import exact
 from jaxrlhf.models.rope import kinds, rotary_angles, windows_of
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
 
@@ -106,7 +107,7 @@ def _fuse(layer: Params) -> Params:
 
 
 def _fused_mlp(mlp: Params) -> Params:
-    if "gate" not in mlp:
+    if "gate" not in mlp or "router" in mlp:
         return mlp
     # A kernel [D, F] or a bias [F]: F stays last.
     both = {name: jnp.stack([mlp["gate"][name], x], axis=-2) for name, x in mlp["up"].items()}

@@ -31,6 +31,13 @@ class Weight(NamedTuple):
     """In the tree, of one layer."""
     stored: tuple[int, ...]
     """In files."""
+    experts: int = 0
+    """Of a mixture: so many of this shape, stacked; files have each apart."""
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape in the tree, of all experts."""
+        return (self.experts, *self.shape) if self.experts else self.shape
 
     @property
     def stacked(self) -> bool:
@@ -57,8 +64,12 @@ def weights(c: DecoderConfig, head: bool = False) -> list[Weight]:
         for name in ("scale", "bias")[: there * (1 + bias)]:
             found.append(Weight(f"{path}/{name}", shape, (prod(shape),)))
 
-    def linear(path: str, ins: tuple[int, ...], outs: tuple[int, ...], bias: bool = False) -> None:
-        found.append(Weight(f"{path}/kernel", ins + outs, (prod(outs), prod(ins))))
+    experts = c.moe.experts if c.moe else 0
+
+    def linear(
+        path: str, ins: tuple[int, ...], outs: tuple[int, ...], bias: bool = False, experts: int = 0
+    ) -> None:
+        found.append(Weight(f"{path}/kernel", ins + outs, (prod(outs), prod(ins)), experts))
         if bias:
             found.append(Weight(f"{path}/bias", outs, (prod(outs),)))
 
@@ -72,9 +83,11 @@ def weights(c: DecoderConfig, head: bool = False) -> list[Weight]:
         norm(f"{attention}/{name}", over, c.qk_norm or c.qk_norm_all, False)
     norm("layers/attention_out_norm", D, after)
     norm("layers/mlp_norm", D, before and c.block != "one_norm")
+    if experts:
+        linear(f"{mlp}/router", D, (experts,))
     for name in ("gate", "up")[not c.gated :]:
-        linear(f"{mlp}/{name}", D, F, c.mlp_bias)
-    linear(f"{mlp}/down", F, D, c.mlp_bias)
+        linear(f"{mlp}/{name}", D, F, c.mlp_bias, experts)
+    linear(f"{mlp}/down", F, D, c.mlp_bias, experts)
     norm("layers/mlp_out_norm", D, after)
     norm("norm", D, True)
     if not c.tied:
@@ -90,7 +103,8 @@ class Naming(NamedTuple):
     layer: str
     """Before the names of a layer's; ``{}`` is its number."""
     names: Mapping[str, str]
-    """``Weight.module`` → name, to which ".weight" or ".bias" is added."""
+    """``Weight.module`` → name, to which ".weight" or ".bias" is added; ``{}`` is an expert's
+    number."""
     fused: Mapping[str, tuple[str, ...]] = {}
     """Name → the modules of a layer that stand in one tensor under it, one after the other."""
     by_head: bool = False
@@ -106,8 +120,8 @@ class Tensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[Weight, int], ...]
-    """The weights in it, each of a layer (0 where there is none)."""
+    parts: tuple[tuple[Weight, tuple[int, ...]], ...]
+    """The weights in it, each with its layer (0 where there is none) and its expert, if any."""
 
 
 def tensors(c: DecoderConfig, naming: Naming, head: bool = False) -> list[Tensor]:
@@ -131,8 +145,10 @@ def tensors(c: DecoderConfig, naming: Naming, head: bool = False) -> list[Tensor
             shape = shape[::-1]
         for layer in range(c.layers if weight.stacked else 1):
             prefix = naming.layer.format(layer) if weight.stacked else ""
-            each = tuple((part, layer) for part in parts)
-            listed.append(Tensor(f"{prefix}{name}.{kind}", shape, each))
+            for expert in range(weight.experts or 1):
+                place = (layer, expert) if weight.experts else (layer,)
+                each = tuple((part, place) for part in parts)
+                listed.append(Tensor(f"{prefix}{name.format(expert)}.{kind}", shape, each))
     return listed
 
 
@@ -193,14 +209,14 @@ def assemble(
     """
     # Empty, not zeros: each number is written once, and pages are not touched before.
     arrays = {
-        weight: np.empty((c.layers if weight.stacked else 1, *weight.shape), np.float32)
+        weight: np.empty((c.layers if weight.stacked else 1, *weight.whole), np.float32)
         for weight in weights(c, head)
     }
 
     def fill(tensor: Tensor) -> None:
         each = cut(c, naming, tensor, read(tensor))
-        for (weight, layer), array in zip(tensor.parts, each, strict=True):
-            place = arrays[weight][layer]
+        for (weight, at), array in zip(tensor.parts, each, strict=True):
+            place = arrays[weight][at]
             if weight.path.endswith("kernel"):
                 place.reshape(weight.stored[::-1])[...] = array.T
             else:
@@ -224,8 +240,8 @@ def stored(
 ) -> np.ndarray:
     """One of ``tensors``, as files hold it, out of what ``flatten`` returns; may be a view."""
 
-    def of(weight: Weight, layer: int) -> np.ndarray:
-        array = np.asarray(leaves[weight.path][layer] if weight.stacked else leaves[weight.path])
+    def of(weight: Weight, at: tuple[int, ...]) -> np.ndarray:
+        array = np.asarray(leaves[weight.path][at] if weight.stacked else leaves[weight.path])
         if weight.path.endswith("kernel"):
             return array.reshape(weight.stored[::-1]).T
         return array.reshape(weight.stored)
@@ -240,7 +256,7 @@ def flatten(c: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]
       InputError: if names or shapes are not those of the decoder; names the first difference.
     """
     leaves = dict(_leaves(params))
-    shapes = {w.path: (c.layers, *w.shape) if w.stacked else w.shape for w in weights(c, head)}
+    shapes = {w.path: (c.layers, *w.whole) if w.stacked else w.shape for w in weights(c, head)}
     for path in sorted(leaves.keys() | shapes.keys()):
         want = shapes.get(path)
         have = tuple(leaves[path].shape) if path in leaves else None

@@ -20,11 +20,11 @@ from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import AttentionKernel, Remat
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
+from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import KEPT
 from jaxrlhf.models.kernels import attend_rows, choose, real_first, reorder
 from jaxrlhf.models.layers import (
     POLICIES,
-    Block,
     Ends,
     adapters_of,
     exact,

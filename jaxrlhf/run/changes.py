@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxrlhf.config import Config, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.shown import shown
-from jaxrlhf.run.report import fields
+from jaxrlhf.run.page import fields
 
 log = logging.getLogger(__name__)
 

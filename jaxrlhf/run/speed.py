@@ -83,11 +83,15 @@ def matrices(decoder: DecoderConfig, vocab: bool = True) -> int:
     """N: the weights that every token is multiplied with.
 
     Of a layer D·H·(2N + 2K) + 3·D·F, 2·D·F where the MLP has no gate, and D·V of the projection on
-    the vocabulary, if it is asked for. The embedding is looked up, norms and biases are vectors:
-    neither counts.
+    the vocabulary, if it is asked for. Of a mixture of experts a token's
+    are counted, and the router's. The embedding is looked up, norms and biases are vectors: neither
+    counts.
     """
     c = decoder
-    layer = c.embed * (2 * c.head_dim * (c.heads + c.kv_heads) + (2 + c.gated) * c.mlp)
+    mlp = (2 + c.gated) * c.mlp
+    if c.moe is not None:
+        mlp = c.moe.experts + c.moe.per_token * mlp
+    layer = c.embed * (2 * c.head_dim * (c.heads + c.kv_heads) + mlp)
     return c.layers * layer + vocab * c.embed * c.vocab
 
 

@@ -22,6 +22,7 @@ from jaxrlhf.config import (
     LoraConfig,
     MeshConfig,
     ModelConfig,
+    MoeConfig,
     OnlineDPOConfig,
     OptimConfig,
     PointwiseRewardModelConfig,
@@ -207,7 +208,7 @@ def test_check_passes(config):
         ({"mesh": MeshConfig(fsdp=0)}, "mesh.fsdp=0: must be at least 1, or -1"),
         (
             {"mesh": MeshConfig(fsdp=-1)},
-            "mesh: data=-1, fsdp=-1, context=1, tensor=1: only one axis",
+            "mesh: data=-1, fsdp=-1, expert=1, context=1, tensor=1: only one axis",
         ),
     ],
 )
@@ -264,7 +265,8 @@ def test_check_refuses_offline(changes, message):
 
 
 def test_check_ranges_name_real_fields():
-    full = replace(PPO, model=replace(fresh(), lora=LoraConfig()))
+    fields = {"decoder": replace(fresh().decoder, moe=MoeConfig(4, 2)), "lora": LoraConfig()}
+    full = replace(PPO, model=replace(fresh(), **fields))
     configs = [replace(full, algorithm=kind()) for kind in get_args(AlgorithmConfig)]
     for key in " ".join(keys for *_, keys in RANGES).split():
         part, _, name = key.rpartition(".")

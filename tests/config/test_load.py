@@ -86,7 +86,10 @@ def test_load_floats_are_floats(write):
     [
         ("optim: {learning_rte: 1}", ": optim.learning_rte: unknown key (did you mean learning_"),
         ("optim: {learning-rate: 1}", ": optim.learning-rate: unknown key (did you mean learning_"),
-        ("mesh: {zzz: 1}", ": mesh.zzz: unknown key (known: data, fsdp, tensor, context, slices)"),
+        (
+            "mesh: {zzz: 1}",
+            ": mesh.zzz: unknown key (known: data, fsdp, tensor, context, slices, expert)",
+        ),
         (
             "rewards: [{}, {functon: f}]",
             ": rewards.1.functon: unknown key (did you mean function?)",

@@ -61,10 +61,11 @@ def adapters(model):
 
 
 def test_make_mesh_axes(mesh):
-    assert list(mesh.shape.items()) == [("data", 2), ("fsdp", 2), ("context", 1), ("tensor", 2)]
-    assert mesh.axis_types == (AxisType.Auto,) * 4
+    sizes = {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert list(mesh.shape.items()) == list(sizes.items())
+    assert mesh.axis_types == (AxisType.Auto,) * 5
     sizes = make_mesh(MeshConfig(fsdp=4, context=2)).shape
-    assert dict(sizes) == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
+    assert dict(sizes) == {"data": 1, "fsdp": 4, "expert": 1, "context": 2, "tensor": 1}
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
 
@@ -112,7 +113,7 @@ def places(devices, what):
 def test_lay_out_keeps_a_slice_together(config, axis):
     config = resolve_mesh(config, 16)
     laid = lay_out(config, pods(2, hosts=2, each=4))
-    assert laid.shape == (config.data, config.fsdp, config.context, config.tensor)
+    assert laid.shape == tuple(getattr(config, name) for name in AXES)
     assert len(set(laid.flat)) == 16
     along = np.moveaxis(places(laid, "slice_index"), AXES.index(axis), 0)
     first, second = np.split(along, 2)
@@ -122,7 +123,7 @@ def test_lay_out_keeps_a_slice_together(config, axis):
 def test_lay_out_processes():
     config = MeshConfig(data=4, tensor=2, slices=4)
     laid = lay_out(config, pods(1, hosts=4, each=2, platform="gpu"))
-    assert places(laid, "process_index")[:, 0, 0].tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+    assert places(laid, "process_index")[:, 0, 0, 0].tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
 
 
 @pytest.mark.parametrize(
@@ -151,22 +152,22 @@ def test_lay_out_takes_hosts_of_gpus_for_one_slice():
     laid = lay_out(
         MeshConfig(data=4, tensor=2), sorted(pods(2, 1, 4, platform="gpu"), key=attrgetter("id"))
     )
-    assert places(laid, "slice_index")[:, 0, 0].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert places(laid, "slice_index")[:, 0, 0, 0].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
 
 
 def test_lay_out_on_a_torus_of_fewer_axes_than_the_mesh():
     config = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
     laid = lay_out(config, pods(1, hosts=2, each=4))
-    assert laid.shape == (1, 2, 2, 2)
+    assert laid.shape == (1, 2, 1, 2, 2)
     assert len(set(laid.flat)) == 8
 
 
 def test_spec_maps_names():
     assert spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
-        None, ("fsdp", "context"), "tensor", None
+        None, ("fsdp", "expert", "context"), "tensor", None
     )
-    assert spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), "context")
-    assert spec(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
+    assert spec(("batch", "length")) == PartitionSpec(("data", "fsdp", "expert"), "context")
+    assert spec(("batch", None)) == PartitionSpec(("data", "fsdp", "expert"), None)
     assert spec(("embed", "mlp"), DECODE) == PartitionSpec(None, "tensor")
     assert spec(()) == PartitionSpec()
 
@@ -177,15 +178,16 @@ def test_spec_unknown_name():
 
 
 def test_decode_gathers_weights_over_fsdp_and_context():
-    assert {name for name in RULES if RULES[name] != DECODE[name]} == {"batch", "embed", "length"}
+    changed = {name for name in RULES if RULES[name] != DECODE[name]}
+    assert changed == {"batch", "embed", "expert_embed", "length"}
     assert DECODE.keys() == RULES.keys()
     weights = [mesh_axes for name, mesh_axes in DECODE.items() if name != "batch"]
-    assert set(weights) == {None, "tensor"}
+    assert set(weights) == {None, "tensor", "expert"}
 
 
 def test_shardings_of_a_tree(mesh):
     found = shardings({"a": ("embed", "mlp"), "b": {"c": ()}}, mesh)
-    assert found["a"] == NamedSharding(mesh, PartitionSpec(("fsdp", "context"), "tensor"))
+    assert found["a"] == NamedSharding(mesh, PartitionSpec(("fsdp", "expert", "context"), "tensor"))
     assert found["b"]["c"] == NamedSharding(mesh, PartitionSpec())
 
 

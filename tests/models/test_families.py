@@ -123,6 +123,21 @@ CASES = {
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "pythia": ("gpt_neox", {}),
     "neox serial": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    ),
+    "qwen3 moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),

@@ -277,7 +277,8 @@ def _ladder(config: Config, found: Plan) -> Iterator[Config]:
     if updates:
         yield from [x for x in _pieces(config) if _divides(x, found.devices)][1:]
     for sizes in _further(found):
-        meshes = [_on_mesh(x, found.devices, *sizes) for x in _pieces(config)]
+        devices = found.devices // found.mesh["expert"]
+        meshes = [_on_mesh(x, devices, *sizes) for x in _pieces(config)]
         there = [x for x in meshes if _divides(x, found.devices)]
         # of each mesh the fastest and the smallest: TRIES must reach the next ones
         yield from [*there[:1], *there[1:][-1:]] if updates else there[:1]
@@ -290,13 +291,14 @@ def _further(found: Plan) -> Iterator[tuple[int, int, int]]:
     times the plan's.
     """
     now = tuple(found.mesh[axis] for axis in ("fsdp", "context", "tensor"))
-    for tensor in _powers(now[2], found.devices):
-        for context in _powers(now[1], found.devices // tensor):
+    devices = found.devices // found.mesh["expert"]
+    for tensor in _powers(now[2], devices):
+        for context in _powers(now[1], devices // tensor):
             if context > 4 * now[1]:
                 break
             # weights are split over fsdp·context: together not less than now
             least = max(now[0] * now[1] // context, 1)
-            for fsdp in _powers(least, found.devices // (tensor * context)):
+            for fsdp in _powers(least, devices // (tensor * context)):
                 if (fsdp, context, tensor) != now:
                     yield fsdp, context, tensor
 
@@ -315,15 +317,18 @@ def _pieces(config: Config) -> Iterator[Config]:
 
 def _layouts(config: Config, found: Plan) -> Iterator[Config]:
     """Every mesh with the plan's context, and some numbers of microbatches; least tensor first."""
-    context = found.mesh["context"]
-    for tensor in _powers(1, found.devices // context):
+    context, expert = found.mesh["context"], found.mesh["expert"]
+    devices = found.devices // expert
+    config = replace(config, mesh=replace(config.mesh, expert=expert))
+    for tensor in _powers(1, devices // context):
         for pieces in (1, 2, 4, 8):
             rung = replace(config, optim=replace(config.optim, microbatches=pieces))
-            for fsdp in reversed(list(_powers(1, found.devices // context // tensor))):
-                yield _on_mesh(rung, found.devices, fsdp, context, tensor)
+            for fsdp in reversed(list(_powers(1, devices // context // tensor))):
+                yield _on_mesh(rung, devices, fsdp, context, tensor)
 
 
 def _on_mesh(config: Config, devices: int, fsdp: int, context: int, tensor: int) -> Config:
+    """``devices`` of each piece of the expert axis, which stays as it is."""
     data = devices // (fsdp * context * tensor)
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     return replace(config, mesh=replace(config.mesh, **sizes))

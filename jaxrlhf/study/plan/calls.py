@@ -16,7 +16,7 @@ from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy, rows_at_
 from jaxrlhf.core.types import Batch, TrainState
 from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.tokens import Encoded
-from jaxrlhf.mesh.sharding import DECODE, at_hand, few_rows_layout, on_host, spec
+from jaxrlhf.mesh.sharding import DECODE, RULES, at_hand, few_rows_layout, on_host, spec
 from jaxrlhf.models.cache import KEPT, slots_in
 from jaxrlhf.models.decode import Weights, kind_of
 from jaxrlhf.models.rope import kinds
@@ -157,7 +157,7 @@ def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
     config = run.config
     if not config.data.eval:
         return {}
-    shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    shards = math.prod(run.mesh.shape[name] for name in RULES["batch"] or ())
     # an evaluation fills its last batch up to whole shards
     rows = -(-config.eval.batch_size // shards) * shards
     width = (rows, config.data.max_prompt_tokens)

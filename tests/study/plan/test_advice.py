@@ -20,7 +20,7 @@ from jaxrlhf.study.plan import advice
 
 
 def plan_on(too_large, **sizes):
-    mesh = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **sizes}
+    mesh = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1, **sizes}
     steps = tuple(SimpleNamespace(name=name) for name in too_large)
     return SimpleNamespace(mesh=mesh, devices=8, too_large=steps)
 

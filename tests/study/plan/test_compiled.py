@@ -29,7 +29,7 @@ def test_plan_has_every_step_of_an_iteration(planned):
         "lay_out": 1, "sample": 1, "reward 0": 1, "reference": 1, "value": 1, "targets": 1,
         "take": 4, "critic_update": 4, "update": 4,  # 2 epochs of 2 minibatches
     }  # fmt: skip
-    assert planned.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert planned.mesh == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert any("no/such/run: nothing is there yet" in remark for remark in planned.remarks)
 
 
@@ -146,7 +146,7 @@ def test_mesh_of_devices_that_are_here():
 
 def test_mesh_of_fake_devices_has_no_slices():
     found = mesh_of(MeshConfig(data=2, tensor=2, slices=2), parse("cpu:4"))
-    assert dict(found.shape) == {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
+    assert dict(found.shape) == {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
 
 
 def test_mesh_of_tpu_slices():

@@ -1,0 +1,71 @@
+"""A layer of the decoder: attention and MLP, and how they are added to what goes through."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from jaxrlhf.config import DecoderConfig, LoraConfig
+from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.sharding import Rules, constrain
+from jaxrlhf.models.experts import Experts
+from jaxrlhf.models.layers import MLP, Attention, Norm
+from jaxrlhf.models.rope import Angles
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each added to the residual stream.
+
+    ``serial``, with the norms that ``norms`` says: x += n(attention(n(x))); x += n(mlp(n(x))).
+    Otherwise both read the same: x += attention(n(x)) + mlp(n(x)).
+    """
+
+    def __init__(
+        self,
+        c: DecoderConfig,
+        rngs: nnx.Rngs,
+        lora: LoraConfig | None = None,
+        fused: bool = False,
+    ):
+        self.serial, self.multiplier = c.block == "serial", c.residual_multiplier
+        embed = {"embed": c.embed}
+        self.attention = Attention(c, rngs, lora, fused)
+        self.mlp = Experts(c, rngs, lora) if c.moe else MLP(c, rngs, lora, fused)
+        if c.norms != "after":
+            self.attention_norm = Norm(embed, c)
+            if c.block != "one_norm":
+                self.mlp_norm = Norm(embed, c)
+        if c.norms != "before":
+            self.attention_out_norm = Norm(embed, c)
+            self.mlp_out_norm = Norm(embed, c)
+
+    def __call__(
+        self,
+        x: Array,
+        angles: Angles | None,
+        rules: Rules,
+        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    ) -> tuple[Array, Any]:
+        """x [B, T, D] → the next block's x, and what ``attend`` has to remember.
+
+        Args:
+          attend: query [B, T, N, H], key and value [B, T, K, H] → what the queries see
+            [B, T, N, H], and keys and values to be kept, if any.
+        """
+
+        def normed(name: str, x: Array) -> Array:
+            return getattr(self, name)(x) if hasattr(self, name) else x
+
+        def plus(x: Array, change: Array) -> Array:
+            return x + (change if self.multiplier == 1 else self.multiplier * change)
+
+        read = normed("attention_norm", x)
+        mixed, kept = attend(*self.attention.project(read, angles, rules))
+        change = normed("attention_out_norm", self.attention.o(mixed))
+        if self.serial:
+            x = plus(x, change)
+            x = plus(x, normed("mlp_out_norm", self.mlp(normed("mlp_norm", x), rules)))
+        else:
+            other = normed("mlp_norm", x) if hasattr(self, "mlp_norm") else read
+            x = plus(x, change + self.mlp(other, rules))
+        return constrain(x, ("batch", "length", "activation"), rules), kept
