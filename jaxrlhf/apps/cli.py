@@ -404,35 +404,23 @@ def report(
 def export(
     run: Annotated[Positional[str], arg(metavar="RUN")],
     out: Annotated[Positional[str], arg(metavar="OUT")],
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Write the policy of a run as a folder that transformers, vLLM and llama.cpp can load.
 
-    A reward model becomes a …ForSequenceClassification with one label.
+    A reward model becomes a …ForSequenceClassification with one label. Weights are written one
+    after the other, in files of at most 5 GB.
 
     Args:
       run: the output folder of a run, or whatever else is a model.
       out: a new folder.
+      dtype: of the weights in it; bfloat16 halves them, and rounds.
     """
     prepare_jax()
-    from jaxrlhf.config import ProcessRewardModelConfig
-    from jaxrlhf.core.files import writing
-    from jaxrlhf.models.ends import generation_config, read_ends, read_generation
-    from jaxrlhf.models.hf import check_new, write_hf
-    from jaxrlhf.models.load import is_run, load_model, run_config, scores_texts
+    from jaxrlhf.models.export import export_model
 
-    scores = scores_texts(run)
-    if is_run(run) and isinstance(run_config(run).algorithm, ProcessRewardModelConfig):
-        raise InputError(f"{run}: a process reward model; transformers has no such class")
-    check_new(out)
-    model, params, tokenizer = load_model(run)
-    ends = read_ends(run, tokenizer, model.decoder.vocab)
-    generation = generation_config(ends, read_generation(run), tokenizer)
-    # A policy's head is its critic's, and no part of what transformers loads.
-    if not scores:
-        params = {name: part for name, part in params.items() if name != "head"}
-    with writing(out):
-        write_hf(out, model.decoder, params, tokenizer, head=scores, generation=generation)
-    if scores and (bias := float(params["head"]["bias"])):
+    bias = export_model(run, out, dtype)
+    if bias:
         print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
 
 

@@ -140,8 +140,11 @@ class ModelConfig:
     """Where the tokenizer comes from, if not from ``path``: any of the same, words:TEXT or
     chars:TEXT."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; parameters are kept in float32. float32 is that on every device:
-    GPUs do not multiply in TF32, nor TPUs in bfloat16, at several times the cost of bfloat16."""
+    """What the model computes in; what is trained is kept in float32. float32 is that on every
+    device: GPUs do not multiply in TF32, nor TPUs in bfloat16, at several times the cost."""
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    """What weights that nothing trains are kept in: reference, reward models, those under adapters.
+    None: as their files have them, or in dtype where that is smaller."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
     attention: AttentionKernel = "auto"

@@ -156,7 +156,12 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, tx: Any) -> "TrainState":
-        """A fresh state for ``params`` under the optax transformation ``tx``."""
+        """A fresh state for ``params`` under the optax transformation ``tx``.
+
+        What is trained is float32: parameters in bfloat16, as files have them, are widened.
+        """
+        narrow, wide = jax.numpy.bfloat16, jax.numpy.float32
+        params = jax.tree.map(lambda x: x.astype(wide) if x.dtype == narrow else x, params)
         # Two arrays, not one twice: a buffer cannot be donated twice.
         step, skipped = (jax.numpy.zeros((), jax.numpy.int32) for _ in range(2))
         return cls(params=params, opt_state=tx.init(params), step=step, skipped=skipped)

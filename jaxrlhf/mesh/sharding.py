@@ -268,6 +268,23 @@ def put(tree: Any, layout: Any) -> Any:
     )
 
 
+def put_parts(shape: tuple[int, ...], layout: NamedSharding, read: Callable[..., Any]) -> Array:
+    """An array on the mesh, of which a process reads the parts of its own devices alone.
+
+    Args:
+      read: of a list of indices into the array → its parts there, as host arrays.
+    """
+
+    def key(index: Any) -> Any:
+        return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+    indices = {
+        key(index): index for index in layout.addressable_devices_indices_map(shape).values()
+    }
+    parts = dict(zip(indices, read(list(indices.values())), strict=True))
+    return jax.make_array_from_callback(shape, layout, lambda index: parts[key(index)])
+
+
 def train_state_shardings(tx: Any, params: Any, layout: Any, mesh: Mesh) -> TrainState:
     """Shardings of a TrainState: optimizer moments lie where their parameters do.
 

@@ -21,6 +21,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.shown import one_line, shown
 from jaxrlhf.models import names
 from jaxrlhf.models.families.family import MOST_FLOAT, MOST_LAYERS
+from jaxrlhf.models.source import Source, weight_reader
 
 _SCALARS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
@@ -239,14 +240,20 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, An
       InputError: a missing, truncated or damaged file; an architecture, a field or a block format
         that is not supported; a missing, extra or misshapen tensor.
     """
+    source = source_of_gguf(path)
+    return source.decoder, source.tree("float32")
+
+
+def source_of_gguf(path: str | os.PathLike[str]) -> Source:
+    """As ``read_gguf``, but all that is read is what the file says of its tensors."""
     file = open_gguf(path)
     decoder = read_gguf_decoder(path)
     _check(file, decoder)
 
-    def read(tensor: names.Tensor) -> np.ndarray:
+    def find(tensor: names.Tensor) -> np.ndarray:
         return dequantise(file, tensor.name)
 
-    return decoder, names.assemble(decoder, NAMING, read)
+    return Source(decoder, weight_reader(decoder, NAMING, find), lambda _: "float32")
 
 
 def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:

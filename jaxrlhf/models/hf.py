@@ -3,17 +3,17 @@
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError, refused
@@ -27,11 +27,17 @@ from jaxrlhf.models.hf_config import (
     read_object,
     write_config,
 )
+from jaxrlhf.models.source import Later, Source, dtype_of, weight_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Stored = Callable[[dict[str, Any], names.Tensor], np.ndarray]
+"""Leaves by path and a tensor of a file → what the file holds."""
+
 _DTYPES = ("F32", "BF16", "F16")
+_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+"""numpy's name of a dtype → that of safetensors."""
 
 _FOLLOWING = (
     ".rotary_emb.inv_freq",
@@ -53,7 +59,7 @@ def read_hf(
 
     The folder holds ``config.json`` and ``model.safetensors``, or shards of it with
     ``model.safetensors.index.json``, in float32, bfloat16 or float16. Tensors are converted one by
-    one, so the peak is about one float32 copy of the model.
+    one, so the peak is about one float32 copy of the model; ``open_hf`` makes none.
 
     Args:
       head: read a …ForSequenceClassification with one label: parameters with the scalar head and
@@ -66,27 +72,91 @@ def read_hf(
       InputError: a missing, malformed or truncated file; pickled weights; an architecture or a
         field that the decoder has no equivalent of; a missing, extra or misshapen tensor.
     """
+    source = open_hf(folder, head)
+    return source.decoder, source.tree("float32")
+
+
+def open_hf(folder: str | os.PathLike[str], head: bool = False) -> Source:
+    """As ``read_hf``, but all that is read is what the files say of their tensors."""
     folder = Path(folder)
     decoder = read_config(folder / "config.json", head)
+    entries = _entries(folder)
+    _check(folder, decoder, entries, head)
+    files, naming, held = Files(folder), naming_of(decoder), {}
+    for tensor in names.tensors(decoder, naming, head):
+        for weight, _ in tensor.parts:
+            held.setdefault(weight.path, set()).add(entries[tensor.name].dtype)
+
+    def find(tensor: names.Tensor) -> Any:
+        return files.tensor(tensor.name, entries[tensor.name])
+
+    def kept(weight: names.Weight) -> str:
+        return "bfloat16" if held[weight.path] == {"BF16"} else "float32"
+
+    read = weight_reader(decoder, naming, find, head)
+    bias = read_bias(folder / "config.json") if head else 0.0
+    return Source(decoder, read, kept, head, bias)
+
+
+class Entry(NamedTuple):
+    """What a safetensors file says of a tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+MOST_MAPPED = 2**26
+"""Bytes that are read of mapped files before they are closed: what has been read of a file is
+memory of the process until then."""
+
+
+class Files:
+    """The safetensors files of a folder, opened when they are read and closed again."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.opened, self.read = folder, {}, 0
+        self.lock = threading.Lock()
+
+    def tensor(self, name: str, entry: Entry) -> Any:
+        """The tensor, which is read where it is indexed."""
+        with self.lock, refused(f"{self.folder}: {name} cannot be read", "download it again"):
+            if self.read > MOST_MAPPED:
+                self.opened, self.read = {}, 0
+            if entry.file not in self.opened:
+                self.opened[entry.file] = safe_open(entry.file, "numpy")
+            self.read += prod(entry.shape) * (4 if entry.dtype == "F32" else 2)
+            return self.opened[entry.file].get_slice(name)
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    """What the files say of each tensor, by its name."""
     with ExitStack() as stack:
-        handles = _open(folder, stack)
-        _check(folder, decoder, handles, head)
-
-        def read(tensor: names.Tensor) -> np.ndarray:
-            return _tensor(folder, handles, tensor.name)
-
-        params = names.assemble(decoder, naming_of(decoder), read, head)
-    if head:
-        params["head"]["bias"] = np.float32(read_bias(folder / "config.json"))
-    return decoder, params
+        return {
+            name: _entry(folder, name, *opened) for name, opened in _open(folder, stack).items()
+        }
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Name of each tensor → the open safetensors file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if os.path.isfile(folder / "model.safetensors"):
-        handle = _open_file(folder / "model.safetensors", stack)
-        return dict.fromkeys(handle.keys(), handle)
+def _entry(folder: Path, name: str, file: Path, handle: Any) -> Entry:
+    with refused(f"{folder}: {name} cannot be read", "download it again"):
+        tensor = handle.get_slice(name)
+        return Entry(file, tuple(tensor.get_shape()), tensor.get_dtype())
+
+
+def has_weights(folder: str | os.PathLike[str]) -> bool:
+    """Whether weights lie in the folder, and not its config.json alone."""
+    return any(
+        os.path.isfile(os.path.join(folder, f"model.safetensors{end}"))
+        for end in ("", ".index.json")
+    )
+
+
+def _open(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
+    """Name of each tensor → the safetensors file that holds it, and it open."""
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if os.path.isfile(file):
+        handle = _open_file(file, stack)
+        return dict.fromkeys(handle.keys(), (file, handle))
     if not os.path.isfile(index):
         pickles = [p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"*.{s}")]
         if pickles:
@@ -114,7 +184,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     for name, file in places.items():
         if name not in held[file]:
             raise InputError(f"{index}: {name} is not in {file}; download both again")
-    return {name: handles[file] for name, file in places.items()}
+    return {name: (folder / file, handles[file]) for name, file in places.items()}
 
 
 def _open_file(path: Path, stack: ExitStack) -> Any:
@@ -129,29 +199,24 @@ def _open_file(path: Path, stack: ExitStack) -> Any:
         return stack.enter_context(safe_open(path, "numpy"))
 
 
-def _tensor(folder: Path, handles: dict[str, Any], name: str) -> np.ndarray:
-    with refused(f"{folder}: {name} cannot be read", "download it again"):
-        return handles[name].get_tensor(name)
-
-
-def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: bool) -> None:
+def _check(folder: Path, decoder: DecoderConfig, entries: dict[str, Entry], head: bool) -> None:
     """Raises InputError unless the files hold the decoder's tensors, all and only."""
     # Before the names of all are made.
-    if decoder.layers > len(handles):
-        what = f"num_hidden_layers={decoder.layers}, and its files hold {len(handles)} tensors"
+    if decoder.layers > len(entries):
+        what = f"num_hidden_layers={decoder.layers}, and its files hold {len(entries)} tensors"
         raise InputError(f"{folder / 'config.json'}: {what}; tensors are missing")
     naming = naming_of(decoder)
     expected = {tensor.name: tensor.shape for tensor in names.tensors(decoder, naming, head)}
-    if missing := sorted(expected.keys() - handles.keys()):
+    if missing := sorted(expected.keys() - entries.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    extra = handles.keys() - expected.keys()
+    extra = entries.keys() - expected.keys()
     # Old exports hold the rotary frequencies and the causal mask, which follow from config.json.
     extra = {name for name in extra if not name.endswith(_FOLLOWING)}
     projection, table = (f"{naming.names[x]}.weight" for x in ("unembed", "embed/table"))
     if decoder.tied and projection in extra:
         # Some exports write the tied projection out; it must then say the same.
-        head_VD = _tensor(folder, handles, projection)
-        if not np.array_equal(head_VD, _tensor(folder, handles, table)):
+        files = Files(folder)
+        if not _equal(*(files.tensor(name, entries[name]) for name in (projection, table))):
             raise InputError(
                 f"{folder}: {projection} differs from the embedding, but config.json says "
                 "tie_word_embeddings=true; set it to false"
@@ -163,18 +228,26 @@ def _check(folder: Path, decoder: DecoderConfig, handles: dict[str, Any], head: 
             f"({len(extra)} in all)"
         )
     for name, shape in expected.items():
-        with refused(f"{folder}: {name} cannot be read", "download it again"):
-            tensor = handles[name].get_slice(name)
-        if tuple(tensor.get_shape()) != shape:
+        entry = entries[name]
+        if entry.shape != shape:
             raise InputError(
-                f"{folder}: {name} has shape {list(tensor.get_shape())}, but config.json implies "
+                f"{folder}: {name} has shape {list(entry.shape)}, but config.json implies "
                 f"{list(shape)}"
             )
-        if tensor.get_dtype() not in _DTYPES:
+        if entry.dtype not in _DTYPES:
             raise InputError(
-                f"{folder}: {name} has dtype {tensor.get_dtype()}; read are {', '.join(_DTYPES)}: "
+                f"{folder}: {name} has dtype {entry.dtype}; read are {', '.join(_DTYPES)}: "
                 "save an unquantised copy"
             )
+
+
+def _equal(left: Any, right: Any, rows: int = 4096) -> bool:
+    """Whether two matrices that are read where they are indexed are the same."""
+    if left.get_shape() != right.get_shape():
+        return False
+    size = left.get_shape()[0]
+    pieces = (slice(start, min(start + rows, size)) for start in range(0, size, rows))
+    return all(np.array_equal(left[piece], right[piece]) for piece in pieces)
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
@@ -208,9 +281,10 @@ def write_hf(
     bit-equal. The folder appears whole or not at all.
 
     Args:
-      params: as ``read_hf`` returns them; numpy or jax arrays.
+      params: as ``read_hf`` returns them; numpy or jax arrays, or ``Later`` for what is to be read
+        when it is written, one leaf after the other.
       dtype: of the file; bfloat16 rounds to nearest even.
-      shard_bytes: most bytes of tensors a file, and of memory beside the parameters.
+      shard_bytes: most bytes of tensors a file.
       head: write a reward model, a …ForSequenceClassification with one label; ``params`` hold its
         scalar head. transformers adds no bias to a score: it stands in config.json (score_bias),
         where ``read_hf`` finds it.
@@ -231,22 +305,19 @@ def write_hf(
     config = write_config(decoder, dtype, bias)
     config, ids = _with_ids(config, tokenizer, generation, head)
 
+    naming = naming_of(decoder)
+    listed, stored = names.tensors(decoder, naming, head), partial(names.stored, decoder, naming)
     # Written beside its place and moved there whole, which one file system does at once.
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
-        partial = Path(scratch) / folder.name
-        partial.mkdir()
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", ids)
-        _save_tokenizer(partial, tokenizer)
-        naming = naming_of(decoder)
-
-        def stored(tensor: names.Tensor) -> np.ndarray:
-            return names.stored(decoder, naming, leaves, tensor)
-
-        _write_weights(partial, names.tensors(decoder, naming, head), stored, dtype, shard_bytes)
+        whole = Path(scratch) / folder.name
+        whole.mkdir()
+        _write_json(whole / "config.json", config)
+        _write_json(whole / "generation_config.json", ids)
+        _save_tokenizer(whole, tokenizer)
+        _write_weights(whole, listed, leaves, stored, dtype, shard_bytes)
         if folder.exists():
             folder.rmdir()
-        partial.rename(folder)
+        whole.rename(folder)
 
 
 def _with_ids(
@@ -285,11 +356,12 @@ def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
 def _write_weights(
     folder: Path,
     tensors: list[names.Tensor],
-    stored: Callable[[names.Tensor], np.ndarray],
+    leaves: dict[str, Any],
+    stored: Stored,
     dtype: str,
     shard_bytes: int,
 ) -> None:
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    kind = dtype_of(dtype)
     # Files are planned before one is written, since their names say how many there are.
     shards, room, size = [], 0, 0
     for tensor in tensors:
@@ -303,15 +375,44 @@ def _write_weights(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
-        held = {}
-        for tensor in shard:
-            # save_file writes the buffer as it lies: a transposed view would come out scrambled.
-            held[tensor.name] = np.ascontiguousarray(stored(tensor), kind)
-            places[tensor.name] = file
-        save_file(held, folder / file, metadata={"format": "pt"})
+        _write_shard(folder / file, shard, leaves, stored, kind)
+        places |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": places}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_shard(
+    path: Path,
+    shard: list[names.Tensor],
+    leaves: dict[str, Any],
+    stored: Stored,
+    kind: np.dtype,
+) -> None:
+    """A safetensors file, tensor by tensor; the package's own writer wants all of them at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + prod(tensor.shape) * kind.itemsize
+        about = {"dtype": _NAMES[kind.name], "shape": tensor.shape, "data_offsets": [start, end]}
+        header[tensor.name] = about
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
+    held: dict[str, Any] = {}
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            paths = {weight.path for weight, _ in tensor.parts}
+            if not paths <= held.keys():
+                held = {}  # first, so that both are never in memory
+                held = {path: _at_hand(leaves[path]) for path in paths}
+            # A transposed view is written as it is to be read, not as it lies.
+            array = np.ascontiguousarray(stored(held, tensor), kind)
+            file.write(array.view(np.uint8))
+
+
+def _at_hand(leaf: Any) -> Any:
+    return np.asarray(leaf.read()) if isinstance(leaf, Later) else leaf
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -136,6 +136,13 @@ def read_bias(path: Path) -> float:
     return float(bias)
 
 
+def read_kept(path: Path) -> str:
+    """What a config.json says that weights are in: bfloat16, or else float32."""
+    config = read_object(path)
+    said = config.get("dtype", config.get("torch_dtype"))  # of transformers 5, and of 4
+    return "bfloat16" if said == "bfloat16" else "float32"
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an InputError where it is missing or none."""
     if not os.path.exists(path):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.config import (
@@ -29,14 +30,25 @@ from jaxrlhf.config import (
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Params, TrainState
 from jaxrlhf.mesh.checkpoint import load as load_checkpoint
-from jaxrlhf.mesh.sharding import config_of, make_mesh, put, shardings, to_host, with_layout
+from jaxrlhf.mesh.sharding import (
+    config_of,
+    make_mesh,
+    put,
+    put_parts,
+    shardings,
+    to_host,
+    with_layout,
+)
+from jaxrlhf.models import names
 from jaxrlhf.models.read import (
     is_reward_folder,
     is_run,
+    kept_dtypes,
     read_decoder,
     read_weights,
     run_config,
 )
+from jaxrlhf.models.source import Source
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model, combine_params, merge_lora
 
@@ -78,8 +90,10 @@ class Loader:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What a reward model computes in that is no run, whose config would say it."""
     weights: dict[Any, Params] = field(default_factory=dict)
-    cast: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    """Arrays by their id, and the same in the compute dtype."""
+    cast: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    """Arrays by their id and a dtype, and the same in that dtype."""
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    """``ModelConfig.frozen_dtype``."""
 
     def base(self, config: ModelConfig, seed: int = 0, head: bool = False) -> Network:
         """The weights a model starts from, without head and adapters.
@@ -94,19 +108,23 @@ class Loader:
         return Network(model, self.weights[key])
 
     def frozen(self, network: Network) -> Network:
-        """The network for whoever only computes with it: weights in its compute dtype.
+        """The network for whoever only computes with it: weights in ``frozen_dtype``.
 
-        Every step would cast them all the same, so that results are what they were, bit for bit.
-        Norms and head, which are computed in float32, stay so. What networks share stays shared.
+        By default as they have been read, or in the compute dtype where that is smaller. Every step
+        casts them all the same, so that results are what they were, bit for bit. Last norm and
+        head, which are computed in float32, stay as they are. What networks share stays shared.
         """
-        dtype = network.model.dtype
+        compute = jnp.dtype(network.model.dtype)
 
         def kept(x: Any) -> Any:
+            narrow = min(x.dtype, compute, key=lambda dtype: dtype.itemsize)
+            dtype = jnp.dtype(self.frozen_dtype or narrow)
             if x.dtype == dtype:
                 return x
-            if id(x) not in self.cast:
-                self.cast[id(x)] = x, _cast(x, dtype)
-            return self.cast[id(x)][1]
+            key = id(x), dtype
+            if key not in self.cast:
+                self.cast[key] = x, _cast(x, dtype)
+            return self.cast[key][1]
 
         params = {
             name: child if name in ("norm", "head") else jax.tree.map(kept, child)
@@ -122,9 +140,9 @@ class Loader:
 
     def _read(self, model: Model, config: ModelConfig, seed: int, head: bool) -> Params:
         layout = shardings(model.axes(head), self.mesh)
-        if self.abstract:
-            return with_layout(model.shapes(head), layout)
         if config.decoder is not None:
+            if self.abstract:
+                return with_layout(model.shapes(head), layout)
             stream = jax.random.fold_in(jax.random.key(seed), INIT)
             return jax.jit(model.init, out_shardings=layout)(stream)
         if is_run(config.path):
@@ -132,9 +150,13 @@ class Loader:
             body = headless(network.params)
             if network.lora is None:
                 return body
-            merged = jax.jit(merge_lora, static_argnums=0, out_shardings=layout)
-            return merged(network.model, body, network.lora)
-        return put(read_weights(config.path, head)[1], layout)
+            merged = partial(merge_lora, network.model)
+            if self.abstract:
+                return with_layout(jax.eval_shape(merged, body, network.lora), layout)
+            return jax.jit(merged, out_shardings=layout)(body, network.lora)
+        if self.abstract:
+            return with_layout(_kept_shapes(model, config.path, head), layout)
+        return _placed(read_weights(config.path, head), layout)
 
     def config_of(self, folder: str) -> Config:
         """The config of a run; a reward model's of the ``stand_in``'s shape if it is not there.
@@ -167,24 +189,58 @@ class Loader:
         params = abstract_params(model, needs_head(config), self.mesh)
         if self.abstract:
             return Network(model, *combine_params(params, frozen))
-        nothing: Any = ()  # the optimizer and its counts stay on disk
-        wanted = {"policy": TrainState(params, nothing, nothing, nothing)}
-        step, found, host = load_checkpoint(Path(folder) / "checkpoints", wanted)
-        params, lora = combine_params(found["policy"].params, frozen)
-        if config.algorithm.normalise_on:
-            if "normalisation" not in host:
-                raise InputError(
-                    f"{folder}: its scores are not normalised yet: train it to its end"
-                )
-            # (r − mean)/std with r = w·x + b is a head too: w/std and (b − mean)/std.
-            head, scale = params["head"], host["normalisation"]
-            bias = (head["bias"] - scale["mean"]) / scale["std"]
-            head = {"kernel": head["kernel"] / scale["std"], "bias": bias}
-            params = {**params, "head": head}
+        step, found, host = restore(folder, params)
+        params, lora = combine_params(found, frozen)
+        if "head" in params:
+            params = {**params, "head": normalised(folder, config, params["head"], host)}
         return Network(model, params, lora, step)
 
 
-def _cast(x: Any, dtype: str) -> Any:
+def restore(folder: str, wanted: Params) -> tuple[int, Params, dict[str, Any]]:
+    """(step, what a run trains or a part of it, the host's numbers), of its newest checkpoint."""
+    nothing: Any = ()  # the optimizer and its counts stay on disk
+    state = {"policy": TrainState(wanted, nothing, nothing, nothing)}
+    step, found, host = load_checkpoint(Path(folder) / "checkpoints", state)
+    return step, found["policy"].params, host
+
+
+def normalised(folder: str, config: Config, head: Params, host: dict[str, Any]) -> Params:
+    """The scalar head of a run, with the scale that its checkpoint has for its scores, if any."""
+    if not config.algorithm.normalise_on:
+        return head
+    if "normalisation" not in host:
+        raise InputError(f"{folder}: its scores are not normalised yet: train it to its end")
+    # (r − mean)/std with r = w·x + b is a head too: w/std and (b − mean)/std.
+    scale = host["normalisation"]
+    bias = (head["bias"] - scale["mean"]) / scale["std"]
+    return {"kernel": head["kernel"] / scale["std"], "bias": bias}
+
+
+def _kept_shapes(model: Model, path: str, head: bool) -> Params:
+    """The shapes of the weights at a path, in the dtypes that ``_placed`` gives them."""
+    kept = kept_dtypes(path, head)
+    dtypes: Any = {w.path: kept(w) for w in names.weights(model.decoder, head)}
+    dtypes = names.nested(dtypes | ({"head/bias": "float32"} if head else {}))
+    return jax.tree.map(
+        lambda shape, dtype: jax.ShapeDtypeStruct(shape.shape, dtype), model.shapes(head), dtypes
+    )
+
+
+def _placed(source: Source, layout: Any) -> Params:
+    """Weights in files → arrays on the mesh; in host memory there is one leaf of them at a time."""
+    leaves = dict(names.leaves_of(layout))
+    params: dict[str, Any] = {
+        weight.path: put_parts(
+            source.shape(weight), leaves[weight.path], partial(source.parts, weight)
+        )
+        for weight in source.weights()
+    }
+    if source.head:
+        params["head/bias"] = put(np.float32(source.bias), leaves["head/bias"])
+    return names.nested(params)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
     """An array, or its shape with a layout, in another dtype, where it lies."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
@@ -296,6 +352,9 @@ def tokenizer_path(config: ModelConfig) -> str:
 
 def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]:
     """(model, params, tokenizer) from a path, ready for the step functions.
+
+    Parameters are as their file has them, float32 or bfloat16 (of a GGUF file or a run: float32),
+    and read in parts: the host's memory holds no more than its devices' share and one leaf of it.
 
     Args:
       path: smollm2, a Hugging Face folder (of a reward model too), a .gguf file, or the output

@@ -6,20 +6,14 @@ of their own: stored = kernel.reshape(in, out).T. What a tensor of a file is cal
 layer's weights stand in it, is a ``Naming``.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
-from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError
-
-READERS = max(1, min(4, (os.cpu_count() or 1) - 1))
-"""Tensors that are read at once, each a copy in memory beside the model; a core is left to imports
-and tracing, which go on meanwhile."""
 
 
 class Weight(NamedTuple):
@@ -184,10 +178,14 @@ def joined(c: DecoderConfig, naming: Naming, tensor: Tensor, found: list[np.ndar
     return array.T if naming.transposed and parts[0].stacked else array
 
 
+ROTATED = ("attention/q", "attention/k")
+"""Modules whose outputs are rotated."""
+
+
 def _pairs(c: DecoderConfig, weight: Weight, array: np.ndarray, apart: bool) -> np.ndarray:
     """Rows of queries and keys with the pairs of a head's rotated numbers apart, half of them from
     each other, or else side by side; other weights as they are."""
-    if weight.module not in ("attention/q", "attention/k"):
+    if weight.module not in ROTATED:
         return array
     size = c.rotary_dim or c.head_dim
     heads = array.reshape(-1, c.head_dim, *array.shape[1:])
@@ -198,40 +196,15 @@ def _pairs(c: DecoderConfig, weight: Weight, array: np.ndarray, apart: bool) -> 
     return np.concatenate([turned, rest], axis=1).reshape(array.shape)
 
 
-def assemble(
-    c: DecoderConfig, naming: Naming, read: Callable[[Tensor], np.ndarray], head: bool = False
-) -> dict[str, Any]:
-    """The tree of float32 arrays, filled tensor by tensor: one copy of the model in memory.
-
-    Args:
-      read: called with each of ``tensors``, from several threads at once; returns it in its shape,
-        of any float dtype.
-    """
-    # Empty, not zeros: each number is written once, and pages are not touched before.
-    arrays = {
-        weight: np.empty((c.layers if weight.stacked else 1, *weight.whole), np.float32)
-        for weight in weights(c, head)
-    }
-
-    def fill(tensor: Tensor) -> None:
-        each = cut(c, naming, tensor, read(tensor))
-        for (weight, at), array in zip(tensor.parts, each, strict=True):
-            place = arrays[weight][at]
-            if weight.path.endswith("kernel"):
-                place.reshape(weight.stored[::-1])[...] = array.T
-            else:
-                place[...] = array.reshape(weight.shape)
-
-    with ThreadPool(READERS) as pool:  # of daemons: an error elsewhere does not wait for them
-        pool.map(fill, tensors(c, naming, head), chunksize=1)
-
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree whose leaves, by path, are given."""
     params: dict[str, Any] = {}
-    for weight, array in arrays.items():
-        *parents, name = weight.path.split("/")
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
         node = params
         for key in parents:
             node = node.setdefault(key, {})
-        node[name] = array if weight.stacked else array[0]
+        node[name] = leaf
     return params
 
 
@@ -255,7 +228,7 @@ def flatten(c: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]
     Raises:
       InputError: if names or shapes are not those of the decoder; names the first difference.
     """
-    leaves = dict(_leaves(params))
+    leaves = dict(leaves_of(params))
     shapes = {w.path: (c.layers, *w.whole) if w.stacked else w.shape for w in weights(c, head)}
     for path in sorted(leaves.keys() | shapes.keys()):
         want = shapes.get(path)
@@ -267,9 +240,10 @@ def flatten(c: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]
     return leaves
 
 
-def _leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_of(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree, each with its path: the inverse of ``nested``."""
     for key, child in node.items():
         if isinstance(child, dict):
-            yield from _leaves(child, f"{path}{key}/")
+            yield from leaves_of(child, f"{path}{key}/")
         else:
             yield path + key, child

@@ -4,25 +4,28 @@ import functools
 import os
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from jaxrlhf.config import Config, DecoderConfig, ModelConfig, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import check_no_url
 from jaxrlhf.core.shown import shown
-from jaxrlhf.models.gguf import read_gguf, read_gguf_decoder, smollm2_path
-from jaxrlhf.models.hf import read_hf
-from jaxrlhf.models.hf_config import is_reward_model, read_config
+from jaxrlhf.models.gguf import read_gguf_decoder, smollm2_path, source_of_gguf
+from jaxrlhf.models.hf import has_weights, open_hf
+from jaxrlhf.models.hf_config import is_reward_model, read_config, read_kept
+from jaxrlhf.models.names import Weight
+from jaxrlhf.models.source import Source
 
-Weights = tuple[DecoderConfig, Any]
-"""A model's shape, and its parameters as float32 numpy arrays."""
+MOST_AHEAD = 2**30
+"""Bytes of weights that are read ahead into memory. Larger ones are read by parts where they are
+wanted, lest each process of a run have all of them."""
 
 MOST_RUNS = 100
 """Runs of which each starts from the next."""
 
-_begun: dict[str, Future[Weights]] = {}
+_begun: dict[str, Future[Source]] = {}
 """What is being read ahead, by path."""
 
 
@@ -79,14 +82,15 @@ def read_decoder(path: str, head: bool = False) -> DecoderConfig:
     return read_config(folder(path) / "config.json", head)
 
 
-def read_weights(path: str, head: bool = False) -> Weights:
-    """The model at ``path``; waits for the end of ``read_ahead`` where that has begun it.
+def read_weights(path: str, head: bool = False) -> Source:
+    """The weights at ``path``, in memory where ``read_ahead`` has begun it, whose end is waited
+    for; else where they lie.
 
     ``head``: as in ``read_hf``.
     """
     if head:
-        return read_hf(folder(path), head)
-    return _begun.pop(path).result() if path in _begun else _read(path)
+        return open_hf(folder(path), head)
+    return _begun.pop(path).result() if path in _begun else _open(path)
 
 
 def read_ahead(config: ModelConfig) -> None:
@@ -96,11 +100,12 @@ def read_ahead(config: ModelConfig) -> None:
     """
     if config.decoder is not None or is_run(config.path):
         return  # made, or a run's own
-    begun: Future[Weights] = Future()
+    begun: Future[Source] = Future()
 
     def work() -> None:
         try:
-            begun.set_result(_read(config.path))
+            source = _open(config.path)
+            begun.set_result(source.hold() if source.bytes() <= MOST_AHEAD else source)
         except BaseException as error:
             begun.set_exception(error)
 
@@ -108,10 +113,19 @@ def read_ahead(config: ModelConfig) -> None:
     threading.Thread(target=work, name="read ahead", daemon=True).start()
 
 
-def _read(path: str) -> Weights:
+def _open(path: str) -> Source:
     if gguf := gguf_file(path):
-        return read_gguf(gguf)
-    return read_hf(folder(path))
+        return source_of_gguf(gguf)
+    return open_hf(folder(path))
+
+
+def kept_dtypes(path: str, head: bool = False) -> Callable[[Weight], str]:
+    """What each weight at ``path`` can be kept in without loss, float32 or bfloat16, from headers
+    alone; of a folder without weights, as its config.json says."""
+    if gguf_file(path) or has_weights(folder(path)):
+        return (open_hf(folder(path), head) if head else _open(path)).kept
+    kept = read_kept(folder(path) / "config.json")
+    return lambda _: kept
 
 
 @functools.lru_cache(maxsize=8)

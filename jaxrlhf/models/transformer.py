@@ -1,7 +1,7 @@
 """One decoder for every family: a static description, and pure functions of its parameters.
 
-``Model`` holds no arrays. Parameters are a nested dict of float32 arrays whose ``layers`` are
-stacked along a leading axis and run under ``lax.scan``:
+``Model`` holds no arrays. Parameters are a nested dict of arrays, float32, or bfloat16 where
+nothing trains them, whose ``layers`` are stacked along a leading axis and run under ``lax.scan``:
 
     {"embed": {"table"}, "layers": {...}, "norm": {"scale"}, "unembed"?: {"kernel"}, "head"?: {...}}
 
@@ -242,17 +242,21 @@ def check_tree(params: Any, declared: Any, path: str) -> None:
             )
 
 
-def merge_lora(model: Model, params: Params, lora: Params) -> Params:
-    """The weights with the adapters added in: W + (alpha/rank)·A·B, float32."""
+def add_adapter(model: Model, kernel: Array, adapter: Params) -> Array:
+    """W + (alpha/rank)·A·B of all layers, float32."""
     assert model.lora is not None
-    scale = model.lora.alpha / model.lora.rank
+    product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
+    with exact("float32"):
+        change: Any = product(adapter["lora_a"], adapter["lora_b"])
+    return kernel + model.lora.alpha / model.lora.rank * change
+
+
+def merge_lora(model: Model, params: Params, lora: Params) -> Params:
+    """The weights with the adapters added in; what they change is float32."""
 
     def add(weights: Params, adapters: Params) -> Params:
         if "lora_a" in adapters:
-            product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
-            with exact("float32"):
-                change = scale * product(adapters["lora_a"], adapters["lora_b"])
-            return {**weights, "kernel": weights["kernel"] + change}
+            return {**weights, "kernel": add_adapter(model, weights["kernel"], adapters)}
         return {**weights, **{name: add(weights[name], child) for name, child in adapters.items()}}
 
     return {**params, "layers": add(params["layers"], lora)}

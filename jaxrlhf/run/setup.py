@@ -139,7 +139,7 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
         candidates=max(len(row.answers) for row in every),
         width=longest(every, length_shards()),
     )
-    run = _on_shapes(run, Loader(run.mesh, abstract=True, dtype=config.model.dtype))
+    run = _on_shapes(run, _loader(run, abstract=True))
     return run if abstract else fill(run)
 
 
@@ -156,7 +156,7 @@ def outline(config: Config, mesh: Mesh | None = None) -> Run:
     run = _described(config, mesh)
     stop = config.sample.stop or (0,)  # the tokenizer's, whichever it is
     run = replace(run, config=replace(config, sample=replace(config.sample, stop=stop)))
-    return _on_shapes(run, Loader(run.mesh, True, config.model, config.model.dtype))
+    return _on_shapes(run, _loader(run, abstract=True, stand_in=config.model))
 
 
 def _described(config: Config, mesh: Mesh | None) -> Run:
@@ -185,7 +185,12 @@ def _on_shapes(run: Run, loader: Loader) -> Run:
 
 def fill(run: Run) -> Run:
     """A run that was set up without its weights, with them; its programs stay the same objects."""
-    return _networks(run, Loader(run.mesh, dtype=run.config.model.dtype))
+    return _networks(run, _loader(run))
+
+
+def _loader(run: Run, **more: Any) -> Loader:
+    model = run.config.model
+    return Loader(run.mesh, dtype=model.dtype, frozen_dtype=model.frozen_dtype, **more)
 
 
 def _networks(run: Run, loader: Loader) -> Run:

@@ -228,7 +228,8 @@ def read_entrants(
         raise InputError(
             f"data: missing: {wish.model} has no held-out rows: give a file of prompts"
         )
-    loader = Loader(mesh, dtype=config.model.dtype)
+    settings = config.model
+    loader = Loader(mesh, dtype=settings.dtype, frozen_dtype=settings.frozen_dtype)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     model = _network(wish.model, loader)
     vocab = model.model.decoder.vocab

@@ -8,6 +8,7 @@ from jaxrlhf.config import DecoderConfig
 from jaxrlhf.models import names
 from jaxrlhf.models.gguf import NAMING
 from jaxrlhf.models.hf_config import naming_of
+from jaxrlhf.models.source import Source, weight_reader
 from jaxrlhf.models.tokenizer import load_tokenizer
 
 
@@ -28,7 +29,8 @@ def random_params():
         def noise(tensor):
             return 0.3 * rng.standard_normal(tensor.shape, dtype=np.float32)
 
-        return names.assemble(decoder, naming_of(decoder), noise)
+        read = weight_reader(decoder, naming_of(decoder), noise)
+        return Source(decoder, read, lambda _: "float32").tree()
 
     return make
 

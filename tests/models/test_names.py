@@ -10,9 +10,14 @@ import pytest
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import names
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.source import Source, weight_reader
 from jaxrlhf.models.transformer import Model
 
 NAMING = FAMILIES["llama"].naming
+
+
+def tree_of(decoder, naming, find):
+    return Source(decoder, weight_reader(decoder, naming, find), lambda _: "float32").tree()
 
 
 @pytest.mark.parametrize(
@@ -25,7 +30,7 @@ def test_weights_are_those_of_the_model(tiny, random_params, features):
     assert have == want
 
 
-def test_assemble_kernel_computes_what_the_stored_matrix_does(tiny):
+def test_a_kernel_computes_what_the_stored_matrix_does(tiny):
     rng = np.random.default_rng(0)
     stored = {}
 
@@ -33,7 +38,7 @@ def test_assemble_kernel_computes_what_the_stored_matrix_does(tiny):
         x = rng.standard_normal(tensor.shape).astype(np.float32)
         return stored.setdefault(tensor.name, x)
 
-    attention = names.assemble(tiny, NAMING, read)["layers"]["attention"]
+    attention = tree_of(tiny, NAMING, read)["layers"]["attention"]
     x_D = rng.standard_normal(tiny.embed).astype(np.float32)
     for layer in range(tiny.layers):
         query_NH = np.einsum("D,DNH->NH", x_D, attention["q"]["kernel"][layer])
@@ -44,7 +49,7 @@ def test_assemble_kernel_computes_what_the_stored_matrix_does(tiny):
         np.testing.assert_allclose(out_D, flat, atol=1e-5)
 
 
-def test_stored_is_the_inverse_of_assemble(tiny, random_params):
+def test_stored_is_the_inverse_of_reading(tiny, random_params):
     for family in ("llama", "phi3", "glm4", "gpt_neox", "gpt2"):
         naming, every = FAMILIES[family].naming, {"qkv_bias": True, "o_bias": True}
         every |= {"gated": False, "mlp_bias": True} if family.startswith("gpt") else {}
@@ -52,7 +57,7 @@ def test_stored_is_the_inverse_of_assemble(tiny, random_params):
         decoder = replace(decoder, norms="both" if family == "glm4" else "before", rotary_dim=4)
         params = random_params(replace(decoder, family=family))
         stored = partial(names.stored, decoder, naming, names.flatten(decoder, params))
-        again = names.assemble(decoder, naming, stored)
+        again = tree_of(decoder, naming, stored)
         jax.tree.map(np.testing.assert_array_equal, again, params)
 
 

@@ -14,6 +14,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import read as reading
 from jaxrlhf.models.ends import _said, read_generation
 from jaxrlhf.models.read import read_ahead, read_decoder, read_weights, run_config
+from jaxrlhf.models.source import Source
 
 TINY = DecoderConfig(vocab=8, embed=8, layers=2, heads=1, kv_heads=1, head_dim=8, mlp=8)
 
@@ -25,19 +26,32 @@ def reads(monkeypatch):
 
     def read(path):
         seen.append((path, threading.current_thread().name))
-        return None, np.full(2, len(seen))
+        return Source(
+            TINY, lambda weight, _: np.full(weight.stored, len(seen)), lambda _: "float32"
+        )
 
-    monkeypatch.setattr(reading, "read_hf", read)
+    monkeypatch.setattr(reading, "open_hf", read)
     monkeypatch.setattr(reading, "folder", lambda path: path)
     return seen
 
 
 def test_read_ahead_reads_once(reads):
     read_ahead(ModelConfig(path="a"))
-    assert read_weights("a")[1].tolist() == [1, 1]
+    source = read_weights("a")
+    assert {float(x[0, 0]) for x in source.held.values() if x.ndim == 2} == {1.0}
+    assert source.held.keys() == {weight.path for weight in source.weights()}
     assert reads == [("a", "read ahead")]
-    assert read_weights("a")[1].tolist() == [2, 2]  # what was read ahead is not kept
+    assert read_weights("a").held == {}  # what was read ahead is not kept
     assert reads[1:] == [("a", threading.current_thread().name)]
+
+
+def test_large_models_are_not_read_ahead(reads, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_AHEAD", 100)
+    read_ahead(ModelConfig(path="a"))
+    source = read_weights("a")
+    assert source.held == {}
+    assert source.bytes() > 100
+    assert source.whole(source.weights()[0]).tolist() == np.ones((8, 8)).tolist()
 
 
 def test_read_ahead_is_of_one_path(reads):
@@ -115,13 +129,14 @@ def test_an_error_does_not_wait_for_weights():
     code = """
 import time
 from jaxrlhf.config import DecoderConfig, ModelConfig
-from jaxrlhf.models import gguf, names, read as reading
+from jaxrlhf.models import read as reading
+from jaxrlhf.models.source import Source
 begun = []
-def read(tensor):
-    begun.append(tensor)
+def read(weight, layer):
+    begun.append(weight)
     time.sleep(600)
-shape = DecoderConfig(8, 8, 2, 1, 1, 8, 8)
-reading.read_gguf = lambda path: names.assemble(shape, gguf.NAMING, read)
+tiny = DecoderConfig(8, 8, 2, 1, 1, 8, 8)
+reading.source_of_gguf = lambda path: Source(tiny, read, lambda _: "float32")
 reading.read_ahead(ModelConfig(path="x.gguf"))
 while not begun:
     time.sleep(0.01)
