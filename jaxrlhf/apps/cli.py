@@ -113,8 +113,10 @@ def train(words: list[str]) -> None:
     config = load(words[0], changes)
     check(config)
     prepare_jax()
+    from jaxrlhf.models.hub import fetch_all
     from jaxrlhf.models.read import read_ahead
 
+    config = fetch_all(config)
     # The disk reads weights while the modules below are imported and programs traced.
     read_ahead(config.model)
     from jaxrlhf.mesh import processes as distributed
@@ -308,10 +310,11 @@ def generate(
 def judge_of(reward: str, reward_model: str) -> Any:
     """What judges answers, by words of the command line; None if nothing does."""
     from jaxrlhf.config import RewardConfig
+    from jaxrlhf.models.hub import fetch
 
     if reward and reward_model:
         raise InputError("--reward and --reward-model: give one of them")
-    return RewardConfig(reward, reward_model) if reward or reward_model else None
+    return RewardConfig(reward, fetch(reward_model)) if reward or reward_model else None
 
 
 @command("chat", "talk to a model, or to two side by side: chat MODEL [--against MODEL]")
@@ -405,6 +408,7 @@ def export(
     run: Annotated[Positional[str], arg(metavar="RUN")],
     out: Annotated[Positional[str], arg(metavar="OUT")],
     dtype: Literal["float32", "bfloat16"] = "float32",
+    push: str = "",
 ) -> None:
     """Write the policy of a run as a folder that transformers, vLLM and llama.cpp can load.
 
@@ -415,13 +419,20 @@ def export(
       run: the output folder of a run, or whatever else is a model.
       out: a new folder.
       dtype: of the weights in it; bfloat16 halves them, and rounds.
+      push: org/name, a repository of the Hugging Face hub that the folder is then uploaded to; it
+        is made, private, if it is not there.
     """
     prepare_jax()
     from jaxrlhf.models.export import export_model
+    from jaxrlhf.models.hub import check_name, push_folder
 
+    if push:
+        check_name("--push", push)
     bias = export_model(run, out, dtype)
     if bias:
         print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
+    if push:
+        print(push_folder(out, push))
 
 
 @command("diagnose", "what is wrong with a run, why, and what to do: diagnose RUN")

@@ -28,6 +28,7 @@ from jaxrlhf.data.tokens import check_ids, encode_prompt, pad_rows
 from jaxrlhf.data.turns import render
 from jaxrlhf.mesh.sharding import DECODE, make_mesh, put_rows, row_shards
 from jaxrlhf.models.ends import read_ends
+from jaxrlhf.models.hub import fetch
 from jaxrlhf.models.load import Loader, is_run, load_model, run_config, scores_texts
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.transformer import Model
@@ -112,6 +113,7 @@ def load_policy(path: str, config: SampleConfig, mesh: Mesh) -> Policy:
     Raises:
       InputError: it is a reward model, or none at all.
     """
+    path = fetch(path)
     if scores_texts(path):
         raise InputError(f"{path}: a reward model, which completes nothing: give a policy")
     model, params, tokenizer = load_model(path, mesh)

@@ -40,8 +40,9 @@ from jaxrlhf.config import (
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.reading import read_object
-from jaxrlhf.data.rows import locate
+from jaxrlhf.data.rows import locate, on_hub
 from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.hub import HEADER, fetch
 from jaxrlhf.models.load import check_context, is_run, scores_texts
 from jaxrlhf.models.read import read_decoder
 from jaxrlhf.models.transformer import Model
@@ -332,7 +333,7 @@ def _reward_models(paths: Sequence[str], shapes: Shapes) -> None:
 
 def _files(paths: Sequence[str], shapes: Shapes) -> None:
     for path in paths:
-        if path and not _makers(path, shapes):
+        if path and not on_hub(path) and not _makers(path, shapes):
             locate(path)
 
 
@@ -342,7 +343,7 @@ def _shape(path: str, shapes: Shapes) -> DecoderConfig | None:
         return None
     if makers := _makers(path, shapes):
         return shapes[makers[0]]
-    return read_decoder(path)
+    return read_decoder(fetch(path, HEADER))
 
 
 def _makers(path: str, shapes: Shapes) -> list[Path]:

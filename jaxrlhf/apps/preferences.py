@@ -22,6 +22,7 @@ from jaxrlhf.data.text import decode_rollout, repeat
 from jaxrlhf.data.tokens import Encoded, encode_rows, prompt_arrays
 from jaxrlhf.mesh.sharding import DECODE, put_rows, row_shards
 from jaxrlhf.models.ends import read_ends
+from jaxrlhf.models.hub import fetch_fields
 from jaxrlhf.models.load import Loader, is_run, run_config, tokenizer_path
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
@@ -71,7 +72,7 @@ def write_pairs(config: PreferencesConfig, folder: Path, seed: int, mesh: Any) -
     Raises:
       InputError: no pair is found for one of the two; nothing is written then.
     """
-    loader = Loader(mesh)
+    loader, config = Loader(mesh), fetch_fields(config, "model")
     model = ModelConfig(path=config.model)
     network = loader.base(model, seed)
     tokenizer = load_tokenizer(tokenizer_path(model))

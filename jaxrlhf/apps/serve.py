@@ -19,6 +19,7 @@ from jaxrlhf.core.types import Rollout
 from jaxrlhf.data.tokens import check_ids, encode_answer, encode_prompt, pad_rows
 from jaxrlhf.mesh.sharding import make_mesh, put_rows
 from jaxrlhf.models.ends import Ends, read_ends
+from jaxrlhf.models.hub import fetch
 from jaxrlhf.models.load import Loader, is_run, tokenizer_path
 from jaxrlhf.models.read import is_reward_folder, read_decoder
 from jaxrlhf.models.tokenizer import load_tokenizer
@@ -59,6 +60,7 @@ def serve(
         wanted = secret("header_env", header_env, "what the header Authorization must say")
     elif token_env:
         wanted = "Bearer " + secret("token_env", token_env, "the token")
+    what = fetch(what)
     if is_run(what) or is_reward_folder(what):
         # The device takes one batch at a time, whoever asks.
         source, concurrency = model_source(what, batch_size, max_tokens=max_tokens), 1

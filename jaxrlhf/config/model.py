@@ -133,7 +133,8 @@ class ModelConfig:
     """A language model: weights from a path, or a fresh decoder."""
 
     path: str = ""
-    """smollm2, a Hugging Face folder, a .gguf file, or the output folder of a run."""
+    """smollm2, a Hugging Face folder, org/name[@revision] of its hub, a .gguf file, or the output
+    folder of a run."""
     decoder: DecoderConfig | None = None
     """The shape of a model that starts from random weights; leave out when ``path`` is given."""
     tokenizer: str = ""

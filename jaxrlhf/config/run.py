@@ -39,7 +39,8 @@ class DataConfig:
     """Where rows come from. Formats: JSONL and Parquet, with TRL's column names."""
 
     train: str = ""
-    """A .jsonl or .parquet file; package:path names one inside an installed package."""
+    """A .jsonl or .parquet file; package:path names one inside an installed package,
+    hf:org/name[/subset][@revision][:split] a dataset of the Hugging Face hub."""
     eval: str = ""
     """Held-out rows of the same kind."""
     batch_size: int = 8

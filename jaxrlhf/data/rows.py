@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from jaxrlhf.core.errors import InputError, refused
 from jaxrlhf.core.files import writing
 from jaxrlhf.core.reading import NotJsonError, check_text, parse_json
-from jaxrlhf.core.shown import shown
+from jaxrlhf.core.shown import one_line, shown
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -86,14 +86,19 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
     one for every field that the struct has in some other row. Both formats give the same rows.
 
     Args:
-      path: a .jsonl or .parquet file, or ``package:relative/path`` for one inside an installed
-        package, such as ``jaxrlhf:demo/openings_train.jsonl``.
+      path: a .jsonl or .parquet file, ``package:relative/path`` for one inside an installed
+        package, such as ``jaxrlhf:demo/openings_train.jsonl``, or
+        ``hf:org/name[/subset][@revision][:split]`` for a dataset of the Hugging Face hub, read by
+        the package datasets; its split is train where none is named.
       skip_bad_rows: leave a bad row out and say so in ``Rows.skipped``.
 
     Raises:
       InputError: a file that is missing, unreadable, empty or of another kind; a bad row, with
         ``path:line``.
     """
+    if on_hub(path):
+        raw: Any = _guarded(_read_hub(path), path)
+        return transform(Rows(raw, path), _parse, skip_bad_rows)
     source = locate(path)
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     suffix = Path(source.name).suffix.lower()
@@ -103,7 +108,7 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
         file = source.open("rb")
     with file:
         # Read while they are parsed: a file's raw rows are never all in memory.
-        raw: Any = _guarded(readers[suffix](file, path), path)
+        raw = _guarded(readers[suffix](file, path), path)
         return transform(Rows(raw, path), _parse, skip_bad_rows)
 
 
@@ -153,6 +158,38 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with writing(path):
         Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+_ON_HUB = re.compile(
+    r"hf:([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::(\w+))?", re.ASCII
+)
+
+
+def on_hub(path: str) -> bool:
+    """Whether ``path`` names a dataset of the Hugging Face hub, and no file here."""
+    return path.startswith("hf:") and not os.path.exists(path)
+
+
+def _read_hub(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    match = _ON_HUB.fullmatch(path)
+    if match is None:
+        raise InputError(f"{path}: no name of a dataset: hf:org/name[/subset][@revision][:split]")
+    try:
+        import datasets  # noqa: PLC0415 (an extra)
+    except ImportError:
+        raise InputError(f"{path}: needs the package datasets: pip install jaxrlhf[hf]") from None
+    name, subset, revision, split = match.groups()
+    try:
+        # Files of rows alone: since version 4 there is no code of a repository that it could run.
+        rows = datasets.load_dataset(name, subset, split=split or "train", revision=revision)
+    except Exception as error:
+        reason = one_line(error.__cause__ or error)
+        raise InputError(
+            f"{path}: the hub does not give it ({reason}): check the name; where there is no "
+            "network, save it as .jsonl or .parquet where there is one, and give that"
+        ) from None
+    for number, values in enumerate(rows, 1):
+        yield f"{path}:{number}", dict(values)
 
 
 def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[str, bytes]]:

@@ -21,6 +21,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import open_gguf
 from jaxrlhf.models.hf_config import read_object
+from jaxrlhf.models.hub import local
 from jaxrlhf.models.read import gguf_file, is_run, run_config
 
 GENERATION = "generation_config.json"
@@ -128,7 +129,7 @@ def read_generation(path: str) -> dict[str, Any]:
     """
     while is_run(path):
         path = run_config(path).model.path
-    file = Path(path) / GENERATION
+    file = Path(local(path)) / GENERATION
     return read_object(file) if path and os.path.isfile(file) else {}
 
 
@@ -158,7 +159,7 @@ def _said(path: str) -> Iterator[tuple[str, list[int], list[str]]]:
             yield f"{file}: {key}", _ids(f"{file}: {key}", fields.get(key)), []
     else:
         for name in (GENERATION, "config.json"):
-            if os.path.isfile(found := Path(path) / name):
+            if os.path.isfile(found := Path(local(path)) / name):
                 said = read_object(found)
                 ids = _ids(f"{found}: eos_token_id", said.get("eos_token_id"))
                 texts = said.get("stop_strings") if name == GENERATION else None

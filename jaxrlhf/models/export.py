@@ -19,6 +19,7 @@ from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import names
 from jaxrlhf.models.ends import generation_config, read_ends, read_generation
 from jaxrlhf.models.hf import check_new, write_hf
+from jaxrlhf.models.hub import fetch
 from jaxrlhf.models.load import (
     Loader,
     abstract_params,
@@ -50,6 +51,7 @@ def export_model(path: str, out: str, dtype: Literal["float32", "bfloat16"]) -> 
     Raises:
       InputError: there is no model, or no class of transformers for it; ``out`` is not empty.
     """
+    path = fetch(path)
     if is_run(path) and isinstance(run_config(path).algorithm, ProcessRewardModelConfig):
         raise InputError(f"{path}: a process reward model; transformers has no such class")
     check_new(out)

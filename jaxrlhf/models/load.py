@@ -40,6 +40,7 @@ from jaxrlhf.mesh.sharding import (
     with_layout,
 )
 from jaxrlhf.models import names
+from jaxrlhf.models.hub import fetch
 from jaxrlhf.models.read import (
     is_reward_folder,
     is_run,
@@ -357,13 +358,15 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]
     and read in parts: the host's memory holds no more than its devices' share and one leaf of it.
 
     Args:
-      path: smollm2, a Hugging Face folder (of a reward model too), a .gguf file, or the output
-        folder of a run, whose adapters are merged into the weights and whose head, if any, is kept.
+      path: smollm2, a Hugging Face folder (of a reward model too), org/name[@revision] of its
+        hub, a .gguf file, or the output folder of a run, whose adapters are merged into the weights
+        and whose head, if any, is kept.
       mesh: where the parameters go (default: all devices along ``data``).
 
     Raises:
       InputError: if the path holds none of these, or holds it damaged.
     """
+    path = fetch(path)
     loader = Loader(mesh or make_mesh(MeshConfig()))
     config = ModelConfig(path=path)
     trained = is_run(path) or is_reward_folder(path)

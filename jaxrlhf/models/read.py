@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import read_gguf_decoder, smollm2_path, source_of_gguf
 from jaxrlhf.models.hf import has_weights, open_hf
 from jaxrlhf.models.hf_config import is_reward_model, read_config, read_kept
+from jaxrlhf.models.hub import local
 from jaxrlhf.models.names import Weight
 from jaxrlhf.models.source import Source
 
@@ -69,7 +69,7 @@ def _check_origin(folder: str, config: Config, before: list[str], ended: set[str
 
 def is_reward_folder(path: str) -> bool:
     """Whether ``path`` is a Hugging Face folder of a reward model: a …ForSequenceClassification."""
-    return is_reward_model(Path(path) / "config.json")
+    return is_reward_model(Path(local(path)) / "config.json")
 
 
 def read_decoder(path: str, head: bool = False) -> DecoderConfig:
@@ -137,19 +137,16 @@ def gguf_file(path: str) -> Path | None:
 
 
 def folder(path: str) -> Path:
-    """``path`` as an existing folder.
+    """``path`` as an existing folder, of the hub's cache if it is the name of a repository.
 
     Raises:
       InputError: if it is none.
     """
     check_no_url("model.path", path)
-    if not path or not os.path.isdir(path):
-        # As the Hub names what is there: ORG/NAME.
-        named = re.fullmatch(r"[\w-][\w.-]*/([\w-][\w.-]*)", path)
-        hub = named and f"hf download {path} --local-dir models/{named[1]}"
-        fetch = f"; a model of the Hugging Face Hub has to be fetched first: {hub}" if hub else ""
+    found = local(path)
+    if not found or not os.path.isdir(found):
         raise InputError(
             f"model.path={shown(path, 200)}: no such folder; give smollm2, a Hugging Face folder, "
-            f"a .gguf file or the output folder of a run{fetch}"
+            "org/name of its hub, a .gguf file or the output folder of a run"
         )
-    return Path(path)
+    return Path(found)

@@ -16,6 +16,7 @@ from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError, refused
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import File, field, open_gguf, smollm2_path
+from jaxrlhf.models.hub import local
 
 # Kinds of token in tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -41,7 +42,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """Loads a tokenizer; nothing is downloaded and no code from the folder is run.
 
     Args:
-      path: ``smollm2``; a .gguf file; a Hugging Face folder with tokenizer.json; or
+      path: ``smollm2``; a .gguf file; a Hugging Face folder with tokenizer.json, or the name of a
+        repository of the hub that has been fetched; or
         ``words:TEXT`` or ``chars:TEXT``, whose vocabulary is <pad>, <eos> and the distinct words or
         characters of TEXT (for tiny models; one that is not in TEXT cannot be encoded).
 
@@ -57,7 +59,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         return _of_units(path)
     if path == "smollm2":
         path = os.fspath(smollm2_path())
-    tokenizer = gguf_tokenizer(path) if path.endswith(".gguf") else _from_folder(Path(path))
+    tokenizer = gguf_tokenizer(path) if path.endswith(".gguf") else _from_folder(Path(local(path)))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(

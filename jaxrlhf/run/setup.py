@@ -32,6 +32,7 @@ from jaxrlhf.mesh.sharding import (
     with_layout,
 )
 from jaxrlhf.models.ends import read_ends
+from jaxrlhf.models.hub import fetch_all, fetch_shape
 from jaxrlhf.models.load import (
     Loader,
     Network,
@@ -115,6 +116,7 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     Raises:
       InputError: whatever in config, data or weights cannot be used; nothing is written before.
     """
+    config = fetch_all(config)
     run = _described(config, mesh)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     config = with_date(config, tokenizer)
@@ -153,6 +155,7 @@ def outline(config: Config, mesh: Mesh | None = None) -> Run:
     Raises:
       InputError: whatever in config or in the headers of its models cannot be used.
     """
+    config = replace(config, model=fetch_shape(config.model))
     run = _described(config, mesh)
     stop = config.sample.stop or (0,)  # the tokenizer's, whichever it is
     run = replace(run, config=replace(config, sample=replace(config.sample, stop=stop)))

@@ -36,6 +36,7 @@ from jaxrlhf.data.tokens import ANY_LENGTH, READERS, Encoded, encode_rows, promp
 from jaxrlhf.mesh.processes import is_first
 from jaxrlhf.mesh.sharding import DECODE, fetch, make_mesh, put_rows, row_shards, tpu_slices
 from jaxrlhf.models.ends import read_ends
+from jaxrlhf.models.hub import fetch_fields
 from jaxrlhf.models.load import Loader, Network, is_run, run_config, scores_texts, tokenizer_path
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
@@ -89,6 +90,7 @@ def evaluate_model(
     check_evaluate(wish)
     if wish.raw:
         raise InputError("raw: a policy continues prompts of text as they are always: leave it out")
+    wish = fetch_fields(wish, "model", "reference", "against", "reward_model")
     if not wish.output and not is_run(wish.model):
         raise InputError(
             f"output: missing: {wish.model} is no run's folder: give one for evaluation.json"
