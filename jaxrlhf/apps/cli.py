@@ -408,6 +408,7 @@ def export(
     run: Annotated[Positional[str], arg(metavar="RUN")],
     out: Annotated[Positional[str], arg(metavar="OUT")],
     dtype: Literal["float32", "bfloat16"] = "float32",
+    adapter: bool = False,
     push: str = "",
 ) -> None:
     """Write the policy of a run as a folder that transformers, vLLM and llama.cpp can load.
@@ -419,17 +420,20 @@ def export(
       run: the output folder of a run, or whatever else is a model.
       out: a new folder.
       dtype: of the weights in it; bfloat16 halves them, and rounds.
+      adapter: write the adapters of a run alone, as the package peft reads them.
       push: org/name, a repository of the Hugging Face hub that the folder is then uploaded to; it
         is made, private, if it is not there.
     """
     prepare_jax()
-    from jaxrlhf.models.export import export_model
+    from jaxrlhf.models.export import export_adapter, export_model
     from jaxrlhf.models.hub import check_name, push_folder
 
     if push:
         check_name("--push", push)
-    bias = export_model(run, out, dtype)
-    if bias:
+    if adapter:
+        base = export_adapter(run, out, dtype)
+        print(f"{out}: adapters of {base or 'a fresh decoder, which has no folder'}")
+    elif bias := export_model(run, out, dtype):
         print(f"{out}: transformers adds no bias: its scores are {-bias:+.4g} from the run's")
     if push:
         print(push_folder(out, push))

@@ -187,7 +187,7 @@ def _places(config: Config) -> Iterator[tuple[str, str]]:
 
 def _model(config: Config) -> Iterator[str]:
     model, decoder = config.model, config.model.decoder
-    if not model.path and decoder is None:
+    if not model.path and decoder is None and not (model.lora and model.lora.path):
         yield "model.path: missing: give a path (smollm2, a folder, a .gguf file), or model.decoder"
     if model.path and decoder is not None:
         yield f"model.path={model.path}: model.decoder is given too: keep one of them"

@@ -1,5 +1,6 @@
 """The networks: policy, critic, reference, and the decoder they are made of."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -126,6 +127,17 @@ class LoraConfig:
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
         "q", "k", "v", "o", "gate", "up", "down",
     )  # fmt: skip
+    rank_stabilised: bool = False
+    """alpha/√rank in place of alpha/rank (rsLoRA; arXiv:2312.03732): with it, a higher rank learns
+    at the same rate."""
+    path: str = ""
+    """An adapter of the package peft's, a folder or org/name of the hub, to go on with: all of the
+    above are then its own. The reference is still the model without it; see reference.path."""
+
+    @property
+    def scale(self) -> float:
+        """What A·B is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 @dataclass(frozen=True)
@@ -133,8 +145,8 @@ class ModelConfig:
     """A language model: weights from a path, or a fresh decoder."""
 
     path: str = ""
-    """smollm2, a Hugging Face folder, org/name[@revision] of its hub, a .gguf file, or the output
-    folder of a run."""
+    """smollm2, a Hugging Face folder, org/name[@revision] of its hub, a .gguf file, the output
+    folder of a run, or an adapter of peft's, which is merged into its base."""
     decoder: DecoderConfig | None = None
     """The shape of a model that starts from random weights; leave out when ``path`` is given."""
     tokenizer: str = ""

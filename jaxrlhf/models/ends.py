@@ -21,7 +21,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import open_gguf
 from jaxrlhf.models.hf_config import read_object
-from jaxrlhf.models.hub import local
+from jaxrlhf.models.hub import base_of, is_adapter, local
 from jaxrlhf.models.read import gguf_file, is_run, run_config
 
 GENERATION = "generation_config.json"
@@ -127,8 +127,8 @@ def read_generation(path: str) -> dict[str, Any]:
     Raises:
       InputError: it is malformed.
     """
-    while is_run(path):
-        path = run_config(path).model.path
+    while is_run(path) or is_adapter(path):
+        path = run_config(path).model.path if is_run(path) else base_of(path)
     file = Path(local(path)) / GENERATION
     return read_object(file) if path and os.path.isfile(file) else {}
 
@@ -152,6 +152,8 @@ def _said(path: str) -> Iterator[tuple[str, list[int], list[str]]]:
         yield from _said(config.model.path)
         sample = config.sample
         yield f"{path}: sample.stop", list(sample.stop), list(sample.stop_strings)
+    elif is_adapter(path):
+        yield from _said(base_of(path))
     elif file := gguf_file(path):
         fields = open_gguf(file).fields
         for name in ("eos", "eot", "eom"):

@@ -17,9 +17,10 @@ from jaxrlhf.core.files import writing
 from jaxrlhf.core.types import Params
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import names
+from jaxrlhf.models.adapters import Adapter, read_adapter, write_adapter
 from jaxrlhf.models.ends import generation_config, read_ends, read_generation
-from jaxrlhf.models.hf import check_new, write_hf
-from jaxrlhf.models.hub import fetch
+from jaxrlhf.models.hf import check_new, save_tokenizer, whole_folder, write_hf
+from jaxrlhf.models.hub import base_of, fetch, is_adapter
 from jaxrlhf.models.load import (
     Loader,
     abstract_params,
@@ -31,9 +32,9 @@ from jaxrlhf.models.load import (
     tokenizer_path,
 )
 from jaxrlhf.models.read import is_reward_folder, is_run, read_decoder, read_weights, run_config
-from jaxrlhf.models.source import Later
+from jaxrlhf.models.source import Later, dtype_of
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
-from jaxrlhf.models.transformer import add_adapter
+from jaxrlhf.models.transformer import Model, add_adapter
 
 Leaves = dict[str, Any]
 """Arrays, or ``Later``, by path."""
@@ -71,11 +72,42 @@ def export_model(path: str, out: str, dtype: Literal["float32", "bfloat16"]) -> 
     return float(leaves["head/bias"]) if scores else 0.0
 
 
+def export_adapter(path: str, out: str, dtype: Literal["float32", "bfloat16"]) -> str:
+    """Write the adapters of a run as a folder of the package peft's, with the tokenizer.
+
+    Returns:
+      The model that they are for, as adapter_config.json names it.
+
+    Raises:
+      InputError: not a run with adapters; ``out`` is not empty.
+    """
+    if not is_run(path) or run_config(path).model.lora is None:
+        raise InputError(f"{path}: no run with model.lora, whose adapters could be written")
+    check_new(out)
+    config = run_config(path)
+    model, mesh = build(config.model), make_mesh(MeshConfig(), jax.devices()[:1])
+    scores = scores_texts(path)
+    _, found, host = restore(path, abstract_params(model, needs_head(config), mesh))
+    head = normalised(path, config, found["head"], host)["kernel"] if scores else None
+    tokenizer = load_tokenizer(tokenizer_path(ModelConfig(path=path)))
+    assert model.lora is not None
+    adapter = Adapter(model.lora, config.model.path, found["lora"], head)
+    with writing(out), whole_folder(out) as place:
+        save_tokenizer(place, tokenizer)
+        write_adapter(place, model.decoder, adapter, dtype_of(dtype))
+    return config.model.path
+
+
 def open_weights(path: str) -> Leaves:
     """The weights that a path stands for, adapters merged, each to be read when it is wanted; the
     scalar head, if it has one, is there."""
     if is_run(path):
         return _of_run(path, run_config(path))
+    if is_adapter(path):
+        under, decoder = _under(base_of(path)), read_decoder(path)
+        found = read_adapter(path, decoder)
+        head = {} if found.head is None else {"head/kernel": found.head, "head/bias": 0.0}
+        return head | under | _merged(Model(decoder, lora=found.lora), under, found.layers)
     source = read_weights(path, is_reward_folder(path))
     leaves: Leaves = {
         w.path: Later(source.shape(w), partial(source.whole, w)) for w in source.weights()
@@ -101,24 +133,30 @@ def _of_run(folder: str, config: Config) -> Leaves:
             for name, x in names.leaves_of(wanted)
         }
     if config.model.decoder is None:
-        under = open_weights(config.model.path)
-        under = {name: x for name, x in under.items() if not name.startswith("head/")}
+        under = _under(config.model.path)
     else:
         under = dict(names.leaves_of(Loader(mesh).base(config.model, config.seed).params))
     _, found, _ = restore(folder, wanted)
+    return own | under | _merged(model, under, found["lora"])
+
+
+def _under(path: str) -> Leaves:
+    """As ``open_weights``, without the head."""
+    leaves = open_weights(path)
+    return {name: x for name, x in leaves.items() if not name.startswith("head/")}
+
+
+def _merged(model: Model, under: Leaves, lora: Params) -> Leaves:
+    """What adapters make of the weights that they change."""
     maps: dict[str, Params] = {}
-    for name, x in names.leaves_of({"layers": found["lora"]}):
+    for name, x in names.leaves_of({"layers": lora}):
         where, _, kind = name.rpartition("/")
         maps.setdefault(f"{where}/kernel", {})[kind] = x
     add = jax.jit(partial(add_adapter, model))
-    return (
-        own
-        | under
-        | {
-            name: Later(under[name].shape, partial(_adapted, add, under[name], adapter))
-            for name, adapter in maps.items()
-        }
-    )
+    return {
+        name: Later(under[name].shape, partial(_adapted, add, under[name], adapter))
+        for name, adapter in maps.items()
+    }
 
 
 def _adapted(add: Callable[..., Any], under: Any, adapter: Params) -> Any:

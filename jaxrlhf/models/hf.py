@@ -4,8 +4,8 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -307,14 +307,22 @@ def write_hf(
 
     naming = naming_of(decoder)
     listed, stored = names.tensors(decoder, naming, head), partial(names.stored, decoder, naming)
-    # Written beside its place and moved there whole, which one file system does at once.
+    with whole_folder(folder) as whole:
+        _write_json(whole / "config.json", config)
+        _write_json(whole / "generation_config.json", ids)
+        save_tokenizer(whole, tokenizer)
+        _write_weights(whole, listed, leaves, stored, dtype, shard_bytes)
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder``, new or empty, at the end, whole."""
+    folder = Path(folder).absolute()
+    # Written beside its place and moved there, which one file system does at once.
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
         whole = Path(scratch) / folder.name
         whole.mkdir()
-        _write_json(whole / "config.json", config)
-        _write_json(whole / "generation_config.json", ids)
-        _save_tokenizer(whole, tokenizer)
-        _write_weights(whole, listed, leaves, stored, dtype, shard_bytes)
+        yield whole
         if folder.exists():
             folder.rmdir()
         whole.rename(folder)
@@ -344,7 +352,8 @@ def _scored(decoder: DecoderConfig, params: Any) -> tuple[DecoderConfig, Any, fl
     return replace(decoder, tied=True), {**body, "head": {"kernel": params["head"]["kernel"]}}, bias
 
 
-def _save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+def save_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write a tokenizer's files, for transformers 4 and 5."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -18,11 +18,15 @@ import huggingface_hub  # what is asked of it is imported then
 from jaxrlhf.config import Config, ModelConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.shown import one_line, shown
+from jaxrlhf.models.hf_config import read_object
 
 T = TypeVar("T")
 
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+ADAPTER = "adapter_config.json"
+"""What the folder of an adapter has, of the package peft, beside its weights."""
 
 WANTED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -33,7 +37,10 @@ WANTED = (
 """Files of a repository that are read, where they are there."""
 
 
-HEADER = ("config.json", "adapter_config.json")
+ADAPTER = "adapter_config.json"
+"""What a folder of the package peft's has, an adapter, beside its weights."""
+
+HEADER = ("config.json", ADAPTER)
 """Those of them that say what the others are; a plan reads no more."""
 
 
@@ -66,6 +73,8 @@ def local(path: str) -> str:
 def fetch(path: str, files: tuple[str, ...] = WANTED) -> str:
     """Bring a repository into the hub's cache; its name with the commit that it is at.
 
+    Of an adapter, here or there, the base is brought too.
+
     What is no name of a repository comes back as it is, and so does one that is at hand with its
     commit.
 
@@ -75,6 +84,8 @@ def fetch(path: str, files: tuple[str, ...] = WANTED) -> str:
     """
     named = split_name(path)
     if named is None:
+        if is_adapter(path):
+            fetch(base_of(path), files)
         return path
     repository, revision = named
     try:
@@ -88,7 +99,42 @@ def fetch(path: str, files: tuple[str, ...] = WANTED) -> str:
             f"({reason(error)}): check the name; where there is no network, run `hf download "
             f"{repository}` where there is one, and give the folder that it prints"
         ) from None
-    return f"{repository}@{Path(folder).name}"
+    found = f"{repository}@{Path(folder).name}"
+    if is_adapter(found):
+        fetch(base_of(found), files)
+    return found
+
+
+def is_adapter(path: str) -> bool:
+    """Whether ``path`` is a folder of peft's, an adapter."""
+    return os.path.isfile(os.path.join(local(path), ADAPTER))
+
+
+def adapts_scorer(path: str) -> bool:
+    """Whether an adapter is that of a reward model."""
+    return adapter_config(path).get("task_type") == "SEQ_CLS"
+
+
+def base_of(path: str) -> str:
+    """The path, or the name and revision, of the model that an adapter is for.
+
+    Raises:
+      InputError: adapter_config.json is malformed, or names none.
+    """
+    config = adapter_config(path)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base or not isinstance(revision, str | None):
+        where = Path(local(path)) / ADAPTER
+        raise InputError(
+            f"{where}: base_model_name_or_path={shown(base)}: give the folder of the model that "
+            "the adapter is for"
+        )
+    return f"{base}@{revision}" if revision and not os.path.exists(base) else base
+
+
+def adapter_config(path: str) -> dict[str, Any]:
+    """What an adapter's adapter_config.json says."""
+    return read_object(Path(local(path)) / ADAPTER)
 
 
 def reason(error: Exception) -> str:
@@ -119,7 +165,7 @@ def fetch_all(config: Config) -> Config:
     def at_hand(path: str) -> str:
         named = split_name(path)
         if named is None:
-            return path
+            return fetch(path)
         begun = re.search(rf"\b{re.escape(named[0])}@({_COMMIT.pattern})\b", before)
         return fetch(f"{named[0]}@{begun[1]}" if begun and not named[1] else path)
 
@@ -134,7 +180,10 @@ def fetch_all(config: Config) -> Config:
 
     return dataclasses.replace(
         config,
-        model=changed(config.model, "path", "tokenizer"),
+        model=dataclasses.replace(
+            changed(config.model, "path", "tokenizer"),
+            lora=config.model.lora and changed(config.model.lora, "path"),
+        ),
         critic=changed(config.critic, "path"),
         reference=changed(config.reference, "path"),
         rewards=judges(config.rewards),
@@ -148,8 +197,9 @@ def fetch_fields(record: T, *names: str) -> T:
 
 
 def fetch_shape(model: ModelConfig) -> ModelConfig:
-    """The model, of the hub its config.json alone: all that a plan reads."""
-    return dataclasses.replace(model, path=fetch(model.path, HEADER))
+    """The model, of the hub its config.json alone (and all of an adapter): what a plan reads."""
+    lora = model.lora and dataclasses.replace(model.lora, path=fetch(model.lora.path, WANTED))
+    return dataclasses.replace(model, path=fetch(model.path, HEADER), lora=lora)
 
 
 def check_name(field: str, repository: str) -> None:

@@ -107,7 +107,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> Array:
 
 
 class Linear(nnx.Module):
-    """x·W (+ bias) (+ (alpha/rank)·x·A·B), contracting the last axes of x with the first of W.
+    """x·W (+ bias) (+ lora.scale·x·A·B), contracting the last axes of x with the first of W.
 
     The last is a low-rank adapter (arXiv:2106.09685), if ``lora`` names the map as a target.
     """
@@ -128,7 +128,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(outs, jnp.float32), axes=tuple(outputs))
         self.lora_scale = 0.0
         if lora and name in lora.targets:
-            self.lora_scale, rank = lora.alpha / lora.rank, lora.rank
+            self.lora_scale, rank = lora.scale, lora.rank
             # B starts at zero, so that the adapter changes nothing at first.
             self.lora_a = nnx.Param(
                 normal(rngs, (*ins, rank), math.prod(ins)), axes=(*inputs, "rank")

@@ -5,6 +5,7 @@ folder of a run. Weights of one path are read once and shared by all who use the
 donated.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config import (
     Config,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     RewardModelConfig,
@@ -40,7 +42,8 @@ from jaxrlhf.mesh.sharding import (
     with_layout,
 )
 from jaxrlhf.models import names
-from jaxrlhf.models.hub import fetch
+from jaxrlhf.models.adapters import read_adapter, read_lora
+from jaxrlhf.models.hub import base_of, fetch, is_adapter, local
 from jaxrlhf.models.read import (
     is_reward_folder,
     is_run,
@@ -62,6 +65,33 @@ def build(config: ModelConfig, head: bool = False) -> Model:
     """
     decoder = config.decoder or read_decoder(config.path, head)
     return Model(decoder, config.dtype, config.lora, config.remat, config.attention)
+
+
+def settle_lora(config: ModelConfig) -> ModelConfig:
+    """The config of a model whose adapters go on from ``lora.path``, with that adapter's settings,
+    and its base if no model is named.
+
+    Raises:
+      InputError: settings are given beside it that are not its own.
+    """
+    lora = config.lora
+    if lora is None or not lora.path:
+        return config
+    if not is_adapter(lora.path):
+        raise InputError(
+            f"model.lora.path={lora.path}: no adapter (it holds no adapter_config.json): give a "
+            "folder of peft's"
+        )
+    if not config.path and config.decoder is None:
+        config = replace(config, path=base_of(lora.path))
+    own = replace(read_lora(lora.path, build(config).decoder), path=lora.path)
+    for name, value in vars(lora).items():
+        if value not in (getattr(LoraConfig(), name), getattr(own, name)):
+            raise InputError(
+                f"model.lora.{name}={value}: the adapter in model.lora.path has "
+                f"{getattr(own, name)}: leave it out"
+            )
+    return replace(config, lora=own)
 
 
 INIT = 0x7FFFFFFE
@@ -103,7 +133,9 @@ class Loader:
         Face folder of a reward model, which has one.
         """
         model = self._model(config, head)
-        key = (config.path, config.decoder, seed if config.decoder else None, head)
+        # However it is spelt: policy, critic and reward model may be adapters over one model.
+        path = os.path.realpath(local(config.path)) if config.path else ""
+        key = (path, config.decoder, seed if config.decoder else None, head)
         if key not in self.weights:
             self.weights[key] = self._read(model, config, seed, head)
         return Network(model, self.weights[key])
@@ -146,7 +178,7 @@ class Loader:
                 return with_layout(model.shapes(head), layout)
             stream = jax.random.fold_in(jax.random.key(seed), INIT)
             return jax.jit(model.init, out_shardings=layout)(stream)
-        if is_run(config.path):
+        if is_run(config.path) or is_adapter(config.path):
             network = self.trained(config.path)
             body = headless(network.params)
             if network.lora is None:
@@ -158,6 +190,35 @@ class Loader:
         if self.abstract:
             return with_layout(_kept_shapes(model, config.path, head), layout)
         return _placed(read_weights(config.path, head), layout)
+
+    def _adapted(self, folder: str) -> Network:
+        """An adapter of peft's on its base, with the scalar head if it is a reward model's."""
+        base = base_of(folder)
+        under = self.base(ModelConfig(base, dtype=self.dtype), head=is_reward_folder(base))
+        model = replace(under.model, lora=read_lora(folder, under.model.decoder))
+        layout = shardings(model.lora_axes(), self.mesh)
+        if self.abstract:
+            head = model.shapes(head=True)["head"] if is_reward_folder(folder) else None
+            lora = with_layout(model.lora_shapes(), layout)
+        else:
+            adapter = read_adapter(folder, model.decoder)
+            lora = put(adapter.layers, layout)
+            head = None if adapter.head is None else {"kernel": adapter.head, "bias": np.float32(0)}
+        params = under.params
+        if head is not None:
+            where = shardings(model.axes(head=True)["head"], self.mesh)
+            params = {**params, "head": (with_layout if self.abstract else put)(head, where)}
+        return Network(model, params, lora)
+
+    def adapter(self, config: ModelConfig) -> Params | None:
+        """The adapters that a model's training starts from; None: fresh ones."""
+        if config.lora is None or not config.lora.path:
+            return None
+        model = self._model(config)
+        layout = shardings(model.lora_axes(), self.mesh)
+        if self.abstract:
+            return with_layout(model.lora_shapes(), layout)
+        return put(read_adapter(config.lora.path, model.decoder).layers, layout)
 
     def config_of(self, folder: str) -> Config:
         """The config of a run; a reward model's of the ``stand_in``'s shape if it is not there.
@@ -182,6 +243,8 @@ class Loader:
           InputError: no checkpoint, or one of a reward model that is to be normalised and is not
             yet.
         """
+        if is_adapter(folder):
+            return self._adapted(folder)
         config = self.config_of(folder)
         if is_reward_folder(folder):
             return self.base(config.model, head=True)
@@ -348,7 +411,12 @@ def check_speaks_alike(field: str, network: Network, config: Config, policy: Mod
 def tokenizer_path(config: ModelConfig) -> str:
     """Where a model's tokenizer comes from; a run folder names its own model's."""
     path = config.tokenizer or config.path
-    return tokenizer_path(run_config(path).model) if is_run(path) else path
+    if is_run(path):
+        return tokenizer_path(run_config(path).model)
+    # Beside an adapter there may be one, with tokens of its own.
+    if is_adapter(path) and not os.path.isfile(os.path.join(local(path), "tokenizer.json")):
+        return tokenizer_path(ModelConfig(base_of(path)))
+    return path
 
 
 def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]:
@@ -369,7 +437,7 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[Model, Params, Any]
     path = fetch(path)
     loader = Loader(mesh or make_mesh(MeshConfig()))
     config = ModelConfig(path=path)
-    trained = is_run(path) or is_reward_folder(path)
+    trained = is_run(path) or is_adapter(path) or is_reward_folder(path)
     network = loader.trained(path) if trained else loader.base(config)
     model, params = network.model, network.params
     if network.lora is not None:

@@ -159,7 +159,7 @@ def cut(c: DecoderConfig, naming: Naming, tensor: Tensor, array: np.ndarray) -> 
     else:
         found = np.split(array, np.cumsum([part.stored[0] for part in parts])[:-1])
     if naming.neighbours:
-        found = [_pairs(c, *both, apart=True) for both in zip(parts, found, strict=True)]
+        found = [pairs(c, *both, apart=True) for both in zip(parts, found, strict=True)]
     return found
 
 
@@ -167,7 +167,7 @@ def joined(c: DecoderConfig, naming: Naming, tensor: Tensor, found: list[np.ndar
     """The reverse of ``cut``."""
     parts = [part for part, _ in tensor.parts]
     if naming.neighbours:
-        found = [_pairs(c, *both, apart=False) for both in zip(parts, found, strict=True)]
+        found = [pairs(c, *both, apart=False) for both in zip(parts, found, strict=True)]
     if len(parts) == 1:
         array = found[0]
     elif naming.by_head:
@@ -182,7 +182,7 @@ ROTATED = ("attention/q", "attention/k")
 """Modules whose outputs are rotated."""
 
 
-def _pairs(c: DecoderConfig, weight: Weight, array: np.ndarray, apart: bool) -> np.ndarray:
+def pairs(c: DecoderConfig, weight: Weight, array: np.ndarray, apart: bool) -> np.ndarray:
     """Rows of queries and keys with the pairs of a head's rotated numbers apart, half of them from
     each other, or else side by side; other weights as they are."""
     if weight.module not in ROTATED:

@@ -14,7 +14,7 @@ from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import read_gguf_decoder, smollm2_path, source_of_gguf
 from jaxrlhf.models.hf import has_weights, open_hf
 from jaxrlhf.models.hf_config import is_reward_model, read_config, read_kept
-from jaxrlhf.models.hub import local
+from jaxrlhf.models.hub import adapts_scorer, base_of, is_adapter, local
 from jaxrlhf.models.names import Weight
 from jaxrlhf.models.source import Source
 
@@ -68,7 +68,10 @@ def _check_origin(folder: str, config: Config, before: list[str], ended: set[str
 
 
 def is_reward_folder(path: str) -> bool:
-    """Whether ``path`` is a Hugging Face folder of a reward model: a …ForSequenceClassification."""
+    """Whether ``path`` is a reward model's Hugging Face folder: a …ForSequenceClassification, or an
+    adapter with a score."""
+    if is_adapter(path):
+        return adapts_scorer(path)
     return is_reward_model(Path(local(path)) / "config.json")
 
 
@@ -77,6 +80,9 @@ def read_decoder(path: str, head: bool = False) -> DecoderConfig:
     if is_run(path):
         model = run_config(path).model
         return model.decoder or read_decoder(model.path)
+    if is_adapter(path):
+        base = base_of(path)
+        return read_decoder(base, is_reward_folder(base))
     if gguf := gguf_file(path):
         return read_gguf_decoder(gguf)
     return read_config(folder(path) / "config.json", head)
@@ -98,8 +104,8 @@ def read_ahead(config: ModelConfig) -> None:
 
     What cannot be read is said there, not here. A process that ends does not wait for the thread.
     """
-    if config.decoder is not None or is_run(config.path):
-        return  # made, or a run's own
+    if config.decoder is not None or is_run(config.path) or is_adapter(config.path):
+        return  # made, or to be merged
     begun: Future[Source] = Future()
 
     def work() -> None:

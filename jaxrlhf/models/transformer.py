@@ -243,12 +243,12 @@ def check_tree(params: Any, declared: Any, path: str) -> None:
 
 
 def add_adapter(model: Model, kernel: Array, adapter: Params) -> Array:
-    """W + (alpha/rank)·A·B of all layers, float32."""
+    """W + lora.scale·A·B of all layers, float32."""
     assert model.lora is not None
     product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
     with exact("float32"):
         change: Any = product(adapter["lora_a"], adapter["lora_b"])
-    return kernel + model.lora.alpha / model.lora.rank * change
+    return kernel + model.lora.scale * change
 
 
 def merge_lora(model: Model, params: Params, lora: Params) -> Params:

@@ -32,7 +32,7 @@ from jaxrlhf.mesh.sharding import (
     with_layout,
 )
 from jaxrlhf.models.ends import read_ends
-from jaxrlhf.models.hub import fetch_all, fetch_shape
+from jaxrlhf.models.hub import fetch_all, fetch_shape, is_adapter
 from jaxrlhf.models.load import (
     Loader,
     Network,
@@ -43,6 +43,7 @@ from jaxrlhf.models.load import (
     is_run,
     needs_head,
     offloaded,
+    settle_lora,
     start_params,
     starting,
     tokenizer_path,
@@ -117,6 +118,7 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
       InputError: whatever in config, data or weights cannot be used; nothing is written before.
     """
     config = fetch_all(config)
+    config = replace(config, model=settle_lora(config.model))
     run = _described(config, mesh)
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     config = with_date(config, tokenizer)
@@ -155,7 +157,7 @@ def outline(config: Config, mesh: Mesh | None = None) -> Run:
     Raises:
       InputError: whatever in config or in the headers of its models cannot be used.
     """
-    config = replace(config, model=fetch_shape(config.model))
+    config = replace(config, model=settle_lora(fetch_shape(config.model)))
     run = _described(config, mesh)
     stop = config.sample.stop or (0,)  # the tokenizer's, whichever it is
     run = replace(run, config=replace(config, sample=replace(config.sample, stop=stop)))
@@ -200,7 +202,10 @@ def _networks(run: Run, loader: Loader) -> Run:
     """The run with what it trains, and what it trains that with: reference, critic, rewards."""
     config, model = run.config, run.model
     # Adapters do not depend on the weights, which are still being read.
-    ready = Network(model, {}) if model.lora else loader.base(config.model, config.seed)
+    if model.lora:
+        ready = Network(model, {}, loader.adapter(config.model))
+    else:
+        ready = loader.base(config.model, config.seed)
     states = {"policy": start_state(config, ready, needs_head(config), loader)}
     start = loader.base(config.model, config.seed)
     # Kept beside what learns, and in every checkpoint: see stopping.
@@ -222,7 +227,7 @@ def _networks(run: Run, loader: Loader) -> Run:
     if has_critic(config) and config.critic.kind == "separate":
         # A critic starts as the policy does, as a run's reward model, or as another model.
         critic = start
-        if config.critic.path and is_run(config.critic.path):
+        if config.critic.path and (is_run(config.critic.path) or is_adapter(config.critic.path)):
             critic = loader.trained(config.critic.path)
         elif config.critic.path:
             named = replace(config.model, path=config.critic.path, decoder=None)
