@@ -20,7 +20,9 @@ def test_main_help_lists_commands(capsys):
     out = capsys.readouterr().out
     listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
     assert listed == list(cli.COMMANDS)
-    order = "train plan demo pipeline generate chat eval report export diagnose serve tasks env"
+    order = (
+        "train init plan demo pipeline eval report diagnose generate chat export serve tasks env"
+    )
     order += " completion"
     assert " ".join(listed) == order
     assert cli.main([]) == 2
