@@ -155,9 +155,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; what is trained is kept in float32. float32 is that on every
     device: GPUs do not multiply in TF32, nor TPUs in bfloat16, at several times the cost."""
-    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
     """What weights that nothing trains are kept in: reference, reward models, those under adapters.
-    None: as their files have them, or in dtype where that is smaller."""
+    None: as their files have them, or in dtype where that is smaller. int8 and nf4: the linear maps
+    of the layers in as many bits (the extra quantise), all else as with None."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
     attention: AttentionKernel = "auto"

@@ -24,6 +24,7 @@ from jaxrlhf.models.attention import attend_next, look_of
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
 from jaxrlhf.models.layers import exact
+from jaxrlhf.models.quantise import whole
 from jaxrlhf.models.rope import kinds, rotary_angles, windows_of
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
 
@@ -63,7 +64,8 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
     stacked = params["layers"] if lora is None else merge(params["layers"], lora)
     layers = []
     for index in range(model.decoder.layers):
-        layer = model.cast(jax.tree.map(lambda x, index=index: x[index], stacked))
+        layer = jax.tree.map(lambda x, index=index: x[index], stacked)
+        layer = whole(layer, model.dtype)
         layers.append(_fuse(layer) if lora is None else layer)
     found = Weights(outer, tuple(layers))
     return constrain_tree(found, axes(model, "head" in params, lora is not None), DECODE)

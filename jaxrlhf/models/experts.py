@@ -19,6 +19,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, row_shards, spec
 from jaxrlhf.models.layers import ACTIVATIONS, Linear, exact, normal
+from jaxrlhf.models.quantise import made
 
 
 class Routed(NamedTuple):
@@ -69,7 +70,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Array, rules: Rules) -> Array:
         """x [B, T, D] → [B, T, D]."""
-        kernels = [part.kernel[...].astype(x.dtype) for part in (self.gate, self.up, self.down)]
+        parts = self.gate, self.up, self.down
+        kernels = [made(part.kernel.get_value(), x.dtype) for part in parts]
         given = (x, *self.route(x), *kernels)
         if jax.sharding.get_abstract_mesh().empty:
             return self._some(*given, first=0)

@@ -21,6 +21,7 @@ from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, constrain
 from jaxrlhf.models.attention import capped
+from jaxrlhf.models.quantise import in_dtype, is_quantised, made, no_slope
 from jaxrlhf.models.rope import Angles, rotate
 
 
@@ -36,26 +37,26 @@ def exact(dtype: Any) -> AbstractContextManager[Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(contract: int, x: Array, w: Array) -> Array:
-    """x·W, contracting the last ``contract`` axes of x with the first of W.
+def product(contract: int, x: Array, w: Any) -> Array:
+    """x·W, contracting the last ``contract`` axes of x with the first of W, which may be quantised.
 
     Its gradient is the usual one, but xᵀ·dy has x on the left: the other way round, as JAX would
     have it, XLA transposes dy and whatever made it, and then the result; on CPUs that is a tenth of
-    a gradient (benchmarks/RESULTS.md).
+    a gradient (benchmarks/RESULTS.md). A quantised W is made anew for dx, and has no gradient.
     """
-    return jnp.tensordot(x, w, contract)
+    return jnp.tensordot(x, made(w, x.dtype), contract)
 
 
-def _product_forward(contract: int, x: Array, w: Array) -> tuple[Array, Any]:
-    return jnp.tensordot(x, w, contract), (x, w)
+def _product_forward(contract: int, x: Array, w: Any) -> tuple[Array, Any]:
+    return jnp.tensordot(x, made(w, x.dtype), contract), (x, w)
 
 
-def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Array]:
+def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Any]:
     x, w = saved
     rows, outs = tuple(range(x.ndim - contract)), tuple(range(contract, w.ndim))
     with exact(x.dtype):
-        dx = jnp.tensordot(dy, w, (tuple(range(len(rows), dy.ndim)), outs))
-        return dx, jnp.tensordot(x, dy, (rows, rows))
+        dx = jnp.tensordot(dy, made(w, x.dtype), (tuple(range(len(rows), dy.ndim)), outs))
+        return dx, no_slope(w) if is_quantised(w) else jnp.tensordot(x, dy, (rows, rows))
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -136,7 +137,7 @@ class Linear(nnx.Module):
             self.lora_b = nnx.Param(jnp.zeros((rank, *outs), jnp.float32), axes=("rank", *outputs))
 
     def __call__(self, x: Array) -> Array:
-        y: Any = product(self.contract, x, self.kernel[...].astype(x.dtype))
+        y: Any = product(self.contract, x, in_dtype(self.kernel.get_value(), x.dtype))
         if self.lora_scale:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
             change: Any = low_rank(self.contract, x, a, b)

@@ -44,6 +44,7 @@ from jaxrlhf.mesh.sharding import (
 from jaxrlhf.models import names
 from jaxrlhf.models.adapters import read_adapter, read_lora
 from jaxrlhf.models.hub import base_of, fetch, is_adapter, local
+from jaxrlhf.models.quantise import KINDS, is_quantised, quantised
 from jaxrlhf.models.read import (
     is_reward_folder,
     is_run,
@@ -123,7 +124,7 @@ class Loader:
     weights: dict[Any, Params] = field(default_factory=dict)
     cast: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
     """Arrays by their id and a dtype, and the same in that dtype."""
-    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
     """``ModelConfig.frozen_dtype``."""
 
     def base(self, config: ModelConfig, seed: int = 0, head: bool = False) -> Network:
@@ -149,9 +150,13 @@ class Loader:
         """
         compute = jnp.dtype(network.model.dtype)
 
+        few_bits = self.frozen_dtype in KINDS
+
         def kept(x: Any) -> Any:
+            if is_quantised(x):
+                return x
             narrow = min(x.dtype, compute, key=lambda dtype: dtype.itemsize)
-            dtype = jnp.dtype(self.frozen_dtype or narrow)
+            dtype = jnp.dtype(narrow if few_bits else self.frozen_dtype or narrow)
             if x.dtype == dtype:
                 return x
             key = id(x), dtype
@@ -159,9 +164,18 @@ class Loader:
                 self.cast[key] = x, _cast(x, dtype)
             return self.cast[key][1]
 
+        params = network.params
+        if few_bits:
+            key = id(params["layers"]), self.frozen_dtype
+            if key not in self.cast:
+                small = quantised(params, str(self.frozen_dtype))["layers"]
+                self.cast[key] = params["layers"], small
+            params = {**params, "layers": self.cast[key][1]}
         params = {
-            name: child if name in ("norm", "head") else jax.tree.map(kept, child)
-            for name, child in network.params.items()
+            name: child
+            if name in ("norm", "head")
+            else jax.tree.map(kept, child, is_leaf=is_quantised)
+            for name, child in params.items()
         }
         return replace(network, params=params)
 

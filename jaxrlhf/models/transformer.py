@@ -29,6 +29,7 @@ from jaxrlhf.models.layers import (
     adapters_of,
     exact,
 )
+from jaxrlhf.models.quantise import in_dtype
 from jaxrlhf.models.rope import angles_by_kind, kinds, positions
 
 
@@ -132,8 +133,9 @@ class Model:
         return adapters_of(blocks(self.decoder, self.lora).axes)
 
     def cast(self, params: Params) -> Params:
-        """The parameters in the compute dtype; done once a step, master copies stay float32."""
-        return jax.tree.map(lambda x: x.astype(self.dtype), params)
+        """The parameters in the compute dtype, but for what is quantised; done once a step, master
+        copies stay float32."""
+        return in_dtype(params, self.dtype)
 
     def apply(
         self,

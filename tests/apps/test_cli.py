@@ -23,7 +23,7 @@ def test_main_help_lists_commands(capsys):
     order = (
         "train init plan demo pipeline eval report diagnose generate chat export serve tasks env"
     )
-    order += " completion"
+    order += " env completion"
     assert " ".join(listed) == order
     assert cli.main([]) == 2
     assert capsys.readouterr().err == out

@@ -1,0 +1,149 @@
+"""Frozen weights in eight or four bits, for who only computes with them: under adapters, as a
+reference, as a reward model.
+
+A layer's products read W ≈ q · scale. int8 has a scale for each output; nf4 (arXiv:2305.14314) one
+for each 64 inputs of an output, and 16 levels that hold equal shares of a normal distribution. The
+arrays are qwix's, an extra. A product makes its weight from them, and its gradient makes it again
+(``layers.product``), so that there is never more than one of them; of a mixture's experts that
+holds with ``remat: full`` alone. The sampler is laid out a copy in the compute dtype.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrlhf.core.errors import InputError, to_install
+from jaxrlhf.core.types import Array, Params
+
+KINDS = ("int8", "nf4")
+
+TILE = 64
+"""Inputs that share a scale in nf4."""
+
+KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Linear maps that are quantised; norms, biases, routers and embeddings are small, or summed in
+float32, and stay."""
+
+
+def is_quantised(x: Any) -> bool:
+    """Whether a leaf is one of qwix's arrays, which has a weight's shape."""
+    return hasattr(x, "qvalue")
+
+
+def any_quantised(params: Params) -> bool:
+    """Whether a tree has such leaves."""
+    return any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised)))
+
+
+def in_dtype(params: Params, dtype: Any) -> Params:
+    """The tree in a compute dtype, but for what is quantised."""
+
+    def cast(x: Any) -> Any:
+        return x if is_quantised(x) else x.astype(dtype)
+
+    return jax.tree.map(cast, params, is_leaf=is_quantised)
+
+
+def whole(params: Params, dtype: Any) -> Params:
+    """The tree in a compute dtype; what is quantised is made from its levels and scales."""
+    return jax.tree.map(lambda x: made(x, dtype), params, is_leaf=is_quantised)
+
+
+def made(x: Any, dtype: Any) -> Array:
+    """A weight in a compute dtype, from its levels and scales if it is quantised."""
+    if not is_quantised(x):
+        return x.astype(dtype)
+    import qwix  # noqa: PLC0415 (an extra)
+
+    return qwix.dequantize(x).astype(dtype)
+
+
+def no_slope(x: Any) -> Any:
+    """The cotangent of a quantised weight, which nothing trains."""
+
+    def leaf(x: Array) -> Any:
+        trained = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.zeros_like(x) if trained else np.zeros(x.shape, jax.dtypes.float0)
+
+    return jax.tree.map(leaf, x)
+
+
+def quantised(params: Params, kind: str) -> Params:
+    """The same, the layers' linear maps in ``kind``; arrays, or their shapes with layouts.
+
+    Raises:
+      InputError: qwix is not installed, or inputs of a map do not divide into tiles.
+    """
+    layers = params["layers"]
+    return {**params, "layers": {name: _module(x, kind) for name, x in layers.items()}}
+
+
+def _module(module: Params, kind: str) -> Params:
+    """attention or mlp, its maps quantised; norms as they are."""
+    return {
+        name: {**x, "kernel": _quantise(name, x["kernel"], kind)}
+        if name in KERNELS and not is_quantised(x["kernel"])
+        else x
+        for name, x in module.items()
+    }
+
+
+def _quantise(name: str, weight: Any, kind: str) -> Any:
+    """A kernel of all layers; its last input axis is that which is tiled."""
+    try:
+        import qwix  # noqa: PLC0415 (an extra)
+    except ImportError:
+        raise InputError(
+            f"model.frozen_dtype={kind}: needs the package qwix: {to_install('quantise')}"
+        ) from None
+    inputs = _inputs(name, len(weight.shape))
+    last = inputs[-1]
+    if kind == "nf4" and weight.shape[last] % (tile := min(TILE, weight.shape[last])):
+        raise InputError(
+            f"model.frozen_dtype=nf4: {name} has {weight.shape[last]} inputs, no multiple of "
+            f"{tile}: take int8"
+        )
+    tiles = {last: min(TILE, weight.shape[last])} if kind == "nf4" else {}
+    apart = [axis for axis in range(len(weight.shape)) if axis not in inputs]
+    if kind == "nf4":
+        apart += inputs[:-1]
+
+    def make(x: Array) -> Any:
+        return qwix.quantize(x.astype("float32"), kind, channelwise_axes=apart, tiled_axes=tiles)
+
+    shapes = jax.eval_shape(make, jax.ShapeDtypeStruct(weight.shape, weight.dtype))
+    layout = jax.tree.map(lambda s: _layout(weight.sharding, s.shape), shapes)
+    if not isinstance(weight, jax.ShapeDtypeStruct):
+        return jax.jit(make, out_shardings=layout)(weight)
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout
+    )
+
+
+def _inputs(name: str, rank: int) -> list[int]:
+    """Axes of a stacked kernel [L, (E,) in…, out…] that are summed over: heads and head_dim of o,
+    one axis of all others. A mixture's experts lie behind the layers."""
+    if name == "o":
+        return [1, 2]
+    mixture = name in ("gate", "up", "down") and rank == 4
+    return [1 + mixture]
+
+
+def _layout(where: Any, shape: tuple[int, ...]) -> Any:
+    """As a weight lies, but for axes that its scales are too short for."""
+    if not isinstance(where, NamedSharding):
+        return where
+    parts = tuple(where.spec) + (None,) * (len(shape) - len(where.spec))
+
+    def pieces(part: Any) -> int:
+        names = part if isinstance(part, tuple) else (part,)
+        count = 1
+        for name in names:
+            count *= 1 if name is None else where.mesh.shape[name]
+        return count
+
+    kept = (p if n % pieces(p) == 0 else None for p, n in zip(parts, shape, strict=True))
+    return NamedSharding(where.mesh, PartitionSpec(*kept))

@@ -1,0 +1,121 @@
+"""Frozen weights in few bits: near what they were, computed as what they stand for, trained on."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from test_transformer import FULL, TOKEN
+
+from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig, ModelConfig, SampleConfig
+from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.load import Loader
+from jaxrlhf.models.quantise import KERNELS, is_quantised, quantised
+from jaxrlhf.models.transformer import Model
+from jaxrlhf.steps.sample import sample
+from jaxrlhf.steps.score import score
+
+WIDE = DecoderConfig(
+    vocab=300, embed=128, layers=2, heads=4, kv_heads=2, head_dim=64, mlp=192, context=64
+)
+LORA = LoraConfig(rank=4, targets=("q", "v", "down"))
+ERROR = {"int8": 0.0075, "nf4": 0.11}
+"""Root mean square of what a weight loses, of the weights' own: for int8 a step of 2.7σ/127.5, which
+the largest of 128 is about, over √12."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(WIDE, lora=LORA)
+
+
+@pytest.fixture(scope="module")
+def weights(model):
+    return model.init(jax.random.key(0))
+
+
+def restored(params):
+    """The weights that the levels and scales stand for, float32."""
+    return jax.tree.map(
+        lambda x: qwix.dequantize(x) if is_quantised(x) else x, params, is_leaf=is_quantised
+    )
+
+
+@pytest.mark.parametrize("kind", ERROR)
+def test_quantised_weights_are_near_and_few(weights, kind):
+    small = quantised(weights, kind)
+    for name in KERNELS:
+        part = "attention" if name in "qkvo" else "mlp"
+        before, after = (x["layers"][part][name]["kernel"] for x in (weights, small))
+        lost = np.asarray(qwix.dequantize(after) - before)
+        assert 0.3 * ERROR[kind] < np.sqrt((lost**2).mean() / (before**2).mean()) < ERROR[kind]
+        assert after.qvalue.dtype == {"int8": jnp.int8, "nf4": jnp.uint4}[kind]
+        scales = before.size / (np.prod(before.shape[1:3]) if name == "o" else before.shape[1])
+        assert after.scale.size == (scales if kind == "int8" else before.size / 64)
+    assert small["embed"] is weights["embed"]
+
+
+@pytest.mark.parametrize("kind", ERROR)
+def test_steps_compute_with_what_the_levels_stand_for(model, weights, kind):
+    """Log-probs, what is drawn, and the adapters' gradients are those of the restored weights."""
+    small = quantised(weights, kind)
+    lora = jax.tree.map(
+        lambda x: 0.1 * jax.random.normal(jax.random.key(1), x.shape),
+        model.init_lora(jax.random.key(2)),
+    )
+
+    def total(lora, params):
+        logp = score(model, params, TOKEN, FULL, lora=lora)
+        return logp.sum(), logp
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+    for found, expected in zip(
+        jax.tree.leaves(run(lora, small)), jax.tree.leaves(run(lora, restored(small))), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    draw = partial(sample, model, lora=lora, sample_config=SampleConfig(max_new_tokens=4))
+    rows = {"prompt_QP": TOKEN[:, :5], "prompt_mask_QP": FULL[:, :5], "key": jax.random.key(0)}
+    found, expected = (jax.jit(draw)(params=x, **rows) for x in (small, restored(small)))
+    np.testing.assert_array_equal(found.token_BT, expected.token_BT)
+    assert np.abs(total(lora, weights)[1] - total(lora, small)[1]).max() > 1e-4  # it is not nothing
+
+
+def test_a_gradient_keeps_no_weights(model, weights):
+    """Of quantised layers nothing of a weight's size waits for the backward pass."""
+    small = jax.tree.map(jnp.asarray, quantised(weights, "int8"))
+    lora = model.init_lora(jax.random.key(0))
+
+    def total(lora, params):
+        return score(model, params, TOKEN, FULL, lora=lora).sum()
+
+    def stacked(params):
+        text = str(jax.make_jaxpr(jax.grad(total))(lora, params))
+        return text.count("f32[2,128,192]")
+
+    assert stacked(weights) > 0
+    assert stacked(small) == 0
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["arrays", "shapes"])
+def test_loader_keeps_frozen_weights_in_few_bits_on_a_mesh(abstract):
+    """Once for all that share them, laid out as the weights are."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    loader = Loader(mesh, abstract=abstract, frozen_dtype="nf4")
+    base = loader.base(ModelConfig(decoder=WIDE))
+    first, second = loader.frozen(base).params, loader.frozen(base).params
+    kernel = first["layers"]["mlp"]["up"]["kernel"]
+    assert kernel is second["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.qvalue.sharding.shard_shape(kernel.qvalue.shape) == (2, 64, 96)
+    assert kernel.scale.sharding.shard_shape(kernel.scale.shape) == (2, 1, 96)
+    assert kernel.shape == (2, 128, 192)
+
+
+def test_what_does_not_divide_is_refused(weights):
+    narrow = Model(replace(WIDE, embed=96)).init(jax.random.key(0))
+    with pytest.raises(InputError, match=r"frozen_dtype=nf4: k has 96 inputs, no multiple of 64"):
+        quantised(narrow, "nf4")
+    assert quantised(narrow, "int8")
