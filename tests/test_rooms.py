@@ -15,7 +15,7 @@ ROOMS = (
 )  # fmt: skip
 """From the ground up: a module imports its own room and those before it."""
 
-EXTRAS = {"vader", "math_verify", "reasoning_gym", "datasets"}
+EXTRAS = {"vader", "math_verify", "reasoning_gym", "datasets", "qwix"}
 """Optional dependencies."""
 
 LATE = {"scipy"}
