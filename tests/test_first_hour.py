@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 import runs
+from huggingface_hub import constants
 
 from jaxrlhf.apps import cli
 from jaxrlhf.config import load
@@ -122,9 +123,9 @@ MISTAKES = {
     ),
     "model of the Hub": (
         ["generate", "Qwen/Qwen3-0.6B", "--prompt", "a"],
-        "model.path='Qwen/Qwen3-0.6B': no such folder; give smollm2, a Hugging Face folder, a "
-        ".gguf file or the output folder of a run; a model of the Hugging Face Hub has to be "
-        "fetched first: hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B",
+        "'Qwen/Qwen3-0.6B': no file or folder here, and the hub does not give it (it cannot be "
+        "reached, and the cache has it not): check the name; where there is no network, run `hf "
+        "download Qwen/Qwen3-0.6B` where there is one, and give the folder that it prints",
     ),
     "changed finished run": (
         ["train", "mine/a.yaml", *SMALL, "--algorithm.kl-coef", "0.5"],
@@ -146,6 +147,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_ends_in_one_line_that_helps(mistake, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     words, message = MISTAKES[mistake]
     assert cli.main(words) == 2
     errors = capsys.readouterr().err
