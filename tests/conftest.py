@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = (  # after the first, they only shorten compilation, m
     + " --xla_cpu_parallel_codegen_split_count=1"  # each core has a worker of its own
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")  # gone since
 )
+os.environ["HF_HUB_OFFLINE"] = "1"  # what is missing here is not looked for there
 os.environ["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
 
 import jax

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import pytest
 import runs
-from huggingface_hub import constants
 
 from jaxrlhf.apps import cli
 from jaxrlhf.config import load
@@ -147,7 +146,6 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_ends_in_one_line_that_helps(mistake, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     words, message = MISTAKES[mistake]
     assert cli.main(words) == 2
     errors = capsys.readouterr().err

@@ -107,7 +107,7 @@ def fetch(path: str, files: tuple[str, ...] = WANTED) -> str:
 
 def is_adapter(path: str) -> bool:
     """Whether ``path`` is a folder of peft's, an adapter."""
-    return os.path.isfile(os.path.join(local(path), ADAPTER))
+    return bool(path) and os.path.isfile(os.path.join(local(path), ADAPTER))
 
 
 def adapts_scorer(path: str) -> bool:

@@ -22,6 +22,7 @@ def server(tmp_path, monkeypatch):
     with hub({("datasets", "org/rows"): FILES}) as server:
         believe_in(server, monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
         yield server
 
