@@ -111,29 +111,26 @@ def test_minibatches_see_every_row_once():
 
 
 def test_adapters_a_greedy_baseline_and_a_sampler_of_ones_own():
+    """Traced: what is asked of whom, and that it fits together."""
     model = Model(DECODER, lora=LoraConfig(rank=2))
     params, tx = start()
-    params = {name: x for name, x in params.items() if name != "head"}
-    adapters = {"lora": model.init_lora(jax.random.key(2))}
     asked = []
 
     def sampler(*given, **named):
-        asked.append(given[5].temperature)
+        asked.append((given[5].n, given[5].temperature))
         return sample(*given, **named)
 
-    def count(rollout, token):
-        return jnp.nan_to_num(wants(rollout, token))
-
     iteration = make_iteration(
-        model, tx, count, config=ReMaxConfig(), sample_config=DRAW, sampler=sampler
+        model, tx, wants, config=ReMaxConfig(), sample_config=DRAW, sampler=sampler
     )
-    state = TrainState.create(adapters, tx)
-    before = jax.tree.map(np.array, adapters)  # copies: the state is donated
-    state, metrics, _ = iteration(state, params, PROMPT_QP, MASK_QP, jax.random.key(1), 7)
-    assert asked == [1.0, 0.0]  # the samples, and what they are compared with
-    assert metrics["skipped"] == 0
-    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), before, state.params)
-    assert max(jax.tree.leaves(moved)) > 0
+    state = TrainState.create({"lora": model.init_lora(jax.random.key(2))}, tx)
+    reference = {name: x for name, x in params.items() if name != "head"}
+    given = state, reference, PROMPT_QP, MASK_QP, jax.random.key(1), 7
+    after, metrics, rollout = jax.eval_shape(iteration, *given)
+    assert asked == [(2, 1.0), (1, 0.0)]  # the samples, and what they are compared with
+    assert after == jax.eval_shape(lambda: state)
+    assert rollout.token_BT.shape == (8, 8)
+    assert {"score", "loss", "skipped"} <= set(metrics)
 
 
 @pytest.mark.parametrize(
