@@ -22,4 +22,5 @@ esac
 . "$here/env.sh" gpu
 [[ -n ${DRY_RUN-} ]] || (($(jaxrlhf_gpus))) || die "no GPU: nvidia-smi lists none, or CUDA_VISIBLE_DEVICES is empty"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+explain "one process on the GPUs of this node (CUDA_VISIBLE_DEVICES leaves some out)"
 run exec "${PYTHON:-python3}" -m jaxrlhf train "$@"

@@ -59,6 +59,7 @@ export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes
 
 if [[ -n ${DRY_RUN-} ]]; then
     for ((i = 0; i < processes; i++)); do
+        explain "process $i of $processes, with $devices fake devices"
         run env "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" "JAX_NUM_PROCESSES=$processes" \
             "JAX_PROCESS_ID=$i" "XLA_FLAGS=$XLA_FLAGS" "${command[@]}"
     done
