@@ -19,7 +19,7 @@ from typing import IO, Any, Generic, TypeVar
 
 import pyarrow.parquet as pq
 
-from jaxrlhf.core.errors import InputError, refused
+from jaxrlhf.core.errors import InputError, refused, to_install
 from jaxrlhf.core.files import writing
 from jaxrlhf.core.reading import NotJsonError, check_text, parse_json
 from jaxrlhf.core.shown import one_line, shown
@@ -177,7 +177,7 @@ def _read_hub(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import datasets  # noqa: PLC0415 (an extra)
     except ImportError:
-        raise InputError(f"{path}: needs the package datasets: pip install jaxrlhf[hf]") from None
+        raise InputError(f"{path}: needs the package datasets: {to_install('hf')}") from None
     name, subset, revision, split = match.groups()
     try:
         # Files of rows alone: since version 4 there is no code of a repository that it could run.

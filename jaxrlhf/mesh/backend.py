@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxrlhf.core.errors import to_install
 from jaxrlhf.core.shown import one_line
 from jaxrlhf.mesh.chips import GIB
 
@@ -99,7 +100,7 @@ def _get() -> str:
     """How to install what the driver runs."""
     major = re.match(r"\d+", driver())
     old = major is not None and int(major[0]) < CUDA_13
-    text = f'pip install "jaxrlhf[{"cuda12" if old else "cuda13"}]"'
+    text = to_install("cuda12" if old else "cuda13")
     return text if major else f"{text} (cuda12 for a driver older than {CUDA_13})"
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxrlhf.config import Config
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, to_install
 from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.shown import one_line
 from jaxrlhf.mesh.processes import is_first
@@ -58,7 +58,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise InputError(
                 f"trackers={name}: the package {PACKAGES[name]} is not installed: "
-                f'pip install "jaxrlhf[{name}]"'
+                f"{to_install(name)}"
             )
 
 

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from jaxrlhf.config import MeshConfig
+from jaxrlhf.core.errors import to_install
 from jaxrlhf.mesh import backend
 from jaxrlhf.mesh.sharding import make_mesh
 
@@ -44,7 +45,7 @@ def test_unused_gpu_names_what_the_driver_runs(version, extra, driver, monkeypat
     asked(monkeypatch, "")
     line = backend.unused_gpu("cpu")
     assert f"an NVIDIA driver ({version}), and the run is on the CPU" in line
-    assert line.endswith(f'pip install "jaxrlhf[{extra}]"')
+    assert line.endswith(to_install(extra))
 
 
 def test_unused_gpu_says_nothing_where_all_is_as_asked(driver, monkeypatch):
@@ -78,7 +79,7 @@ def test_no_devices_is_one_line(error, driver, monkeypatch):
     assert "\n" not in line
     assert ("(Unable to initialize)" in line) == bool(str(error))
     driver("580.65.06")
-    assert 'pip install "jaxrlhf[cuda13]", or leave JAX_PLATFORMS out' in backend.no_devices()
+    assert f"{to_install('cuda13')}, or leave JAX_PLATFORMS out" in backend.no_devices()
 
 
 def test_no_devices_where_there_are_some():

@@ -14,7 +14,7 @@ import pytest
 import runs
 
 from jaxrlhf.config import Config, load
-from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.errors import InputError, to_install
 from jaxrlhf.run import trackers, tracking
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.trackers import Trackers, check_trackers, trackers_of
@@ -249,7 +249,7 @@ def test_other_processes_have_no_trackers(fake, monkeypatch):
 
 def test_check_trackers_names_the_extra(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=re.escape('pip install "jaxrlhf[wandb]"')):
+    with pytest.raises(InputError, match=re.escape(to_install("wandb"))):
         check_trackers(["wandb"])
 
 
