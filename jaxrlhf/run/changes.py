@@ -20,7 +20,7 @@ from jaxrlhf.run.page import fields
 log = logging.getLogger(__name__)
 
 FREE = re.compile(
-    r"output|steps|(mesh|distributed|checkpoint)\..*"
+    r"output|steps|trackers(\.\d+)?|(mesh|distributed|checkpoint)\..*"
     r"|optim\.(microbatches|max_skipped)|model\.remat|reference\.offload"
     r"|sample\.slots|eval\.batch_size|data\.(chat_template|allow_dropped)"
     r"|(rewards|eval\.gold)\.\d+\.(offload|timeout|in_process|isolate(\..*)?)"

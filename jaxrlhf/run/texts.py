@@ -18,8 +18,8 @@ FIRST = 5
 COLUMNS = 5
 """Evaluations whose completions stand side by side: first and last, and some between."""
 
-LONGEST = 4000
-"""Characters of a text that are shown."""
+LONGEST, SYSTEM = 4000, 400
+"""Characters that are shown of a text, and of what a chat tells the model first."""
 
 MARKUP = (
     r"<\|im_start\|>(?P<a>\w+)\n(?P<A>.*?)(?:<\|im_end\|>|\Z)",
@@ -42,6 +42,15 @@ def turns(text: str) -> list[Turn]:
     return [turn for turn in spoken if turn.text] or [Turn("", text)]
 
 
+def question(row: Record) -> list[Turn]:
+    """What a completion answers: the turns of its chat, instructions before them cut short; what
+    the user said last, where no turns are recognised; else the prompt."""
+    found = turns(cut(cell(row.get("prompt", ""))))
+    if "user" in row and not found[0].role:
+        return [Turn("user", cut(cell(row["user"])))]
+    return [x._replace(text=cut(x.text, SYSTEM)) if x.role == "system" else x for x in found]
+
+
 def held_out(run: RunFiles) -> Section:
     """What was said to held-out prompts, at some of the evaluations side by side."""
     rows = [row for row in run.samples if row.get("split") == "eval"]
@@ -51,7 +60,10 @@ def held_out(run: RunFiles) -> Section:
     prompts = [p for p in (columns[0] if columns else {}) if all(p in rows for rows in columns)]
     labels = [f"step {step}" for step in steps]
     samples = [
-        Sample(turns(cut(p)), [answer(x, c[p]) for x, c in zip(labels, columns, strict=True)])
+        Sample(
+            question(columns[-1][p]),
+            [answer(x, c[p]) for x, c in zip(labels, columns, strict=True)],
+        )
         for p in prompts[:SHOWN]
     ]
     lines = []
@@ -64,9 +76,10 @@ def in_training(run: RunFiles) -> Section:
     """The newest completions of the iterations, newest first, those of one prompt together."""
     rows = [row for row in run.samples if row.get("split") != "eval"]
     groups = groupby(reversed(rows), lambda row: (row["step"], cell(row.get("prompt", ""))))
+    alike = (list(islice(same, COLUMNS)) for _, same in islice(groups, SHOWN_TRAINING))
     samples = [
-        Sample(turns(cut(prompt)), [answer(f"step {step}", row) for row in islice(same, COLUMNS)])
-        for (step, prompt), same in islice(groups, SHOWN_TRAINING)
+        Sample(question(same[0]), [answer(f"step {row['step']}", row) for row in same])
+        for same in alike
     ]
     return Section("Newest completions in training", samples=samples)
 
@@ -80,7 +93,7 @@ def compared(named: Mapping[str, RunFiles]) -> Section:
     shared = [prompt for prompt in last[0] if all(prompt in rows for rows in last)]
     samples = [
         Sample(
-            turns(cut(prompt)),
+            question(last[0][prompt]),
             [answer(name, rows[prompt]) for name, rows in zip(named, last, strict=True)],
         )
         for prompt in shared[:SHOWN_COMPARED]
@@ -112,7 +125,7 @@ def answer(label: str, row: Record) -> Answer:
     return Answer(label, cut(cell(row.get("completion", ""))), scores)
 
 
-def cut(text: str) -> str:
-    """A text, without its middle if it is long."""
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+def cut(text: str, most: int = LONGEST) -> str:
+    """A text, without its middle if it is longer than ``most`` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"

@@ -26,6 +26,7 @@ def config_of(tmp_path, **more):
         {"steps": 400, "output": "elsewhere", "checkpoint": CheckpointConfig(every=7)},
         {"mesh": MeshConfig(fsdp=2), "sample": SampleConfig(max_new_tokens=8, n=2, slots=8)},
         {"eval": EvalConfig(batch_size=3)},
+        {"trackers": ("wandb", "tensorboard")},
         {"rewards": (replace(runs.GOODNESS, timeout=3.0, in_process=True),)},
     ],
 )

@@ -20,7 +20,7 @@ from jaxrlhf.run.comparison import compare
 from jaxrlhf.run.page import fields
 from jaxrlhf.run.report import read_run, render, write_report
 from jaxrlhf.run.session import Session
-from jaxrlhf.run.texts import spaced, turns
+from jaxrlhf.run.texts import question, spaced, turns
 
 EVIL = "<script>alert('x')</script> & \"quoted\" </td>"
 VOID = {"meta", "line", "circle", "polyline", "br", "img", "input"}
@@ -215,6 +215,14 @@ def test_turns_of_rendered_chats(chat):
 def test_turns_of_plain_text():
     assert turns("The soup was") == [("", "The soup was")]
     assert turns("") == [("", "")]
+
+
+def test_question_of_a_chat_that_begins_with_pages_of_advice():
+    row = {"prompt": CHATS[0].replace("Be kind.", "Be kind. " * 100), "user": "Hi!"}
+    system, user = question(row)
+    assert system.text == f"{'Be kind. ' * 22}Be … {('Be kind. ' * 100)[-201:-1]}"
+    assert user == ("user", "Hi!")
+    assert question({"prompt": "system\nAdvice.\nuser\nHi!", "user": "Hi!"}) == [("user", "Hi!")]
 
 
 def test_spaced_keeps_both_ends():
