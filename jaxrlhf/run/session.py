@@ -140,7 +140,9 @@ class Session:
         due = {self.start} if self.unmeasured else set()
         due |= set() if "before" in self.host else {0}
         self.show = self._shown or self._stack.enter_context(announced(config, self.run.mesh))
-        trackers = trackers_of(config, resumed, self.show.note)
+        # A run that is done, and only asked for once more, has nothing to tell them.
+        told = self.is_left() or not (self.output / "summary.json").is_file()
+        trackers = trackers_of(config, resumed, self.show.note) if told else None
         self.recorder = self._stack.enter_context(
             Recorder(self.output, resumed, is_first(), due, trackers)
         )

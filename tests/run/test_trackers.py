@@ -234,6 +234,10 @@ def test_train_tells_trackers_what_it_writes(fake, capsys):
         f"report: {folder}/report.html",
         f"next: jaxrlhf generate {folder} --raw --prompt TEXT",
     ]
+    train(config, runs.one_device())  # all done: no tracker is started
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert "tensorboard: " not in out
 
 
 def test_other_processes_have_no_trackers(fake, monkeypatch):
