@@ -23,6 +23,13 @@ ROWS = [{"prompt": "a|b\n<i>", "completion": "c", "reward": 0.5}]
 LINE = {"reward": 0.25, "kl": None, "reward/a.b:c": 2, "eval/gold": 1.5}
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """On a machine that other tests keep busy a process takes long to end."""
+    monkeypatch.setattr(trackers, "END_SECONDS", 300.0)
+    monkeypatch.setattr(trackers, "CUT_SECONDS", 300.0)
+
+
 def launch(name, folder, resumed, steps):
     """One launch of a run with one tracker; what it said."""
     said = []
