@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -45,7 +46,7 @@ def described(mesh: Mesh, dtype: str) -> str:
     return f"{first.platform}: " + "; ".join(filter(None, parts))
 
 
-def _memory(device: jax.Device) -> str:
+def _memory(device: Any) -> str:
     """How much a device has, GiB; of a CPU the machine's; "" where nobody says."""
     if device.platform == "cpu":
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
