@@ -51,8 +51,9 @@ def importable(*folders: str | Path) -> Iterator[None]:
         yield
     finally:
         for entry in added:
+            # The last of it: it may have been there before, and stays.
             with suppress(ValueError):
-                sys.path.remove(entry)
+                del sys.path[len(sys.path) - 1 - sys.path[::-1].index(entry)]
 
 
 TURN = 5e-4

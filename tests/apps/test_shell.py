@@ -1,7 +1,10 @@
 """Commands from functions, and what the process of one is given."""
 
+import importlib.util
+import json
 import os
 import re
+import sys
 from pathlib import Path
 
 from command import run
@@ -53,3 +56,15 @@ def test_prepare_jax_is_read_by_jax(tmp_path):
         " c.jax_persistent_cache_min_entry_size_bytes)"
     )
     assert run(code=code, JAX_COMPILATION_CACHE_DIR="/x").stdout == "/x 0.0 -1\n"
+
+
+def test_importable_puts_folders_last_and_takes_them_away(tmp_path):
+    """A file of the user's hides no library's."""
+    (tmp_path / "json.py").write_text("")
+    (tmp_path / "found_beside.py").write_text("here = True")
+    before = list(sys.path)
+    with shell.importable(tmp_path, "."):
+        assert sys.path == [*before, str(tmp_path), os.getcwd()]
+        assert importlib.import_module("found_beside").here
+        assert importlib.util.find_spec("json").origin == json.__file__
+    assert sys.path == before

@@ -30,7 +30,10 @@ from jaxrlhf.config import (
     RopeScaling,
     SampleConfig,
     SFTConfig,
+    check,
     load,
+    load_pipeline,
+    locate_config,
     override,
     save,
 )
@@ -449,3 +452,34 @@ def test_a_mapping_and_a_day_are_the_same_in_yaml_on_the_command_line_and_back(t
 def test_what_is_no_mapping_is_refused(words):
     with pytest.raises((InputError, SystemExit)):
         override(Config(), ["--data.template-kwargs", words])
+
+
+def test_load_a_config_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load("jaxrlhf:configs/grpo_smollm2.yaml", ["--steps", "3"])
+    assert (config.algorithm.name, config.steps) == ("grpo", 3)
+    assert load_pipeline("jaxrlhf:configs/pipelines/demo_tiny.yaml").stages[0].name == "corpus"
+    assert locate_config("mine.yaml") == Path("mine.yaml")
+    with pytest.raises(
+        InputError, match=r"no such config in the package \(did you mean .*grpo_smo"
+    ):
+        load("jaxrlhf:configs/grpo_smollm.yaml")
+    with pytest.raises(InputError, match=r"no such config in the package"):
+        load("jaxrlhf:configs/../pyproject.toml")
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["output=gs://b/run"], "output"),
+        (["model.path=gs://b/m"], "model.path"),
+        (["data.train=s3://b/x.jsonl"], "data.train"),
+        (["data.eval=https://h/x.jsonl"], "data.eval"),
+        (["rewards.0.model=gs://b/rm", "rewards.0.function="], "rewards.0.model"),
+    ],
+)
+def test_check_refuses_urls(words, field):
+    with pytest.raises(InputError, match=rf"^{field}=\w+://\S+: a URL, and only files of this"):
+        check(load("jaxrlhf:configs/grpo_smollm2.yaml", words))
+    with pytest.raises(InputError, match=r"^output=gs://b: a URL"):
+        load_pipeline("jaxrlhf:configs/pipelines/demo_tiny.yaml", "gs://b")
