@@ -139,7 +139,15 @@ MISTAKES = {
         ["generate", "smollm2"],
         "--prompt, --prompts: give at least one text, or a file",
     ),
-    "no run": (["report", "mine"], "mine: not the output folder of a run (it holds no config.yaml"),
+    "no run": (["report", "mine"], "mine: not the output folder of a run, nor of a pipeline (it h"),
+    "tracker": (
+        [*TRAIN, "--trackers", "tensorbord"],
+        "trackers.0='tensorbord': should be 'tensorboard', 'wandb' or 'trackio'",
+    ),
+    "topology": (
+        ["plan", "mine/a.yaml", "--topology", "v5e-256"],
+        "--topology v5e-256: how its chips lie is missing: give v5e:16x16",
+    ),
 }
 
 

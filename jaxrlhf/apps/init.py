@@ -6,10 +6,13 @@ are those of the data, which is read as the run will read it.
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
+
+import yaml
 
 from jaxrlhf.config import (
     AlgorithmConfig,
@@ -57,8 +60,9 @@ COMMENTS = {
     "algorithm.separator": "the text between two steps of an answer",
     "algorithm.train_on": "of chats: assistant learns all of its turns, completion the last",
     "model.path": "or a Hugging Face folder, a .gguf file, the output folder of a run",
-    "model.lora": "without this line all weights are trained: at a tenth of the learning rate",
+    "model.lora": "adapters; without them all weights, at a tenth of the learning rate",
     "data.eval": "held-out rows of the same kind, measured before and after, and in between",
+    "sample.max_new_tokens": "most tokens of a response",
     "sample.n": "responses a prompt",
     "sample.temperature": "1 is the policy as it is",
     "optim.learning_rate": "the first thing to lower if it does not learn, or to raise",
@@ -182,13 +186,14 @@ def _lines(config: Config, rows: int) -> Iterator[str]:
     sampled = is_on_policy(config)
     algorithm = {"name": config.algorithm.name, **_set(config.algorithm, "kl_coef", "beta")}
     yield from _section("algorithm", algorithm)
-    lora = config.model.lora and asdict(config.model.lora)
-    yield from _section("model", {"path": config.model.path, **({"lora": lora} if lora else {})})
+    lora = config.model.lora
+    adapters = {"lora": _set(lora, "rank", "alpha")} if lora else {}
+    yield from _section("model", {"path": config.model.path, **adapters})
     if sampled:
         yield "rewards:  # several are summed, with a weight each"
         kind, said = ("model", "a reward model") if config.rewards[0].model else ("function", "")
         said = said or "module:name: (prompts, completions, **columns) → a number each"
-        yield f"  - {kind}: {json.dumps(getattr(config.rewards[0], kind))}  # {said}"
+        yield f"  - {kind}: {_value(getattr(config.rewards[0], kind))}  # {said}"
     yield "data:"
     first = read_rows(config.data.train).items[0].values
     yield _line("train", config.data.train, f"rows such as {_shape(first)}")
@@ -196,15 +201,15 @@ def _lines(config: Config, rows: int) -> Iterator[str]:
     batch = "prompts an iteration" if sampled else "rows a step"
     yield _line("batch_size", config.data.batch_size, batch)
     width = "max_prompt_tokens" if sampled else "max_tokens"
-    longest = "at least the tokens of the longest prompt" if sampled else "and of the longest row"
-    yield _line(width, getattr(config.data, width), longest)
+    longest = "prompt" if sampled else "row"
+    yield _line(width, getattr(config.data, width), f"at least those of the longest {longest}")
     if sampled:
         shown = _set(config.sample, "max_new_tokens", "n", "temperature")
         yield from _section("sample", shown)
     yield from _section("optim", _set(config.optim, "learning_rate"))
     yield f"steps: {config.steps}  # iterations; the data has {rows} rows"
     yield from _section("checkpoint", {"every": config.checkpoint.every})
-    yield f"output: {json.dumps(config.output)}  # {COMMENTS['output']}"
+    yield f"output: {_value(config.output)}  # {COMMENTS['output']}"
 
 
 def _set(section: Any, *always: str) -> dict[str, Any]:
@@ -225,7 +230,13 @@ def _section(name: str, values: dict[str, Any]) -> Iterator[str]:
 
 
 def _line(key: str, value: Any, comment: str) -> str:
-    return f"  {key}: {json.dumps(value)}" + (f"  # {comment}" if comment else "")
+    return f"  {key}: {_value(value)}" + (f"  # {comment}" if comment else "")
+
+
+def _value(value: Any) -> str:
+    """A value as YAML has it in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _shape(row: dict[str, Any]) -> str:
