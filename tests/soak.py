@@ -240,20 +240,17 @@ def launch(target: Target, out: Path, fault: str, before: Before, soak: Soak) ->
     return fault, is_done(out) and not any(x.exitcode for x in started)
 
 
-def disturbed(target: Target, out: Path, soak: Soak, most: int) -> None:
-    """Carry a target out under up to ``most`` faults."""
-    strikes, tally, done = 0, soak.tally, False
+def disturbed(target: Target, out: Path, soak: Soak, plan: Sequence[str]) -> None:
+    """Carry a target out, by a launch for each fault, and then undisturbed."""
+    tally, done, faults = soak.tally, False, iter(plan)
     while not done:
-        planned = ""
-        if strikes < most:
-            planned = soak.chance.choices(list(soak.faults), list(soak.faults.values()))[0]
+        planned = next(faults, "")
         before = look(out, flip(out, soak.chance) if planned == "flip" else "")
         fault, done = launch(target, out, planned, before, soak)
         fault = "" if fault == "flip" and not before.flipped else fault
         tally["launches"] += 1
         if fault:
             tally[fault] += 1
-            strikes += 1
         told = Path(f"{out}.log").read_bytes()[before.said :].decode(errors="replace")
         check(out, told, before, fault, tally, f"{target.name}, {fault or 'undisturbed'}")
         if not planned and not done:
@@ -334,7 +331,8 @@ def carry_on(
         if target.name not in wanted:
             wanted[target.name] = undisturbed(target, folder, tally)
         out = folder / f"{target.name}_{rounds}"
-        disturbed(target, out, soak, most)
+        kinds, weights = list(soak.faults), list(soak.faults.values())
+        disturbed(target, out, soak, soak.chance.choices(kinds, weights, k=most))
         compare(wanted[target.name], contents(out), tally, f"{target.name}, round {rounds}")
         tally["rounds"] += 1
         print(f"round {rounds}, {target.name}: {told_of(tally)}", flush=True)

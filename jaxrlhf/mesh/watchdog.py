@@ -28,6 +28,9 @@ PATIENCE = 60
 FAREWELL = 1.0
 """Seconds that process 0 waits before it ends of bad input, which others may have too."""
 
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "oordination")
+"""What is in the error of a process whose exchange with another was cut."""
+
 GRACE = 5
 """Seconds after which what is meant to end a process ends it in a rougher way."""
 
@@ -60,6 +63,9 @@ def guarded() -> Iterator[None]:
             if jax.process_index() == 0:
                 time.sleep(FAREWELL)
             end(f"error: {_me()}: {error}", 2)
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(x in str(error) for x in LOST):
+            reason = " ".join(str(error).split())[:200]
+            end(f"{_me()}: another process has gone ({reason}); all end, see what it has said")
         if isinstance(error, KeyboardInterrupt):
             end(f"{_me()}: interrupted; all processes end", 130)
         traceback.print_exc()

@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from loopback import by_flags, ended, free_port, results, started
 
 from jaxrlhf.config import DistributedConfig
+from jaxrlhf.mesh import watchdog
 from jaxrlhf.mesh.processes import WATCHDOG, limit
 from jaxrlhf.mesh.watchdog import FAILED, Watchdog, guarded
 
@@ -62,6 +64,22 @@ def test_one_that_is_stopped_ends_both():
         second.send_signal(signal.SIGCONT)
         [(status, _, errors)] = ended([second], 20)
         assert status != 0, errors
+
+
+def test_a_lost_process_is_said_in_a_line(monkeypatch, capsys):
+    """Whose survivor has done nothing wrong."""
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
+    for text, lost in {
+        "UNKNOWN: Gloo all-reduce\nfailed": True,
+        "RESOURCE_EXHAUSTED": False,
+    }.items():
+        with pytest.raises(SystemExit, match="13"), guarded():
+            raise jax.errors.JaxRuntimeError(text)
+        said = capsys.readouterr().err
+        assert ("Traceback" in said) != lost
+        assert (said.count("\n") == 1) == lost
+        assert ("process 0 of 1: another process has gone (UNKNOWN: Gloo all-r" in said) == lost
 
 
 def test_watchdog_ends_what_holds_the_interpreter():
