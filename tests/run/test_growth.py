@@ -68,7 +68,7 @@ def test_five_hundred_iterations_hold_no_more(name, tmp_path, monkeypatch):
         config = replace(config, rewards=(RewardConfig("test_growth:paid"),))
     gc.freeze()
     train(config, runs.one_device())
-    memory, files, threads, processes = np.array(counts[SETTLED:]).T
+    memory, files, threads, processes = np.array(counts[SETTLED:STEPS]).T
     hundreds = memory.reshape(-1, 100).mean(1) / 2**20
     print(f"{name}: MiB of each hundred iterations: {hundreds.round(1).tolist()}")
     for what, few in {"files": files, "threads": threads, "processes": processes}.items():
