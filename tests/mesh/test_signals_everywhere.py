@@ -110,11 +110,26 @@ def config_of(folder, reward=None, **changes):
     )
 
 
+STARTED = []
+"""Processes of the test at hand."""
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """What a test that fails has left behind is killed."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def launch(config, folder, *words, **variables):
     path = folder / "config.yaml"
     save(config, path)
     places = (Path(__file__).parents[level] for level in range(3))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "train", str(path), *words],
         env={
             **os.environ,
@@ -127,10 +142,12 @@ def launch(config, folder, *words, **variables):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def await_file(path, *processes):
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not path.exists():
         assert time.monotonic() < until
         for process in processes:
