@@ -20,9 +20,7 @@ def test_main_help_lists_commands(capsys):
     out = capsys.readouterr().out
     listed = re.findall(r"^  (\w+) ", out, re.MULTILINE)
     assert listed == list(cli.COMMANDS)
-    order = (
-        "train init plan demo pipeline eval report diagnose generate chat export serve tasks env"
-    )
+    order = "train init plan demo pipeline eval report diagnose generate chat export serve tasks"
     order += " env completion"
     assert " ".join(listed) == order
     assert cli.main([]) == 2
