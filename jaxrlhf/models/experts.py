@@ -1,13 +1,13 @@
 """A mixture of experts: each token's MLP is a few of many, which a router chooses.
 
 No token is dropped and none is padded to a capacity: tokens are sorted by expert, and a product
-over groups of rows (``jax.lax.ragged_dot``) multiplies each group with its own expert's weights. On
-GPUs and TPUs that is a kernel; on CPUs XLA has none, and every expert multiplies every row.
+over groups of rows (``grouped``) multiplies each group with its own expert's weights.
 
 On a mesh an ``expert`` axis splits the experts: a device has the tokens of all devices of that
 axis, computes what its own experts add, and the sums go back to where the tokens are.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,8 @@ from flax import nnx
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import Rules, row_shards, spec
+from jaxrlhf.mesh.sharding import Rules, platform, row_shards, spec
+from jaxrlhf.models.grouped import grouped
 from jaxrlhf.models.layers import ACTIVATIONS, Linear, exact, normal
 from jaxrlhf.models.quantise import made
 
@@ -73,15 +74,16 @@ class Experts(nnx.Module):
         parts = self.gate, self.up, self.down
         kernels = [made(part.kernel.get_value(), x.dtype) for part in parts]
         given = (x, *self.route(x), *kernels)
+        where = platform()
         if jax.sharding.get_abstract_mesh().empty:
-            return self._some(*given, first=0)
+            return self._some(*given, first=0, where=where)
         rows, inner, outer = (
             ("batch", "length", None),
             ("experts", None, "mlp"),
             ("experts", "mlp", None),
         )
         mapped = jax.shard_map(
-            self._on_device,
+            partial(self._on_device, where),
             in_specs=tuple(spec(axes, rules) for axes in (rows, rows, rows, inner, inner, outer)),
             out_specs=spec(rows, rules),
             check_vma=False,
@@ -90,11 +92,13 @@ class Experts(nnx.Module):
         padded = (jnp.pad(y, ((0, lacks), (0, 0), (0, 0))) for y in given[:3])
         return mapped(*padded, *given[3:])[: x.shape[0]]
 
-    def _on_device(self, x: Array, expert: Array, weight: Array, *kernels: Array) -> Array:
+    def _on_device(
+        self, where: str, x: Array, expert: Array, weight: Array, *kernels: Array
+    ) -> Array:
         """A device's rows: what all experts add to them, those of other devices too."""
         every = (jax.lax.all_gather(y, "expert", axis=0, tiled=True) for y in (x, expert, weight))
         first = jax.lax.axis_index("expert") * kernels[0].shape[0]
-        added = self._some(*every, *kernels, first=first)
+        added = self._some(*every, *kernels, first=first, where=where)
         # Of the hidden axis a device has its share, as of any MLP.
         added = jax.lax.psum(added, "tensor")
         return jax.lax.psum_scatter(added, "expert", scatter_dimension=0, tiled=True)
@@ -108,6 +112,7 @@ class Experts(nnx.Module):
         up: Array,
         down: Array,
         first: Any,
+        where: str,
     ) -> Array:
         """What the experts ``first`` … first + E − 1, whose weights are given, add to tokens."""
         count, chosen = gate.shape[0], expert.shape[-1]
@@ -116,11 +121,10 @@ class Experts(nnx.Module):
         number = jnp.where((number >= 0) & (number < count), number, count)
         order = jnp.argsort(number, stable=True)
         sizes = jnp.bincount(number, length=count + 1)[:count].astype(jnp.int32)
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
         def product(rows: Array, kernel: Array) -> Array:
             # Rows after the last group are those of other devices' experts; of them it makes zeros.
-            return jax.lax.ragged_dot(rows, kernel, sizes, precision=precision)
+            return grouped(where, rows, kernel, sizes)
 
         rows = tokens[order // chosen]
         wide = ACTIVATIONS[self.activation](product(rows, gate)) * product(rows, up)

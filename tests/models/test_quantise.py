@@ -24,7 +24,7 @@ WIDE = DecoderConfig(
 )
 LORA = LoraConfig(rank=4, targets=("q", "v", "down"))
 ERROR = {"int8": 0.0075, "nf4": 0.11}
-"""Root mean square of what a weight loses, of the weights' own: for int8 a step of 2.7σ/127.5, which
+"""Root mean square of what a weight loses, of its own: for int8 a step of 2.7σ/127.5, which
 the largest of 128 is about, over √12."""
 
 
