@@ -5,6 +5,7 @@
 # make kills   two hundred kills              ARGS="--kills 50 --target ppo"
 # make growth  memory and open files over 500 iterations
 # make signals SIGTERM and Ctrl-C in every phase of a run
+# make families  a run of each family of models
 # make docs    the site, in site/; SERVE=1: on 127.0.0.1:8001, while you write
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals lint docs benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals families lint docs benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -47,6 +48,9 @@ growth: setup-test
 
 signals: setup-test
 	$(VENV)/bin/python -m pytest -m signals -rP $(ARGS)
+
+families: setup-test
+	$(VENV)/bin/python -m pytest -m families tests/models/test_family_runs.py $(ARGS)
 
 lint: setup-test
 	$(VENV)/bin/ruff check .

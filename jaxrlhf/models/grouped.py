@@ -19,7 +19,8 @@ FEW = 512
 """Rows up to which a GPU has fewer launches by reading all matrices at once."""
 
 TILES = (512, 256, 128, 64, 32, 16, 8)
-"""Rows of a tile; the largest that a group of mean size fills."""
+"""Rows of a tile; the largest of which a group of mean size fills two: of each group's last tile,
+and of the tiles that no group needs, rows are multiplied for nothing."""
 
 
 class Tiles(NamedTuple):
@@ -29,8 +30,6 @@ class Tiles(NamedTuple):
     """int32 [M], of each row in the tiles, end to end; past the end for rows of no group."""
     group: Array
     """int32, of each tile."""
-    used: Array
-    """int32, tiles that hold a row: the first ones."""
     size: int
     """T."""
 
@@ -55,7 +54,7 @@ def _in_tiles(rows: Array, matrices: Array, sizes: Array) -> Array:
 
 def _tiles(count: int, sizes: Array) -> Tiles:
     groups = len(sizes)
-    size = next((n for n in TILES if n * groups <= count), TILES[-1])
+    size = next((n for n in TILES if 2 * n * groups <= count), TILES[-1])
     each = -(-sizes // size)
     ends, first = jnp.cumsum(sizes), jnp.cumsum(each) - each
     number = jnp.searchsorted(ends, jnp.arange(count), side="right")
@@ -63,7 +62,7 @@ def _tiles(count: int, sizes: Array) -> Tiles:
     most = -(-count // size) + groups
     place = jnp.where(number < groups, first[number] * size + within, most * size)
     group = jnp.searchsorted(jnp.cumsum(each), jnp.arange(most), side="right")
-    return Tiles(place, jnp.minimum(group, groups - 1), each.sum(), size)
+    return Tiles(place, jnp.minimum(group, groups - 1), size)
 
 
 def _laid(x: Array, tiles: Tiles) -> Array:
@@ -90,7 +89,7 @@ def _forward(rows: Array, matrices: Array, sizes: Array) -> tuple[Array, Any]:
             return found.at[i].set(laid[i] @ matrices[tiles.group[i]])
 
     empty = jnp.zeros((*laid.shape[:2], matrices.shape[2]), rows.dtype)
-    found = jax.lax.fori_loop(0, tiles.used, multiply, empty)
+    found = jax.lax.fori_loop(0, len(laid), multiply, empty)
     return _back(found, tiles), (rows, matrices, sizes)
 
 
@@ -109,7 +108,7 @@ def _backward(saved: Any, dy: Array) -> tuple[Array, Array, Any]:
         return dx, dw.at[group].add(added)
 
     start = jnp.zeros_like(laid), jnp.zeros(matrices.shape, jnp.float32)
-    dx, dw = jax.lax.fori_loop(0, tiles.used, multiply, start)
+    dx, dw = jax.lax.fori_loop(0, len(laid), multiply, start)
     nothing = np.zeros(sizes.shape, jax.dtypes.float0)
     return _back(dx, tiles), dw.astype(matrices.dtype), nothing
 
