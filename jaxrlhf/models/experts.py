@@ -124,7 +124,8 @@ class Experts(nnx.Module):
 
         def product(rows: Array, kernel: Array) -> Array:
             # Rows after the last group are those of other devices' experts; of them it makes zeros.
-            return grouped(where, rows, kernel, sizes)
+            expected = -(-len(rows) * count // self.moe.experts)
+            return grouped(where, rows, kernel, sizes, expected)
 
         rows = tokens[order // chosen]
         wide = ACTIVATIONS[self.activation](product(rows, gate)) * product(rows, up)

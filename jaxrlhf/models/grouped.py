@@ -6,6 +6,7 @@ the work and the memory as there are experts. So rows are there taken in tiles o
 one after the other. Few rows on a GPU stay with XLA's form, which reads each matrix once.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,12 @@ import numpy as np
 from jaxrlhf.core.types import Array
 from jaxrlhf.models.layers import exact
 
-FEW = 512
-"""Rows up to which a GPU has fewer launches by reading all matrices at once."""
+FEW = 2048
+"""Rows up to which a GPU moves less by reading all matrices at once."""
 
 TILES = (512, 256, 128, 64, 32, 16, 8)
 """Rows of a tile; the largest of which a group of mean size fills two: of each group's last tile,
-and of the tiles that no group needs, rows are multiplied for nothing."""
+rows are multiplied for nothing."""
 
 
 class Tiles(NamedTuple):
@@ -30,31 +31,43 @@ class Tiles(NamedTuple):
     """int32 [M], of each row in the tiles, end to end; past the end for rows of no group."""
     group: Array
     """int32, of each tile."""
+    used: Array
+    """int32, tiles that hold a row: the first ones."""
     size: int
     """T."""
 
 
-def grouped(platform: str, rows: Array, matrices: Array, sizes: Array) -> Array:
+def grouped(
+    platform: str, rows: Array, matrices: Array, sizes: Array, expected: int | None = None
+) -> Array:
     """Rows [M, D] in the order of their groups, times the matrix of each: [E, D, F] → [M, F].
 
     Args:
       platform: static, of the devices: "tpu", "gpu" or "cpu".
       sizes: int32 [E], rows of each group; of rows after the last group the result is 0.
+      expected: static, rows that groups have in all, on average; None: M.
     """
     if platform == "tpu" or (platform == "gpu" and len(rows) <= FEW):
         precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
         return jax.lax.ragged_dot(rows, matrices, sizes, precision=precision)
-    return _in_tiles(rows, matrices, sizes)
+    return _in_tiles(len(rows) if expected is None else expected, rows, matrices, sizes)
 
 
-@jax.custom_vjp
-def _in_tiles(rows: Array, matrices: Array, sizes: Array) -> Array:
-    return _forward(rows, matrices, sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_tiles(expected: int, rows: Array, matrices: Array, sizes: Array) -> Array:
+    return _forward(expected, rows, matrices, sizes)[0]
 
 
-def _tiles(count: int, sizes: Array) -> Tiles:
+def _each(expected: int, tiles: Tiles, groups: int, work: Any, start: Any) -> Any:
+    """``start`` after work(i, what is there so far) of every tile in use."""
+    about = -(-expected // tiles.size) + groups // 2
+    with jax.named_scope(f"about_{about}_trips"):  # for plans: see study/plan/hlo.py
+        return jax.lax.fori_loop(0, tiles.used, work, start)
+
+
+def _tiles(expected: int, count: int, sizes: Array) -> Tiles:
     groups = len(sizes)
-    size = next((n for n in TILES if 2 * n * groups <= count), TILES[-1])
+    size = next((n for n in TILES if 2 * n * groups <= expected), TILES[-1])
     each = -(-sizes // size)
     ends, first = jnp.cumsum(sizes), jnp.cumsum(each) - each
     number = jnp.searchsorted(ends, jnp.arange(count), side="right")
@@ -62,7 +75,7 @@ def _tiles(count: int, sizes: Array) -> Tiles:
     most = -(-count // size) + groups
     place = jnp.where(number < groups, first[number] * size + within, most * size)
     group = jnp.searchsorted(jnp.cumsum(each), jnp.arange(most), side="right")
-    return Tiles(place, jnp.minimum(group, groups - 1), size)
+    return Tiles(place, jnp.minimum(group, groups - 1), each.sum(), size)
 
 
 def _laid(x: Array, tiles: Tiles) -> Array:
@@ -80,8 +93,8 @@ def _back(x: Array, tiles: Tiles) -> Array:
     return flat.at[tiles.place].get(mode="fill", fill_value=0)
 
 
-def _forward(rows: Array, matrices: Array, sizes: Array) -> tuple[Array, Any]:
-    tiles = _tiles(len(rows), sizes)
+def _forward(expected: int, rows: Array, matrices: Array, sizes: Array) -> tuple[Array, Any]:
+    tiles = _tiles(expected, len(rows), sizes)
     laid = _laid(rows, tiles)
 
     def multiply(i: Array, found: Array) -> Array:
@@ -89,14 +102,14 @@ def _forward(rows: Array, matrices: Array, sizes: Array) -> tuple[Array, Any]:
             return found.at[i].set(laid[i] @ matrices[tiles.group[i]])
 
     empty = jnp.zeros((*laid.shape[:2], matrices.shape[2]), rows.dtype)
-    found = jax.lax.fori_loop(0, len(laid), multiply, empty)
+    found = _each(expected, tiles, len(sizes), multiply, empty)
     return _back(found, tiles), (rows, matrices, sizes)
 
 
-def _backward(saved: Any, dy: Array) -> tuple[Array, Array, Any]:
+def _backward(expected: int, saved: Any, dy: Array) -> tuple[Array, Array, Any]:
     """dx = dy·Wᵀ, tile by tile; dW of a group is the sum of xᵀ·dy over its tiles."""
     rows, matrices, sizes = saved
-    tiles = _tiles(len(rows), sizes)
+    tiles = _tiles(expected, len(rows), sizes)
     laid, slopes = _laid(rows, tiles), _laid(dy, tiles)
 
     def multiply(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -108,7 +121,7 @@ def _backward(saved: Any, dy: Array) -> tuple[Array, Array, Any]:
         return dx, dw.at[group].add(added)
 
     start = jnp.zeros_like(laid), jnp.zeros(matrices.shape, jnp.float32)
-    dx, dw = jax.lax.fori_loop(0, len(laid), multiply, start)
+    dx, dw = _each(expected, tiles, len(sizes), multiply, start)
     nothing = np.zeros(sizes.shape, jax.dtypes.float0)
     return _back(dx, tiles), dw.astype(matrices.dtype), nothing
 

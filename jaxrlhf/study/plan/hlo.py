@@ -47,6 +47,9 @@ class Loops(NamedTuple):
     """Of each within one of those, each time."""
 
 
+ABOUT = r"about_(\d+)_trips"
+"""The name scope of a loop whose trips depend on numbers, and how many they are on average."""
+
 Trips = int | tuple[int, ...] | Loops | None
 """Of open loops; a number if it is one, and several if none is within another."""
 
@@ -238,7 +241,10 @@ def _loops(trips: Trips) -> Loops:
 
 
 def known_trips(module: Module, loop: Op, computation: str) -> int | None:
-    """How often a while loop runs, as XLA notes it or as its condition counts; None if open."""
+    """How often a while loop runs, as XLA notes it, as its condition counts, or as it is called
+    (``ABOUT``); None if open."""
+    if about := re.search(ABOUT, loop.text):
+        return int(about[1])
     if found := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.text):
         return int(found[1])
     # not every backend notes it: a fori_loop is while(slot < n), from 0
@@ -397,7 +403,8 @@ def _equation(equation: Any, trips: Iterator[int | None], within: int | None) ->
     if name == "scan":
         repeats = params["length"]
     elif name == "while":
-        known = next(trips, None)
+        about = re.search(ABOUT, str(equation.source_info.name_stack))
+        known = int(about[1]) if about else next(trips, None)
         if known is None:
             raise InputError("a while loop whose trips are not known: state them")
         repeats = known
