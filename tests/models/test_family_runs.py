@@ -54,4 +54,6 @@ def test_other_algorithms_of_a_mixture(which, tmp_path):
     else:
         config = getattr(runs, which)(tmp_path, **changes)
     _, metrics = runs.trained(config, make_mesh(EXPERTS))
-    assert all(np.isfinite(row["loss"]) for row in metrics)
+    losses = [row["loss"] for row in metrics if "loss" in row]  # others are of held-out rows
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
