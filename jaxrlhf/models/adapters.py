@@ -122,8 +122,8 @@ class Map(NamedTuple):
 
 
 def _maps(decoder: DecoderConfig) -> dict[str, Map]:
-    """The linear maps of layers, by the name that targets have here, but for those that share a
-    tensor with others in files."""
+    """The linear maps of layers that take adapters, by the name that targets have here, but for
+    those that share a tensor with others in files."""
     naming = naming_of(decoder)
     shared = {module for modules in naming.fused.values() for module in modules}
     return {
@@ -133,7 +133,8 @@ def _maps(decoder: DecoderConfig) -> dict[str, Map]:
             naming.neighbours and weight.module in names.ROTATED,
         )
         for weight in names.weights(decoder)
-        if weight.stacked and weight.path.endswith("kernel") and weight.module not in shared
+        if weight.stacked and weight.path.endswith("kernel") and not weight.experts
+        if weight.module not in shared | {"mlp/router"}
     }
 
 

@@ -417,7 +417,7 @@ def _write_shard(
                 held = {path: _at_hand(leaves[path]) for path in paths}
             # A transposed view is written as it is to be read, not as it lies.
             array = np.ascontiguousarray(stored(held, tensor), kind)
-            file.write(array.view(np.uint8))
+            file.write(array.view(np.uint8).data)
 
 
 def _at_hand(leaf: Any) -> Any:

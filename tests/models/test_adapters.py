@@ -15,12 +15,22 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from jaxrlhf.apps import cli
 from jaxrlhf.config import LoraConfig, MeshConfig, ModelConfig, RewardConfig
+from jaxrlhf.config.model import MoeConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models.adapters import ADAPTER, WEIGHTS, read_adapter, read_lora
+from jaxrlhf.models.adapters import (
+    ADAPTER,
+    WEIGHTS,
+    Adapter,
+    _maps,
+    read_adapter,
+    read_lora,
+    write_adapter,
+)
 from jaxrlhf.models.hf import write_hf
 from jaxrlhf.models.load import Loader, load_model, settle_lora
 from jaxrlhf.models.tokenizer import load_tokenizer
+from jaxrlhf.models.transformer import Model
 from jaxrlhf.run import loop
 from jaxrlhf.run.setup import setup
 from jaxrlhf.steps.score import reward
@@ -229,3 +239,25 @@ def test_settings_beside_an_adapter_are_its_own(adapter, base):
         settle_lora(ModelConfig(lora=LoraConfig(rank=8, path=str(adapter))))
     with pytest.raises(InputError, match=r"model.lora.path=.*: no adapter"):
         settle_lora(ModelConfig(lora=LoraConfig(path=base)))
+
+
+def test_maps_that_have_no_adapters_of_their_own(tiny):
+    """Experts and their router take none; what shares a tensor with others in files has no name."""
+    assert [*_maps(replace(tiny, moe=MoeConfig(4, 2), family="mixtral"))] == ["q", "k", "v", "o"]
+    assert [*_maps(replace(tiny, family="phi3"))] == ["o", "down"]
+
+
+def test_queries_that_files_have_in_another_order_come_back(tiny, tmp_path):
+    decoder = replace(tiny, family="glm4", norms="both", rotary_dim=4)
+    lora, rng = LoraConfig(2, 4.0, ("q", "o")), np.random.default_rng(0)
+    shapes = Model(decoder, lora=lora).lora_shapes()
+    layers = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+    write_adapter(tmp_path, decoder, Adapter(lora, "base", layers, None), np.dtype("float32"))
+    held = load_file(tmp_path / WEIGHTS)
+    out = held["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    plain = layers["attention"]["q"]["lora_b"][0].reshape(2, -1).T
+    assert not np.array_equal(out, plain)
+    np.testing.assert_array_equal(np.sort(out, axis=0), np.sort(plain, axis=0))
+    found = read_adapter(str(tmp_path), decoder)
+    assert found.lora == lora
+    jax.tree.map(np.testing.assert_array_equal, found.layers, layers)
