@@ -193,7 +193,8 @@ def fetch_all(config: Config) -> Config:
 
 def fetch_fields(record: T, *names: str) -> T:
     """A dataclass with these fields of it, paths, at hand."""
-    return dataclasses.replace(record, **{name: fetch(getattr(record, name)) for name in names})
+    whole: Any = record
+    return dataclasses.replace(whole, **{name: fetch(getattr(record, name)) for name in names})
 
 
 def fetch_shape(model: ModelConfig) -> ModelConfig:
