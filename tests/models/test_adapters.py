@@ -133,7 +133,6 @@ def test_a_reward_model_of_peft(peft, base, tmp_path):
         for found in (described, run)
     )
     assert shapes == arrays
-    loop.train(config, MESH)
 
 
 def test_a_run_goes_on_with_an_adapter_and_gives_it_back(peft, base, tmp_path, capsys):
