@@ -19,7 +19,8 @@ def main(words: list[str]) -> int:
     if path.is_absolute():
         print(f"{name}: not checked: it lies on the hosts", file=sys.stderr)
         return 0
-    if not (ROOT / path).is_file():
+    packaged = ":" in name  # jaxrlhf:configs/…
+    if not packaged and not (ROOT / path).is_file():
         print(f"error: {name}: no such file in {ROOT}, of which hosts get a copy", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT))
@@ -31,7 +32,7 @@ def main(words: list[str]) -> int:
         print(f"{said}: PYTHON=.venv/bin/python has, after make setup", file=sys.stderr)
         return 0
     try:
-        check(load(ROOT / path, changes))
+        check(load(name if packaged else ROOT / path, changes))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -102,11 +102,16 @@ def make_iteration(
 
     Raises:
       InputError: a setting that needs numbers between steps: ``target_kl``, ``kl_controller:
-        adaptive``, ``normalise: each``, DAPO's ``rounds``.
+        adaptive``, ``normalise: each``, DAPO's ``rounds``; greedy samples; one sample a prompt
+        where several are compared.
     """
     for name, value in UNREAD.items():
         if (given := getattr(config, name, value)) != value:
             raise InputError(f"{name}={given}: one compiled iteration cannot: {name}={value!r}")
+    if not sample_config.temperature > 0:
+        raise InputError(f"temperature={sample_config.temperature:g}: greedy: give more than 0")
+    if config.in_groups and sample_config.n < 2:
+        raise InputError(f"n={sample_config.n}: {config.name} compares samples: give at least 2")
     algorithm = algorithm or ALGORITHMS[config.name](config)
     loss = loss or _loss_of(model, config, algorithm, sample_config.temperature)
     update = make_update(tx, loss, microbatches)

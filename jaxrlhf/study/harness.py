@@ -179,8 +179,8 @@ class JaxLM(TemplateLM):
             pieces = [(None, *make_disjoint_window(piece)) for piece in pieces]
             windows, counts = windows + pieces, [*counts, len(pieces)]
         logp_W = np.array([logp for logp, _ in self._loglikelihood_tokens(windows)])
-        texts = np.split(logp_W, np.cumsum(counts)[:-1])
-        found = [float(logp.sum()) for logp in texts]
+        ends = np.cumsum(counts, dtype=int)
+        found = [float(logp_W[end - n : end].sum()) for end, n in zip(ends, counts, strict=True)]
         for request, logp in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, logp)
         return found
@@ -218,7 +218,7 @@ class JaxLM(TemplateLM):
 
     def _answers(self, contexts: Sequence[str], config: SampleConfig) -> list[str]:
         most = self.max_length - config.max_new_tokens
-        rows = [self.tok_encode(text)[-most:] for text in contexts]
+        rows = [self.tok_encode(text)[-most:] or [self.prefix_token_id] for text in contexts]
         stops = stop_table(self.tokenizer, config.stop_strings, self.model.decoder.vocab)
         texts = [""] * len(rows)
         for places, *arrays in self._batches(rows, most, left=True):

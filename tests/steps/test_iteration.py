@@ -5,6 +5,7 @@ import doctest
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrlhf import algorithms
@@ -136,8 +137,16 @@ def test_adapters_a_greedy_baseline_and_a_sampler_of_ones_own():
         (DAPOConfig(), "rounds=4: one compiled iteration cannot: rounds=1"),
         (PPOConfig(target_kl=0.1), "target_kl=0.1: one compiled iteration cannot"),
         (GRPOConfig(normalise="each"), "normalise=each: .* normalise='sum'"),
+        (GRPOConfig(), "n=1: grpo compares samples: give at least 2"),
     ],
 )
-def test_what_needs_the_host_is_refused(config, message):
+def test_what_cannot_be_is_refused(config, message):
+    one = SampleConfig(n=1)
     with pytest.raises(InputError, match=message):
-        make_iteration(MODEL, start()[1], wants, config=config)
+        make_iteration(MODEL, optax.sgd(1.0), wants, config=config, sample_config=one)
+
+
+def test_greedy_samples_are_refused():
+    greedy = SampleConfig(temperature=0.0)
+    with pytest.raises(InputError, match="temperature=0: greedy: give more than 0"):
+        make_iteration(MODEL, optax.sgd(1.0), wants, sample_config=greedy)
