@@ -46,8 +46,7 @@ def importance_sampling(logp_BT: Array, batch: Batch) -> tuple[Array, Metrics]:
     """−Σ weight·(π/π_old)·A."""
     arrays = logp_BT, batch.old_logp_BT, batch.advantage_BT, batch.mask_BT
     # Clipped nowhere: what is left of PPO's loss is the ratio times the advantage.
-    unclipped = {"clip_low": jnp.inf, "clip_high": jnp.inf}
-    return ppo_policy_loss(*arrays, **unclipped, weight_BT=batch.weight_BT)
+    return ppo_policy_loss(*arrays, jnp.inf, jnp.inf, weight_BT=batch.weight_BT)
 
 
 def ppo(
@@ -55,8 +54,7 @@ def ppo(
 ) -> tuple[Array, Metrics]:
     """Σ weight·max(−ρ·A, −clip(ρ, 1 − clip_low, 1 + clip_high)·A); see ``ppo_policy_loss``."""
     arrays = logp_BT, batch.old_logp_BT, batch.advantage_BT, batch.mask_BT
-    clips = {"clip_low": clip_low, "clip_high": clip_high}
-    return ppo_policy_loss(*arrays, **clips, weight_BT=batch.weight_BT)
+    return ppo_policy_loss(*arrays, clip_low, clip_high, weight_BT=batch.weight_BT)
 
 
 def cispo(
@@ -64,8 +62,7 @@ def cispo(
 ) -> tuple[Array, Metrics]:
     """−Σ weight·stop(clip(ρ))·A·log π; see ``cispo_loss``."""
     arrays = logp_BT, batch.old_logp_BT, batch.advantage_BT, batch.mask_BT
-    clips = {"clip_low": clip_low, "clip_high": clip_high}
-    return cispo_loss(*arrays, **clips, weight_BT=batch.weight_BT)
+    return cispo_loss(*arrays, clip_low, clip_high, weight_BT=batch.weight_BT)
 
 
 def reinforce(logp_BT: Array, batch: Batch) -> tuple[Array, Metrics]:

@@ -161,7 +161,7 @@ class JaxLM(TemplateLM):
                 arrays = put_rows((token_BT, mask_BT), self.mesh)
                 logp_BT, best_BT = fetch(_read(self.model, self.params, *arrays))
             for b, place in enumerate(places):
-                key, _, continuation = requests[place]
+                key, _context, continuation = requests[place]
                 end = len(rows[place])
                 at = slice(end - len(continuation), end)
                 total = float(logp_BT[b, at].sum(dtype=np.float64))
@@ -201,7 +201,7 @@ class JaxLM(TemplateLM):
 
     def _sampling(self, asked: dict[str, Any]) -> tuple[SampleConfig, list[str]]:
         """How a task wants its answers drawn, and the strings that end them."""
-        given = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+        given: dict[str, Any] = {**normalize_gen_kwargs(asked, self.max_gen_toks)}
         new, until = given.pop("max_gen_toks"), given.pop("until", None) or []
         until = [until] if isinstance(until, str) else [text for text in until if text]
         if not given.pop("do_sample", False):
