@@ -235,7 +235,7 @@ BAD = [
     (read_pairs, {**PAIR, "rejected": "b"}, "chosen == rejected, 'b'"),
     (read_pairs, {**PAIR, "rejected": None}, "rejected=None"),
     (read_pairs, {"prompt": "a", "chosen": "b"}, "no 'rejected' among"),
-    (read_pairs, {"chosen": "b", "rejected": "c"}, "no 'prompt' among"),
+    (read_pairs, {"chosen": "b", "rejected": "c"}, "chosen and rejected share no first word"),
     (read_pairs, {**WHOLE, "rejected": [user("c"), assistant("b")]}, "chosen and rejected share "),
     (read_pairs, {**WHOLE, "rejected": [user("a")]}, "one of chosen and rejected is the start of"),
     *(
