@@ -133,6 +133,11 @@ def initialise(config: DistributedConfig) -> int:
                 f"{named}: the backend has {count} processes: start all with the same --processes"
             )
         here, there = jax.local_devices(), jax.device_count()
+        if jax.default_backend() == "cpu":
+            # Gloo waits 30 s for the others at the first exchange of arrays: that is now, when all
+            # are here, and not where one still compiles what another has in its cache.
+            exchange("")
+            multihost_utils.sync_global_devices("jaxrlhf")
     print(
         f"process {jax.process_index()} of {count}: {len(here)} of {there} devices "
         f"({here[0].device_kind})",

@@ -65,7 +65,7 @@ def guarded() -> Iterator[None]:
             end(f"error: {_me()}: {error}", 2)
         if isinstance(error, jax.errors.JaxRuntimeError) and any(x in str(error) for x in LOST):
             reason = " ".join(str(error).split())[:200]
-            end(f"{_me()}: another process has gone ({reason}); all end, see what it has said")
+            end(f"{_me()}: another process has gone or is late ({reason}); see what it said")
         if isinstance(error, KeyboardInterrupt):
             end(f"{_me()}: interrupted; all processes end", 130)
         traceback.print_exc()
