@@ -6,6 +6,7 @@
 # make growth  memory and open files over 500 iterations
 # make signals SIGTERM and Ctrl-C in every phase of a run
 # make families  a run of each family of models
+# make harness a task of lm-evaluation-harness, from a file to its accuracy
 # make docs    the site, in site/; SERVE=1: on 127.0.0.1:8001, while you write
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals families lint docs benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals families harness lint docs benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -45,6 +46,9 @@ kills: setup-test
 
 growth: setup-test
 	$(VENV)/bin/python -m pytest -m growth -rP $(ARGS)
+
+harness: setup-test
+	$(VENV)/bin/python -m pytest -m harness $(ARGS)
 
 signals: setup-test
 	$(VENV)/bin/python -m pytest -m signals -rP $(ARGS)

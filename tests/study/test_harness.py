@@ -89,6 +89,7 @@ def test_generate_until_is_the_hf_backends(both):
     assert not any("o" in text for text in ours[:3])
 
 
+@pytest.mark.harness
 def test_a_task_of_a_file(both, tmp_path):
     """By the harness itself, no network: a choice of two, and its accuracy."""
     ours, _ = both
