@@ -133,11 +133,7 @@ def initialise(config: DistributedConfig) -> int:
                 f"{named}: the backend has {count} processes: start all with the same --processes"
             )
         here, there = jax.local_devices(), jax.device_count()
-        if jax.default_backend() == "cpu":
-            # Gloo waits 30 s for the others at the first exchange of arrays: that is now, when all
-            # are here, and not where one still compiles what another has in its cache.
-            exchange("")
-            multihost_utils.sync_global_devices("jaxrlhf")
+        _meet()
     print(
         f"process {jax.process_index()} of {count}: {len(here)} of {there} devices "
         f"({here[0].device_kind})",
@@ -145,6 +141,14 @@ def initialise(config: DistributedConfig) -> int:
         flush=True,
     )
     return count
+
+
+def _meet() -> None:
+    """Exchange arrays for the first time. On CPUs, Gloo waits 30 s for the others there: that is
+    to be now, when all are here, and not where one still compiles what another has in its cache."""
+    if jax.default_backend() == "cpu":
+        exchange("")
+        multihost_utils.sync_global_devices("jaxrlhf")
 
 
 def place(config: DistributedConfig, environ: Mapping[str, str]) -> DistributedConfig | None:
