@@ -159,7 +159,7 @@ def attend_splash(
     segment_BT = jnp.where(mask_BT != 0, 1 if segment_BT is None else segment_BT + 1, 0)
 
     def device(query: Array, key: Array, value: Array, segment: Array) -> Array:
-        kernel = _splash_kernel(*query.shape[1:3], window, look.softcap)
+        kernel = _splash_kernel(query.shape[1], query.shape[2], window, look.softcap)
 
         def row(query: Array, key: Array, value: Array, segment: Array) -> Array:
             query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
