@@ -208,7 +208,7 @@ def test_serve_function_of_others_has_the_devices_and_no_hold_on_the_server(tmp_
         ("sentiment", {"concurrency": -1}, "concurrency=-1: must be at least 1"),
         ("sentiment", {"batch_size": 0}, "batch_size=0: must be at least 1"),
         ("sentiment", {"max_tokens": 0}, "max_tokens=0: must be at least 2"),
-        ("runs/nowhere", {}, "reward function 'runs/nowhere' is unknown"),
+        ("runs/nowhere", {}, "'runs/nowhere': no file or folder here"),
         ("sentiment", {"header_env": "REWARD_KEY"}, "header_env=REWARD_KEY: .* unset"),
     ],
 )

@@ -83,7 +83,8 @@ def test_converse_keeps_all_where_a_message_does_not_fit(folder, monkeypatch):
 
 def test_converse_judges_answers(folder, tmp_path, monkeypatch):
     (tmp_path / "judges.py").write_text(
-        "def dots(prompts, completions):\n    return [c.count('.') for c in completions]\n"
+        "def dots(prompts, completions):\n"
+        "    return [completion[-1]['content'].count('.') for completion in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     reward = RewardConfig(function="judges:dots")
