@@ -159,7 +159,7 @@ def test_read_config_rope_of_both_generations(tmp_path, rope, scaling):
 )
 def test_read_config_refuses(tmp_path, changes, message):
     with pytest.raises(InputError) as caught:
-        read(tmp_path, **changes)
+        read(tmp_path, **{"num_key_value_heads": 4, **changes})
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -196,9 +196,12 @@ def test_write_config_reads_back(tmp_path, features):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ({"qkv_bias": True, "qk_norm": True}, "qkv_bias=True: no Hugging Face model of type"),
+        ({"qkv_bias": True, "qk_norm": True}, "qk_norm=True: no Hugging Face model of type qwen2"),
         ({"activation": "gelu"}, "activation='gelu': no Hugging Face model of type"),
-        ({"family": "gemma2", "norms": "both"}, "windows=.*: no Hugging Face model of type gemma2"),
+        (
+            {"family": "gemma2", "norms": "both"},
+            "norm_offset=False, .*: no Hugging Face model of type gemma2",
+        ),
         ({"heads": 5}, "embed=32 % heads=5"),
     ],
 )
