@@ -100,7 +100,7 @@ def test_with_stand_ins_blanks_what_is_not_there(config):
 
 
 def test_plan_refuses_a_model_that_is_not_there(config, cpu):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no file or folder here"):
         plan(replace(config, model=ModelConfig(path="no/such")), cpu)
 
 

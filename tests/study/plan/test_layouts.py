@@ -161,9 +161,9 @@ def test_sampler_exchanges_no_cache(modules):
 
 
 def test_an_exchange_of_the_cache_would_be_found(tmp_path):
-    def whole(query, prompt, mask, since, at):
+    def whole(query, prompt, mask, since, *rest):
         since = jax.tree.map(lambda x: constrain(x, (None,) * 4, DECODE), since)
-        return attention.attend_next(query, prompt, mask, since, at)
+        return attention.attend_next(query, prompt, mask, since, *rest)
 
     with broken(tmp_path, MESHES[-1], decode, "attend_next", whole) as (module, _):
         assert cache_exchanges(module("sample"))
