@@ -10,7 +10,7 @@ run that is done is not done again.
 """
 
 # ruff: noqa: E402 (what jax reads from the environment comes first)
-from jaxrlhf.apps.cli import prepare_jax
+from jaxrlhf.apps.shell import prepare_jax
 
 prepare_jax()
 

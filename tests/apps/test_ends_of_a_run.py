@@ -9,8 +9,8 @@ import runs
 import tiny_models
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from jaxrlhf.apps.cli import export
 from jaxrlhf.apps.generate import complete
+from jaxrlhf.apps.others import export
 from jaxrlhf.apps.preferences import write_pairs
 from jaxrlhf.config import (
     DataConfig,

@@ -22,7 +22,7 @@ from jaxrlhf.config import (
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.data.formats import Prompt
-from jaxrlhf.mesh.checkpoint import seal, unseal
+from jaxrlhf.mesh.notes import seal, unseal
 from jaxrlhf.models.load import Loader
 from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.rewards.judge import make_judge
