@@ -21,9 +21,7 @@ from jaxrlhf.steps.score import score
 
 MESHES = [
     {"expert": 4, "data": 2},
-    {"expert": 2, "fsdp": 2, "tensor": 2},
-    {"expert": 2, "context": 2, "fsdp": 2},
-    {"expert": 1, "tensor": 2, "fsdp": 4},
+    {"expert": 2, "context": 2, "tensor": 2},
 ]
 
 
