@@ -71,6 +71,7 @@ def _tiles(expected: int, count: int, sizes: Array) -> Tiles:
     each = -(-sizes // size)
     ends, first = jnp.cumsum(sizes), jnp.cumsum(each) - each
     number = jnp.searchsorted(ends, jnp.arange(count), side="right")
+    # Past the last group these are clipped, and not used.
     within = jnp.arange(count) - (ends - sizes)[number]
     most = -(-count // size) + groups
     place = jnp.where(number < groups, first[number] * size + within, most * size)
@@ -82,7 +83,7 @@ def _laid(x: Array, tiles: Tiles) -> Array:
     """[M, D] → [tiles, T, D], zeros where no row lies."""
     count = len(tiles.group) * tiles.size
     source = jnp.full(count, len(x), jnp.int32)
-    source = source.at[tiles.place].set(jnp.arange(len(x)), mode="drop", unique_indices=True)
+    source = source.at[tiles.place].set(jnp.arange(len(x)), mode="drop")
     laid = x.at[source].get(mode="fill", fill_value=0)
     return laid.reshape(-1, tiles.size, x.shape[1])
 

@@ -83,7 +83,7 @@ def _decoder(said: Said, family: Family, head: bool) -> DecoderConfig:
     found = family.read(said)
     if found.get("positions") != "learned" and "rope_scaling" not in found:
         found |= rope(said, context, None, found.get("rope_theta", 10_000.0))
-    # Rows that longrope stretches further have other factors: ``model.context`` says so.
+    # Longer rows would have longrope's other factors, which sampling and scoring must agree on.
     scaling = found.get("rope_scaling")
     if scaling is not None and scaling.kind == "longrope":
         context = scaling.original_context

@@ -1,4 +1,4 @@
-"""A mixture of experts: by hand, a token at a time, on meshes with an expert axis, and in a run."""
+"""A mixture of experts: by hand, a token at a time, and on meshes with an expert axis."""
 
 from dataclasses import replace
 

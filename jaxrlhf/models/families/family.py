@@ -169,6 +169,16 @@ def windows(said: Said, kinds: Sequence[str], window: Any) -> tuple[int, ...]:
     return cycle(tuple(size if kind == "sliding_attention" else 0 for kind in kinds))
 
 
+def one_window(said: Said, default: int | None) -> tuple[int, ...]:
+    """``DecoderConfig.windows`` where all layers have the same; null is none at all.
+
+    Args:
+      default: of a config.json that says nothing of it.
+    """
+    size = said.left_out("sliding_window", default)
+    return () if size is None else (said.as_number("sliding_window", size),)
+
+
 def layer_types(c: DecoderConfig) -> dict[str, Any]:
     """What config.json says of ``windows``."""
     each = [c.windows[i % len(c.windows)] if c.windows else 0 for i in range(c.layers)]
@@ -258,6 +268,41 @@ def _yarn(said: Said, found: Mapping[str, Any], factor: float, original: int) ->
         truncate=truncate,
         attention_factor=number("attention_factor", default),
     )
+
+
+def rope_by_window(said: Said, theta: float, near_theta: float | None) -> dict[str, Any]:
+    """``rope`` of layers without a window, and window_rope_theta of those with one.
+
+    ``rope_parameters`` of transformers 5 has both; in 4 what it calls rope_scaling is of the first
+    alone.
+
+    Args:
+      theta, near_theta: where nothing is said of them; None: as the others'.
+    """
+    found = said.table_of("rope_parameters")
+    full, near = (found.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
+    for key, table in (("full_attention", full), ("sliding_attention", near)):
+        if not isinstance(table, dict):
+            raise said.wrong(f"rope_parameters.{key}", table, "it must be an object")
+    if near.get("rope_type", "default") != "default":
+        raise said.wrong("rope_parameters.sliding_attention", near, "its rope_type is not default")
+    context = said.number("max_position_embeddings")
+    turned = rope(said, context, full if full or near else None, theta)
+    own = near.get("rope_theta") or near_theta or turned["rope_theta"]
+    return {**turned, "window_rope_theta": said.as_number("rope_theta", own, float)}
+
+
+def said_of_rope_by_window(c: DecoderConfig) -> dict[str, Any]:
+    """What ``rope_parameters`` says of both, in the words of transformers 5."""
+    scaled = said_of_scaling(c.rope_scaling) or {}
+    full = {"rope_type": "default", "rope_theta": c.rope_theta, **scaled}
+    near = {"rope_type": "default", "rope_theta": c.window_rope_theta or c.rope_theta}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": near}}
+
+
+def rotary_share(c: DecoderConfig) -> float:
+    """The part of a head that is rotated."""
+    return (c.rotary_dim or c.head_dim) / c.head_dim
 
 
 def said_of_rope(c: DecoderConfig) -> dict[str, Any]:

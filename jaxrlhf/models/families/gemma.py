@@ -12,9 +12,9 @@ from jaxrlhf.models.families.family import (
     Said,
     layer_types,
     naming,
-    rope,
+    rope_by_window,
     said_of_rope,
-    said_of_scaling,
+    said_of_rope_by_window,
     windows,
 )
 
@@ -84,37 +84,15 @@ def write_gemma2(c: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gemma3(said: Said) -> dict[str, Any]:
-    context = said.number("max_position_embeddings")
-    found = said.table_of("rope_parameters")
-    full, near = (found.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
-    nested = bool(full or near)
-    for key, table in (("full_attention", full), ("sliding_attention", near)):
-        if not isinstance(table, dict):
-            raise said.wrong(f"rope_parameters.{key}", table, "it must be an object")
-    if near.get("rope_type", "default") != "default":
-        raise said.wrong("rope_parameters.sliding_attention", near, "its rope_type is not default")
-    local = said.number("rope_local_base_freq", 10_000.0, float)
-    return {
-        **_read_later(said, 6, {}),
-        **rope(said, context, full if nested else None, 1_000_000.0),
-        "qk_norm": True,
-        "window_rope_theta": said.as_number("rope_theta", near.get("rope_theta") or local, float),
-    }
+    near = said.number("rope_local_base_freq", 10_000.0, float)
+    turned = rope_by_window(said, 1_000_000.0, near)
+    return {**_read_later(said, 6, {}), **turned, "qk_norm": True}
 
 
 def write_gemma3(c: DecoderConfig) -> dict[str, Any]:
-    theta = c.window_rope_theta or c.rope_theta
-    both = {
-        "full_attention": {
-            "rope_type": "default",
-            "rope_theta": c.rope_theta,
-            **(said_of_scaling(c.rope_scaling) or {}),
-        },
-        "sliding_attention": {"rope_type": "default", "rope_theta": theta},
-    }
-    # In the words of transformers 5, and of 4, which knows no rope_parameters.
-    older = {**said_of_rope(c), "rope_local_base_freq": theta}
-    return {**_write_later(c), **older, "rope_parameters": both}
+    # In the words of transformers 4 too, which knows no rope_parameters.
+    older = {**said_of_rope(c), "rope_local_base_freq": c.window_rope_theta or c.rope_theta}
+    return {**_write_later(c), **older, **said_of_rope_by_window(c)}
 
 
 _OF_ALL = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxrlhf.config.model import DecoderConfig
-from jaxrlhf.models.families.family import Family, Said, naming, said_of_rope
+from jaxrlhf.models.families.family import Family, Said, naming, rotary_share, said_of_rope
 
 
 def read(said: Said) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def write(c: DecoderConfig) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
         **said_of_rope(c),
-        "partial_rotary_factor": (c.rotary_dim or c.head_dim) / c.head_dim,
+        "partial_rotary_factor": rotary_share(c),
         "attention_bias": c.qkv_bias,
     }
 

@@ -4,7 +4,15 @@ from typing import Any
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.models.families.family import ACTIVATIONS, Family, Said, naming, said_of_rope
+from jaxrlhf.models.families.family import (
+    ACTIVATIONS,
+    Family,
+    Said,
+    naming,
+    one_window,
+    rotary_share,
+    said_of_rope,
+)
 from jaxrlhf.models.names import Naming
 
 _LAYER = {"norm": "layer", "norm_bias": True}
@@ -75,7 +83,7 @@ def read_neox(said: Said) -> dict[str, Any]:
 
 
 def write_neox(c: DecoderConfig) -> dict[str, Any]:
-    share = (c.rotary_dim or c.head_dim) / c.head_dim
+    share = rotary_share(c)
     return {
         "hidden_act": _spelled(c, "gelu"),
         **said_of_rope(c),
@@ -118,21 +126,20 @@ def write_stablelm(c: DecoderConfig) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
         **said_of_rope(c),
-        "partial_rotary_factor": (c.rotary_dim or c.head_dim) / c.head_dim,
+        "partial_rotary_factor": rotary_share(c),
         "use_qkv_bias": c.qkv_bias,
         "use_parallel_residual": c.block == "one_norm",
     }
 
 
 def read_starcoder2(said: Said) -> dict[str, Any]:
-    window = said.left_out("sliding_window", None)
     biases = dict.fromkeys(_ALL_BIASES, said.flag("use_bias", True))
     return {
         **_LAYER,
         **biases,
         "gated": False,
         "activation": said.activation("hidden_act", "gelu_pytorch_tanh"),
-        "windows": () if window is None else (said.as_number("sliding_window", window),),
+        "windows": one_window(said, None),
     }
 
 

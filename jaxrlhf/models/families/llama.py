@@ -9,6 +9,7 @@ from jaxrlhf.models.families.family import (
     cycle,
     layer_types,
     naming,
+    one_window,
     said_of_rope,
     windows,
 )
@@ -29,8 +30,7 @@ def read_mistral(said: Said) -> dict[str, Any]:
     """Every layer has the window; null is none at all."""
     said.only("hidden_act", "silu")
     said.only("layer_types", None)
-    window = said.left_out("sliding_window", 4096)
-    return {"windows": () if window is None else (said.as_number("sliding_window", window),)}
+    return {"windows": one_window(said, 4096)}
 
 
 def write_mistral(c: DecoderConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxrlhf.config.model import DecoderConfig, MoeConfig
-from jaxrlhf.models.families.family import Family, Said, naming, said_of_rope
+from jaxrlhf.models.families.family import Family, Said, naming, one_window, said_of_rope
 from jaxrlhf.models.families.qwen import read_qwen3, write_qwen3
 
 
@@ -26,10 +26,9 @@ def _said(c: DecoderConfig, count: str) -> dict[str, Any]:
 
 def read_mixtral(said: Said) -> dict[str, Any]:
     said.only("hidden_act", "silu")
-    window = said.left_out("sliding_window", None)
     return {
         "moe": _moe(said, "num_local_experts", normalise=True),
-        "windows": () if window is None else (said.as_number("sliding_window", window),),
+        "windows": one_window(said, None),
     }
 
 

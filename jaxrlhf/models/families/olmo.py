@@ -11,9 +11,9 @@ from jaxrlhf.models.families.family import (
     Said,
     layer_types,
     naming,
-    rope,
+    rope_by_window,
     said_of_rope,
-    said_of_scaling,
+    said_of_rope_by_window,
     windows,
 )
 
@@ -29,40 +29,14 @@ def write_olmo2(c: DecoderConfig) -> dict[str, Any]:
 
 
 def read_olmo3(said: Said) -> dict[str, Any]:
-    layers, context = said.number("num_hidden_layers"), said.number("max_position_embeddings")
+    layers, window = said.number("num_hidden_layers"), said.left_out("sliding_window", 4096)
     kinds = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
-    found = said.table_of("rope_parameters")
-    full, near = (found.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
-    for key, table in (("full_attention", full), ("sliding_attention", near)):
-        if not isinstance(table, dict):
-            raise said.wrong(f"rope_parameters.{key}", table, "it must be an object")
-    if near.get("rope_type", "default") != "default":
-        raise said.wrong("rope_parameters.sliding_attention", near, "its rope_type is not default")
-    turned = rope(said, context, full or None, 500_000.0)
-    theta = near.get("rope_theta") or turned["rope_theta"]
-    return {
-        **read_olmo2(said),
-        **turned,
-        "windows": windows(
-            said, said.texts("layer_types") or kinds, said.left_out("sliding_window", 4096)
-        ),
-        "window_rope_theta": said.as_number("rope_theta", theta, float),
-    }
+    seen = windows(said, said.texts("layer_types") or kinds, window)
+    return {**read_olmo2(said), **rope_by_window(said, 500_000.0, None), "windows": seen}
 
 
 def write_olmo3(c: DecoderConfig) -> dict[str, Any]:
-    both = {
-        "full_attention": {
-            "rope_type": "default",
-            "rope_theta": c.rope_theta,
-            **(said_of_scaling(c.rope_scaling) or {}),
-        },
-        "sliding_attention": {
-            "rope_type": "default",
-            "rope_theta": c.window_rope_theta or c.rope_theta,
-        },
-    }
-    return {**write_olmo2(c), **layer_types(c), "rope_parameters": both}
+    return {**write_olmo2(c), **layer_types(c), **said_of_rope_by_window(c)}
 
 
 _NAMES = naming(

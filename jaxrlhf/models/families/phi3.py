@@ -3,14 +3,19 @@
 from typing import Any
 
 from jaxrlhf.config.model import DecoderConfig
-from jaxrlhf.models.families.family import Family, Said, naming, said_of_rope
+from jaxrlhf.models.families.family import (
+    Family,
+    Said,
+    naming,
+    one_window,
+    rotary_share,
+    said_of_rope,
+)
 
 
 def read(said: Said) -> dict[str, Any]:
     said.only("hidden_act", "silu")
-    window = said.left_out("sliding_window", None)
-    found = () if window is None else (said.as_number("sliding_window", window),)
-    return {"windows": found}
+    return {"windows": one_window(said, None)}
 
 
 def write(c: DecoderConfig) -> dict[str, Any]:
@@ -19,7 +24,7 @@ def write(c: DecoderConfig) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
         **said_of_rope(c),
-        "partial_rotary_factor": (c.rotary_dim or c.head_dim) / c.head_dim,
+        "partial_rotary_factor": rotary_share(c),
         "original_max_position_embeddings": original,
         "sliding_window": c.windows[0] if c.windows else None,
     }
