@@ -3,8 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 MAIN = "import sys; from jaxrlhf.apps.cli import main; sys.exit(main())"
+
+
+def tool(name):
+    """A program that pip has installed beside this interpreter, which need not be on the PATH."""
+    return str(Path(sys.executable).parent / name)
 
 
 def run(*words, code=MAIN, **variables):

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+from command import tool
 
 from jaxrlhf.apps import cli, completion
 from jaxrlhf.core.errors import InputError
@@ -47,7 +48,7 @@ def test_scripts_pass_the_linter(tmp_path):
     path = tmp_path / "jaxrlhf.bash"
     path.write_text(completion.script("bash", SMALL), encoding="utf-8")
     done = subprocess.run(
-        ["shellcheck", "--shell=bash", str(path)], capture_output=True, encoding="utf-8"
+        [tool("shellcheck"), "--shell=bash", str(path)], capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stdout
 

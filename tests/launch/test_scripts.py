@@ -5,9 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command import tool
 from workshop import LAUNCH, ROOT
 
 SOURCED = ("env.sh", "lib.sh")
@@ -16,11 +16,6 @@ every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.na
 every_program = pytest.mark.parametrize(
     "path", [path for path in SCRIPTS if path.name not in SOURCED], ids=lambda path: path.name
 )
-
-
-def tool(name):
-    """A program that pip has installed beside this interpreter."""
-    return str(Path(sys.executable).parent / name)
 
 
 def ran(*words, env=None):
