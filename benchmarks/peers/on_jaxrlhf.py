@@ -69,7 +69,7 @@ def config_of(given: Task, folder: Path) -> Config:
     )
     if given.learns == "sft":
         data = replace(data, max_tokens=given.prompt + given.new)
-        rows = [{"prompt": "", "completion": text} for text in given.prompts()]
+        rows = [{"text": text} for text in given.prompts()]
         config = replace(config, rewards=(), sample=SampleConfig())
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -88,8 +88,8 @@ def main() -> None:
             train(config)
             tell(given, CLOCK)
             return
-        train(config, feed=CLOCK.tick)
-        # Phases are set-up, evaluation, and then one a step; the last are of the end.
+        train(config, feed=lambda phase: CLOCK.tick())
+        # It is called three times before the first step, then after each, and at the end.
         CLOCK.ticks = CLOCK.ticks[2 : 2 + given.steps]
         tell(given, CLOCK)
 
