@@ -67,14 +67,16 @@ if [[ -n ${DRY_RUN-} ]]; then
 fi
 
 pids=()
+asked=
 stop() { # SIGNAL to those that are still there
     kill "-$1" "${pids[@]}" 2>/dev/null || true
 }
-trap 'stop TERM' TERM INT
+trap 'asked=1; stop TERM' TERM INT
 for ((i = 0; i < processes; i++)); do
     JAX_PROCESS_ID=$i "${command[@]}" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
     pids+=($!)
 done
+[[ -z $asked ]] || stop TERM # it came while they were being started
 
 status=0
 killer=
@@ -83,10 +85,8 @@ while ((left)); do
     code=0
     ended=
     wait -n -p ended "${pids[@]}" || code=$?
-    if [[ -z ${ended-} ]]; then
-        kill -0 "${pids[@]}" 2>/dev/null && continue # a signal came; they are still ending
-        break
-    fi
+    # A signal ends a wait; the next one has who has ended, and how, though it may be gone by now.
+    [[ -n ${ended-} ]] || continue
     left=$((left - 1))
     for i in "${!pids[@]}"; do
         [[ ${pids[i]} != "$ended" ]] || unset "pids[i]"

@@ -14,21 +14,21 @@ need DEVICE "DEVICE (cpu, gpu or tpu)"
 # shellcheck source=launch/env.sh
 . "$here/env.sh" "$DEVICE"
 
-stopped=
-child=
+stopped="" heard="" child=""
 # shellcheck disable=SC2329 # by the trap
 stop() {
-    stopped=1
+    stopped=1 heard=1
     [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
 }
 trap stop TERM
 "${PYTHON:-python3}" -m jaxrlhf "$@" &
 child=$!
-status=0
-wait "$child" || status=$?
-while kill -0 "$child" 2>/dev/null; do # the signal ended the first wait
-    status=0
+[[ -z $stopped ]] || stop # it came before the child had a number
+while :; do
+    heard="" status=0
     wait "$child" || status=$?
+    # A signal ends a wait; the next one has the child's own status, though it may be gone by now.
+    [[ -n $heard ]] || break
 done
 [[ -z $stopped || $status != 0 ]] || status=143
 exit "$status"

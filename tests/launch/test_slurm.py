@@ -66,11 +66,11 @@ def test_slurm_is_queued_again_before_its_time_ends(workshop, count, queued):
     python = workshop.fake("python", UNTIL_TERM.format(status=0))
     process = workshop.start(
         "slurm.sbatch", "x.yaml", **JOB, CUDA_VISIBLE_DEVICES="0", PYTHON=python,
-        SLURM_RESTART_COUNT=count, MAX_REQUEUES="3",
+        SLURM_RESTART_COUNT=count, MAX_REQUEUES="3", **workshop.slowly(),
     )  # fmt: skip
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=60)
     assert output.startswith("saved\n"), errors
     assert (workshop.calls_file.parent / "calls.signal").read_text() == "scancel --signal=TERM 17\n"
     assert process.returncode == (0 if queued else 2), errors

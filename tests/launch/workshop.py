@@ -32,6 +32,11 @@ while true; do sleep .05; done
 """
 """A trainer that saves and ends once it is asked to."""
 
+SLOWLY = """
+case $0 in */launch/*) trap 'sleep .06' DEBUG ;; esac
+"""
+"""BASH_ENV: each command of a launcher waits, so that what it has started goes on before it does."""
+
 
 class Workshop:
     """A PATH with fakes, and what they were called with."""
@@ -54,6 +59,10 @@ class Workshop:
         fakes = {"FAKE_CALLS": str(self.calls_file), "FAKE_ANSWERS": json.dumps(self.answers)}
         python = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
         return kept | fakes | python | variables
+
+    def slowly(self):
+        """Variables with which the machine is a busy one, to launchers."""
+        return {"BASH_ENV": self.fake("slowly", SLOWLY)}
 
     def start(self, script, *words, **variables):
         return subprocess.Popen(
