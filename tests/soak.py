@@ -59,6 +59,7 @@ FAULTS = {
 """What strikes, and how often among the others."""
 
 KILLS = {"kill": 3, "kill at a save": 1}
+AIMED = {"kill": 1, "kill at a save": 1}
 
 TARGETS = (*ALGORITHMS, "pipeline", "ppo2", "sft2")
 """What is carried out: on two processes, if its name ends in 2."""
@@ -376,6 +377,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=120, help="of a run")
     parser.add_argument("--most", type=int, default=12, help="faults of one round")
     parser.add_argument("--kills", type=int, default=0, help="so many kills, and nothing else")
+    parser.add_argument("--aimed", action="store_true", help="half of the kills at saves")
     parser.add_argument("--mounted", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     # In a mount namespace of its own, which ends with it, a small disk is nobody else's.
@@ -388,7 +390,8 @@ def main() -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}-compiled")
     names = given.target or (TARGETS if given.kills else MIXED)
     unreliable = Unreliable(given.seed)
-    soak = Soak(random.Random(given.seed), KILLS if given.kills else FAULTS, small)
+    kills = AIMED if given.aimed else KILLS
+    soak = Soak(random.Random(given.seed), kills if given.kills else FAULTS, small)
     try:
         with servers.service(unreliable) as server:
             targets = targets_of(names, folder, given.steps, server.url)
