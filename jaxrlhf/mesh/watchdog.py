@@ -28,6 +28,10 @@ PATIENCE = 60
 FAREWELL = 1.0
 """Seconds that process 0 waits before it ends of bad input, which others may have too."""
 
+CUT = (jax.errors.JaxRuntimeError, ValueError)
+"""What JAX raises for an exchange that was cut: ValueError where a program is called with arrays
+that were to come of one."""
+
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "oordination")
 """What is in the error of a process whose exchange with another was cut."""
 
@@ -63,7 +67,7 @@ def guarded() -> Iterator[None]:
             if jax.process_index() == 0:
                 time.sleep(FAREWELL)
             end(f"error: {_me()}: {error}", 2)
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(x in str(error) for x in LOST):
+        if isinstance(error, CUT) and any(x in str(error) for x in LOST):
             reason = " ".join(str(error).split())[:200]
             end(f"{_me()}: another process has gone or is late ({reason}); see what it said")
         if isinstance(error, KeyboardInterrupt):

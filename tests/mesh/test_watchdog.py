@@ -70,12 +70,15 @@ def test_a_lost_process_is_said_in_a_line(monkeypatch, capsys):
     """Whose survivor has done nothing wrong."""
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
-    for text, lost in {
-        "UNKNOWN: Gloo all-reduce\nfailed": True,
-        "RESOURCE_EXHAUSTED": False,
-    }.items():
+    gone, other = "UNKNOWN: Gloo all-reduce\nfailed", "RESOURCE_EXHAUSTED"
+    for error, lost in (
+        (jax.errors.JaxRuntimeError(gone), True),
+        (ValueError(gone), True),
+        (jax.errors.JaxRuntimeError(other), False),
+        (ValueError("shapes"), False),
+    ):
         with pytest.raises(SystemExit, match="13"), guarded():
-            raise jax.errors.JaxRuntimeError(text)
+            raise error
         said = capsys.readouterr().err
         assert ("Traceback" in said) != lost
         assert (said.count("\n") == 1) == lost
