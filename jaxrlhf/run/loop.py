@@ -68,6 +68,8 @@ def train(
       FloatingPointError: too many updates in a row had a gradient that is not finite.
     """
     began = time.perf_counter()
+    if feed is not None:
+        feed("setting up")
     mesh = mesh or make_mesh(config.mesh)
     with Signals(leave) as signals, jax.set_mesh(mesh), announced(config, mesh) as show:
         check_alike(told(config))
@@ -107,12 +109,9 @@ def learn_on_policy(run: Run, session: Session) -> None:
         session.states, metrics, rollout, judgement = iterate(run, session, step)
         metrics = known(jax.device_get(metrics))
         rows = int(rollout.token_BT.shape[0])
+        kl, target = float(metrics["kl"]), settings.kl_target
         session.host["kl_coef"] = controller(
-            session.host["kl_coef"],
-            float(metrics["kl"]),
-            settings.kl_target,
-            rows,
-            settings.kl_horizon,
+            session.host["kl_coef"], kl, target, rows, settings.kl_horizon
         )
         seconds = time.perf_counter() - began
         tokens = float(metrics["length"]) * rows

@@ -264,8 +264,10 @@ def test_train_learns_from_a_reward_function(dtype, tmp_path):
 
 def test_train_refuses_another_config_in_the_same_folder(tmp_path):
     loop.train(runs.sft(tmp_path), one_device())
+    fed = []
     with pytest.raises(InputError, match=r"seed=1 \(was 0\)"):
-        loop.train(runs.sft(tmp_path, seed=1), one_device())
+        loop.train(runs.sft(tmp_path, seed=1), one_device(), fed.append)
+    assert fed == ["setting up"]  # which a watchdog lets take long
 
 
 def test_train_refuses_other_rows_in_the_same_file(tmp_path, monkeypatch):
