@@ -1,10 +1,11 @@
 """Two processes on loopback that step together, until one of them does something else."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 PROGRAM = """
@@ -48,7 +49,7 @@ def started(mode, *places, words=(), program=PROGRAM):
     running = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(mode), *flags, *words],
-            env={**clean, "JAX_PLATFORMS": "cpu", **variables},
+            env={**clean, "JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -63,12 +64,30 @@ def started(mode, *places, words=(), program=PROGRAM):
             process.communicate()
 
 
+def told(processes, seconds):
+    """(output, errors) of each, all of which must have ended by then.
+
+    All are heard at once: where a pipe is full its process waits, and with it the others.
+    """
+    hung = []
+
+    def hear(process):
+        try:
+            return process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            hung.append(process.args)
+            process.send_signal(signal.SIGABRT)  # faulthandler says where it is
+            return process.communicate(timeout=10)
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        texts = list(pool.map(hear, processes))
+    assert not hung, texts
+    return texts
+
+
 def ended(processes, seconds=50):
     """(status, output, errors) of each, all of which must have ended by then."""
-    until = time.monotonic() + seconds
-    texts = [
-        process.communicate(timeout=max(0.1, until - time.monotonic())) for process in processes
-    ]
+    texts = told(processes, seconds)
     return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
 
 

@@ -35,7 +35,7 @@ while true; do sleep .05; done
 SLOWLY = """
 case $0 in */launch/*) trap 'sleep .06' DEBUG ;; esac
 """
-"""BASH_ENV: each command of a launcher waits, so that what it has started goes on before it does."""
+"""BASH_ENV: each command of a launcher waits, so that what it has started goes on before it."""
 
 
 class Workshop:

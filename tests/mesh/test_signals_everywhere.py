@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import runs
 import servers
-from loopback import free_port
+from loopback import free_port, told
 
 from jaxrlhf.config import (
     EvalConfig,
@@ -332,7 +332,7 @@ def test_one_of_two(place, which, tmp_path):
     await_file(folder / "here", *processes)
     began = time.monotonic()
     processes[which].send_signal(signal.SIGTERM)
-    outs = [process.communicate(timeout=90)[0] for process in processes]
+    outs = [out for out, _ in told(processes, 90)]
     took = time.monotonic() - began
     print(f"{took:.1f} s, status {[process.returncode for process in processes]}")
     assert [process.returncode for process in processes] == [0, 0], outs
@@ -340,7 +340,7 @@ def test_one_of_two(place, which, tmp_path):
     assert "goes on from there" in outs[0]
     (folder / "go").touch()
     processes = both()
-    outs = [process.communicate(timeout=200)[0] for process in processes]
+    outs = [out for out, _ in told(processes, 200)]
     assert [process.returncode for process in processes] == [0, 0], outs
     steps = [row["step"] for row in logged(config)[0] if "loss" in row]
     assert steps == [1, 2, 3, 4]

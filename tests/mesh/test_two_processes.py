@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from loopback import free_port
+from loopback import free_port, told
 
 from jaxrlhf.config import CheckpointConfig, EvalConfig, MeshConfig, RewardConfig, dump
 from jaxrlhf.mesh.sharding import make_mesh
@@ -55,7 +55,9 @@ def two_processes(*paths, **variables):
     return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, port, str(i), *map(str, paths)],
-            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, **variables},
+            env=os.environ
+            | {"XLA_FLAGS": flags, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+            | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -67,7 +69,7 @@ def two_processes(*paths, **variables):
 def finish(processes, seconds=600):
     """Their outputs; they must end well."""
     try:
-        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+        outputs = [output for output, _ in told(processes, seconds)]
     finally:
         for process in processes:
             process.kill()
