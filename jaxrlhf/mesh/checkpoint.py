@@ -315,16 +315,22 @@ def _writer(folder: Path, keep: int, meeting: Meeting | None) -> ocp.CheckpointM
         # reads nothing of older steps, which may be damaged
         lightweight_initialize=True,
     )
-    logging.getLogger("absl").addFilter(_not_orbax_traceback)
-    logging.getLogger("asyncio").addFilter(_not_orbax_future)
-    if sys.unraisablehook is not _not_closed_loop:
-        _hooks.append(sys.unraisablehook)
-        sys.unraisablehook = _not_closed_loop
+    _quieten()
     return ocp.CheckpointManager(folder, options=options)
 
 
+def _quieten() -> None:
+    """From here on, what orbax fails to write or read is said in our one warning, and not again by
+    each of its threads."""
+    logging.getLogger("absl").addFilter(_not_orbax_traceback)
+    logging.getLogger("asyncio").addFilter(_not_orbax_future)
+    if sys.unraisablehook is not _not_left_over:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _not_left_over
+
+
 def _not_orbax_traceback(record: logging.LogRecord) -> bool:
-    """False for what each thread of a failing save logs: 250 lines around our one warning."""
+    """False for what each thread of a failing save logs: 250 lines."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
@@ -336,13 +342,16 @@ def _not_orbax_future(record: logging.LogRecord) -> bool:
 
 
 _hooks: list[Any] = []
-"""``sys.unraisablehook`` as it was before there was a writer, the last of them."""
+"""``sys.unraisablehook`` as it was before, the last of them."""
 
 
-def _not_closed_loop(found: Any) -> None:
-    """``sys.unraisablehook`` but for what tensorstore says where such a write ends too late."""
+def _not_left_over(found: Any) -> None:
+    """``sys.unraisablehook`` but for what was under way beside the write or read that failed:
+    tensorstore's, which ends too late, and orbax's, 4 kB for each array."""
     closed = found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"
-    if not (closed and found.object is None):
+    late = closed and found.object is None
+    code = getattr(found.object, "cr_code", None)
+    if not (late or (code is not None and "orbax" in code.co_filename)):
         _hooks[-1](found)
 
 
@@ -433,6 +442,7 @@ def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, An
     handler = ocp.CompositeCheckpointHandler()
     note = note_of(path)
     _check_leaves(path, note["leaves"], wanted, part)
+    _quieten()
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         items = ocp.args.Composite(state=arrays)
         return reader.restore(path, args=items)["state"], note

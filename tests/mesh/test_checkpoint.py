@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh import checkpoint
 from jaxrlhf.mesh.checkpoint import (
     Checkpoints,
+    _not_left_over,
     _not_orbax_future,
     describe,
     digest,
@@ -415,6 +417,20 @@ def test_a_failed_save_is_one_line(caplog):
         text = f"Future exception was never retrieved: {name}"
         record = logging.LogRecord("asyncio", logging.ERROR, "x", 1, text, None, None)
         assert _not_orbax_future(record) == ("reward" in name)
+
+
+def test_a_failed_read_is_one_line(monkeypatch):
+    """What was under way beside it says 4 kB for each array, which fills a pipe."""
+    said = []
+    monkeypatch.setattr(checkpoint, "_hooks", [said.append])
+    for file in ("site-packages/orbax/x.py", "mine.py"):
+        names = {}
+        exec(compile("async def read(): pass", file, "exec"), names)
+        left = names["read"]()
+        error = Exception("Encountered error while reading array index")
+        _not_left_over(SimpleNamespace(exc_type=Exception, exc_value=error, object=left))
+        left.close()
+        assert bool(said) == (file == "mine.py")
 
 
 def test_save_lost_disk(tmp_path):

@@ -162,6 +162,7 @@ def test_files_damaged_for_one_process_are_passed_over_by_both(both, tmp_path):
     config = replace(config_of("sft", tmp_path / "sft"), steps=4)
     outputs = finish(two_processes(write_config(config, tmp_path, "two")), seconds=200)
     assert all("checkpoints/3 is DAMAGED" in output for output in outputs)
+    assert not any("Exception ignored" in output for output in outputs)
     assert "another process has failed" in outputs[0]
     assert [row["step"] for row in logged(folder)] == [1, 2, 3, 4]
 
