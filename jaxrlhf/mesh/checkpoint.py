@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,14 @@ from jaxrlhf.mesh.notes import (
     seal,
     steps_in,
 )
-from jaxrlhf.mesh.processes import Meeting, all_or_none, any_process, is_first, jointly
+from jaxrlhf.mesh.processes import (
+    Meeting,
+    all_or_none,
+    any_process,
+    by_first,
+    is_first,
+    jointly,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +111,7 @@ class Checkpoints:
 
     Attributes:
       failed: saves that failed (a full disk, say); training goes on after each.
+      saved: the newest step on disk, which all processes agree on; None if there is none.
 
     Raises:
       InputError: the folder cannot be written, or ``config.keep`` is below 1.
@@ -118,11 +127,11 @@ class Checkpoints:
         self._keep = config.keep
         self._manager: ocp.CheckpointManager | None = None
         self._in_flight: int | None = None
-        self._saved: int | None = None
         self._failure = ""
         self._meeting: Meeting | None = None
         check_folder(self.folder)
-        self._run = claim(self.folder)
+        self._run = by_first(partial(claim, self.folder))
+        self.saved = max(_agreed(self.folder), default=None)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -163,11 +172,11 @@ class Checkpoints:
           TypeError: ``host`` is not JSON-able.
         """
         self._settle()
-        last = self.latest() if self._saved is None else self._saved
-        if step == last:
+        # Not what each finds on its disk by itself: one could return here, and the others wait.
+        if step == self.saved:
             return
-        if last is not None and step < last:
-            where = f"{self.folder}: holds step {last}, and this run is at step {step}"
+        if self.saved is not None and step < self.saved:
+            where = f"{self.folder}: holds step {self.saved}, and this run is at step {step}"
             raise InputError(f"{where}; resume from there, or choose another output")
         # Saved flat and by name: which classes optax keeps its moments in is no part of the file.
         leaves = named_leaves(state)
@@ -243,13 +252,7 @@ class Checkpoints:
         found, damaged = _newest(self.folder, abstract, part=False)
         if found is None:
             return None
-        self._saved = found[0]
-        steps = exchange(str(found[0]))
-        if len(set(steps)) > 1:
-            raise InputError(
-                f"{self.folder}: the processes found different steps ({', '.join(steps)}): the "
-                "folder must be on a disk that all hosts see"
-            )
+        self.saved = found[0]
 
         def make_way() -> None:
             # Only now that another step is whole: where all are damaged, all stay where they are.
@@ -270,7 +273,7 @@ class Checkpoints:
             self._fail(error)
             return
         if self._in_flight is not None:
-            self._saved, self._in_flight, self._failure = self._in_flight, None, ""
+            self.saved, self._in_flight, self._failure = self._in_flight, None, ""
         _sweep(self.folder)
 
     def _fail(self, error: Exception) -> None:
@@ -380,13 +383,35 @@ def load(folder: str | Path, abstract: Any) -> Found:
     return found
 
 
+LOOKS = 60
+"""Times, a second apart, until all processes see the same steps: network disks keep old lists."""
+
+
+def _agreed(folder: Path) -> list[int]:
+    """The steps on disk, the newest first, as all processes see them.
+
+    Raises:
+      InputError: they go on seeing different ones.
+    """
+    seen: list[str] = []
+    for _ in range(LOOKS):
+        seen = exchange(json.dumps(sorted(steps_in(folder), reverse=True)))
+        if len(set(seen)) == 1:
+            return json.loads(seen[0])
+        time.sleep(1.0)
+    raise InputError(
+        f"{folder}: the processes see different steps ({', '.join(seen)}): the folder must be on "
+        "a disk that all hosts see"
+    )
+
+
 def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list[int]]:
     """The newest whole checkpoint (None if there is none at all), and the damaged ones before.
 
     One that a single process finds damaged is damaged for all.
     """
     damaged: dict[int, str] = {}
-    for step in sorted(steps_in(folder), reverse=True):
+    for step in _agreed(folder):
         try:
             return (step, *_read(folder / str(step), abstract, part)), list(damaged)
         # Whole, but of another model: an older step would be too.

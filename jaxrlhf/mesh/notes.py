@@ -20,7 +20,6 @@ from typing import Any
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.reading import read_object
-from jaxrlhf.mesh.processes import is_first
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def _run_of(folder: Path) -> str | None:
 
 
 def claim(folder: Path) -> str:
-    """The name of the run that writes here, which ``run.json`` has from now on.
+    """The name of the run that writes here, which ``run.json`` has from now on; for one process.
 
     It is a new one for a folder without steps; of one whose file is gone, the newest step knows it.
     """
@@ -136,8 +135,7 @@ def claim(folder: Path) -> str:
     if run is None:
         named = (note["run"] for note in notes(folder) if "run" in note)
         run = next(named, uuid.uuid4().hex)
-        if is_first():
-            write_atomic(folder / "run.json", json.dumps({"run": run}) + "\n")
+        write_atomic(folder / "run.json", json.dumps({"run": run}) + "\n")
     return run
 
 

@@ -5,13 +5,14 @@ section, that is flags; the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
 the cluster that started it, as JAX detects it (Open MPI, Slurm, TPU slices on GKE and on Cloud TPU
 VMs). Else it is alone, and nothing here does anything.
 
-``assemble``, ``any_process``, ``all_or_none`` and ``jointly``, and ``sharding.fetch``, are
-collectives: every process calls them, in the same order. A process alone has it all, and exchanges
-nothing.
+``assemble``, ``any_process``, ``all_or_none``, ``by_first`` and ``jointly``, and
+``sharding.fetch``, are collectives: every process calls them, in the same order. A process alone
+has it all, and exchanges nothing.
 """
 
 import importlib.util
 import itertools
+import json
 import os
 import re
 import socket
@@ -294,6 +295,21 @@ def all_or_none(work: Callable[[], Any]) -> Any:
     if STOPPED in said:
         raise Stop("SIGTERM") from failed
     return result
+
+
+def by_first(decide: Callable[[], Any]) -> Any:
+    """What ``decide`` returns on process 0, on all of them: JSON-able.
+
+    For what is read from a disk or a clock: where each looked for itself, one could see what
+    another does not, and go a way on which nobody else comes.
+
+    Raises:
+      Exception: as ``all_or_none``.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    said = all_or_none(lambda: json.dumps(decide()) if is_first() else "")
+    return json.loads(exchange(said)[0])
 
 
 _joint = itertools.count()

@@ -27,7 +27,7 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, contents
 from jaxrlhf.mesh.checkpoint import Checkpoints
-from jaxrlhf.mesh.processes import all_or_none, is_first
+from jaxrlhf.mesh.processes import all_or_none, by_first, is_first
 from jaxrlhf.mesh.signals import AGAIN, Signals, Stop, poll
 from jaxrlhf.run.changes import Change, changes_of, refuse_changes
 from jaxrlhf.run.display import Display
@@ -120,7 +120,7 @@ class Session:
         # Names of changed fields are a better error than shapes that differ.
         self._check_same_run()
         all_or_none(self._check_changes)
-        if self.checkpoints.latest() is not None:  # or a resumed run would hold two states
+        if self.checkpoints.saved is not None:  # or a resumed run would hold two states
             for x in jax.tree.leaves(self.states):
                 x.delete()
         found = self.checkpoints.restore(abstract)
@@ -356,6 +356,12 @@ class Session:
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run with no iteration left; None if there is something to do."""
+        summary = by_first(self._finished)
+        if summary is not None:
+            self.show.note(f"nothing to do: all {self.start} iterations are done")
+        return summary
+
+    def _finished(self) -> dict[str, Any] | None:
         path = self.output / "summary.json"
         measured = self.run.normalise_rows is None or "normalisation" in self.host
         if self.is_left() or not path.is_file() or not measured:
@@ -367,11 +373,8 @@ class Session:
             return None
         if "steps" not in summary:
             log.warning("%s: no summary of a run: it is written anew", path)
-        # Of a shorter run that has since been given more steps.
-        if summary.get("steps") != self.start:
-            return None
-        self.show.note(f"nothing to do: all {self.start} iterations are done")
-        return summary
+        # Else of a shorter run that has since been given more steps.
+        return summary if summary.get("steps") == self.start else None
 
     def skipped(self) -> dict[str, int]:
         """Rows left out under ``data.skip_bad_rows``, which it counts: ``rows_skipped`` of the

@@ -338,6 +338,14 @@ def test_load_while_a_trainer_deletes(tmp_path, monkeypatch):
 # A disk that is full, lost or not there
 
 
+def test_steps_that_one_process_never_sees(tmp_path, monkeypatch):
+    """A folder that is not on a disk of all hosts; seen late: test_saving_together."""
+    monkeypatch.setattr(checkpoint, "LOOKS", 1)
+    monkeypatch.setattr(checkpoint, "exchange", lambda text: [text, "[3]"])
+    with pytest.raises(InputError, match=r"see different steps \(\[\], \[3\]\): the folder"):
+        Checkpoints(tmp_path, KEEP3)
+
+
 def test_checkpoints_unwritable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
