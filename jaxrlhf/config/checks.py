@@ -201,8 +201,9 @@ def _model(config: Config) -> Iterator[str]:
             )
         if (moe := decoder.moe) and moe.per_token > moe.experts:
             yield f"model.decoder.moe.per_token={moe.per_token}: there are experts={moe.experts}"
-        if moe and (decoder.mlp_bias or not decoder.gated):
-            yield "model.decoder.moe: experts have a gate and no bias: leave out gated, mlp_bias"
+        if not decoder.gated and (moe or decoder.activation == "clamped"):
+            what = "moe: experts have" if moe else "activation=clamped: it needs"
+            yield f"model.decoder.{what} a gate: leave out gated"
         size = decoder.rotary_dim or decoder.head_dim
         if size % 2 or size > decoder.head_dim:
             name = "rotary_dim" if decoder.rotary_dim else "head_dim"

@@ -70,8 +70,9 @@ class DecoderConfig:
     """Biases on query, key and value (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on each query and key head (Qwen3)."""
-    activation: Literal["silu", "gelu", "gelu_exact"] = "silu"
-    """Of the MLP; gelu is its tanh approximation (Gemma), gelu_exact is without it (Pythia)."""
+    activation: Literal["silu", "gelu", "gelu_exact", "clamped"] = "silu"
+    """Of the MLP; gelu is its tanh approximation (Gemma), gelu_exact is without it (Pythia).
+    clamped: with g = min(gate, 7) and u = up within ±7, g·σ(1.702·g)·(u + 1) (gpt-oss)."""
     norm_offset: bool = False
     """Norms scale by 1 + their parameter (Gemma)."""
     embed_multiplier: float = 1.0
@@ -105,6 +106,10 @@ class DecoderConfig:
     """qk_norm is of all heads at once (OLMo 2)."""
     o_bias: bool = False
     mlp_bias: bool = False
+    """Of experts, the router's too (gpt-oss)."""
+    attention_sinks: bool = False
+    """A head's softmax has one more score, a weight of its own, and nothing is read of it: what is
+    left to the tokens adds up to less than 1 (gpt-oss)."""
     attention_scale: float | None = None
     """Scores are q·k times it; None: 1/√head_dim."""
     attention_softcap: float = 0.0
@@ -163,8 +168,9 @@ class ModelConfig:
     """Train adapters and leave the weights as they are."""
     attention: AttentionKernel = "auto"
     """Over whole rows, in scoring and updates. cudnn (NVIDIA GPUs), splash (TPUs): scores are never
-    in memory; bfloat16 alone, rows not split by mesh.context, and with cudnn not packed. pieces:
-    some queries at a time. auto: the devices' kernel where it fits, else pieces."""
+    in memory; bfloat16 alone, rows not split by mesh.context, and with cudnn not packed, nor
+    with softcap or sinks. pieces: some queries at a time. auto: the devices' kernel where it fits,
+    else pieces."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it, for memory. none: nothing. dots:
     all of a layer but its products with weights. full: whole layers, for a third more time."""

@@ -39,10 +39,21 @@ def look_of(c: DecoderConfig) -> Look:
     return Look(c.attention_scale, c.attention_softcap)
 
 
-def attend(query: Array, key: Array, value: Array, allowed_BTS: Array, look: Look = PLAIN) -> Array:
-    """softmax(q·kᵀ/√H)·v of T queries [B, T, N, H] over S keys [B, S, K, H] where ``allowed``."""
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    allowed_BTS: Array,
+    look: Look = PLAIN,
+    sink_N: Array | None = None,
+) -> Array:
+    """softmax(q·kᵀ/√H)·v of T queries [B, T, N, H] over S keys [B, S, K, H] where ``allowed``.
+
+    ``sink_N`` is a score that each head's softmax has beside those of the keys, with no value to
+    be read (``attention_sinks``; arXiv:2309.17453).
+    """
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    if not look.softcap:
+    if not look.softcap and sink_N is None:
         mask = allowed_BTS[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=look.scale)
     rows, tokens, heads, size = query.shape
@@ -50,8 +61,26 @@ def attend(query: Array, key: Array, value: Array, allowed_BTS: Array, look: Loo
     found = _product("btkgh,bskh->bkgts", query, key)
     found = capped(found * (look.scale or size**-0.5), look.softcap)
     found = jnp.where(allowed_BTS[:, None, None], found, LOWEST)
-    weight = jax.nn.softmax(found, axis=-1).astype(value.dtype)
+    weight = _softmax(found, sink_N).astype(value.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weight, value).reshape(rows, tokens, heads, size)
+
+
+def _softmax(found: Array, sink_N: Array | None) -> Array:
+    """Of scores [B, K, G, T, S] over their last axis, with a sink or without."""
+    if sink_N is None:
+        return jax.nn.softmax(found, axis=-1)
+    most, rest = _with_sink(found.max(-1, keepdims=True), sink_N)
+    found = jnp.exp(found - most)
+    return found / (found.sum(-1, keepdims=True) + rest)
+
+
+def _with_sink(most: Array, sink_N: Array | None) -> tuple[Array, Array | float]:
+    """(m, exp(sink − m)): the largest score m [B, K, G, …] of each head, its sink among them."""
+    if sink_N is None:
+        return most, 0.0
+    sink = sink_N.astype(most.dtype).reshape(*most.shape[1:3], *(1,) * (most.ndim - 3))
+    most = jax.lax.stop_gradient(jnp.maximum(most, sink))
+    return most, jnp.exp(sink - most)
 
 
 def capped(x: Array, cap: float) -> Array:
@@ -74,6 +103,7 @@ def attend_before(
     segment_BT: Array | None = None,
     window: int | Array = 0,
     look: Look = PLAIN,
+    sink_N: Array | None = None,
 ) -> Array:
     """``attend`` of rows to themselves: a token to the real ones up to it, of its own segment, and
     of the last ``window`` columns alone if that is not 0.
@@ -98,7 +128,7 @@ def attend_before(
         if not isinstance(window, int) or window:
             far = place_T[:, None] - jnp.arange(tokens) >= window
             allowed &= ~far | (jnp.asarray(window) == 0)
-        return attend(query, key, value, allowed, look)
+        return attend(query, key, value, allowed, look, sink_N)
 
     if (pieces := pieces_of(query, tokens)) > 1:
         return _in_pieces(some, query, key, value, pieces)
@@ -151,15 +181,16 @@ def attend_next(
     at: Array,
     window: int = 0,
     look: Look = PLAIN,
+    sink_N: Array | None = None,
 ) -> Array:
     """``attend`` of the next token of B rows, whose keys and values lie in two places.
 
     One softmax over the prompt and the tokens since. Its parts are computed where they lie, none is
     copied to stand beside the other: with m the largest score and z = Σ exp(s − m) of both parts,
-    what a row sees is Σ exp(s − m)·v / z.
+    and of a sink, what a row sees is Σ exp(s − m)·v / z.
 
     Args:
-      query: [B, N, H]; B = Q·n, prompt-major.
+      query: [B, N, H]; B = Q·n, prompt-major; what is returned is as it.
       prompt: keys and values [Q, K, P, H] of the prompts, each one's shared by its n rows; with a
         window of the prompts' last tokens alone, where they have more.
       prompt_mask_QP: 1 on real tokens.
@@ -167,9 +198,6 @@ def attend_next(
         S; what slots of no token hold is not read.
       at: the number of this token: one, or one for each row, [B].
       window: tokens that it looks at, itself among them, at most S; 0: all.
-
-    Returns:
-      [B, N, H], in the query's dtype.
     """
     rows, heads, size = query.shape
     prompts, kv_heads = prompt[0].x.shape[:2]
@@ -198,8 +226,9 @@ def attend_next(
         there &= ago < window
     first, later = jnp.where(real, first, LOWEST), jnp.where(there, later, LOWEST)
     most = jnp.maximum(first.max(-1, keepdims=True), later.max(-1, keepdims=True))
+    most, rest = _with_sink(most, sink_N)
     first, later = jnp.exp(first - most), jnp.exp(later - most)
-    total = first.sum(-1, keepdims=True) + later.sum(-1, keepdims=True)
+    total = first.sum(-1, keepdims=True) + later.sum(-1, keepdims=True) + rest
     seen = of_row(mixed(of_prompt(first), prompt[1], query.dtype))
     seen += mixed(later, since[1], query.dtype)
     return (seen / total).astype(query.dtype).reshape(rows, heads, size)

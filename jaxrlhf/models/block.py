@@ -44,13 +44,13 @@ class Block(nnx.Module):
         x: Array,
         angles: Angles | None,
         rules: Rules,
-        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+        attend: Callable[[Array, Array, Array, Array | None], tuple[Array, Any]],
     ) -> tuple[Array, Any]:
         """x [B, T, D] → the next block's x, and what ``attend`` has to remember.
 
         Args:
-          attend: query [B, T, N, H], key and value [B, T, K, H] → what the queries see
-            [B, T, N, H], and keys and values to be kept, if any.
+          attend: query [B, T, N, H], key and value [B, T, K, H], and the heads' sinks [N] or None
+            → what the queries see [B, T, N, H], and keys and values to be kept, if any.
         """
 
         def normed(name: str, x: Array) -> Array:
@@ -60,7 +60,7 @@ class Block(nnx.Module):
             return x + (change if self.multiplier == 1 else self.multiplier * change)
 
         read = normed("attention_norm", x)
-        mixed, kept = attend(*self.attention.project(read, angles, rules))
+        mixed, kept = attend(*self.attention.project(read, angles, rules), self.attention.sink())
         change = normed("attention_out_norm", self.attention.o(mixed))
         if self.serial:
             x = plus(x, change)

@@ -185,6 +185,7 @@ def step(
             query: Array,
             key: Array,
             value: Array,
+            sink_N: Array | None,
             caches: list[Layer] = caches,
             window: int = found.all[which].window,
         ) -> tuple[Array, Any]:
@@ -195,8 +196,8 @@ def step(
                 write(keys, jnp.swapaxes(key, 1, 2), at),
                 write(values, jnp.swapaxes(value, 1, 2), at),
             )
-            seen = attend_next(query[:, 0], prompt, prompts.mask_QP, since, at, window, look)
-            return seen[:, None], since
+            there = prompt, prompts.mask_QP, since, at
+            return attend_next(query[:, 0], *there, window, look, sink_N)[:, None], since
 
         with exact(model.dtype):
             x, both = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)

@@ -19,7 +19,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, platform, row_shards, spec
 from jaxrlhf.models.grouped import grouped
-from jaxrlhf.models.layers import ACTIVATIONS, Linear, exact, normal
+from jaxrlhf.models.layers import Linear, exact, gated, normal
 from jaxrlhf.models.quantise import made
 
 
@@ -33,12 +33,26 @@ class Routed(NamedTuple):
 
 
 class Expert(nnx.Module):
-    """One linear map of each expert, [E, in, out]."""
+    """One linear map of each expert, [E, in, out], with a bias or without."""
 
-    def __init__(self, experts: int, ins: dict[str, int], outs: dict[str, int], rngs: nnx.Rngs):
+    def __init__(
+        self, experts: int, ins: dict[str, int], outs: dict[str, int], rngs: nnx.Rngs, bias: bool
+    ):
         shape = (experts, *ins.values(), *outs.values())
         inputs = next(iter(ins.values()))
         self.kernel = nnx.Param(normal(rngs, shape, inputs), axes=("experts", *ins, *outs))
+        if bias:
+            zeros = jnp.zeros((experts, *outs.values()), jnp.float32)
+            self.bias = nnx.Param(zeros, axes=("experts", *outs))
+
+    def read(self, dtype: Any) -> tuple[Array, Array | None]:
+        """Kernel, and bias if there is one, in a compute dtype."""
+        bias = self.bias[...].astype(dtype) if hasattr(self, "bias") else None
+        return made(self.kernel.get_value(), dtype), bias
+
+
+Maps = tuple[tuple[Array, Array | None], ...]
+"""Kernel and bias of each of gate, up and down."""
 
 
 class Experts(nnx.Module):
@@ -54,11 +68,11 @@ class Experts(nnx.Module):
             )
         self.moe, self.activation = c.moe, c.activation
         embed, hidden = {"expert_embed": c.embed}, {"mlp": c.mlp}
-        count = c.moe.experts
-        self.router = Linear("router", {"embed": c.embed}, {"router": count}, rngs, None)
-        self.gate = Expert(count, embed, hidden, rngs)
-        self.up = Expert(count, embed, hidden, rngs)
-        self.down = Expert(count, hidden, embed, rngs)
+        count, bias = c.moe.experts, c.mlp_bias
+        self.router = Linear("router", {"embed": c.embed}, {"router": count}, rngs, None, bias)
+        self.gate = Expert(count, embed, hidden, rngs, bias)
+        self.up = Expert(count, embed, hidden, rngs, bias)
+        self.down = Expert(count, hidden, embed, rngs, bias)
 
     def route(self, x: Array) -> Routed:
         """The k likeliest experts of softmax(x·W), with their probabilities, which are made to add
@@ -72,33 +86,37 @@ class Experts(nnx.Module):
     def __call__(self, x: Array, rules: Rules) -> Array:
         """x [B, T, D] → [B, T, D]."""
         parts = self.gate, self.up, self.down
-        kernels = [made(part.kernel.get_value(), x.dtype) for part in parts]
-        given = (x, *self.route(x), *kernels)
+        maps = tuple(part.read(x.dtype) for part in parts)
+        given = (x, *self.route(x))
         where = platform()
         if jax.sharding.get_abstract_mesh().empty:
-            return self._some(*given, first=0, where=where)
-        rows, inner, outer = (
-            ("batch", "length", None),
-            ("experts", None, "mlp"),
-            ("experts", "mlp", None),
+            return self._some(*given, maps, first=0, where=where)
+        rows = spec(("batch", "length", None), rules)
+        inner, outer = (
+            (spec(("experts", *kernel), rules), None if bias is None else spec(end, rules))
+            for kernel, end, bias in (
+                ((None, "mlp"), ("experts", "mlp"), maps[0][1]),
+                (("mlp", None), ("experts", None), maps[2][1]),
+            )
         )
         mapped = jax.shard_map(
             partial(self._on_device, where),
-            in_specs=tuple(spec(axes, rules) for axes in (rows, rows, rows, inner, inner, outer)),
-            out_specs=spec(rows, rules),
+            in_specs=(rows, rows, rows, (inner, inner, outer)),
+            out_specs=rows,
             check_vma=False,
         )
         lacks = -x.shape[0] % row_shards(rules)
-        padded = (jnp.pad(y, ((0, lacks), (0, 0), (0, 0))) for y in given[:3])
-        return mapped(*padded, *given[3:])[: x.shape[0]]
+        padded = (jnp.pad(y, ((0, lacks), (0, 0), (0, 0))) for y in given)
+        return mapped(*padded, maps)[: x.shape[0]]
 
-    def _on_device(
-        self, where: str, x: Array, expert: Array, weight: Array, *kernels: Array
-    ) -> Array:
+    def _on_device(self, where: str, x: Array, expert: Array, weight: Array, maps: Maps) -> Array:
         """A device's rows: what all experts add to them, those of other devices too."""
         every = (jax.lax.all_gather(y, "expert", axis=0, tiled=True) for y in (x, expert, weight))
-        first = jax.lax.axis_index("expert") * kernels[0].shape[0]
-        added = self._some(*every, *kernels, first=first, where=where)
+        gate, up, (down, bias) = maps
+        first = jax.lax.axis_index("expert") * down.shape[0]
+        if bias is not None:  # of sums over the devices it is a part once
+            bias = jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0)
+        added = self._some(*every, (gate, up, (down, bias)), first=first, where=where)
         # Of the hidden axis a device has its share, as of any MLP.
         added = jax.lax.psum(added, "tensor")
         return jax.lax.psum_scatter(added, "expert", scatter_dimension=0, tiled=True)
@@ -108,29 +126,34 @@ class Experts(nnx.Module):
         x: Array,
         expert: Array,
         weight: Array,
-        gate: Array,
-        up: Array,
-        down: Array,
+        maps: Maps,
         first: Any,
         where: str,
     ) -> Array:
         """What the experts ``first`` … first + E − 1, whose weights are given, add to tokens."""
-        count, chosen = gate.shape[0], expert.shape[-1]
+        gate, up, down = maps
+        count, chosen = gate[0].shape[0], expert.shape[-1]
         tokens = x.reshape(-1, x.shape[-1])
         number = expert.reshape(-1) - first
         number = jnp.where((number >= 0) & (number < count), number, count)
         order = jnp.argsort(number, stable=True)
         sizes = jnp.bincount(number, length=count + 1)[:count].astype(jnp.int32)
 
-        def product(rows: Array, kernel: Array) -> Array:
+        def product(rows: Array, kernel: Array, bias: Array | None) -> Array:
             # Rows after the last group are those of other devices' experts; of them it makes zeros.
             expected = -(-len(rows) * count // self.moe.experts)
-            return grouped(where, rows, kernel, sizes, expected)
+            y = grouped(where, rows, kernel, sizes, expected)
+            if bias is None:
+                return y
+            # In float32, in which its gradient is then a sum over the rows of an expert.
+            each = bias.astype(jnp.float32).at[number[order]]
+            added = each.get(mode="fill", fill_value=0, indices_are_sorted=True)
+            return (y + added).astype(rows.dtype)
 
         rows = tokens[order // chosen]
-        wide = ACTIVATIONS[self.activation](product(rows, gate)) * product(rows, up)
+        wide = gated(self.activation, product(rows, *gate), product(rows, *up))
         # Each token's own, side by side again: taken, not added up, so that no order matters.
-        back = product(wide, down)[jnp.argsort(order)].reshape(len(tokens), chosen, -1)
+        back = product(wide, *down)[jnp.argsort(order)].reshape(len(tokens), chosen, -1)
         with exact(x.dtype):
             share = weight.reshape(len(tokens), chosen).astype(x.dtype)
             added = jnp.einsum("mk,mkd->md", share, back, preferred_element_type=jnp.float32)

@@ -51,6 +51,7 @@ def choose(
         "head_dim": f"heads are of {decoder.head_dim}: it takes multiples of 64, cudnn of 8 to 128",
         "packed": "cudnn takes no packed rows (data.packing)",
         "softcap": "cudnn has no cap of scores (attention_softcap)",
+        "sinks": "cudnn, as JAX calls it, has no sinks (attention_sinks)",
     }
     size, cudnn = decoder.head_dim, fitting == "cudnn"
     fits = {
@@ -60,6 +61,7 @@ def choose(
         "head_dim": (size % 8 == 0 and size <= 128) if cudnn else size % 64 == 0,
         "packed": not (packed and cudnn),
         "softcap": not (decoder.attention_softcap and cudnn),
+        "sinks": not (decoder.attention_sinks and cudnn),
     }
     if wanted == "pieces" or (wanted == "auto" and not all(fits.values())):
         return "pieces"
@@ -97,18 +99,20 @@ def attend_rows(
     value: Array,
     mask_BT: Array,
     segment_BT: Array | None,
+    sink_N: Array | None = None,
 ) -> Array:
     """``attend_before`` by ``kernel``, of a layer of the decoder's kind number ``which``."""
     windows, look = [kind.window for kind in kinds(decoder).all], look_of(decoder)
     distinct = sorted(set(windows))
     if kernel == "pieces":
         window = jnp.array(windows)[which] if len(distinct) > 1 else distinct[0]
-        return attend_before(query, key, value, mask_BT, segment_BT, window, look)
+        return attend_before(query, key, value, mask_BT, segment_BT, window, look, sink_N)
 
     def through(window: int) -> Any:
         if kernel == "cudnn":
             return partial(attend_cudnn, window=window, look=look)
-        return partial(attend_splash, segment_BT=segment_BT, window=window, look=look)
+        how = {"segment_BT": segment_BT, "window": window, "look": look, "sink_N": sink_N}
+        return partial(attend_splash, **how)
 
     if len(distinct) == 1:
         return through(distinct[0])(query, key, value, mask_BT)
@@ -153,24 +157,29 @@ def attend_splash(
     segment_BT: Array | None = None,
     window: int = 0,
     look: Look = PLAIN,
+    sink_N: Array | None = None,
 ) -> Array:
     """``attend_before`` by splash attention. Padding is a segment of its own, number 0."""
     tokens = query.shape[1]
     segment_BT = jnp.where(mask_BT != 0, 1 if segment_BT is None else segment_BT + 1, 0)
 
-    def device(query: Array, key: Array, value: Array, segment: Array) -> Array:
+    def device(
+        query: Array, key: Array, value: Array, segment: Array, sink: Array | None = None
+    ) -> Array:
         kernel = _splash_kernel(query.shape[1], query.shape[2], window, look.softcap)
 
         def row(query: Array, key: Array, value: Array, segment: Array) -> Array:
             query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
             ids = splash.SegmentIds(segment, segment)
-            return jnp.swapaxes(kernel(query, key, value, segment_ids=ids), 0, 1)
+            return jnp.swapaxes(kernel(query, key, value, ids, sink), 0, 1)
 
         scaled = (query * (look.scale or query.shape[-1] ** -0.5)).astype(query.dtype)
         return jax.vmap(row)(scaled, key, value, segment[:, :, 0, 0])
 
     given = (_wide(x, TILES[-1]) for x in (query, key, value, segment_BT[:, :, None, None]))
-    return _on_each_device(device, *given)[:, :tokens]
+    # In the dtype of the rest, as the kernel's gradient of it is.
+    sinks = () if sink_N is None else (sink_N.astype(query.dtype),)
+    return _on_each_device(device, *given, *sinks)[:, :tokens]
 
 
 def _splash_kernel(tokens: int, heads: int, window: int, softcap: float) -> Any:
@@ -195,14 +204,17 @@ def _wide(x: Array, multiple: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _on_each_device(attend: Any, query: Array, key: Array, value: Array, rows: Array) -> Array:
+def _on_each_device(
+    attend: Any, query: Array, key: Array, value: Array, rows: Array, *heads: Array
+) -> Array:
     """``attend`` of each device's rows and heads: of a kernel XLA knows no parts.
 
     Args:
       rows: [B, T, 1, 1], what is known of the rows' tokens.
+      heads: [N] each, numbers of the query heads.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return attend(query, key, value, rows)
+        return attend(query, key, value, rows, *heads)
     lacks = -query.shape[0] % row_shards()
 
     def even(x: Array) -> Array:
@@ -210,8 +222,11 @@ def _on_each_device(attend: Any, query: Array, key: Array, value: Array, rows: A
 
     mapped = jax.shard_map(
         attend,
-        in_specs=(spec(QUERIES), spec(KEYS), spec(KEYS), spec(("batch", None, None, None))),
+        in_specs=(
+            *(spec(axes) for axes in (QUERIES, KEYS, KEYS, ("batch", None, None, None))),
+            *(spec(("heads",)) for _ in heads),
+        ),
         out_specs=spec(QUERIES),
         check_vma=False,
     )
-    return mapped(*map(even, (query, key, value, rows)))[: query.shape[0]]
+    return mapped(*map(even, (query, key, value, rows)), *heads)[: query.shape[0]]

@@ -194,6 +194,12 @@ class Attention(nnx.Module):
             each = {"head_dim": c.head_dim}
             self.q_norm = Norm(query if c.qk_norm_all else each, c)
             self.k_norm = Norm(key if c.qk_norm_all else each, c)
+        if c.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros(c.heads, jnp.float32), axes=("heads",))
+
+    def sink(self) -> Array | None:
+        """The score of nothing that each head has, [N], if the decoder has them."""
+        return self.sinks[...] if hasattr(self, "sinks") else None
 
     def project(self, x: Array, angles: Angles | None, rules: Rules) -> tuple[Array, Array, Array]:
         """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated by ``angles``."""
@@ -219,7 +225,18 @@ ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
 }
-"""``DecoderConfig.activation`` → the function."""
+"""``DecoderConfig.activation`` → the function, but for clamped, which is of two arrays."""
+
+CLAMP, SLOPE = 7.0, 1.702
+"""gpt-oss's."""
+
+
+def gated(activation: str, gate: Array, up: Array) -> Array:
+    """act(gate) · up; see ``DecoderConfig.activation``."""
+    if activation != "clamped":
+        return ACTIVATIONS[activation](gate) * up
+    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    return gate * jax.nn.sigmoid(SLOPE * gate) * (up + 1)
 
 
 class MLP(nnx.Module):
@@ -240,14 +257,13 @@ class MLP(nnx.Module):
         self.down = Linear("down", hidden, embed, rngs, lora, c.mlp_bias)
 
     def __call__(self, x: Array, rules: Rules) -> Array:
-        act = ACTIVATIONS[self.activation]
         if hasattr(self, "gate_up"):
             both = self.gate_up(x)
-            wide = act(both[..., 0, :]) * both[..., 1, :]
+            wide = gated(self.activation, both[..., 0, :], both[..., 1, :])
         elif hasattr(self, "gate"):
-            wide = act(self.gate(x)) * self.up(x)
+            wide = gated(self.activation, self.gate(x), self.up(x))
         else:
-            wide = act(self.up(x))
+            wide = ACTIVATIONS[self.activation](self.up(x))
         return self.down(constrain(wide, ("batch", "length", "mlp"), rules))
 
 

@@ -9,6 +9,7 @@ Adapters (LoRA) are a tree of their own beside it; with and without them is the 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -165,26 +166,18 @@ class Model:
         check_tree(layers, declared.shapes, "layers")
         outer, which_L = self.outer(params), jnp.array(kinds(self.decoder).of_layer)
         kernel = choose(self.attention, self.decoder, self.dtype, segment_BT is not None)
-        back_BT = None
-        if kernel == "cudnn":
-            order_BT, back_BT = real_first(attention_mask_BT)
-            token_BT, attention_mask_BT = (
-                reorder(x, order_BT) for x in (token_BT, attention_mask_BT)
-            )
+        token_BT, attention_mask_BT, in_place = _in_order(kernel, token_BT, attention_mask_BT)
         position_BT = positions(attention_mask_BT, segment_BT)
         x = outer.embed(token_BT, position_BT, self.dtype)
         x = constrain(x, ("batch", "length", "activation"))
         angles = angles_by_kind(position_BT, self.decoder)
 
-        def in_place(x: Array) -> Array:
-            return x if back_BT is None else reorder(x, back_BT)
-
         def layer(x: Array, item: tuple[Params, Array]) -> tuple[Array, Any]:
             weights, which = item
 
-            def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+            def attend(query: Array, key: Array, value: Array, sink_N: Any) -> tuple[Array, Any]:
                 kept = tuple(map(_laid_out, map(in_place, (key, value)))) if keep else None
-                given = query, key, value, attention_mask_BT, segment_BT
+                given = query, key, value, attention_mask_BT, segment_BT, sink_N
                 return attend_rows(kernel, self.decoder, which, *given), kept
 
             module = nnx.merge(declared.graph, self.cast(weights))
@@ -221,6 +214,17 @@ class Model:
         declared = ends(self.decoder, "head" in params)
         check_tree(outer, declared.shapes, "params")
         return nnx.merge(declared.graph, outer)
+
+
+def _in_order(
+    kernel: AttentionKernel, token_BT: Array, mask_BT: Array
+) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Rows as a kernel takes them, and what puts columns back where they were."""
+    if kernel != "cudnn":
+        return token_BT, mask_BT, lambda x: x
+    order_BT, back_BT = real_first(mask_BT)
+    token_BT, mask_BT = (reorder(x, order_BT) for x in (token_BT, mask_BT))
+    return token_BT, mask_BT, lambda x: reorder(x, back_BT)
 
 
 def _laid_out(x: Array) -> Array:

@@ -262,11 +262,11 @@ def keep_state_in(dtype: str, tx: optax.GradientTransformation) -> optax.Gradien
 
 
 def decays(params: Params) -> Any:
-    """True for the weights that decay: not for norms, biases and heads."""
+    """True for the weights that decay: not for norms, biases, sinks and heads."""
 
     def leaf(path: Any, _: Any) -> bool:
         names = [getattr(entry, "key", "") for entry in path]
-        return "head" not in names and names[-1] not in ("scale", "bias")
+        return "head" not in names and names[-1] not in ("scale", "bias", "sinks")
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 

@@ -3,6 +3,7 @@ holds no more scores than it may."""
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ QUERY, KEY, VALUE, GRADIENT = (
 )
 MASK = np.ones((B, T), np.int32)
 MASK[0, :3] = MASK[1, 9:] = 0  # padded on the left, on the right
+SINK = np.array([0.5, -1, 2, 0], np.float32)
 SEGMENT = jnp.array([[0] * 3 + [1] * 4 + [2] * 6, [1] * 2 + [2] * 7 + [0] * 4])
 
 
-def by_hand(query, key, value, seen):
+def by_hand(query, key, value, seen, sink=None):
     """One query at a time, in float64, over the keys ``seen(b, t)``; 0 where no real token asks."""
     out = np.zeros((B, T, N, H))
     for b, t, n in np.ndindex(B, T, N):
@@ -33,7 +35,8 @@ def by_hand(query, key, value, seen):
             at, k = seen(b, t), n // (N // K)
             score = key[b, at, k].astype(np.float64) @ query[b, t, n] / np.sqrt(H)
             weight = np.exp(score - score.max())
-            out[b, t, n] = weight @ value[b, at, k] / weight.sum()
+            rest = 0 if sink is None else np.exp(sink[n] - score.max())
+            out[b, t, n] = weight @ value[b, at, k] / (weight.sum() + rest)
     return out
 
 
@@ -67,6 +70,19 @@ def test_attend_before_by_hand(segment):
     np.testing.assert_allclose(found, by_hand(QUERY, KEY, VALUE, seen), atol=1e-5)
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_sinks_by_hand(pieces, monkeypatch):
+    """A score of each head's own, which no value belongs to."""
+    monkeypatch.setattr(attention, "SCORES_A_DEVICE", math.ceil(B * N * T * T / pieces))
+
+    def seen(b, t):
+        return np.flatnonzero((MASK[b] != 0) & (np.arange(T) <= t))
+
+    found = jax.jit(partial(attend_before, sink_N=SINK))(QUERY, KEY, VALUE, MASK)
+    found = np.where(MASK[..., None, None] != 0, found, 0)
+    np.testing.assert_allclose(found, by_hand(QUERY, KEY, VALUE, seen, SINK), atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [None, (1, 1, 1, 8), (1, 2, 2, 2)], ids=str)
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_attend_before_in_pieces_and_on_meshes(sizes, pieces, monkeypatch):
@@ -79,9 +95,10 @@ def test_attend_before_in_pieces_and_on_meshes(sizes, pieces, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), found, expected)
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("at", [0, 5])
-def test_attend_next_by_hand(samples, at):
+@pytest.mark.parametrize(
+    ("samples", "at", "sink"), [(1, 0, None), (1, 5, None), (3, 0, SINK), (3, 5, None)]
+)
+def test_attend_next_by_hand(samples, at, sink):
     """Prompts of unequal length, shared by their samples; slots after ``at`` hold garbage."""
     rng = np.random.default_rng(1)
     rows, slots, width = B * samples, 7, T
@@ -94,7 +111,7 @@ def test_attend_next_by_hand(samples, at):
     for x in since:
         x[:, :, at + 1 :] *= 1e3
     kept = [tuple(Stored(x, None) for x in layer) for layer in (prompt, since)]
-    found = jax.jit(attend_next)(query, kept[0], MASK, kept[1], at)
+    found = jax.jit(partial(attend_next, sink_N=sink))(query, kept[0], MASK, kept[1], at)
     for b, n in np.ndindex(rows, N):
         q, k = b // samples, n // (N // K)
         real = MASK[q] != 0
@@ -104,7 +121,8 @@ def test_attend_next_by_hand(samples, at):
         )
         score = keys @ query[b, n] / np.sqrt(H)
         weight = np.exp(score - score.max())
-        np.testing.assert_allclose(found[b, n], weight @ values / weight.sum(), atol=1e-5)
+        total = weight.sum() + (0 if sink is None else np.exp(sink[n] - score.max()))
+        np.testing.assert_allclose(found[b, n], weight @ values / total, atol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 100])

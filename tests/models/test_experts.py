@@ -25,9 +25,13 @@ MESHES = [
 ]
 
 
+GPT_OSS = {"mlp_bias": True, "activation": "clamped", "attention_sinks": True, "windows": (4, 0)}
+
+
 @pytest.fixture(scope="module")
 def mixture(decoder):
-    return Model(replace(decoder, moe=MoeConfig(experts=8, per_token=3), mlp=16))
+    """With all that a mixture can have, as gpt-oss."""
+    return Model(replace(decoder, moe=MoeConfig(experts=8, per_token=3), mlp=16, **GPT_OSS))
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +39,45 @@ def weights(mixture, random_weights):
     return random_weights(mixture.shapes(), 3)
 
 
-def by_hand(layer, x, moe):
+def by_hand(layer, x, decoder):
     """Each token through each expert that it takes, one after the other."""
     kernel = {name: np.asarray(part["kernel"], np.float64) for name, part in layer.items()}
+    bias = {name: np.asarray(part.get("bias", np.zeros(99))) for name, part in layer.items()}
+    moe, clamped = decoder.moe, decoder.activation == "clamped"
     out = np.zeros_like(x)
     for place in np.ndindex(x.shape[:2]):
-        logits = x[place] @ kernel["router"]
+        logits = x[place] @ kernel["router"] + bias["router"][: moe.experts]
         chance = np.exp(logits - logits.max())
         chance /= chance.sum()
         taken = np.argsort(-chance)[: moe.per_token]
         share = chance[taken] / (chance[taken].sum() if moe.normalise else 1)
         for expert, part in zip(taken, share, strict=True):
-            gate = x[place] @ kernel["gate"][expert]
-            wide = gate / (1 + np.exp(-gate)) * (x[place] @ kernel["up"][expert])
-            out[place] += part * (wide @ kernel["down"][expert])
+            gate, up = (
+                x[place] @ kernel[name][expert] + bias[name][expert] for name in ("gate", "up")
+            )
+            if clamped:
+                gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+                wide = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+            else:
+                wide = gate / (1 + np.exp(-gate)) * up
+            out[place] += part * (wide @ kernel["down"][expert] + bias["down"][expert])
     return out
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_experts_by_hand(mixture, weights, normalise):
-    moe = replace(mixture.decoder.moe, normalise=normalise)
+@pytest.mark.parametrize("activation", ["silu", "clamped"])
+def test_experts_by_hand(mixture, weights, normalise, activation):
+    """Of gpt-oss with numbers that are clamped, and without biases."""
+    moe, ours = replace(mixture.decoder.moe, normalise=normalise), activation == "clamped"
+    decoder = replace(mixture.decoder, moe=moe, activation=activation, mlp_bias=ours)
     layer = jax.tree.map(lambda x: x[0], weights["layers"]["mlp"])
-    graph, _ = nnx.split(Experts(replace(mixture.decoder, moe=moe), nnx.Rngs(0), None))
-    x = np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)
+    if not ours:
+        layer = {name: {"kernel": part["kernel"]} for name, part in layer.items()}
+    graph, _ = nnx.split(Experts(decoder, nnx.Rngs(0), None))
+    x = 4 * np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)
+    assert np.abs(x @ np.asarray(layer["gate"]["kernel"][0])).max() > 7
     found = nnx.merge(graph, layer)(jnp.asarray(x), RULES)
-    np.testing.assert_allclose(found, by_hand(layer, x, moe), atol=1e-5)
+    np.testing.assert_allclose(found, by_hand(layer, x, decoder), rtol=1e-5, atol=2e-5)
 
 
 def test_a_token_at_a_time_equals_all_at_once(mixture, weights):

@@ -81,6 +81,24 @@ def test_kernels_equal_pieces(form, config, on_cpu):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
+@pytest.mark.parametrize("config", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+def test_sinks_of_splash_equal_those_in_pieces(config, on_cpu):
+    """And their gradient, which adds up over rows and tokens."""
+    sink = jnp.array([1.0, -2.0, 3.0, 0.5])
+
+    def slope(attend, sink):
+        def total(sink):
+            seen = attend(QUERY, KEY, VALUE, MASK, sink_N=sink) * MASK[:, :, None, None]
+            return (seen * SLOPE).sum(), seen
+
+        return jax.jit(jax.grad(total, has_aux=True))(sink)
+
+    expected = slope(attend_before, sink)
+    with jax.set_mesh(make_mesh(config or MeshConfig(), None if config else jax.devices()[:1])):
+        found = slope(attend_splash, sink)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected)
+
+
 @pytest.mark.parametrize(
     ("kernel", "features"),
     [
@@ -181,3 +199,13 @@ def test_choose_refuses_what_does_not(wanted, kind, dtype, size, packed, why, de
     monkeypatch.setattr(kernels, "device_kind", lambda: kind)
     with pytest.raises(InputError, match=f"model.attention={wanted}: .*{why}.*: set auto or"):
         choose(wanted, replace(decoder, head_dim=size), dtype, packed)
+
+
+def test_sinks_are_not_for_cudnn(decoder, monkeypatch):
+    sinks = replace(decoder, head_dim=128, attention_sinks=True)
+    for kind, kernel in ((H100, "pieces"), (V5E, "splash")):
+        monkeypatch.setattr(kernels, "device_kind", lambda kind=kind: kind)
+        assert choose("auto", sinks, "bfloat16", packed=False) == kernel
+    monkeypatch.setattr(kernels, "device_kind", lambda: H100)
+    with pytest.raises(InputError, match=r"has no sinks \(attention_sinks\): set auto or pieces"):
+        choose("cudnn", sinks, "bfloat16", packed=False)
