@@ -27,6 +27,7 @@ from jaxrlhf.models.hf_config import (
     read_object,
     write_config,
 )
+from jaxrlhf.models.mxfp4 import BLOCK, Packed, whole_shape
 from jaxrlhf.models.source import Later, Source, dtype_of, weight_reader
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 Stored = Callable[[dict[str, Any], names.Tensor], np.ndarray]
 """Leaves by path and a tensor of a file → what the file holds."""
 
-_DTYPES = ("F32", "BF16", "F16")
+_DTYPES = ("F32", "BF16", "F16", "MXFP4")
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}
 """numpy's name of a dtype → that of safetensors."""
 
@@ -58,8 +59,8 @@ def read_hf(
     """Reads a causal language model of one of ``families``, or a reward model on its trunk.
 
     The folder holds ``config.json`` and ``model.safetensors``, or shards of it with
-    ``model.safetensors.index.json``, in float32, bfloat16 or float16. Tensors are converted one by
-    one, so the peak is about one float32 copy of the model; ``open_hf`` makes none.
+    ``model.safetensors.index.json``, in float32, bfloat16, float16 or MXFP4. Tensors are converted
+    one by one, so the peak is about one float32 copy of the model; ``open_hf`` makes none.
 
     Args:
       head: read a …ForSequenceClassification with one label: parameters with the scalar head and
@@ -80,7 +81,8 @@ def open_hf(folder: str | os.PathLike[str], head: bool = False) -> Source:
     """As ``read_hf``, but all that is read is what the files say of their tensors."""
     folder = Path(folder)
     decoder = read_config(folder / "config.json", head)
-    entries = _entries(folder)
+    held_as = _entries(folder)
+    entries = _unpacked(folder, held_as)
     _check(folder, decoder, entries, head)
     files, naming, held = Files(folder), naming_of(decoder), {}
     for tensor in names.tensors(decoder, naming, head):
@@ -88,10 +90,13 @@ def open_hf(folder: str | os.PathLike[str], head: bool = False) -> Source:
             held.setdefault(weight.path, set()).add(entries[tensor.name].dtype)
 
     def find(tensor: names.Tensor) -> Any:
+        if entries[tensor.name].dtype == "MXFP4":
+            both = (f"{tensor.name}{end}" for end in PACKED)
+            return Packed(*(files.tensor(name, held_as[name]) for name in both))
         return files.tensor(tensor.name, entries[tensor.name])
 
     def kept(weight: names.Weight) -> str:
-        return "bfloat16" if held[weight.path] == {"BF16"} else "float32"
+        return "bfloat16" if held[weight.path] <= {"BF16", "MXFP4"} else "float32"
 
     read = weight_reader(decoder, naming, find, head)
     bias = read_bias(folder / "config.json") if head else 0.0
@@ -125,8 +130,29 @@ class Files:
                 self.opened, self.read = {}, 0
             if entry.file not in self.opened:
                 self.opened[entry.file] = safe_open(entry.file, "numpy")
-            self.read += prod(entry.shape) * (4 if entry.dtype == "F32" else 2)
+            self.read += prod(entry.shape) * {"F32": 4, "U8": 1}.get(entry.dtype, 2)
             return self.opened[entry.file].get_slice(name)
+
+
+PACKED = ("_blocks", "_scales")
+"""Ends of the names of the two tensors that one in MXFP4 is."""
+
+
+def _unpacked(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The same, with what is in MXFP4 under its own name and in its own shape."""
+    found = dict(entries)
+    for name in [name.removesuffix(PACKED[0]) for name in entries if name.endswith(PACKED[0])]:
+        if f"{name}{PACKED[1]}" not in found:
+            raise InputError(f"{folder}: tensor {name}{PACKED[1]} is missing; download it again")
+        blocks, scales = (found.pop(f"{name}{end}") for end in PACKED)
+        shapes = (*scales.shape, BLOCK // 2), {blocks.dtype, scales.dtype}
+        if shapes != (blocks.shape, {"U8"}) or len(blocks.shape) != 4:
+            raise InputError(
+                f"{folder}: {name} is no MXFP4: blocks {list(blocks.shape)} {blocks.dtype}, scales "
+                f"{list(scales.shape)} {scales.dtype}; download it again"
+            )
+        found[name] = Entry(blocks.file, whole_shape(blocks.shape), "MXFP4")
+    return found
 
 
 def _entries(folder: Path) -> dict[str, Entry]:

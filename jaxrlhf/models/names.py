@@ -26,7 +26,7 @@ class Weight(NamedTuple):
     stored: tuple[int, ...]
     """In files."""
     experts: int = 0
-    """Of a mixture: so many of this shape, stacked; files have each apart."""
+    """Of a mixture: so many of this shape, stacked; most files have each apart."""
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -42,6 +42,11 @@ class Weight(NamedTuple):
         """What has a name in files: "attention/q" of "layers/attention/q/bias"."""
         path = self.path.removeprefix("layers/")
         return path if path.startswith("embed/") else path.rpartition("/")[0]
+
+    @property
+    def leaf(self) -> str:
+        """ "attention/q/bias" of "layers/attention/q/bias"."""
+        return self.path.removeprefix("layers/")
 
 
 def weights(c: DecoderConfig, head: bool = False) -> list[Weight]:
@@ -65,20 +70,22 @@ def weights(c: DecoderConfig, head: bool = False) -> list[Weight]:
     ) -> None:
         found.append(Weight(f"{path}/kernel", ins + outs, (prod(outs), prod(ins)), experts))
         if bias:
-            found.append(Weight(f"{path}/bias", outs, (prod(outs),)))
+            found.append(Weight(f"{path}/bias", outs, (prod(outs),), experts))
 
     attention, mlp = "layers/attention", "layers/mlp"
     norm("layers/attention_norm", D, before)
     for name, outs in (("q", N), ("k", K), ("v", K)):
         linear(f"{attention}/{name}", D, outs, c.qkv_bias)
     linear(f"{attention}/o", N, D, c.o_bias)
+    if c.attention_sinks:
+        found.append(Weight(f"{attention}/sinks", (c.heads,), (c.heads,)))
     for name, outs in (("q_norm", N), ("k_norm", K)):
         over = outs if c.qk_norm_all else H
         norm(f"{attention}/{name}", over, c.qk_norm or c.qk_norm_all, False)
     norm("layers/attention_out_norm", D, after)
     norm("layers/mlp_norm", D, before and c.block != "one_norm")
     if experts:
-        linear(f"{mlp}/router", D, (experts,))
+        linear(f"{mlp}/router", D, (experts,), c.mlp_bias)
     for name in ("gate", "up")[not c.gated :]:
         linear(f"{mlp}/{name}", D, F, c.mlp_bias, experts)
     linear(f"{mlp}/down", F, D, c.mlp_bias, experts)
@@ -97,16 +104,28 @@ class Naming(NamedTuple):
     layer: str
     """Before the names of a layer's; ``{}`` is its number."""
     names: Mapping[str, str]
-    """``Weight.module`` → name, to which ".weight" or ".bias" is added; ``{}`` is an expert's
-    number."""
+    """``Weight.module`` → name, to which ".weight" or ".bias" is added, or ``Weight.leaf`` → the
+    whole name; ``{}`` is an expert's number."""
     fused: Mapping[str, tuple[str, ...]] = {}
-    """Name → the modules of a layer that stand in one tensor under it, one after the other."""
+    """Name → the modules or leaves of a layer that stand in one tensor under it, one after the
+    other."""
     by_head: bool = False
     """What is fused is so within each head (GPT-NeoX)."""
     transposed: bool = False
     """Linear maps of layers are [in, out] (GPT-2)."""
     neighbours: bool = False
     """Rotated pairs are (0, 1), (2, 3), … of a head, not (i, i + half) (GLM-4, GGUF)."""
+    experts_as_one: bool = False
+    """A layer's experts stand in one tensor, each [in, out]; what is fused in it takes turns, one
+    output each (gpt-oss)."""
+
+    def turned(self, weight: Weight) -> bool:
+        """Whether a linear map is [in, out]."""
+        return (self.transposed and weight.stacked) or self.as_one(weight)
+
+    def as_one(self, weight: Weight) -> bool:
+        """Whether a weight is one of many in its tensor, as those of other experts are."""
+        return self.experts_as_one and weight.experts > 0
 
 
 class Tensor(NamedTuple):
@@ -115,7 +134,8 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     parts: tuple[tuple[Weight, tuple[int, ...]], ...]
-    """The weights in it, each with its layer (0 where there is none) and its expert, if any."""
+    """The weights in it, each with its layer (0 where there is none) and its expert, if it is one's
+    alone."""
 
 
 def tensors(c: DecoderConfig, naming: Naming, head: bool = False) -> list[Tensor]:
@@ -126,33 +146,44 @@ def tensors(c: DecoderConfig, naming: Naming, head: bool = False) -> list[Tensor
     listed = []
     for weight in found:
         *_, leaf = weight.path.rpartition("/")
-        kind = "bias" if leaf == "bias" else "weight"
-        if weight.module not in together:
-            name, parts = naming.names[weight.module], (weight,)
+        module = weight.leaf if weight.leaf in {**naming.names, **together} else weight.module
+        end = ".bias" if leaf == "bias" else ".weight"
+        if module != weight.module:
+            end = ""
+        if module not in together:
+            name, parts = naming.names[module], (weight,)
         else:
-            name, modules = together[weight.module]
-            if weight.module != modules[0]:
+            name, modules = together[module]
+            if module != modules[0]:
                 continue
-            parts = tuple(by_path[f"layers/{module}/{leaf}"] for module in modules)
+            paths = (f"layers/{x}/{leaf}" if end else f"layers/{x}" for x in modules)
+            parts = tuple(by_path[path] for path in paths)
         shape = (sum(part.stored[0] for part in parts), *weight.stored[1:])
-        if naming.transposed and weight.stacked:
-            shape = shape[::-1]
+        shape = shape[::-1] if naming.turned(weight) else shape
+        apart = weight.experts if not naming.as_one(weight) else 0
+        shape = shape if apart or not weight.experts else (weight.experts, *shape)
         for layer in range(c.layers if weight.stacked else 1):
             prefix = naming.layer.format(layer) if weight.stacked else ""
-            for expert in range(weight.experts or 1):
-                place = (layer, expert) if weight.experts else (layer,)
+            for expert in range(apart or 1):
+                place = (layer, expert) if apart else (layer,)
                 each = tuple((part, place) for part in parts)
-                listed.append(Tensor(f"{prefix}{name.format(expert)}.{kind}", shape, each))
+                listed.append(Tensor(f"{prefix}{name.format(expert)}{end}", shape, each))
     return listed
 
 
 def cut(c: DecoderConfig, naming: Naming, tensor: Tensor, array: np.ndarray) -> list[np.ndarray]:
-    """The weights of a tensor of a file, as ``Weight.stored``; views where that can be."""
+    """The weights of a tensor of a file, as ``Weight.stored``; views where that can be.
+
+    Args:
+      array: of one expert where the tensor is of all.
+    """
     parts = [part for part, _ in tensor.parts]
-    if naming.transposed and parts[0].stacked:
+    if naming.turned(parts[0]):
         array = array.T
     if len(parts) == 1:
         found = [array]
+    elif naming.as_one(parts[0]):
+        found = [array[i :: len(parts)] for i in range(len(parts))]
     elif naming.by_head:
         heads = array.reshape(c.heads, len(parts), -1, *array.shape[1:])
         found = [heads[:, i].reshape(part.stored) for i, part in enumerate(parts)]
@@ -170,12 +201,14 @@ def joined(c: DecoderConfig, naming: Naming, tensor: Tensor, found: list[np.ndar
         found = [pairs(c, *both, apart=False) for both in zip(parts, found, strict=True)]
     if len(parts) == 1:
         array = found[0]
+    elif naming.as_one(parts[0]):
+        array = np.stack(found, axis=1).reshape(-1, *found[0].shape[1:])
     elif naming.by_head:
         heads = [x.reshape(c.heads, 1, -1, *x.shape[1:]) for x in found]
         array = np.concatenate(heads, axis=1).reshape(-1, *found[0].shape[1:])
     else:
         array = np.concatenate(found)
-    return array.T if naming.transposed and parts[0].stacked else array
+    return array.T if naming.turned(parts[0]) else array
 
 
 ROTATED = ("attention/q", "attention/k")
@@ -219,7 +252,12 @@ def stored(
             return array.reshape(weight.stored[::-1]).T
         return array.reshape(weight.stored)
 
-    return joined(c, naming, tensor, [of(*part) for part in tensor.parts])
+    def whole(*expert: int) -> np.ndarray:
+        found = [of(weight, (*place, *expert)) for weight, place in tensor.parts]
+        return joined(c, naming, tensor, found)
+
+    first = tensor.parts[0][0]
+    return np.stack([*map(whole, range(first.experts))]) if naming.as_one(first) else whole()
 
 
 def flatten(c: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]:

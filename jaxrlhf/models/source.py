@@ -138,9 +138,12 @@ def weight_reader(
     }
 
     def read(weight: Weight, place: Place) -> Any:
+        if naming.as_one(weight):
+            tensor, number = places[weight.path, place[:1]]
+            one = find(tensor)[place[1] : place[1] + 1][0]
+            return names.cut(decoder, naming, tensor, one)[number]
         tensor, number = places[weight.path, place]
-        turned = naming.transposed and weight.stacked
-        turned |= naming.neighbours and weight.module in names.ROTATED
+        turned = naming.turned(weight) or (naming.neighbours and weight.module in names.ROTATED)
         if len(tensor.parts) == 1 and not turned:
             return find(tensor)
         # What lies otherwise in the file has to be read whole.

@@ -138,6 +138,16 @@ CASES = {
         },
     ),
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "gpt oss": (
+        "gpt_oss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.config import MoeConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import names
 from jaxrlhf.models.families import FAMILIES
@@ -51,14 +52,35 @@ def test_a_kernel_computes_what_the_stored_matrix_does(tiny):
 
 def test_stored_is_the_inverse_of_reading(tiny, random_params):
     for family in ("llama", "phi3", "glm4", "gpt_neox", "gpt2"):
-        naming, every = FAMILIES[family].naming, {"qkv_bias": True, "o_bias": True}
+        every = {"qkv_bias": True, "o_bias": True}
         every |= {"gated": False, "mlp_bias": True} if family.startswith("gpt") else {}
         decoder = replace(tiny, tied=False, kv_heads=4, **every)
         decoder = replace(decoder, norms="both" if family == "glm4" else "before", rotary_dim=4)
-        params = random_params(replace(decoder, family=family))
-        stored = partial(names.stored, decoder, naming, names.flatten(decoder, params))
-        again = tree_of(decoder, naming, stored)
-        jax.tree.map(np.testing.assert_array_equal, again, params)
+        _goes_round(replace(decoder, family=family), random_params)
+
+
+def test_stored_is_the_inverse_of_reading_experts_that_are_one_tensor(tiny, random_params):
+    """Each [in, out], gate and up in turns, their biases too."""
+    moe, how = MoeConfig(experts=4, per_token=2), {"family": "gpt_oss", "tied": False}
+    decoder = replace(tiny, moe=moe, mlp_bias=True, attention_sinks=True, **how)
+    leaves, stored = _goes_round(decoder, random_params)
+    shapes = {t.name: t.shape for t in names.tensors(decoder, FAMILIES["gpt_oss"].naming)}
+    prefix, gate = "model.layers.1.mlp.experts.gate_up_proj", leaves["layers/mlp/gate/kernel"]
+    assert shapes[prefix] == (4, decoder.embed, 2 * decoder.mlp)
+    np.testing.assert_array_equal(stored[prefix][3, :, 6], gate[1, 3, :, 3])
+    bias = leaves["layers/mlp/up/bias"]
+    np.testing.assert_array_equal(stored[f"{prefix}_bias"][2, 7], bias[1, 2, 3])
+    assert shapes["model.layers.0.self_attn.sinks"] == (decoder.heads,)
+
+
+def _goes_round(decoder, random_params):
+    """Leaves, and what files have of them by name, which reads back to the same."""
+    naming, params = FAMILIES[decoder.family].naming, random_params(decoder)
+    leaves = names.flatten(decoder, params)
+    stored = partial(names.stored, decoder, naming, leaves)
+    again = tree_of(decoder, naming, stored)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    return leaves, {tensor.name: stored(tensor) for tensor in names.tensors(decoder, naming)}
 
 
 def test_flatten_names_the_first_difference(tiny, random_params):

@@ -7,7 +7,12 @@ from jaxrlhf.models.families.family import Family, Said, naming, one_window, sai
 from jaxrlhf.models.families.qwen import read_qwen3, write_qwen3
 
 
-def _moe(said: Said, count: str, normalise: bool) -> MoeConfig:
+def moe_of(said: Said, count: str, normalise: bool) -> MoeConfig:
+    """Experts and how many a token takes.
+
+    Args:
+      count: what a config.json of the family calls their number.
+    """
     # transformers 5 writes either name.
     names = (count, *({"num_experts", "num_local_experts"} - {count}))
     said.asked.update(names)
@@ -19,7 +24,8 @@ def _moe(said: Said, count: str, normalise: bool) -> MoeConfig:
     return MoeConfig(experts, each, normalise)
 
 
-def _said(c: DecoderConfig, count: str) -> dict[str, Any]:
+def said_of_moe(c: DecoderConfig, count: str) -> dict[str, Any]:
+    """What config.json says of them."""
     assert c.moe is not None
     return {count: c.moe.experts, "num_experts_per_tok": c.moe.per_token}
 
@@ -27,7 +33,7 @@ def _said(c: DecoderConfig, count: str) -> dict[str, Any]:
 def read_mixtral(said: Said) -> dict[str, Any]:
     said.only("hidden_act", "silu")
     return {
-        "moe": _moe(said, "num_local_experts", normalise=True),
+        "moe": moe_of(said, "num_local_experts", normalise=True),
         "windows": one_window(said, None),
     }
 
@@ -35,7 +41,7 @@ def read_mixtral(said: Said) -> dict[str, Any]:
 def write_mixtral(c: DecoderConfig) -> dict[str, Any]:
     window = c.windows[0] if c.windows else None
     rest = {"hidden_act": "silu", **said_of_rope(c), "sliding_window": window}
-    return {**rest, **_said(c, "num_local_experts")}
+    return {**rest, **said_of_moe(c, "num_local_experts")}
 
 
 def read_qwen3_moe(said: Said) -> dict[str, Any]:
@@ -45,14 +51,14 @@ def read_qwen3_moe(said: Said) -> dict[str, Any]:
         raise said.wrong("mlp_only_layers", said.get("mlp_only_layers"), "it must be empty")
     return {
         **read_qwen3(said),
-        "moe": _moe(said, "num_experts", said.flag("norm_topk_prob")),
+        "moe": moe_of(said, "num_experts", said.flag("norm_topk_prob")),
         "mlp": said.number("moe_intermediate_size"),
     }
 
 
 def write_qwen3_moe(c: DecoderConfig) -> dict[str, Any]:
     normalised = c.moe is not None and c.moe.normalise
-    mixture = {**_said(c, "num_experts"), "norm_topk_prob": normalised}
+    mixture = {**said_of_moe(c, "num_experts"), "norm_topk_prob": normalised}
     return {**write_qwen3(c), **mixture, "moe_intermediate_size": c.mlp}
 
 
@@ -64,13 +70,13 @@ def read_olmoe(said: Said) -> dict[str, Any]:
         "qk_norm_all": True,
         "qkv_bias": bias,
         "o_bias": bias,
-        "moe": _moe(said, "num_experts", said.flag("norm_topk_prob")),
+        "moe": moe_of(said, "num_experts", said.flag("norm_topk_prob")),
     }
 
 
 def write_olmoe(c: DecoderConfig) -> dict[str, Any]:
     normalised = c.moe is not None and c.moe.normalise
-    mixture = {**_said(c, "num_experts"), "norm_topk_prob": normalised}
+    mixture = {**said_of_moe(c, "num_experts"), "norm_topk_prob": normalised}
     return {"hidden_act": "silu", **said_of_rope(c), **mixture, "attention_bias": c.qkv_bias}
 
 
