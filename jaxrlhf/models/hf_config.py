@@ -19,6 +19,13 @@ from jaxrlhf.models.names import Naming
 UNSAID = ("llama", "qwen2", "qwen3", "gemma")
 """Families that a decoder is written as if it names none: the first that has its features."""
 
+REFUSED = dict.fromkeys(
+    ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+    "Gemma 4 has heads of two sizes, other ones in layers with a window, which one stack of layers "
+    "cannot hold (docs/models.md)",
+)
+"""Families that people ask for, and why they are not read."""
+
 ONLY = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
     "layer_types": None, "sliding_window": None, "use_bidirectional_attention": False,
@@ -53,6 +60,8 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
+    if isinstance(name, str) and name in REFUSED:
+        raise InputError(f"{path}: model_type={shown(name)}: {REFUSED[name]}: take another")
     also = ""
     if isinstance(name, str) and isinstance(config.get("text_config"), dict):
         also = "; of models that see, save the language model alone (its text_config)"
