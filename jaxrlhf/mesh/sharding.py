@@ -149,11 +149,6 @@ def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Arr
     return jax.lax.with_sharding_constraint(x, spec(axes, rules))
 
 
-def constrain_tree(tree: Any, axes: Any, rules: Rules = RULES) -> Any:
-    """``constrain`` over a tree of arrays and the matching tree of axis-name tuples."""
-    return jax.tree.map(lambda x, names: constrain(x, names, rules), tree, axes)
-
-
 def _shards(axis: str, rules: Rules = RULES) -> int:
     mesh, along = jax.sharding.get_abstract_mesh(), rules[axis] or ()
     names = (along,) if isinstance(along, str) else along

@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxrlhf.config import DecoderConfig, SampleConfig
 from jaxrlhf.core.types import Array, Params
-from jaxrlhf.mesh.sharding import DECODE, constrain, constrain_tree, map_pieces, shardings
+from jaxrlhf.mesh.sharding import DECODE, constrain, map_pieces, spec
 from jaxrlhf.models.attention import attend_next, look_of
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
-from jaxrlhf.models.layers import exact
-from jaxrlhf.models.quantise import whole
+from jaxrlhf.models.layers import adapters_of, exact
+from jaxrlhf.models.quantise import any_quantised, in_dtype, is_quantised, laid
 from jaxrlhf.models.rope import kinds, rotary_angles, windows_of
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
 
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
     outer: Params
     """Embedding, last norm, projection, and head."""
     layers: tuple[Params, ...]
-    """Those of each layer, with its adapters; fused where there are none."""
+    """Those of each layer, with its adapters; fused where it has none and nothing is quantised."""
 
 
 class Prompts(NamedTuple):
@@ -57,7 +57,8 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
     layer.
 
     They are gathered over fsdp and context here, once. The last norm and the scalar head, which
-    compute in float32, stay so. Costs one copy of the weights, split over ``tensor`` alone.
+    compute in float32, stay so, and what is quantised stays in as many bits. Costs one copy of the
+    weights, split over ``tensor`` alone.
     """
     outer = {name: x for name, x in params.items() if name != "layers"}
     outer = {name: x if name in ("norm", "head") else model.cast(x) for name, x in outer.items()}
@@ -65,30 +66,45 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
     layers = []
     for index in range(model.decoder.layers):
         layer = jax.tree.map(lambda x, index=index: x[index], stacked)
-        layer = whole(layer, model.dtype)
-        layers.append(_fuse(layer) if lora is None else layer)
-    found = Weights(outer, tuple(layers))
-    return constrain_tree(found, axes(model, "head" in params, lora is not None), DECODE)
+        layer = in_dtype(layer, model.dtype)
+        apart = lora is not None or any_quantised(layer)
+        layers.append(layer if apart else _fuse(layer))
+    found, mesh = Weights(outer, tuple(layers)), jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return found
+    return jax.lax.with_sharding_constraint(found, decode_layout(model, mesh, found))
 
 
-def axes(model: Model, head: bool, adapted: bool) -> Weights:
-    """The logical axes of ``Weights``: the same tree with tuples of names."""
-    outer = {name: x for name, x in model.axes(head).items() if name != "layers"}
-    layer = fused(model.decoder).axes
-    if adapted:
-        stacked = blocks(model.decoder, model.lora).axes
-        layer = jax.tree.map(lambda names: names[1:], stacked, is_leaf=lambda x: type(x) is tuple)
-    return Weights(outer, (layer,) * model.decoder.layers)
+def axes(model: Model, weights: Weights) -> Weights:
+    """The logical axes of such ``Weights``, arrays or shapes: the same tree with tuples of names,
+    one for all arrays of what is quantised."""
+    outer = model.axes("head" in weights.outer)
+    layer = _declared(model, weights).axes
+    if not _is_fused(weights):
+        layer = jax.tree.map(lambda names: names[1:], layer, is_leaf=lambda x: type(x) is tuple)
+    return Weights(
+        {name: x for name, x in outer.items() if name != "layers"}, (layer,) * len(weights.layers)
+    )
 
 
-def decode_layout(model: Model, mesh: Mesh, head: bool, adapted: bool) -> Weights:
-    """Where each array of ``Weights`` lies on a mesh."""
-    names = axes(model, head, adapted)
+def decode_layout(model: Model, mesh: Mesh | AbstractMesh, weights: Weights) -> Weights:
+    """Where each array of such ``Weights``, arrays or shapes, lies on a mesh."""
 
-    def place(tree: Any) -> Any:
-        return shardings(tree, mesh, DECODE)
+    def place(x: Any, names: tuple[str | None, ...]) -> Any:
+        return laid(NamedSharding(mesh, spec(names, DECODE)), x)
 
-    return Weights(place(names.outer), tuple(place(layer) for layer in names.layers))
+    return jax.tree.map(place, weights, axes(model, weights), is_leaf=is_quantised)
+
+
+def _is_fused(weights: Weights) -> bool:
+    return "qkv" in weights.layers[0]["attention"]
+
+
+def _declared(model: Model, weights: Weights) -> Declared:
+    """Any layer of such weights, as it is declared."""
+    if _is_fused(weights):
+        return fused(model.decoder)
+    return blocks(model.decoder, model.lora if adapters_of(weights.layers[0]) else None)
 
 
 def _fuse(layer: Params) -> Params:
@@ -167,8 +183,7 @@ def step(
 
     ``at`` is one number, or one for each row, [B].
     """
-    adapted = "qkv" not in weights.layers[0]["attention"]
-    graph = (blocks(model.decoder, model.lora) if adapted else fused(model.decoder)).graph
+    graph, few_bits = _declared(model, weights).graph, any_quantised(weights.layers[0])
     outer = model.outer(weights.outer)
     samples = token_B.shape[0] // prompts.mask_QP.shape[0]
     position_B = jnp.repeat(prompts.mask_QP.sum(1), samples) + at
@@ -199,6 +214,9 @@ def step(
             there = prompt, prompts.mask_QP, since, at
             return attend_next(query[:, 0], *there, window, look, sink_N)[:, None], since
 
+        if few_bits:
+            # Else XLA may make what is quantised before the loop, of all layers at once.
+            x, layer = jax.lax.optimization_barrier((x, layer))
         with exact(model.dtype):
             x, both = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
         written.append(both)

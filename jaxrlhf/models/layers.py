@@ -21,7 +21,7 @@ from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, constrain
 from jaxrlhf.models.attention import capped
-from jaxrlhf.models.quantise import in_dtype, is_quantised, made, no_slope
+from jaxrlhf.models.quantise import behind, in_dtype, is_quantised, made, no_slope
 from jaxrlhf.models.rope import Angles, rotate
 
 
@@ -42,21 +42,34 @@ def product(contract: int, x: Array, w: Any) -> Array:
 
     Its gradient is the usual one, but xᵀ·dy has x on the left: the other way round, as JAX would
     have it, XLA transposes dy and whatever made it, and then the result; on CPUs that is a tenth of
-    a gradient (benchmarks/RESULTS.md). A quantised W is made anew for dx, and has no gradient.
+    a gradient (benchmarks/RESULTS.md). A quantised W is made anew for dx, and has no gradient; one
+    whose outputs have a scale each is not made at all: x·W = (x·q)·scale, in which a GPU widens q
+    on its way into the product, and no other form of W is ever in memory.
     """
-    return jnp.tensordot(x, made(w, x.dtype), contract)
+    if (scale := behind(contract, w)) is None:
+        return jnp.tensordot(x, made(w, x.dtype), contract)
+    levels = w.qvalue.astype(x.dtype)
+    # Whole numbers up to 127 are exact in bfloat16, so that it is the sum alone which is rounded.
+    y = jnp.tensordot(x, levels, contract, preferred_element_type=jnp.float32)
+    return (y * scale).astype(x.dtype)
 
 
 def _product_forward(contract: int, x: Array, w: Any) -> tuple[Array, Any]:
-    return jnp.tensordot(x, made(w, x.dtype), contract), (x, w)
+    return product(contract, x, w), (x, w)
 
 
 def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Any]:
     x, w = saved
     rows, outs = tuple(range(x.ndim - contract)), tuple(range(contract, w.ndim))
+    over = tuple(range(len(rows), dy.ndim)), outs
     with exact(x.dtype):
-        dx = jnp.tensordot(dy, made(w, x.dtype), (tuple(range(len(rows), dy.ndim)), outs))
-        return dx, no_slope(w) if is_quantised(w) else jnp.tensordot(x, dy, (rows, rows))
+        if not is_quantised(w):
+            dx = jnp.tensordot(dy, w.astype(x.dtype), over)
+            return dx, jnp.tensordot(x, dy, (rows, rows))
+        if (scale := behind(contract, w)) is None:
+            return jnp.tensordot(dy, made(w, x.dtype), over), no_slope(w)
+        scaled = (dy.astype(jnp.float32) * scale).astype(x.dtype)
+        return jnp.tensordot(scaled, w.qvalue.astype(x.dtype), over), no_slope(w)
 
 
 product.defvjp(_product_forward, _product_backward)

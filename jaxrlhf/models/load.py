@@ -44,7 +44,7 @@ from jaxrlhf.mesh.sharding import (
 from jaxrlhf.models import names
 from jaxrlhf.models.adapters import read_adapter, read_lora
 from jaxrlhf.models.hub import base_of, fetch, is_adapter, local
-from jaxrlhf.models.quantise import KINDS, is_quantised, quantised
+from jaxrlhf.models.quantise import KINDS, is_quantised, quantised, quantised_leaf
 from jaxrlhf.models.read import (
     is_reward_folder,
     is_run,
@@ -126,6 +126,9 @@ class Loader:
     """Arrays by their id and a dtype, and the same in that dtype."""
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
     """``ModelConfig.frozen_dtype``."""
+    narrow: bool = False
+    """Quantise each leaf of a file as it is read, for nobody trains it: a model whose weights would
+    not fit otherwise is never there in more bits."""
 
     def base(self, config: ModelConfig, seed: int = 0, head: bool = False) -> Network:
         """The weights a model starts from, without head and adapters.
@@ -193,7 +196,8 @@ class Loader:
             stream = jax.random.fold_in(jax.random.key(seed), INIT)
             return jax.jit(model.init, out_shardings=layout)(stream)
         if is_run(config.path) or is_adapter(config.path):
-            network = self.trained(config.path)
+            # What is merged into is read as it is.
+            network = replace(self, narrow=False, weights={}, cast={}).trained(config.path)
             body = headless(network.params)
             if network.lora is None:
                 return body
@@ -203,7 +207,8 @@ class Loader:
             return jax.jit(merged, out_shardings=layout)(body, network.lora)
         if self.abstract:
             return with_layout(_kept_shapes(model, config.path, head), layout)
-        return _placed(read_weights(config.path, head), layout)
+        few_bits = str(self.frozen_dtype) if self.narrow else None
+        return _placed(read_weights(config.path, head), layout, few_bits)
 
     def _adapted(self, folder: str) -> Network:
         """An adapter of peft's on its base, with the scalar head if it is a reward model's."""
@@ -304,15 +309,15 @@ def _kept_shapes(model: Model, path: str, head: bool) -> Params:
     )
 
 
-def _placed(source: Source, layout: Any) -> Params:
-    """Weights in files → arrays on the mesh; in host memory there is one leaf of them at a time."""
+def _placed(source: Source, layout: Any, few_bits: str | None = None) -> Params:
+    """Weights in files → arrays on the mesh; in host memory there is one leaf of them at a time,
+    and on the devices too of what is quantised in ``few_bits``."""
     leaves = dict(names.leaves_of(layout))
-    params: dict[str, Any] = {
-        weight.path: put_parts(
-            source.shape(weight), leaves[weight.path], partial(source.parts, weight)
-        )
-        for weight in source.weights()
-    }
+    params: dict[str, Any] = {}
+    for weight in source.weights():
+        where = leaves[weight.path]
+        leaf = put_parts(source.shape(weight), where, partial(source.parts, weight))
+        params[weight.path] = quantised_leaf(weight.path, leaf, few_bits) if few_bits else leaf
     if source.head:
         params["head/bias"] = put(np.float32(source.bias), leaves["head/bias"])
     return names.nested(params)
@@ -375,7 +380,7 @@ def starting(
         fresh = model.init_head(jax.random.fold_in(stream, 2) if random_head else None)
         scalar = {"head": params.get("head", fresh)} if head else {}
         if model.lora is not None and lora is None:
-            lora = model.init_lora(jax.random.fold_in(stream, 1))
+            lora = model.init_lora(jax.random.fold_in(stream, 1), params)
         # Copied, for a step donates what it trains, and weights are shared; float32 again, if those
         # that were kept to compute with are all there is.
         copy = partial(jnp.array, dtype=jnp.float32, copy=True)

@@ -3,9 +3,9 @@ reference, as a reward model.
 
 A layer's products read W ≈ q · scale. int8 has a scale for each output; nf4 (arXiv:2305.14314) one
 for each 64 inputs of an output, and 16 levels that hold equal shares of a normal distribution. The
-arrays are qwix's, an extra. A product makes its weight from them, and its gradient makes it again
-(``layers.product``), so that there is never more than one of them; of a mixture's experts that
-holds with ``remat: full`` alone. The sampler is laid out a copy in the compute dtype.
+arrays are qwix's, an extra. A product of int8 multiplies with q, and the scale behind it; of nf4 it
+makes its weight, and its gradient makes it again (``layers.product``, and ``grouped`` of experts),
+so that there is never more than one of them, in the sampler's loop neither.
 """
 
 from typing import Any
@@ -22,6 +22,9 @@ KINDS = ("int8", "nf4")
 
 TILE = 64
 """Inputs that share a scale in nf4."""
+
+BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / TILE}
+"""Of a weight, with its share of a scale; an output's own is next to nothing."""
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 """Linear maps that are quantised; norms, biases, routers and embeddings are small, or summed in
@@ -47,11 +50,6 @@ def in_dtype(params: Params, dtype: Any) -> Params:
     return jax.tree.map(cast, params, is_leaf=is_quantised)
 
 
-def whole(params: Params, dtype: Any) -> Params:
-    """The tree in a compute dtype; what is quantised is made from its levels and scales."""
-    return jax.tree.map(lambda x: made(x, dtype), params, is_leaf=is_quantised)
-
-
 def made(x: Any, dtype: Any) -> Array:
     """A weight in a compute dtype, from its levels and scales if it is quantised."""
     if not is_quantised(x):
@@ -59,6 +57,14 @@ def made(x: Any, dtype: Any) -> Array:
     import qwix  # noqa: PLC0415 (an extra)
 
     return qwix.dequantize(x).astype(dtype)
+
+
+def behind(contract: int, x: Any) -> Array | None:
+    """The scale of each output [out…] of a kernel [in…, out…] with ``contract`` axes that come in;
+    None where it depends on inputs too, or there is none."""
+    if not is_quantised(x) or max(x.scale.shape[:contract]) > 1:
+        return None
+    return x.scale.reshape(x.scale.shape[contract:])
 
 
 def no_slope(x: Any) -> Any:
@@ -79,6 +85,13 @@ def quantised(params: Params, kind: str) -> Params:
     """
     layers = params["layers"]
     return {**params, "layers": {name: _module(x, kind) for name, x in layers.items()}}
+
+
+def quantised_leaf(path: str, weight: Any, kind: str) -> Any:
+    """A leaf of the parameters by its path, quantised if it is a kernel; as ``quantised``."""
+    name = path.split("/")[-2]
+    mapped = path.startswith("layers/") and path.endswith("/kernel") and name in KERNELS
+    return _quantise(name, weight, kind) if mapped else weight
 
 
 def _module(module: Params, kind: str) -> Params:
@@ -111,11 +124,17 @@ def _quantise(name: str, weight: Any, kind: str) -> Any:
     if kind == "nf4":
         apart += inputs[:-1]
 
+    def layer(x: Array) -> Any:
+        x = x[None].astype("float32")
+        found = qwix.quantize(x, kind, channelwise_axes=apart, tiled_axes=tiles)
+        return jax.tree.map(lambda part: part[0], found)
+
     def make(x: Array) -> Any:
-        return qwix.quantize(x.astype("float32"), kind, channelwise_axes=apart, tiled_axes=tiles)
+        # A layer at a time: in float32 all of them may be too much.
+        return jax.lax.map(layer, x)
 
     shapes = jax.eval_shape(make, jax.ShapeDtypeStruct(weight.shape, weight.dtype))
-    layout = jax.tree.map(lambda s: _layout(weight.sharding, s.shape), shapes)
+    layout = laid(weight.sharding, shapes)
     if not isinstance(weight, jax.ShapeDtypeStruct):
         return jax.jit(make, out_shardings=layout)(weight)
     return jax.tree.map(
@@ -132,8 +151,15 @@ def _inputs(name: str, rank: int) -> list[int]:
     return [1 + mixture]
 
 
+def laid(where: Any, x: Any) -> Any:
+    """Where an array lies; what is quantised as its weight would, level by level and scale by
+    scale, but for axes that its scales are too short for."""
+    if not is_quantised(x):
+        return where
+    return jax.tree.map(lambda part: _layout(where, part.shape), x)
+
+
 def _layout(where: Any, shape: tuple[int, ...]) -> Any:
-    """As a weight lies, but for axes that its scales are too short for."""
     if not isinstance(where, NamedSharding):
         return where
     parts = tuple(where.spec) + (None,) * (len(shape) - len(where.spec))

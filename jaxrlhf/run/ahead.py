@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jaxrlhf.config import is_on_policy, on_policy
 from jaxrlhf.data.batches import minibatch_rows
 from jaxrlhf.mesh.sharding import at_hand, few_rows_layout, row_layout, with_layout
-from jaxrlhf.models.decode import decode_layout
-from jaxrlhf.models.load import needs_head
+from jaxrlhf.models.decode import Weights, decode_layout
 from jaxrlhf.run.setup import Run
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
         return on_rows(run, jax.eval_shape(getattr(programs, name), *given))
 
     yield "lay_out", (policy, base)
-    prompts = (policy, base, _decoding(run, policy, base), *_prompts(run, key))
+    prompts = (policy, base, decoding(run), *_prompts(run, key))
     yield "sample", prompts
     # From here on each program's arguments are the shapes that the one before returns.
     rollout = rows("sample", prompts)
@@ -86,11 +85,11 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
             yield name, (shapes(run.states[who]), batch, shapes(run.frozen[who]))
 
 
-def _decoding(run: Run, policy: Any, base: Any) -> Any:
-    """The policy as decoding reads it."""
-    adapted = run.model.lora is not None
-    layout = decode_layout(run.model, run.mesh, needs_head(run.config), adapted)
-    return with_layout(jax.eval_shape(run.programs.lay_out, policy, base), layout)
+def decoding(run: Run) -> Weights:
+    """Shapes and layouts of the policy as decoding reads it."""
+    policy, base = shapes(run.states["policy"]).params, shapes(run.frozen["policy"])
+    found = jax.eval_shape(run.programs.lay_out, policy, base)
+    return with_layout(found, decode_layout(run.model, run.mesh, found))
 
 
 def _prompts(run: Run, key: Any) -> tuple[Any, ...]:

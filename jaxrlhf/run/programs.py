@@ -36,7 +36,6 @@ from jaxrlhf.core.types import (
 )
 from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
 from jaxrlhf.models.decode import Weights, decode_layout, lay_out
-from jaxrlhf.models.load import needs_head
 from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.packed import PackedRows, in_pieces, keeps_apart
 from jaxrlhf.steps.sample import sample
@@ -119,11 +118,12 @@ def on_policy_programs(
     reference_model: Model,
     critic_model: Model,
     states: dict[str, TrainState],
+    frozen: Params | None,
     mesh: Mesh,
     stops: StopTable | None = None,
 ) -> OnPolicyPrograms:
-    """The programs of an iteration; ``states`` say where updated states are to lie, ``stops`` which
-    strings end a response."""
+    """The programs of an iteration; ``states`` say where updated states are to lie, ``frozen`` what
+    is under the policy's, and ``stops`` which strings end a response."""
     rows, few = row_layout(mesh), few_rows_layout(mesh, config.data.batch_size)
     temperature, settings = config.sample.temperature, on_policy(config)
     assert algorithm.targets is not None
@@ -153,7 +153,7 @@ def on_policy_programs(
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     held_out = replace(config.sample, n=config.eval.n, **plain)
     return OnPolicyPrograms(
-        lay_out=decode_weights(config, model, mesh),
+        lay_out=decode_weights(model, mesh, states["policy"].params, frozen),
         sample=sampler(model, config.sample, rows, shared, stops),
         greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few, stops=stops),
         baseline=jax.jit(baseline, out_shardings=rows),
@@ -229,13 +229,13 @@ def packed_value(model: Model) -> Program:
     return estimate
 
 
-def decode_weights(config: Config, model: Model, mesh: Mesh) -> Program:
-    """(params, frozen) → Weights, laid out for decoding; see ``models.decode``."""
+def decode_weights(model: Model, mesh: Mesh, params: Params, frozen: Params | None) -> Program:
+    """(params, frozen) → Weights, laid out for decoding, of such as these: ``models.decode``."""
 
     def arrange(params: Params, frozen: Any) -> Weights:
         return lay_out(model, *combine_params(params, frozen))
 
-    layout = decode_layout(model, mesh, needs_head(config), model.lora is not None)
+    layout = decode_layout(model, mesh, jax.eval_shape(arrange, params, frozen))
     return jax.jit(arrange, out_shardings=layout)
 
 

@@ -48,6 +48,7 @@ from jaxrlhf.models.load import (
     starting,
     tokenizer_path,
 )
+from jaxrlhf.models.quantise import KINDS
 from jaxrlhf.models.read import is_reward_folder
 from jaxrlhf.models.stop_strings import stop_table
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
@@ -195,7 +196,9 @@ def fill(run: Run) -> Run:
 
 def _loader(run: Run, **more: Any) -> Loader:
     model = run.config.model
-    return Loader(run.mesh, dtype=model.dtype, frozen_dtype=model.frozen_dtype, **more)
+    kept = {"dtype": model.dtype, "frozen_dtype": model.frozen_dtype}
+    narrow = model.lora is not None and model.frozen_dtype in KINDS
+    return Loader(run.mesh, narrow=narrow, **kept, **more)
 
 
 def _networks(run: Run, loader: Loader) -> Run:
@@ -206,6 +209,7 @@ def _networks(run: Run, loader: Loader) -> Run:
         ready = Network(model, {}, loader.adapter(config.model))
     else:
         ready = loader.base(config.model, config.seed)
+        ready = replace(ready, lora=loader.adapter(config.model))
     states = {"policy": start_state(config, ready, needs_head(config), loader)}
     start = loader.base(config.model, config.seed)
     # Kept beside what learns, and in every checkpoint: see stopping.
@@ -270,6 +274,7 @@ def _programs(run: Run) -> OnPolicyPrograms | OfflinePrograms:
         run.reference.model,
         run.critic or run.model,
         run.states,
+        run.frozen["policy"],
         run.mesh,
         run.stops,
     )

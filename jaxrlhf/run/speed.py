@@ -22,6 +22,7 @@ from jaxrlhf.mesh.chips import CHIPS, name_of
 from jaxrlhf.mesh.sharding import DECODE, make_mesh, row_shards
 from jaxrlhf.models.cache import Kind
 from jaxrlhf.models.decode import kind_of
+from jaxrlhf.models.quantise import BYTES
 from jaxrlhf.models.rope import windows_of
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.setup import Run
@@ -147,12 +148,20 @@ def decoded(rollout: Rollout, slots: int = 0) -> dict[str, Array]:
     }
 
 
-def decode_bytes(model: Model, mesh: Mesh, kind: Kind, steps: float, slots: float) -> float:
+def decode_bytes(
+    model: Model, mesh: Mesh, kind: Kind, steps: float, slots: float, base: str | None = None
+) -> float:
     """Bytes that decoding has to read: all weights a step, on each shard of the rows; and for each
-    token the keys and values of those before it, in ``kind``: int8 has a float32 scale each."""
-    c = model.decoder
+    token the keys and values of those before it, in ``kind``: int8 has a float32 scale each.
+
+    Args:
+      base: what those of the layers are kept in under adapters, if not in the model's dtype.
+    """
+    c, size = model.decoder, jnp.dtype(model.dtype).itemsize
     copies = mesh.size / dict(mesh.shape).get("tensor", 1)
-    weights = copies * (matrices(c) + adapters(model)) * jnp.dtype(model.dtype).itemsize
+    layers = matrices(c, vocab=False)
+    others = matrices(c) - layers + adapters(model)
+    weights = copies * (layers * BYTES.get(base or "", size) + others * size)
     vector = c.head_dim * jnp.dtype(kind).itemsize + 4 * (kind == "int8")
     return steps * weights + slots * 2 * c.layers * c.kv_heads * vector
 
@@ -267,7 +276,9 @@ class Meter:
             total = {name: float(sum(loop[name] for loop in loops)) for name in loops[0]}
             if best is not None:
                 model, kind = self._run.model, kind_of(self._run.model, self._run.config.sample)
-                needed = decode_bytes(model, self._run.mesh, kind, total["steps"], total["slots"])
+                base = self._run.config.model.frozen_dtype if model.lora else None
+                done = total["steps"], total["slots"]
+                needed = decode_bytes(model, self._run.mesh, kind, *done, base)
                 out["bandwidth_share"] = needed / phase["sample"] / best.bandwidth
             done = total["row_steps"]
             out["idle_share"] = 1 - total["tokens"] / done if done else 0.0

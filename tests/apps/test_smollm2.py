@@ -9,10 +9,12 @@ import pytest
 from jaxrlhf.config import EvalConfig, MeshConfig, SampleConfig, load
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import load_model
+from jaxrlhf.models.quantise import is_quantised, made, quantised
 from jaxrlhf.run import loop
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
 from jaxrlhf.steps.sample import sample
+from jaxrlhf.steps.score import score
 
 PROMPTS = (
     "The pizza from the corner last week was",
@@ -43,6 +45,29 @@ def test_smollm2_greedy_decode_equals_full_forwards():
         seen[:, column] = 1
     np.testing.assert_array_equal(np.asarray(rollout.token_BT), whole)
     assert "Paris" in tokenizer.decode(whole[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_smollm2_in_few_bits_says_what_its_levels_stand_for(kind):
+    """Sampled and scored over quantised weights, as over those that they are made into: its first
+    three layers."""
+    pytest.importorskip("qwix", reason="the extra quantise")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model, params, tokenizer = load_model("smollm2", mesh)
+    model = replace(model, decoder=replace(model.decoder, layers=3))
+    params = {**params, "layers": jax.tree.map(lambda x: x[:3], params["layers"])}
+    batch = tokenizer(list(PROMPTS), return_tensors="np", padding=True)
+    token, mask = batch["input_ids"].astype(np.int32), batch["attention_mask"]
+    small = quantised(params, kind)
+    whole = jax.tree.map(lambda x: made(x, "float32"), small, is_leaf=is_quantised)
+    draw, logp_of = jax.jit(sample, static_argnums=(0, 5)), jax.jit(score, static_argnums=0)
+    rollout = draw(model, small, token, mask, jax.random.key(0), SampleConfig(8, n=1))
+    texts = rollout.token_BT, rollout.attention_mask_BT
+    expected, plain = (logp_of(model, x, *texts) for x in (whole, params))
+    np.testing.assert_allclose(logp_of(model, small, *texts), expected, atol=1e-3)
+    np.testing.assert_allclose(rollout.logp_BT, expected * rollout.mask_BT, atol=1e-3)
+    assert np.abs(plain - expected).max() > 1e-3  # it is not nothing
 
 
 @pytest.mark.slow

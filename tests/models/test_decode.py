@@ -62,7 +62,7 @@ def test_lay_out_is_what_it_declares(model, params, lora, adapted):
     model = Model(model.decoder, "bfloat16", model.lora)
     lora = lora if adapted else None
     weights = jax.eval_shape(lambda params, lora: lay_out(model, params, lora), params, lora)
-    names = axes(model, "head" in params, adapted)
+    names = axes(model, weights)
     ranks = jax.tree.map(lambda x, axes: len(axes) == x.ndim, weights, names)
     assert all(jax.tree.leaves(ranks))
     if not adapted:
@@ -75,7 +75,7 @@ def test_lay_out_is_what_it_declares(model, params, lora, adapted):
 
 def test_lay_out_gathers_over_all_but_tensor(model, params):
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    where = decode_layout(model, mesh, "head" in params, False)
+    where = decode_layout(model, mesh, jax.eval_shape(partial(lay_out, model), params))
     with jax.set_mesh(mesh):
         laid = jax.device_put(params, shardings(model.axes("head" in params), mesh))
         weights = jax.jit(partial(lay_out, model), out_shardings=where)(laid)

@@ -8,16 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+import runs
+from jax.sharding import NamedSharding, PartitionSpec
 from test_transformer import FULL, TOKEN
 
 from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig, ModelConfig, SampleConfig
+from jaxrlhf.config.model import MoeConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.mesh.sharding import make_mesh, shardings
+from jaxrlhf.models.decode import decode_layout, lay_out
+from jaxrlhf.models.hf import write_hf
+from jaxrlhf.models.layers import product
 from jaxrlhf.models.load import Loader
-from jaxrlhf.models.quantise import KERNELS, is_quantised, quantised
+from jaxrlhf.models.quantise import KERNELS, behind, is_quantised, quantised
+from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import score
+from jaxrlhf.study.plan.hlo import parse
 
 WIDE = DecoderConfig(
     vocab=300, embed=128, layers=2, heads=4, kv_heads=2, head_dim=64, mlp=192, context=64
@@ -119,3 +127,85 @@ def test_what_does_not_divide_is_refused(weights):
     with pytest.raises(InputError, match=r"frozen_dtype=nf4: k has 96 inputs, no multiple of 64"):
         quantised(narrow, "nf4")
     assert quantised(narrow, "int8")
+
+
+@pytest.mark.parametrize(("kind", "adapted"), [("nf4", False), ("int8", True)])
+def test_the_sampler_reads_few_bits_and_says_what_scoring_says(model, weights, kind, adapted):
+    """Laid out for decoding nothing of a layer's maps is wider than it was; log-probs are equal."""
+    small = quantised(weights, kind)
+    lora = model.init_lora(jax.random.key(2)) if adapted else None
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    laid = jax.eval_shape(partial(lay_out, model), small, lora)
+    for layer in laid.layers:
+        for name in KERNELS:
+            kernel = layer["attention" if name in "qkvo" else "mlp"][name]["kernel"]
+            assert kernel.qvalue.dtype.name == {"int8": "int8", "nf4": "uint4"}[kind]
+    config = SampleConfig(max_new_tokens=6, n=2)
+    draw = jax.jit(partial(sample, model, sample_config=config))
+    rows = {"prompt_QP": TOKEN[:, :5], "prompt_mask_QP": FULL[:, :5], "key": jax.random.key(0)}
+    found = draw(params=small, lora=lora, **rows)
+    logp_BT = score(model, small, found.token_BT, found.attention_mask_BT, lora=lora)
+    np.testing.assert_allclose(found.logp_BT, logp_BT * found.mask_BT, atol=1e-4)
+
+
+def test_the_decode_loop_makes_a_weight_at_a_time(model, weights):
+    """What the loop does not change XLA would compute before it: all weights of all layers."""
+    draw = partial(sample, model, sample_config=SampleConfig(max_new_tokens=4))
+    rows = {"prompt_QP": TOKEN[:, :5], "prompt_mask_QP": FULL[:, :5], "key": jax.random.key(0)}
+    small = quantised(weights, "nf4")
+    module = parse(jax.jit(draw).lower(params=small, **rows).compile().as_text())
+    before = [shape for op in module.computations[module.entry].values() for shape in op.shapes]
+    assert ("u4", (128, 192)) in {(x.dtype, x.dims) for x in before}
+    assert ("f32", (128, 192)) not in {(x.dtype, x.dims) for x in before}
+
+
+def test_sampling_on_a_mesh_draws_the_same(model, weights):
+    """A scale is split as its weight is, where it is long enough."""
+    small, lora = quantised(weights, "nf4"), model.init_lora(jax.random.key(2))
+    config = SampleConfig(max_new_tokens=4)
+    prompts = TOKEN[:2, :5], FULL[:2, :5]
+
+    def draw(params, lora):
+        return sample(model, params, *prompts, jax.random.key(0), config, lora=lora)
+
+    expected = jax.jit(draw)(small, lora)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        split = quantised(jax.device_put(weights, shardings(model.axes(), mesh)), "nf4")
+        found = jax.jit(draw)(split, jax.device_put(lora, shardings(model.lora_axes(), mesh)))
+        where = decode_layout(model, mesh, jax.eval_shape(partial(lay_out, model), split, lora))
+    np.testing.assert_array_equal(found.token_BT, expected.token_BT)
+    down = where.layers[0]["mlp"]["down"]["kernel"]
+    assert down.qvalue.spec == PartitionSpec("tensor", None)
+    assert down.scale.spec == PartitionSpec(None, None)  # three tiles of 64
+
+
+def test_a_product_by_hand_with_scales_behind_it(weights):
+    w = jax.tree.map(lambda x: x[0], quantised(weights, "int8")["layers"]["attention"]["o"])
+    w = w["kernel"]
+    x = jax.random.normal(jax.random.key(3), (5, 4, 64))
+    plain = qwix.dequantize(w)
+    assert behind(2, w).shape == (128,)
+    assert behind(2, plain) is None
+    for of in (lambda x, w: product(2, x, w), lambda x, w: (product(2, x, w) ** 2).sum()):
+        np.testing.assert_allclose(of(x, w), jnp.asarray(of(x, plain)), rtol=2e-5, atol=2e-5)
+    slopes = [jax.grad(lambda x, w=w: (product(2, x, w) ** 2).sum())(x) for w in (w, plain)]
+    np.testing.assert_allclose(*slopes, rtol=1e-4, atol=1e-4)
+    # In bfloat16 the levels are exact: the sum alone is rounded.
+    narrow = x.astype("bfloat16")
+    exact = jnp.tensordot(narrow.astype("float32"), plain, 2)
+    np.testing.assert_array_equal(product(2, narrow, w), exact.astype("bfloat16"))
+
+
+def test_a_file_is_quantised_as_it_is_read(tmp_path, weights):
+    """As it would be afterwards; what an adapter is merged into is read as it is."""
+    out = tmp_path / "wide"
+    decoder = replace(WIDE, vocab=16)
+    wide = {**weights, "embed": {"table": weights["embed"]["table"][:16]}}
+    write_hf(out, decoder, wide, load_tokenizer(f"words:{runs.WORDS}"))
+    mesh, config = runs.one_device(), ModelConfig(str(out))
+    narrow = Loader(mesh, frozen_dtype="nf4", narrow=True).base(config).params
+    after = Loader(mesh, frozen_dtype="nf4")
+    after = after.frozen(after.base(config)).params
+    assert jax.tree.structure(narrow) == jax.tree.structure(after)
+    jax.tree.map(np.testing.assert_array_equal, narrow, after)

@@ -96,6 +96,12 @@ def test_decode_bytes_of_a_smaller_cache(kind, vector):
     assert decode_bytes(model(), one_device(), kind, steps=0, slots=10) == 10 * 2 * 2 * vector
 
 
+def test_decode_bytes_of_layers_in_few_bits():
+    """All but the projection, which stays float32."""
+    for kind, size in {"int8": 1, "nf4": 0.5 + 4 / 64}.items():
+        assert decode_bytes(model(), one_device(), "float32", 1, 0, kind) == size * N + 4 * 40
+
+
 def test_read_counts_tokens_and_texts():
     mask_BT = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
     plain = TokenBatch(mask_BT, mask_BT, mask_BT)

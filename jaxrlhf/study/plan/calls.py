@@ -21,7 +21,7 @@ from jaxrlhf.models.cache import KEPT, slots_in
 from jaxrlhf.models.decode import Weights, kind_of
 from jaxrlhf.models.rope import kinds
 from jaxrlhf.rewards.models import Member, packed_reward, packed_scores
-from jaxrlhf.run.ahead import arguments, on, on_rows, shapes
+from jaxrlhf.run.ahead import arguments, decoding, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
 from jaxrlhf.run.setup import Run
 from jaxrlhf.steps.logp import pieces_for as column_pieces
@@ -216,7 +216,9 @@ def on_device(x: Any) -> float:
     """Bytes of an array on each device, by its sharding; whole where it has none."""
     where = getattr(x, "sharding", None)
     shape = np.shape(x) if where is None else where.shard_shape(np.shape(x))
-    return math.prod(shape) * x.dtype.itemsize
+    # devices hold two of four bits in a byte, numpy one
+    packed = 2 if x.dtype in (jnp.int4, jnp.uint4) else 1
+    return math.prod(shape) * x.dtype.itemsize / packed
 
 
 def kinds_of(args: tuple[Any, ...]) -> list[str]:
@@ -291,11 +293,9 @@ def _shards(run: Run) -> int:
 
 
 def decode_copy(run: Run) -> float:
-    """The weights as the decode loop reads them: compute dtype, whole over fsdp and context."""
-    axes = jax.tree.leaves(run.model.axes(), is_leaf=lambda x: isinstance(x, tuple))
-    pairs = zip(jax.tree.leaves(run.model.shapes()), axes, strict=True)
-    size = np.dtype(run.model.dtype).itemsize
-    return float(size * sum(_decoding(run, x, names) for x, names in pairs))
+    """The weights as the decode loop reads them: compute dtype, or as many bits as they are
+    quantised in, whole over fsdp and context."""
+    return sum(map(on_device, jax.tree.leaves(decoding(run))))
 
 
 def _decoding(run: Run, x: Any, axes: Any) -> int:

@@ -43,7 +43,7 @@ def needed(run: Run, call: Call, jaxpr: Any, results: float, trips: int | None) 
     - anything else: args + results
 
     W stands only beside arguments that are laid out or stored in another form; where a device's
-    own arguments are these weights, they are counted there.
+    own arguments are these weights, or are quantised ones, they are counted there.
 
     Args:
       results: bytes on each device.
@@ -114,7 +114,8 @@ def _weights(run: Run, call: Call) -> float:
         names = jax.tree_util.keystr(path)
         # a table is looked up, not multiplied by, unless it is the projection too
         looked_up = "['embed']" in names and not run.model.decoder.tied
-        if kind == "parameters" and not looked_up:
+        quantised = names.endswith((".qvalue", ".scale"))
+        if kind == "parameters" and not looked_up and not quantised:
             total += math.prod(np.shape(x)) / _split(x, "tensor")
     return total * np.dtype(run.model.dtype).itemsize
 

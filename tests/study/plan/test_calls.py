@@ -41,6 +41,7 @@ def test_on_device(mesh):
     )
     assert on_device(x) == 4 * 3 * 2
     assert on_device(np.zeros((3, 5), np.float32)) == 60
+    assert on_device(jax.ShapeDtypeStruct((3, 6), jnp.uint4)) == 9
     assert on_device(jax.eval_shape(lambda: jax.random.key(0))) == 8
 
 
@@ -119,9 +120,10 @@ def test_cache_and_copy_by_hand(mesh, tmp_path):
         # keys and values: 2 layers, 8 prompts of 4 and 16 rows of 8 slots over 4, 2 heads over 2,
         # head_dim 8
         assert cache_bytes(run, 16) == 2 * 2 * (2 * 4 + 4 * 8) * 1 * 8 * 4
-        # a layer: q and o 32x32, k and v 32x16, mlp 3 times 32x64, over 2; 5 norms; embedding
+        # a layer: q and o 32x32, k and v 32x16, mlp 3 times 32x64, over 2; 5 norms; embedding;
+        # the critic's head
         layer = (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) // 2
-        assert decode_copy(run) == 4 * (16 * 32 // 2 + 5 * 32 + 2 * layer)
+        assert decode_copy(run) == 4 * (16 * 32 // 2 + 5 * 32 + 2 * layer + 33)
 
 
 def test_calls_of_other_runs(config, tmp_path, mesh):

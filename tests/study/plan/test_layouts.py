@@ -2,14 +2,14 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import pytest
 import runs
 
 from jaxrlhf.config import DecoderConfig, MeshConfig, PPOConfig, RewardConfig, SampleConfig
-from jaxrlhf.mesh.sharding import DECODE, RULES, constrain, constrain_tree, make_mesh
+from jaxrlhf.mesh.sharding import DECODE, RULES, constrain, make_mesh
 from jaxrlhf.models import attention, decode
 from jaxrlhf.run.setup import outline
 from jaxrlhf.steps import logp
@@ -146,9 +146,10 @@ def test_weights_gathered_in_the_decode_loop_would_be_found(tmp_path, monkeypatc
     def late(model, weights, *rest):
         """Each step lays the weights out anew; what does not change, XLA would move out."""
         changing = jax.tree.map(lambda x: jax.numpy.where(rest[-1] >= 0, x, 0), weights)
-        names = decode.axes(model, "head" in weights.outer, False)
-        changing = constrain_tree(changing, names, RULES)
-        return decode.step(model, constrain_tree(changing, names, DECODE), *rest)
+        names = decode.axes(model, weights)
+        for rules in (RULES, DECODE):
+            changing = jax.tree.map(partial(constrain, rules=rules), changing, names)
+        return decode.step(model, changing, *rest)
 
     monkeypatch.setattr(sampling, "step", late)
     with broken(tmp_path, MESHES[-1], decode, "DECODE", RULES) as (module, _):
