@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.core.errors import InputError
@@ -20,7 +21,7 @@ from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, platform, row_shards, spec
 from jaxrlhf.models.grouped import grouped
 from jaxrlhf.models.layers import Linear, exact, gated, normal
-from jaxrlhf.models.quantise import made
+from jaxrlhf.models.quantise import in_dtype, is_quantised, laid, made
 
 
 class Routed(NamedTuple):
@@ -45,13 +46,13 @@ class Expert(nnx.Module):
             zeros = jnp.zeros((experts, *outs.values()), jnp.float32)
             self.bias = nnx.Param(zeros, axes=("experts", *outs))
 
-    def read(self, dtype: Any) -> tuple[Array, Array | None]:
-        """Kernel, and bias if there is one, in a compute dtype."""
+    def read(self, dtype: Any) -> tuple[Any, Array | None]:
+        """Kernel, as it is if it is quantised, and bias if there is one, in a compute dtype."""
         bias = self.bias[...].astype(dtype) if hasattr(self, "bias") else None
-        return made(self.kernel.get_value(), dtype), bias
+        return in_dtype(self.kernel.get_value(), dtype), bias
 
 
-Maps = tuple[tuple[Array, Array | None], ...]
+Maps = tuple[tuple[Any, Array | None], ...]
 """Kernel and bias of each of gate, up and down."""
 
 
@@ -99,9 +100,12 @@ class Experts(nnx.Module):
                 (("mlp", None), ("experts", None), maps[2][1]),
             )
         )
+        split = inner, inner, outer
+        placed = [_placed(*item, x.dtype) for item in zip(maps, split, strict=True)]
+        maps, split = (tuple(part) for part in zip(*placed, strict=True))
         mapped = jax.shard_map(
             partial(self._on_device, where),
-            in_specs=(rows, rows, rows, (inner, inner, outer)),
+            in_specs=(rows, rows, rows, split),
             out_specs=rows,
             check_vma=False,
         )
@@ -139,7 +143,7 @@ class Experts(nnx.Module):
         order = jnp.argsort(number, stable=True)
         sizes = jnp.bincount(number, length=count + 1)[:count].astype(jnp.int32)
 
-        def product(rows: Array, kernel: Array, bias: Array | None) -> Array:
+        def product(rows: Array, kernel: Any, bias: Array | None) -> Array:
             # Rows after the last group are those of other devices' experts; of them it makes zeros.
             expected = -(-len(rows) * count // self.moe.experts)
             y = grouped(where, rows, kernel, sizes, expected)
@@ -158,3 +162,17 @@ class Experts(nnx.Module):
             share = weight.reshape(len(tokens), chosen).astype(x.dtype)
             added = jnp.einsum("mk,mkd->md", share, back, preferred_element_type=jnp.float32)
         return added.astype(x.dtype).reshape(x.shape)
+
+
+def _placed(maps: tuple[Any, Any], split: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
+    """Kernel and bias, and how a device gets its pieces of them; what is quantised is made first
+    if a tile of it would be cut."""
+    (kernel, bias), (where, end) = maps, split
+    if not is_quantised(kernel):
+        return maps, split
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = jax.tree.map(lambda x: x.spec, laid(NamedSharding(mesh, where), kernel))
+    scales = zip(where, parts.scale, kernel.scale.shape, strict=True)
+    if any(wanted != found and size > 1 for wanted, found, size in scales):
+        return (made(kernel, dtype), bias), split
+    return (kernel, bias), (parts, end)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrlhf.core.types import Array
 from jaxrlhf.models.layers import exact
+from jaxrlhf.models.quantise import is_quantised, made, no_slope
 
 FEW = 2048
 """Rows up to which a GPU moves less by reading all matrices at once."""
@@ -38,19 +39,52 @@ class Tiles(NamedTuple):
 
 
 def grouped(
-    platform: str, rows: Array, matrices: Array, sizes: Array, expected: int | None = None
+    platform: str, rows: Array, matrices: Any, sizes: Array, expected: int | None = None
 ) -> Array:
     """Rows [M, D] in the order of their groups, times the matrix of each: [E, D, F] → [M, F].
+
+    Quantised matrices are made for the product, and again for its gradient, which they have none
+    of: nothing of their size waits for it.
 
     Args:
       platform: static, of the devices: "tpu", "gpu" or "cpu".
       sizes: int32 [E], rows of each group; of rows after the last group the result is 0.
       expected: static, rows that groups have in all, on average; None: M.
     """
+    if is_quantised(matrices):
+        return _made_twice(platform, expected, rows, matrices, sizes)
     if platform == "tpu" or (platform == "gpu" and len(rows) <= FEW):
         precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
         return jax.lax.ragged_dot(rows, matrices, sizes, precision=precision)
     return _in_tiles(len(rows) if expected is None else expected, rows, matrices, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _made_twice(
+    platform: str, expected: int | None, rows: Array, matrices: Any, sizes: Array
+) -> Array:
+    return grouped(platform, rows, made(matrices, rows.dtype), sizes, expected)
+
+
+def _made_forward(
+    platform: str, expected: int | None, rows: Array, matrices: Any, sizes: Array
+) -> tuple[Array, Any]:
+    return _made_twice(platform, expected, rows, matrices, sizes), (rows, matrices, sizes)
+
+
+def _made_backward(
+    platform: str, expected: int | None, saved: Any, dy: Array
+) -> tuple[Array, Any, Any]:
+    rows, matrices, sizes = saved
+
+    def product(rows: Array) -> Array:
+        return grouped(platform, rows, made(matrices, rows.dtype), sizes, expected)
+
+    (dx,) = jax.vjp(product, rows)[1](dy)
+    return dx, no_slope(matrices), np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+_made_twice.defvjp(_made_forward, _made_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

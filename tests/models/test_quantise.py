@@ -108,6 +108,28 @@ def test_a_gradient_keeps_no_weights(model, weights):
     assert stacked(small) == 0
 
 
+def test_a_gradient_keeps_no_experts(weights):
+    """Of quantised experts neither, without remat; on a mesh of experts the same slopes."""
+    decoder = replace(WIDE, mlp=128, moe=MoeConfig(experts=4, per_token=2))
+    mixture = Model(decoder, lora=LoraConfig(2, targets=("q", "v")))
+    plain = mixture.init(jax.random.key(0))
+    lora = jax.tree.map(lambda x: x + 0.1, mixture.init_lora(jax.random.key(1)))
+
+    def total(lora, params):
+        return score(mixture, params, TOKEN[:2, :6], FULL[:2, :6], lora=lora).sum()
+
+    small = quantised(plain, "nf4")
+    found, without = (str(jax.make_jaxpr(jax.grad(total))(lora, x)) for x in (small, plain))
+    assert "f32[2,4,128,128]" in without
+    assert "f32[2,4,128,128]" not in found
+    expected = jax.jit(jax.grad(total))(lora, restored(small))
+    mesh = make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):  # of two tiles of 64 hidden inputs each device has one
+        given = jax.device_put((lora, small), NamedSharding(mesh, PartitionSpec()))
+        slopes = jax.jit(jax.grad(total))(*given)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), slopes, expected)
+
+
 @pytest.mark.parametrize("abstract", [False, True], ids=["arrays", "shapes"])
 def test_loader_keeps_frozen_weights_in_few_bits_on_a_mesh(abstract):
     """Once for all that share them, laid out as the weights are."""
