@@ -138,6 +138,9 @@ class LoraConfig:
     path: str = ""
     """An adapter of the package peft's, a folder or org/name of the hub, to go on with: all of the
     above are then its own. The reference is still the model without it; see reference.path."""
+    dora: bool = False
+    """Outputs are as long as a magnitude that is learnt says, and A·B turns them alone (DoRA;
+    arXiv:2402.09353): W' = m·(W + s·A·B)/‖W + s·A·B‖."""
 
     @property
     def scale(self) -> float:

@@ -1,8 +1,9 @@
 """Adapters as the package peft keeps them: adapter_config.json and adapter_model.safetensors.
 
 There a linear map W [out, in] has A [r, in] and B [out, r], each layer its own, and what is added
-is s·B·A with s = alpha/r (or alpha/√r). Here all layers of a map have one rank and one s: shorter
-ones are filled up with zeros, which change nothing and stay so, and what s differs by is in B.
+is s·B·A with s = alpha/r (or alpha/√r); of DoRA it has a magnitude [out] too. Here all layers of a
+map have one rank and one s: shorter ones are filled up with zeros, which change nothing and stay
+so, and what s differs by is in B.
 """
 
 import json
@@ -24,15 +25,17 @@ from jaxrlhf.models import names
 from jaxrlhf.models.hf_config import naming_of
 from jaxrlhf.models.hub import ADAPTER, adapter_config, base_of, local
 from jaxrlhf.models.names import Weight
+from jaxrlhf.models.quantise import MAGNITUDE
 
 WEIGHTS = "adapter_model.safetensors"
+VECTOR = "lora_magnitude_vector"
+"""Of DoRA, in files."""
 PREFIX = "base_model.model."
 
 _ONLY = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "use_dora": (False,),
     "lora_bias": (False,),
     "use_qalora": (False,),
     # Others change the base too, or what the base is multiplied by.
@@ -96,6 +99,12 @@ def read_adapter(path: str, decoder: DecoderConfig) -> Adapter:
                 b[layer].reshape(lora.rank, -1)[:rank] = share * out.T
             parent = weight.path.removeprefix("layers/").rpartition("/")[0]
             layers |= {f"{parent}/lora_a": a, f"{parent}/lora_b": b}
+            if lora.dora:
+                every = [tensor(f"{key}.{VECTOR}") for key in keys.values()]
+                if mapped.turned:
+                    every = [names.pairs(decoder, weight, m, apart=True) for m in every]
+                outs = weight.shape[len(ins) :]
+                layers[f"{parent}/{MAGNITUDE}"] = np.stack(every).reshape(len(every), *outs)
         if f"{PREFIX}score.weight" in shapes:
             head = tensor(f"{PREFIX}score.weight")[0]
     return Adapter(lora, base_of(path), names.nested(layers), head)
@@ -147,6 +156,8 @@ def _settings(path: str, decoder: DecoderConfig) -> tuple[LoraConfig, dict[str, 
     with refused(f"{file}: cannot be read", "download it again"), safe_open(file, "numpy") as held:
         shapes = {key: tuple(held.get_slice(key).get_shape()) for key in held.keys()}  # noqa: SIM118
     maps, known, ranks = _maps(decoder), {f"{PREFIX}score.weight"}, {}
+    config = adapter_config(path)
+    dora = bool(config.get("use_dora"))
     for name, mapped in maps.items():
         weight = mapped.weight
         for layer in range(decoder.layers):
@@ -162,6 +173,13 @@ def _settings(path: str, decoder: DecoderConfig) -> tuple[LoraConfig, dict[str, 
                     f"of {list(weight.stored)} there: is it the adapter of this base?"
                 )
             ranks.setdefault(name, []).append(rank)
+            if dora:
+                known.add(vector := f"{key}.{VECTOR}")
+                if shapes.get(vector) != (weight.stored[0],):
+                    raise InputError(
+                        f"{file}: {vector} has shape {shapes.get(vector)}; DoRA has "
+                        f"{[weight.stored[0]]} there: is it the adapter of this base?"
+                    )
     if extra := sorted(shapes.keys() - known):
         raise InputError(
             f"{file}: {extra[0]} has no place here ({len(extra)} in all): adapters are read of "
@@ -169,11 +187,15 @@ def _settings(path: str, decoder: DecoderConfig) -> tuple[LoraConfig, dict[str, 
         )
     if not ranks:
         raise InputError(f"{file}: it adapts nothing")
-    config = adapter_config(path)
+    if dora and (some := [n for n, found in ranks.items() if len(found) < decoder.layers]):
+        raise InputError(
+            f"{file}: DoRA of {some[0]} in {len(ranks[some[0]])} of {decoder.layers} layers: the "
+            "magnitudes of the others are not in it: give one that adapts every layer"
+        )
     rank = max(map(max, ranks.values()))
     rs, alpha = bool(config.get("use_rslora")), float(config.get("lora_alpha", 8))
-    lora = LoraConfig(rank, alpha, tuple(name for name in maps if name in ranks), rs)  # type: ignore[arg-type]
-    return lora, shapes
+    targets: Any = tuple(name for name in maps if name in ranks)
+    return LoraConfig(rank, alpha, targets, rs, dora=dora), shapes
 
 
 def _refuse_unsupported(path: str) -> None:
@@ -249,6 +271,11 @@ def write_adapter(folder: Path, decoder: DecoderConfig, adapter: Adapter, dtype:
             pair = a[layer].reshape(-1, lora.rank).T, out
             for half, array in zip("AB", pair, strict=True):
                 held[f"{key}.lora_{half}.weight"] = np.ascontiguousarray(array, dtype)
+            if lora.dora:
+                one = np.asarray(leaves[f"{parent}/{MAGNITUDE}"][layer], np.float32).reshape(-1)
+                if maps[name].turned:
+                    one = names.pairs(decoder, weight, one, apart=False)
+                held[f"{key}.{VECTOR}"] = np.ascontiguousarray(one, dtype)
     if adapter.head is not None:
         held[f"{PREFIX}score.weight"] = np.asarray(adapter.head[None], dtype)
     save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
@@ -262,6 +289,7 @@ def write_adapter(folder: Path, decoder: DecoderConfig, adapter: Adapter, dtype:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rank_stabilised,
+        "use_dora": lora.dora,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({maps[name].name.rpartition(".")[2] for name in targets}),

@@ -66,7 +66,7 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
     layers = []
     for index in range(model.decoder.layers):
         layer = jax.tree.map(lambda x, index=index: x[index], stacked)
-        layer = in_dtype(layer, model.dtype)
+        layer = model.with_gains(in_dtype(layer, model.dtype))
         apart = lora is not None or any_quantised(layer)
         layers.append(layer if apart else _fuse(layer))
     found, mesh = Weights(outer, tuple(layers)), jax.sharding.get_abstract_mesh()

@@ -123,7 +123,8 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> Array:
 class Linear(nnx.Module):
     """x·W (+ bias) (+ lora.scale·x·A·B), contracting the last axes of x with the first of W.
 
-    The last is a low-rank adapter (arXiv:2106.09685), if ``lora`` names the map as a target.
+    The last is a low-rank adapter (arXiv:2106.09685), if ``lora`` names the map as a target. Of
+    DoRA all but the bias is multiplied by a gain an output (``dora.with_gains``).
     """
 
     def __init__(
@@ -148,6 +149,8 @@ class Linear(nnx.Module):
                 normal(rngs, (*ins, rank), math.prod(ins)), axes=(*inputs, "rank")
             )
             self.lora_b = nnx.Param(jnp.zeros((rank, *outs), jnp.float32), axes=("rank", *outputs))
+            if lora.dora:
+                self.lora_magnitude = nnx.Param(jnp.ones(outs, jnp.float32), axes=tuple(outputs))
 
     def __call__(self, x: Array) -> Array:
         y: Any = product(self.contract, x, in_dtype(self.kernel.get_value(), x.dtype))
@@ -155,6 +158,8 @@ class Linear(nnx.Module):
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
             change: Any = low_rank(self.contract, x, a, b)
             y += self.lora_scale * change
+        if hasattr(self, "lora_magnitude"):
+            y = (y * self.lora_magnitude[...]).astype(x.dtype)
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 

@@ -41,13 +41,19 @@ def any_quantised(params: Params) -> bool:
     return any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised)))
 
 
+MAGNITUDE = "lora_magnitude"
+"""The leaf of DoRA's magnitudes (``dora``)."""
+
+
 def in_dtype(params: Params, dtype: Any) -> Params:
-    """The tree in a compute dtype, but for what is quantised."""
+    """The tree in a compute dtype, but for what is quantised, and for DoRA's magnitudes: what is
+    learnt of them is less than a 256th of them, which bfloat16 has not."""
 
-    def cast(x: Any) -> Any:
-        return x if is_quantised(x) else x.astype(dtype)
+    def cast(path: Any, x: Any) -> Any:
+        wide = path and getattr(path[-1], "key", "") == MAGNITUDE
+        return x if wide or is_quantised(x) else x.astype(dtype)
 
-    return jax.tree.map(cast, params, is_leaf=is_quantised)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantised)
 
 
 def made(x: Any, dtype: Any) -> Array:

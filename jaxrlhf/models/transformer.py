@@ -23,6 +23,7 @@ from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import KEPT
+from jaxrlhf.models.dora import norms, with_gains, with_magnitudes
 from jaxrlhf.models.kernels import attend_rows, choose, real_first, reorder
 from jaxrlhf.models.layers import (
     POLICIES,
@@ -30,7 +31,7 @@ from jaxrlhf.models.layers import (
     adapters_of,
     exact,
 )
-from jaxrlhf.models.quantise import in_dtype
+from jaxrlhf.models.quantise import MAGNITUDE, in_dtype
 from jaxrlhf.models.rope import angles_by_kind, kinds, positions
 
 
@@ -106,15 +107,27 @@ class Model:
             kernel = (size + 1) ** -0.5 * jax.random.normal(key, (size,))
         return {"kernel": kernel, "bias": jnp.zeros(())}
 
-    def init_lora(self, key: Array) -> Params:
-        """Fresh adapters, float32: A normal, B zero, so that they change nothing at first."""
+    def init_lora(self, key: Array, params: Params | None = None) -> Params:
+        """Fresh adapters, float32: A normal, B zero, so that they change nothing at first.
+
+        Args:
+          params: the weights that they are for, whose norms DoRA's magnitudes are; else not read.
+
+        Raises:
+          ValueError: DoRA, and no ``params``.
+        """
 
         def layer(key: Array) -> Params:
             module = Block(self.decoder, nnx.Rngs(key), self.lora)
             return adapters_of(nnx.to_pure_dict(nnx.state(module)))
 
         # Mapped, not vmapped, which XLA would compile for 9 s in place of 1.
-        return jax.lax.map(layer, jax.random.split(key, self.decoder.layers))
+        lora = jax.lax.map(layer, jax.random.split(key, self.decoder.layers))
+        if self.lora is None or not self.lora.dora:
+            return lora
+        if params is None:
+            raise ValueError("init_lora: DoRA's magnitudes are the norms of weights: give params")
+        return with_magnitudes(lora, params["layers"])
 
     def shapes(self, head: bool = False) -> Params:
         """The parameters as ShapeDtypeStructs."""
@@ -137,6 +150,10 @@ class Model:
         """The parameters in the compute dtype, but for what is quantised; done once a step, master
         copies stay float32."""
         return in_dtype(params, self.dtype)
+
+    def with_gains(self, layer: Params) -> Params:
+        """A layer as its modules read it: of DoRA gains in place of magnitudes."""
+        return with_gains(self.lora.scale, layer) if self.lora and self.lora.dora else layer
 
     def apply(
         self,
@@ -180,7 +197,7 @@ class Model:
                 given = query, key, value, attention_mask_BT, segment_BT, sink_N
                 return attend_rows(kernel, self.decoder, which, *given), kept
 
-            module = nnx.merge(declared.graph, self.cast(weights))
+            module = nnx.merge(declared.graph, self.with_gains(self.cast(weights)))
             return module(x, angles(which), RULES, attend)
 
         # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
@@ -249,12 +266,17 @@ def check_tree(params: Any, declared: Any, path: str) -> None:
 
 
 def add_adapter(model: Model, kernel: Array, adapter: Params) -> Array:
-    """W + lora.scale·A·B of all layers, float32."""
+    """W + lora.scale·A·B of all layers, float32; of DoRA with outputs as long as its magnitudes."""
     assert model.lora is not None
     product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
     with exact("float32"):
         change: Any = product(adapter["lora_a"], adapter["lora_b"])
-    return kernel + model.lora.scale * change
+    merged = kernel + model.lora.scale * change
+    if not model.lora.dora:
+        return merged
+    contract = adapter["lora_a"].ndim - 2
+    gain = adapter[MAGNITUDE] / norms(merged, contract, first=1)
+    return merged * jnp.expand_dims(gain, range(1, 1 + contract))
 
 
 def merge_lora(model: Model, params: Params, lora: Params) -> Params:

@@ -204,8 +204,8 @@ def _loader(run: Run, **more: Any) -> Loader:
 def _networks(run: Run, loader: Loader) -> Run:
     """The run with what it trains, and what it trains that with: reference, critic, rewards."""
     config, model = run.config, run.model
-    # Adapters do not depend on the weights, which are still being read.
-    if model.lora:
+    # Adapters but for DoRA's do not depend on the weights, which are still being read.
+    if model.lora and not model.lora.dora:
         ready = Network(model, {}, loader.adapter(config.model))
     else:
         ready = loader.base(config.model, config.seed)

@@ -24,6 +24,7 @@ from jaxrlhf.core.types import (
     TokenBatch,
     TrainState,
 )
+from jaxrlhf.models.quantise import MAGNITUDE
 from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.packed import Piece, keeps_apart, pieces_of, read
 from jaxrlhf.steps.score import forward, reward, score, token_scores, value
@@ -262,11 +263,12 @@ def keep_state_in(dtype: str, tx: optax.GradientTransformation) -> optax.Gradien
 
 
 def decays(params: Params) -> Any:
-    """True for the weights that decay: not for norms, biases, sinks and heads."""
+    """True for the weights that decay: not for norms, biases, sinks, heads and magnitudes."""
+    spared = ("scale", "bias", "sinks", MAGNITUDE)
 
     def leaf(path: Any, _: Any) -> bool:
         names = [getattr(entry, "key", "") for entry in path]
-        return "head" not in names and names[-1] not in ("scale", "bias", "sinks")
+        return "head" not in names and names[-1] not in spared
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 

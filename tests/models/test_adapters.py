@@ -75,6 +75,7 @@ SETTINGS = {
         "rank_pattern": {"up_proj": 5, r"layers\.1\.self_attn\.q_proj": 2},
         "alpha_pattern": {"down_proj": 3},
     },
+    "dora": {"target_modules": ["q_proj", "o_proj", "down_proj"], "use_dora": True},
     "some layers": {"target_modules": ["o_proj"], "layers_to_transform": [1]},
 }
 
@@ -88,7 +89,9 @@ def made_by_peft(peft, base, out, auto=AutoModelForCausalLM, **settings):
     config = peft.LoraConfig(**{"r": 3, "lora_alpha": 6, **settings})
     model = peft.get_peft_model(auto.from_pretrained(base, **given), config)
     for name, weight in model.named_parameters():
-        if "lora_" in name or "score" in name:
+        if "lora_magnitude" in name:
+            weight.data *= 1 + 0.3 * torch.rand_like(weight)
+        elif "lora_" in name or "score" in name:
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(out)
     return logits_of(model.eval())
@@ -135,13 +138,17 @@ def test_a_reward_model_of_peft(peft, base, tmp_path):
     assert shapes == arrays
 
 
-def test_a_run_goes_on_with_an_adapter_and_gives_it_back(peft, base, tmp_path, capsys):
-    made_by_peft(peft, base, tmp_path / "start", target_modules=["q_proj"], use_rslora=True)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_run_goes_on_with_an_adapter_and_gives_it_back(peft, base, tmp_path, capsys, dora):
+    made_by_peft(
+        peft, base, tmp_path / "start",
+        target_modules=["q_proj"], use_rslora=True, use_dora=dora,
+    )  # fmt: skip
     start = str(tmp_path / "start")
     config = runs.sft(tmp_path, steps=1, model=ModelConfig(lora=LoraConfig(path=start)))
     loop.train(config, MESH)
     network = Loader(MESH).trained(config.output)
-    assert network.model.lora == LoraConfig(3, 6.0, ("q",), True, start)
+    assert network.model.lora == LoraConfig(3, 6.0, ("q",), True, start, dora)
     first = read_adapter(start, network.model.decoder).layers["attention"]["q"]
     moved = np.abs(first["lora_b"] - network.lora["attention"]["q"]["lora_b"]).max()
     assert 0 < moved < 0.01
@@ -157,6 +164,41 @@ def test_a_run_goes_on_with_an_adapter_and_gives_it_back(peft, base, tmp_path, c
     assert cli.main(["export", out, merged]) == 0
     theirs = logits_of(AutoModelForCausalLM.from_pretrained(merged))
     np.testing.assert_allclose(ours(network), theirs, atol=1e-4)
+
+
+def test_dora_learns_as_in_peft(peft, base, tmp_path):
+    """The gradients of A, B and magnitudes are torch's, which takes the norm for a constant."""
+    settings = {"target_modules": ["v_proj", "down_proj"], "use_dora": True}
+    made_by_peft(peft, base, tmp_path, **settings)
+    there = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path, is_trainable=True
+    )
+    torch.sin(there(torch.tensor(TOKEN_BT)).logits).sum().backward()
+    network = Loader(MESH).trained(str(tmp_path))
+
+    def total(lora):
+        hidden_BTD, _ = network.model.apply(
+            network.params, jnp.asarray(TOKEN_BT), jnp.asarray(ONES_BT), lora
+        )
+        return jnp.sin(network.model.logits(network.params, hidden_BTD)).sum()
+
+    slopes = jax.jit(jax.grad(total))(network.lora)
+    assert network.model.lora.targets == ("v", "down")
+    for name, weight in there.named_parameters():
+        if weight.grad is None:
+            continue
+        part, layer = ("mlp", "down") if "down" in name else ("attention", "v")
+        leaf = next(x for x in ("lora_A", "lora_B", "lora_magnitude") if x in name).lower()
+        found = np.asarray(slopes[part][layer][leaf])[int(name.split("layers.")[1][0])]
+        expected = weight.grad.numpy().T.reshape(found.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dora_that_leaves_out_layers_is_refused(peft, base, tmp_path):
+    made_by_peft(peft, base, tmp_path, target_modules=["o_proj"], use_dora=True,
+                 layers_to_transform=[1])  # fmt: skip
+    with pytest.raises(InputError, match="DoRA of o in 1 of 2 layers: the magnitudes"):
+        load_model(str(tmp_path), MESH)
 
 
 def test_a_reward_model_goes_to_peft(peft, base, tmp_path):
@@ -194,7 +236,7 @@ def adapter(base, tmp_path):
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported, only 'LORA'"),
-        ({"use_dora": True}, "use_dora=True is not supported, only False"),
+        ({"lora_bias": True}, "lora_bias=True is not supported, only False"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save has 'lm_head': only a reward model's"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
