@@ -88,7 +88,7 @@ def plan(words: list[str]) -> None:
         required=True,
         metavar="NAME",
         help="v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 (chips along each dimension); a100:8, "
-        "h100:8, h200:8, b200:8; cpu:8 (fake CPU devices); here",
+        "h100:8, h200:8, b200:8, rtx4090:1; cpu:8 (fake CPU devices); here",
     )
     parser.add_argument("--mean-length", type=float, metavar="TOKENS", help="of a response; "
         "without it every response is as long as it may be")  # fmt: skip

@@ -27,6 +27,7 @@ class Chip:
 
 TPU = "cloud.google.com/tpu/docs; memory as XLA reports it; link: one torus dimension, both ways"
 GPU = "NVIDIA data sheet, SXM; memory less 6 % for the runtime; link: NVLink, one way"
+CARD = "NVIDIA white paper; memory less 6 % for the runtime; link: PCIe 4.0 x16, one way"
 HOST = "nominal, to compare layouts with; not a measurement"
 
 CHIPS = {
@@ -39,6 +40,8 @@ CHIPS = {
     "h100": Chip("NVIDIA H100", 0, 0.94 * 80e9, 989e12, 3350e9, 450e9, GPU),
     "h200": Chip("NVIDIA H200", 0, 0.94 * 141e9, 989e12, 4800e9, 450e9, GPU),
     "b200": Chip("NVIDIA B200", 0, 0.94 * 180e9, 2250e12, 8000e9, 900e9, GPU),
+    # with float32 sums; it has no NVLink
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 0, 0.94 * 24e9, 165e12, 1008e9, 32e9, CARD),
     "cpu": Chip("cpu", 0, 16 * GIB, 1e11, 2e10, 1e10, HOST),
 }
 """Name → facts. Published peaks are not reached: a roofline is a lower bound of the time."""

@@ -28,7 +28,8 @@ def parse(name: str, gpus: bool = False) -> Topology:
     """The topology that a name describes.
 
     ``v5e:16x16`` (also v4, v5p, v6e: chips along each dimension of the slice's torus); ``cpu:8``,
-    fake CPU devices; ``h100:8`` (also a100, h200, b200), GPUs; ``here``, the devices jax finds.
+    fake CPU devices; ``h100:8`` (also a100, h200, b200, rtx4090), GPUs; ``here``, the devices jax
+    finds.
 
     Args:
       gpus: XLA's compiler for GPUs is installed. Without it GPUs are as many fake CPU devices with

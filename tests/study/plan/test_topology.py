@@ -82,6 +82,7 @@ def test_chip_of_names_what_jax_finds():
     assert chip_of("TPU v5p") == "v5p"
     assert chip_of("NVIDIA H200") == "h200"
     assert chip_of("NVIDIA H100 80GB HBM3") == "h100"
+    assert chip_of("NVIDIA GeForce RTX 4090") == "rtx4090"
     with pytest.raises(InputError, match="nothing is known of 'Abacus'"):
         chip_of("Abacus")
 
