@@ -113,12 +113,12 @@ MISTAKES = {
         "heads=4 % tensor=8",
     ),
     "output by URL": (
-        [*TRAIN[:-1], "gs://bucket/run"],
-        "output=gs://bucket/run: a URL, and only files of this machine are read and written: mount",
+        [*TRAIN[:-1], "gcs2://bucket/run"],
+        "output=gcs2://bucket/run: nothing reads gcs2://…: give gs://…, s3://…, another scheme of",
     ),
     "data by URL": (
-        [*TRAIN, "--data.train", "s3://bucket/a.jsonl"],
-        "data.train=s3://bucket/a.jsonl: a URL, and only files of this machine",
+        [*TRAIN, "--data.train", "abfs://bucket/a.jsonl"],
+        "data.train=abfs://bucket/a.jsonl: needs a package (Install adlfs to access Azure",
     ),
     "model of the Hub": (
         ["generate", "Qwen/Qwen3-0.6B", "--prompt", "a"],

@@ -18,7 +18,7 @@ ROOMS = (
 EXTRAS = {"vader", "math_verify", "reasoning_gym", "datasets", "qwix"}
 """Optional dependencies."""
 
-LATE = {"scipy"}
+LATE = {"fsspec", "scipy"}
 """Slow to import, and not wanted before a first step; functions may import these and EXTRAS."""
 
 

@@ -31,7 +31,7 @@ from jaxrlhf.config.run import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_no_url
+from jaxrlhf.core.remote import check_url
 
 
 def check(config: Config) -> None:
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
       InputError: the first rule that does not hold.
     """
     for field, path in _places(config):
-        check_no_url(field, path)
+        check_url(field, path)
     # Ranges first: the rules after them may divide by what they have checked.
     learning = _on_policy if is_on_policy(config) else _offline
     for problem in itertools.chain(

@@ -79,8 +79,8 @@ def check_no_url(field: str, path: str | Path) -> None:
     """
     if is_url(path):
         raise InputError(
-            f"{field}={path}: a URL, and only files of this machine are read and written: mount "
-            "the bucket (gcsfuse, mount-s3) and give the folder, or copy files here first (gcloud "
+            f"{field}={path}: a URL, and here only a file or folder of this machine will do: mount "
+            "the bucket (gcsfuse, mount-s3) and give the folder, or copy it afterwards (gcloud "
             "storage cp -r, aws s3 cp --recursive)"
         )
 

@@ -19,8 +19,9 @@ from typing import IO, Any, Generic, TypeVar
 
 import pyarrow.parquet as pq
 
+from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError, refused, to_install
-from jaxrlhf.core.files import writing
+from jaxrlhf.core.files import is_url, writing
 from jaxrlhf.core.reading import NotJsonError, check_text, parse_json
 from jaxrlhf.core.shown import one_line, shown
 
@@ -86,8 +87,8 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Rows[Row]:
     one for every field that the struct has in some other row. Both formats give the same rows.
 
     Args:
-      path: a .jsonl or .parquet file, ``package:relative/path`` for one inside an installed
-        package, such as ``jaxrlhf:demo/openings_train.jsonl``, or
+      path: a .jsonl or .parquet file, here or by URL (``remote``), ``package:relative/path`` for
+        one inside an installed package, such as ``jaxrlhf:demo/openings_train.jsonl``, or
         ``hf:org/name[/subset][@revision][:split]`` for a dataset of the Hugging Face hub, read by
         the package datasets; its split is train where none is named.
       skip_bad_rows: leave a bad row out and say so in ``Rows.skipped``.
@@ -132,7 +133,10 @@ def transform(rows: Rows[S], function: Callable[[S], T], skip_bad_rows: bool = F
 
 
 def locate(path: str) -> Traversable:
-    """The file that ``path`` or ``package:relative/path`` names; InputError if there is none."""
+    """The file that ``path`` or ``package:relative/path`` names, or the copy of a URL's; InputError
+    if there is none."""
+    if is_url(path):
+        return Path(remote.fetch("data", path))
     # The functions of os.path raise over no name, however long or odd.
     file = Path(os.path.expanduser(path))
     match = re.fullmatch(r"([A-Za-z_][\w.]+):(.+)", path)

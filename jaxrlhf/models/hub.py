@@ -8,15 +8,19 @@ texts and safetensors are taken; nothing is unpickled, and no code of a reposito
 """
 
 import dataclasses
+import fnmatch
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import huggingface_hub  # what is asked of it is imported then
 
-from jaxrlhf.config import Config, ModelConfig
+from jaxrlhf.config import Config, ModelConfig, load
+from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import is_url
 from jaxrlhf.core.shown import one_line, shown
 from jaxrlhf.models.hf_config import read_object
 
@@ -36,10 +40,6 @@ WANTED = (
 )  # fmt: skip
 """Files of a repository that are read, where they are there."""
 
-
-ADAPTER = "adapter_config.json"
-"""What a folder of the package peft's has, an adapter, beside its weights."""
-
 HEADER = ("config.json", ADAPTER)
 """Those of them that say what the others are; a plan reads no more."""
 
@@ -54,8 +54,10 @@ def split_name(path: str) -> tuple[str, str] | None:
 
 
 def local(path: str) -> str:
-    """The folder of the hub's cache that a name stands for; ``path`` itself if it is none, or
-    ``fetch`` has not brought it. Asks no network."""
+    """The folder of the hub's cache that a name stands for, or the copy that a URL does; ``path``
+    itself if it is neither, or ``fetch`` has not brought it. Asks no network."""
+    if is_url(path):
+        return remote.here(path)
     named = split_name(path)
     if named is None:
         return path
@@ -73,7 +75,8 @@ def local(path: str) -> str:
 def fetch(path: str, files: tuple[str, ...] = WANTED) -> str:
     """Bring a repository into the hub's cache; its name with the commit that it is at.
 
-    Of an adapter, here or there, the base is brought too.
+    Of an adapter, here or there, the base is brought too. A URL is copied here, and stays the name
+    of its copy; of a run's folder, its config and its newest checkpoint.
 
     What is no name of a repository comes back as it is, and so does one that is at hand with its
     commit.
@@ -82,6 +85,9 @@ def fetch(path: str, files: tuple[str, ...] = WANTED) -> str:
       InputError: it cannot be had: there is none, it asks for a token, or there is no network and
         the cache has it not.
     """
+    if is_url(path):
+        remote.fetch("path", path, partial(_wanted, files=files))
+        _fetch_start(path, files)
     named = split_name(path)
     if named is None:
         if is_adapter(path):
@@ -103,6 +109,27 @@ def fetch(path: str, files: tuple[str, ...] = WANTED) -> str:
     if is_adapter(found):
         fetch(base_of(found), files)
     return found
+
+
+def _fetch_start(path: str, files: tuple[str, ...]) -> None:
+    """Bring what a run that was brought has started from, if that is elsewhere too."""
+    config = Path(local(path)) / "config.yaml"
+    if not config.is_file():
+        return
+    model = load(config).model
+    for start in {model.path, model.tokenizer} - {path}:
+        # What is here already has brought its own start: runs in a ring end.
+        if (is_url(start) and local(start) == start) or split_name(start):
+            fetch(start, files)
+
+
+def _wanted(names: list[str], files: tuple[str, ...]) -> list[str]:
+    """Of the names in a folder, those that are read of a model, or of a run."""
+    found = [name for name in names if any(fnmatch.fnmatch(name, x) for x in files)]
+    if "config.yaml" not in names:
+        return found
+    # A plan reads no weights.
+    return [*found, "config.yaml", *(remote.newest_of(names) if files == WANTED else ())]
 
 
 def is_adapter(path: str) -> bool:
@@ -159,7 +186,9 @@ def fetch_all(config: Config) -> Config:
     A run that goes on takes the commits that it began with, unless its config names others.
     """
     before = ""
-    if (saved := Path(config.output) / "config.yaml").is_file():
+    if is_url(config.output):
+        before = remote.read_text("output", f"{config.output.rstrip('/')}/config.yaml")
+    elif (saved := Path(config.output) / "config.yaml").is_file():
         before = saved.read_text(encoding="utf-8", errors="replace")
 
     def at_hand(path: str) -> str:

@@ -283,7 +283,7 @@ def restore(folder: str, wanted: Params) -> tuple[int, Params, dict[str, Any]]:
     """(step, what a run trains or a part of it, the host's numbers), of its newest checkpoint."""
     nothing: Any = ()  # the optimizer and its counts stay on disk
     state = {"policy": TrainState(wanted, nothing, nothing, nothing)}
-    step, found, host = load_checkpoint(Path(folder) / "checkpoints", state)
+    step, found, host = load_checkpoint(Path(local(folder)) / "checkpoints", state)
     return step, found["policy"].params, host
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxrlhf.config import Config, DecoderConfig, ModelConfig, load
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_no_url
+from jaxrlhf.core.remote import here
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models.gguf import read_gguf_decoder, smollm2_path, source_of_gguf
 from jaxrlhf.models.hf import has_weights, open_hf
@@ -31,7 +31,9 @@ _begun: dict[str, Future[Source]] = {}
 
 def is_run(path: str) -> bool:
     """Whether ``path`` is the output folder of a run."""
-    return not path.startswith("words:") and os.path.isfile(os.path.join(path, "config.yaml"))
+    if path.startswith("words:"):
+        return False
+    return os.path.isfile(os.path.join(here(path), "config.yaml"))
 
 
 def run_config(folder: str) -> Config:
@@ -43,7 +45,7 @@ def run_config(folder: str) -> Config:
     """
     if not is_run(folder):
         raise InputError(f"{folder}: not the output folder of a run (it holds no config.yaml)")
-    config = load(Path(folder) / "config.yaml")
+    config = load(Path(here(folder)) / "config.yaml")
     _check_origin(folder, config, [], set())
     return config
 
@@ -54,17 +56,17 @@ def _check_origin(folder: str, config: Config, before: list[str], ended: set[str
     Args:
       ended: runs that are known to lead to an end; each is read once.
     """
-    here = os.path.realpath(folder)
-    if here in before or len(before) == MOST_RUNS:
-        what = "its model is its own" if here in before else f"more than {MOST_RUNS} runs long"
+    this = os.path.realpath(here(folder))
+    if this in before or len(before) == MOST_RUNS:
+        what = "its model is its own" if this in before else f"more than {MOST_RUNS} runs long"
         raise InputError(
             f"{folder}: {what}, by model.path and model.tokenizer of the config.yaml of each run: "
             "mend one"
         )
     for path in (config.model.path, config.model.tokenizer):
-        if is_run(path) and os.path.realpath(path) not in ended:
-            _check_origin(path, load(Path(path) / "config.yaml"), [*before, here], ended)
-    ended.add(here)
+        if is_run(path) and os.path.realpath(here(path)) not in ended:
+            _check_origin(path, load(Path(here(path)) / "config.yaml"), [*before, this], ended)
+    ended.add(this)
 
 
 def is_reward_folder(path: str) -> bool:
@@ -139,7 +141,7 @@ def gguf_file(path: str) -> Path | None:
     """The .gguf file that ``path`` means, if it means one."""
     if path == "smollm2":
         return smollm2_path()
-    return Path(path) if path.endswith(".gguf") else None
+    return Path(here(path)) if path.endswith(".gguf") else None
 
 
 def folder(path: str) -> Path:
@@ -148,7 +150,6 @@ def folder(path: str) -> Path:
     Raises:
       InputError: if it is none.
     """
-    check_no_url("model.path", path)
     found = local(path)
     if not found or not os.path.isdir(found):
         raise InputError(

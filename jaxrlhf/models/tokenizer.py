@@ -59,7 +59,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         return _of_units(path)
     if path == "smollm2":
         path = os.fspath(smollm2_path())
-    tokenizer = gguf_tokenizer(path) if path.endswith(".gguf") else _from_folder(Path(local(path)))
+    found = local(path)
+    tokenizer = gguf_tokenizer(found) if path.endswith(".gguf") else _from_folder(Path(found))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(

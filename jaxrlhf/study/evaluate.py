@@ -24,7 +24,7 @@ from jaxrlhf.config import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, write_atomic
+from jaxrlhf.core.files import check_file, is_url, write_atomic
 from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
@@ -91,7 +91,7 @@ def evaluate_model(
     if wish.raw:
         raise InputError("raw: a policy continues prompts of text as they are always: leave it out")
     wish = fetch_fields(wish, "model", "reference", "against", "reward_model")
-    if not wish.output and not is_run(wish.model):
+    if not wish.output and (is_url(wish.model) or not is_run(wish.model)):
         raise InputError(
             f"output: missing: {wish.model} is no run's folder: give one for evaluation.json"
         )

@@ -20,7 +20,7 @@ from rich.console import Console
 from jaxrlhf.config import EvaluateConfig, MeshConfig, RewardConfig, check_evaluate
 from jaxrlhf.core import stats
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, write_atomic
+from jaxrlhf.core.files import check_file, is_url, write_atomic
 from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.data.batches import held_out_batches
@@ -95,7 +95,7 @@ def measure(wish: EvaluateConfig, mesh: Mesh | None = None) -> dict[str, Any]:
             )
     if not wish.data:
         raise InputError("data: missing: give a file of pairs: prompt, chosen, rejected, subset")
-    if not wish.output and not is_run(wish.model):
+    if not wish.output and (is_url(wish.model) or not is_run(wish.model)):
         raise InputError(f"output: missing: {wish.model} is no run's folder: give one for {FILE}")
     path = Path(wish.output or wish.model) / FILE
     if is_first():
