@@ -89,10 +89,15 @@ class Settings:
 
 
 class Result(NamedTuple):
-    """Parameters at the end, and KL(π_θ‖π*) before each iteration and after the last, nats."""
+    """Parameters at the end, and what is known of π_θ before each iteration and after the last."""
 
     params: Params
     kl_I: Array
+    """KL(π_θ‖π*), nats."""
+    ref_kl_I: Array
+    """KL(π_θ‖π_ref), nats."""
+    reward_I: Array
+    """E[r], mean over prompts."""
 
 
 def make_space(vocab: int = 4, length: int = 3) -> Space:
@@ -172,6 +177,14 @@ def kl_to(params: Params, space: Space, logp_QY: Array) -> Array:
     return (jnp.exp(own_QY) * (own_QY - logp_QY)).sum(1).mean()
 
 
+def measured(params: Params, problem: Problem, goal_QY: Array) -> tuple[Array, Array, Array]:
+    """KL to a goal and to the reference, nats, and E[r], of a policy: exact sums."""
+    ref_QY = log_policy(problem.ref, problem.space)
+    chance_QY = jnp.exp(log_policy(params, problem.space))
+    kl, ref_kl = (kl_to(params, problem.space, table) for table in (goal_QY, ref_QY))
+    return kl, ref_kl, (chance_QY * problem.reward_QY).sum(1).mean()
+
+
 def learn(
     algorithm: Algorithm, problem: Problem, key: Array, settings: Settings = Settings()
 ) -> Result:
@@ -183,14 +196,14 @@ def learn(
     tx = adam(settings, settings.iterations * settings.epochs)
     optimum_QY, _ = problem.optimum()
 
-    def step(carry: Any, key: Array) -> tuple[Any, Array]:
+    def step(carry: Any, key: Array) -> tuple[Any, tuple[Array, ...]]:
         params, opt_state, past = carry
         # the oldest of the last ``lag`` policies samples; without a lag, the current one
         rollout, reward_B, chance_B = draw(past[0] if past else params, problem, key, settings)
         batch = targets(algorithm, problem, params, rollout, reward_B)
         if isinstance(batch, Batch):
             batch = replace(batch, weight_BT=batch.weight_BT * chance_B[:, None])
-        before = kl_to(params, problem.space, optimum_QY)
+        before = measured(params, problem, optimum_QY)
         past = (*past[1:], params) if past else past
         for _ in range(settings.epochs):
             params, opt_state = update(tx, params, opt_state, algorithm, problem, batch)
@@ -198,8 +211,9 @@ def learn(
 
     start = problem.ref
     carry = (start, tx.init(start), (start,) * settings.lag)
-    (params, *_), kl_I = jax.lax.scan(step, carry, jax.random.split(key, settings.iterations))
-    return Result(params, jnp.append(kl_I, kl_to(params, problem.space, optimum_QY)))
+    keys = jax.random.split(key, settings.iterations)
+    (params, *_), known = jax.lax.scan(step, carry, keys)
+    return Result(params, *map(jnp.append, known, measured(params, problem, optimum_QY)))
 
 
 def learn_pairs(
@@ -220,14 +234,14 @@ def learn_pairs(
     goal_QY = problem.optimum()[0] if target_QY is None else target_QY
     batch = all_pairs(problem)
 
-    def step(carry: Any, _: None) -> tuple[Any, Array]:
+    def step(carry: Any, _: None) -> tuple[Any, tuple[Array, ...]]:
         params, opt_state = carry
-        before = kl_to(params, problem.space, goal_QY)
+        before = measured(params, problem, goal_QY)
         return update(tx, params, opt_state, algorithm, problem, batch), before
 
     carry = (problem.ref, tx.init(problem.ref))
-    (params, _), kl_I = jax.lax.scan(step, carry, None, settings.iterations)
-    return Result(params, jnp.append(kl_I, kl_to(params, problem.space, goal_QY)))
+    (params, _), known = jax.lax.scan(step, carry, None, settings.iterations)
+    return Result(params, *map(jnp.append, known, measured(params, problem, goal_QY)))
 
 
 def adam(settings: Settings, steps: int) -> optax.GradientTransformation:
