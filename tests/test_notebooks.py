@@ -29,5 +29,6 @@ def test_notebook_is_kept_clean(path):
 def test_there_are_notebooks():
     text = (PATHS[0].parents[1] / "notebooks.md").read_text(encoding="utf-8")
     assert [path.name for path in PATHS if f"notebooks/{path.name}" in text] == [
-        "closed_form_optimum.ipynb", "ppo_in_four_steps.ipynb", "sixty_four_seeds.ipynb",
+        "closed_form_optimum.ipynb", "over_optimisation.ipynb", "ppo_in_four_steps.ipynb",
+        "sixty_four_seeds.ipynb",
     ]  # fmt: skip
