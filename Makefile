@@ -7,6 +7,7 @@
 # make signals SIGTERM and Ctrl-C in every phase of a run
 # make families  a run of each family of models
 # make harness a task of lm-evaluation-harness, from a file to its accuracy
+# make docs-commands  what README and docs/ say to type, carried out
 # make docs    the site, in site/; SERVE=1: on 127.0.0.1:8001, while you write
 # make benchmark  beside HF, TRL and Tunix    ARGS=--quick: does it work?
 #
@@ -20,7 +21,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals families harness lint docs benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals families harness lint docs docs-commands benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -55,6 +56,9 @@ signals: setup-test
 
 families: setup-test
 	$(VENV)/bin/python -m pytest -m families tests/models/test_family_runs.py $(ARGS)
+
+docs-commands: setup-test
+	$(VENV)/bin/python -m pytest -m commands tests/test_docs_commands.py --timeout 0 -rP $(ARGS)
 
 lint: setup-test
 	$(VENV)/bin/ruff check .
