@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from jaxrlhf.config import Config, DataConfig
 from jaxrlhf.config.load import read
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.reading import NotJsonError, parse_json
+from jaxrlhf.core.remote import scratch
 from jaxrlhf.core.shown import one_line, shown
 from jaxrlhf.data.render import Rendered, RenderError, render
 from jaxrlhf.data.rows import Message, Row, calls_of, content_text, locate
@@ -74,7 +74,7 @@ def with_date(config: Config, tokenizer: Tokenizer) -> Config:
     texts = templates.values() if isinstance(templates, dict) else [templates]
     if config.data.date or not any(CLOCK in text for text in texts):
         return config
-    path = Path(config.output) / "config.yaml"
+    path = scratch(config.output) / "config.yaml"
     saved = read(path) if path.is_file() else {}
     data = saved.get("data") if isinstance(saved, dict) else None
     known = data.get("date") if isinstance(data, dict) else None

@@ -406,3 +406,15 @@ def length_penalty(mask_BT: Array, start: int, end: int) -> Array:
 
 
 _length: Callable[..., Array] = jax.jit(length_penalty, static_argnums=(1, 2))
+
+
+def has_signal(judgement: Judgement, group: int) -> np.ndarray:
+    """bool [Q]: at least two known rewards of the group differ."""
+    reward_QG, known_QG = (
+        x_B.reshape(-1, group) for x_B in fetch((judgement.reward_B, judgement.valid_B))
+    )
+    # An unknown reward says nothing either way.
+    known_QG = known_QG & np.isfinite(reward_QG)
+    highest_Q = np.where(known_QG, reward_QG, -np.inf).max(1)
+    lowest_Q = np.where(known_QG, reward_QG, np.inf).min(1)
+    return highest_Q > lowest_Q

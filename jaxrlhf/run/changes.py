@@ -9,11 +9,11 @@ import dataclasses
 import json
 import logging
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrlhf.config import Config, load
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.remote import scratch
 from jaxrlhf.core.shown import shown
 from jaxrlhf.run.page import fields
 
@@ -62,7 +62,7 @@ def _leaves(config: Config) -> dict[str, Any]:
 def changes_of(now: Config) -> list[Change]:
     """What ``now``, as it is resolved, changes in the run whose folder it names; nothing where that
     has no config.yaml that can be read."""
-    path = Path(now.output) / "config.yaml"
+    path = scratch(now.output) / "config.yaml"
     if not path.is_file():
         return []
     try:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import KL_CONTROLLERS
 from jaxrlhf.config import Config, DAPOConfig, OnPolicyConfig, is_on_policy, on_policy
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.remote import scratch
 from jaxrlhf.core.stats import over_prompts
 from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, States
 from jaxrlhf.data.batches import minibatch_rows, order
@@ -27,11 +28,12 @@ from jaxrlhf.mesh.processes import pace
 from jaxrlhf.mesh.sharding import at_hand, constrain, fetch, make_mesh, put_rows
 from jaxrlhf.mesh.signals import Signals
 from jaxrlhf.mesh.watchdog import guarded
-from jaxrlhf.rewards.judge import Judgement, measures
+from jaxrlhf.rewards.judge import Judgement, has_signal, measures
 from jaxrlhf.run.ahead import compiled_ahead
 from jaxrlhf.run.feed import batches, example, last_turn, packing_metrics, place
 from jaxrlhf.run.fingerprint import check_alike, told
 from jaxrlhf.run.held_out import Evaluation, evaluate, measure_normalisation
+from jaxrlhf.run.mirror import mirrored
 from jaxrlhf.run.notices import announced
 from jaxrlhf.run.programs import OnPolicyPrograms, on_schedule
 from jaxrlhf.run.record import known
@@ -71,7 +73,12 @@ def train(
     if feed is not None:
         feed("setting up")
     mesh = mesh or make_mesh(config.mesh)
-    with Signals(leave) as signals, jax.set_mesh(mesh), announced(config, mesh) as show:
+    with (
+        Signals(leave) as signals,
+        jax.set_mesh(mesh),
+        announced(config, mesh) as show,
+        mirrored(config.output) as mirror,
+    ):
         check_alike(told(config))
         # Shapes first: programs are compiled while the weights are still being read.
         run = setup(config, mesh, abstract=True)
@@ -79,8 +86,8 @@ def train(
             show.phase("reading the weights")
             run = fill(run)
             with (
-                lock(config.output),
-                Session(run, began, feed, signals, show, may_change) as session,
+                lock(scratch(config.output)),
+                Session(run, began, feed, signals, show, may_change, mirror) as session,
                 guarded(),
             ):
                 session.lap("setup")
@@ -357,18 +364,6 @@ def signal_of(run: Run, judgement: Judgement) -> np.ndarray | None:
     weighed = [source.name for source in run.judge.sources if source.weight]
     parts = [judgement._replace(reward_B=judgement.parts[name]) for name in weighed]
     return np.any([has_signal(part, n) for part in parts], axis=0)
-
-
-def has_signal(judgement: Judgement, group: int) -> np.ndarray:
-    """bool [Q]: at least two known rewards of the group differ."""
-    reward_QG, known_QG = (
-        x_B.reshape(-1, group) for x_B in fetch((judgement.reward_B, judgement.valid_B))
-    )
-    # An unknown reward says nothing either way.
-    known_QG = known_QG & np.isfinite(reward_QG)
-    highest_Q = np.where(known_QG, reward_QG, -np.inf).max(1)
-    lowest_Q = np.where(known_QG, reward_QG, np.inf).min(1)
-    return highest_Q > lowest_Q
 
 
 def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, Any]]:

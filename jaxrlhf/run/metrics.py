@@ -303,6 +303,12 @@ SPEED = {
     "failed_saves": Metric(
         "Saves that failed", "count", "In a row; the run goes on, and tries again", "absent"
     ),
+    "failed_uploads": Metric(
+        "Copies to the output's URL that failed",
+        "count",
+        "Since the start; the run goes on, and tries again",
+        "absent",
+    ),
 }
 """Of the machine."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrlhf.config import Config, is_on_policy, is_reward_model
+from jaxrlhf.core.files import is_url
 from jaxrlhf.mesh.backend import described, unused_gpu
 from jaxrlhf.mesh.processes import all_or_none, is_first
 from jaxrlhf.run.display import Display, display, number
@@ -54,6 +55,7 @@ def ending(config: Config, summary: Mapping[str, Any], chats: bool) -> list[str]
     if is_reward_model(config):
         model = shlex.quote(config.model.path or "MODEL")
         talk = f"generate {model} --prompt TEXT --n 8 --keep best --reward-model {out}"
-    measured = is_on_policy(config) and bool(config.data.eval)
+    # Which would be written into the run's folder.
+    measured = is_on_policy(config) and bool(config.data.eval) and not is_url(config.output)
     lines.append("next: " + (f"jaxrlhf eval {out}, or " if measured else "") + f"jaxrlhf {talk}")
     return lines

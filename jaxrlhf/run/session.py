@@ -23,6 +23,7 @@ from jaxrlhf.config import dump, is_on_policy, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.reading import read_object
+from jaxrlhf.core.remote import scratch
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.data.rows import Rows
 from jaxrlhf.data.tokens import Encoded, contents
@@ -33,6 +34,7 @@ from jaxrlhf.run.changes import Change, changes_of, refuse_changes
 from jaxrlhf.run.display import Display
 from jaxrlhf.run.fingerprint import check_alike, check_fingerprint, fingerprint
 from jaxrlhf.run.held_out import Evaluation
+from jaxrlhf.run.mirror import STOP_SECONDS, Mirror, NoMirror
 from jaxrlhf.run.notices import announced, ending
 from jaxrlhf.run.record import Recorder, plain
 from jaxrlhf.run.report import write_report
@@ -65,6 +67,7 @@ class Session:
       signals: that the run listens to.
       show: the terminal's; one of its own, if None.
       may_change: go on where fields have changed that may; False: refuse, and name them.
+      mirror: copies the folder to where the run's output is, if that is elsewhere.
 
     Attributes:
       states: the training states, restored or at their start (``run.states``, which are deleted
@@ -85,12 +88,14 @@ class Session:
         signals: Signals | None = None,
         show: Display | None = None,
         may_change: bool = True,
+        mirror: Mirror | NoMirror | None = None,
     ):
         self.run = run
         self._shown = show
         self.changed: list[Change] = []
         self._may_change = may_change
-        self.output = Path(run.config.output)
+        self.output = scratch(run.config.output)
+        self._mirror = mirror or NoMirror()
         self.states: dict[str, TrainState] = run.states
         self.host: dict[str, Any] = {"seconds": {}}
         self.start = 0
@@ -241,7 +246,12 @@ class Session:
         self.signals.turn.acquire()
 
     def _cut(self, asked: str) -> str:
-        """Save what is whole, on disk once this returns, and say so."""
+        """Save what is whole, on disk and where it is mirrored once this returns, and say so."""
+        said = self._save_whole(asked)
+        self._mirror.flush(STOP_SECONDS)
+        return said
+
+    def _save_whole(self, asked: str) -> str:
         if self._whole is None:
             last = self.checkpoints.latest() or 0
             return f"stopped by {asked}; iteration {last} is saved: {AGAIN}"
@@ -316,8 +326,9 @@ class Session:
         if self._updating:
             self._updating = False
             self.signals.turn.release()
-        if self.checkpoints.failed:
-            metrics = {**metrics, "failed_saves": self.checkpoints.failed}
+        self._mirror.check()
+        failed = {"failed_saves": self.checkpoints.failed, "failed_uploads": self._mirror.failed}
+        metrics = {**metrics, **{name: count for name, count in failed.items() if count}}
         self.recorder.metrics(step, metrics)
         self.recorder.samples(step, samples)
         self.show.step(step, plain(metrics), samples)

@@ -24,6 +24,7 @@ from typing import IO, Any
 from jaxrlhf.config import Config
 from jaxrlhf.core.errors import InputError, to_install
 from jaxrlhf.core.files import write_atomic, writing
+from jaxrlhf.core.remote import scratch
 from jaxrlhf.core.shown import one_line
 from jaxrlhf.mesh.processes import is_first
 from jaxrlhf.mesh.signals import Stop
@@ -69,7 +70,7 @@ def trackers_of(config: Config, resumed: int | None, say: Callable[[str], None])
       resumed, say: as of ``Trackers``.
     """
     names = config.trackers if is_first() else ()
-    return Trackers(names, config.output, resumed, dataclasses.asdict(config), say)
+    return Trackers(names, scratch(config.output), resumed, dataclasses.asdict(config), say)
 
 
 class Trackers:

@@ -34,9 +34,9 @@ from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.words import goodness
 from jaxrlhf.mesh.notes import steps_in
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.rewards.judge import Judgement
+from jaxrlhf.rewards.judge import Judgement, has_signal
 from jaxrlhf.run import loop
-from jaxrlhf.run.loop import has_signal, iterate
+from jaxrlhf.run.loop import iterate
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
 from jaxrlhf.run.speed import TIMED
