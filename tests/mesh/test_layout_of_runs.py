@@ -27,8 +27,8 @@ from jaxrlhf.run import loop
 from jaxrlhf.run.session import Session
 from jaxrlhf.run.setup import setup
 from jaxrlhf.run.speed import TIMED
+from jaxrlhf.steps import columns
 from jaxrlhf.steps import draw as draws
-from jaxrlhf.steps import logp
 
 ITERATIONS = 5
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -65,7 +65,7 @@ def run_on(folder, mesh_config):
     tokens = []
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         # Neither logits nor attention scores are all there at once; three blocks make a draw.
-        patch.setattr(logp, "LOGITS_A_DEVICE", 2**7)
+        patch.setattr(columns, "LOGITS_A_DEVICE", 2**7)
         patch.setattr(attention, "SCORES_A_DEVICE", 2**10)
         patch.setattr(draws, "BLOCK", 8)
         session = Session(setup(config, mesh))

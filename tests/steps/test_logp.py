@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.mesh.sharding import make_mesh, put, row_layout, shardings
-from jaxrlhf.steps import logp
+from jaxrlhf.steps import columns, logp
 from jaxrlhf.study.plan.hlo import collectives, flops, parse
 
 B, T, D, V = 8, 11, 16, 24  # 11 columns: neither pieces nor devices divide them
@@ -56,7 +56,7 @@ def close(found, expected):
 @pytest.mark.parametrize("pieces", [1, 3, 11])
 @pytest.mark.parametrize(("axis", "entropy"), [(0, True), (1, False)])
 def test_token_logp_equals_log_softmax(axis, entropy, pieces, monkeypatch):
-    monkeypatch.setattr(logp, "LOGITS_A_DEVICE", B * -(-T // pieces) * V)
+    monkeypatch.setattr(columns, "LOGITS_A_DEVICE", B * -(-T // pieces) * V)
     weight = WEIGHT if axis == 0 else WEIGHT.T
     given = axis, entropy, HIDDEN, weight, TOKEN, 0.7
     close(jax.jit(partial(run, logp.token_logp, *given))(), run(plain, *given))
@@ -64,14 +64,14 @@ def test_token_logp_equals_log_softmax(axis, entropy, pieces, monkeypatch):
 
 @pytest.mark.parametrize("shape", [{"scale": 0.5}, {"cap": 2.0}, {"scale": 3.0, "cap": 1.5}])
 def test_token_logp_of_scaled_and_capped_logits(shape, monkeypatch):
-    monkeypatch.setattr(logp, "LOGITS_A_DEVICE", B * -(-T // 3) * V)
+    monkeypatch.setattr(columns, "LOGITS_A_DEVICE", B * -(-T // 3) * V)
     given = 0, True, HIDDEN, WEIGHT, TOKEN, 0.7
     close(jax.jit(partial(run, logp.token_logp, *given, **shape))(), run(plain, *given, **shape))
 
 
 def test_token_logp_in_bfloat16_adds_up_in_float32(monkeypatch):
     """600 equal terms, one a piece: a sum in bfloat16 would stop at the 256th."""
-    monkeypatch.setattr(logp, "LOGITS_A_DEVICE", V)
+    monkeypatch.setattr(columns, "LOGITS_A_DEVICE", V)
     hidden, weight = jnp.ones((1, 600, D), jnp.bfloat16), np.zeros((D, V), np.float32)
     token = np.zeros((1, 600), np.int32)
 
@@ -90,10 +90,10 @@ def test_token_logp_in_bfloat16_adds_up_in_float32(monkeypatch):
 def test_token_logp_gathers_and_reduces_the_weight_once(config, axis, monkeypatch):
     """The same values on eight devices; the weight is gathered once, its gradient reduced once over
     the rows' devices, and once over the columns'."""
-    monkeypatch.setattr(logp, "LOGITS_A_DEVICE", B * 2 * V // 8)  # six pieces
+    monkeypatch.setattr(columns, "LOGITS_A_DEVICE", B * 2 * V // 8)  # six pieces
     mesh = make_mesh(config)
     weight = WEIGHT if axis == 0 else WEIGHT.T
-    layout = shardings(logp.WEIGHT[axis], mesh)
+    layout = shardings(columns.WEIGHT[axis], mesh)
     given = put((HIDDEN, weight, TOKEN), (row_layout(mesh), layout, row_layout(mesh)))
     with jax.set_mesh(mesh):
         program = jax.jit(
@@ -114,15 +114,15 @@ def test_token_logp_gathers_and_reduces_the_weight_once(config, axis, monkeypatc
 
 def test_token_logp_computes_no_gradient_of_a_frozen_weight(monkeypatch):
     """Logits, logits again, and a gradient's product: three for hidden states, one more for W."""
-    monkeypatch.setattr(logp, "LOGITS_A_DEVICE", B * 2 * V)
+    monkeypatch.setattr(columns, "LOGITS_A_DEVICE", B * 2 * V)
 
     def loss(hidden, weight):
         return logp.token_logp(hidden, weight, 0, TOKEN, 1.0, False)[0].sum()
 
-    columns = 6 * 2  # of which the last is padding
+    wide = 6 * 2  # of which the last is padding
     products = {
         argnums: flops(jax.make_jaxpr(jax.grad(loss, argnums))(HIDDEN, WEIGHT))
-        / (2 * B * columns * D * V)
+        / (2 * B * wide * D * V)
         for argnums in (0, (0, 1))
     }
     assert products == {0: 3, (0, 1): 4}

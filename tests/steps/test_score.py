@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.config import DecoderConfig
 from jaxrlhf.models.transformer import Model
-from jaxrlhf.steps import logp as log_probs
+from jaxrlhf.steps import columns as in_columns
 from jaxrlhf.steps.score import forward, last_token, reward, score, value
 
 T = 12
@@ -127,7 +127,7 @@ def test_forward_pieces_equal_the_whole(monkeypatch, model, params, lora):
 
     expected = run(at_once)
     for columns in (100, 4):
-        monkeypatch.setattr(log_probs, "LOGITS_A_DEVICE", columns * 3 * 300)
+        monkeypatch.setattr(in_columns, "LOGITS_A_DEVICE", columns * 3 * 300)
         found = run(in_pieces)
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found, expected)
 
@@ -160,7 +160,7 @@ def largest_logits(model, params):
 def test_forward_never_holds_all_logits(monkeypatch, model, params):
     """All logits would be [2, 63, 300], 37800 elements; the embedding table, [300, 32], is 9600."""
     assert largest_logits(model, params) >= 2 * 63 * 300  # in one piece, as it is allowed to be
-    monkeypatch.setattr(log_probs, "LOGITS_A_DEVICE", 2 * 300 * 8)
+    monkeypatch.setattr(in_columns, "LOGITS_A_DEVICE", 2 * 300 * 8)
     assert largest_logits(model, params) == 9600
 
 

@@ -24,7 +24,7 @@ from jaxrlhf.rewards.models import Member, packed_reward, packed_scores
 from jaxrlhf.run.ahead import arguments, decoding, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
 from jaxrlhf.run.setup import Run
-from jaxrlhf.steps.logp import pieces_for as column_pieces
+from jaxrlhf.steps.columns import pieces_for as column_pieces
 from jaxrlhf.steps.packed import pieces_for
 from jaxrlhf.steps.sample import LONG
 from jaxrlhf.study.plan.hlo import Loops

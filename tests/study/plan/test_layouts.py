@@ -12,7 +12,7 @@ from jaxrlhf.config import DecoderConfig, MeshConfig, PPOConfig, RewardConfig, S
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain, make_mesh
 from jaxrlhf.models import attention, decode
 from jaxrlhf.run.setup import outline
-from jaxrlhf.steps import logp
+from jaxrlhf.steps import columns
 from jaxrlhf.steps import sample as sampling
 from jaxrlhf.study.plan.calls import calls_of
 from jaxrlhf.study.plan.hlo import Loops, collectives, open_loops, parse
@@ -70,7 +70,7 @@ def modules(request, tmp_path_factory):
     """The programs of a run whose logits and attention scores do not fit at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SCORES_A_DEVICE", ROWS * 4 * SLOTS**2 // 8 // 3)
-        patch.setattr(logp, "LOGITS_A_DEVICE", 4 * VOCAB * ROWS // 8)
+        patch.setattr(columns, "LOGITS_A_DEVICE", 4 * VOCAB * ROWS // 8)
         with programs(tmp_path_factory.mktemp("layouts"), request.param) as found:
             yield found
 
@@ -133,7 +133,7 @@ def test_no_program_holds_all_logits(name, modules):
 
 @pytest.mark.parametrize("name", ["reference", "update"])
 def test_all_logits_would_be_found(name, tmp_path):
-    with broken(tmp_path, MESHES[-1], logp, "LOGITS_A_DEVICE", 2**30) as (module, mesh):
+    with broken(tmp_path, MESHES[-1], columns, "LOGITS_A_DEVICE", 2**30) as (module, mesh):
         assert all_logits(module(name), mesh)
 
 
