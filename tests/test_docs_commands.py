@@ -52,6 +52,7 @@ TINY = {
     r"eval (runs/ppo_smollm2|smollm2)": "--n 1 --best-of 2 --max-new-tokens 4",
     r"train configs/hackable_tiny": "--steps 4",
     r"train mine\.yaml$": "--steps 4",
+    r"train grpo\.yaml$": "--steps 1 --sample.max-new-tokens 4 --data.batch-size 2 --sample.n 2",
     r"--steps 40": "--steps 6",
     r"init grpo": "--output grpo.yaml",
     r"chat smollm2$": "--max-new-tokens 4",
@@ -118,7 +119,7 @@ def place(tmp_path):
     (tmp_path / "mine.yaml").write_text(block("quickstart", "yaml", "mine.yaml"), encoding="utf-8")
     brief = block("quickstart", "python", "def brief")
     (tmp_path / "brief.py").write_text(brief, encoding="utf-8")
-    (tmp_path / "my_rewards.py").write_text(brief.replace("brief(", "f("), encoding="utf-8")
+    (tmp_path / "my_rewards.py").write_text(brief + "\n\nf = brief\n", encoding="utf-8")
     asked = [{"prompt": text} for text in ("The food was", "My phone is", "A day at", "We went")]
     for name in ("mine", "prompts", "held_out"):
         runs.write(tmp_path / f"{name}.jsonl", asked)
