@@ -7,6 +7,7 @@ from typing import get_args
 
 import jax
 import pytest
+from tiny_models import rigged_folder
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -20,11 +21,13 @@ from jaxrlhf.config import (
     DataConfig,
     DecoderConfig,
     EvalConfig,
+    GKDConfig,
     MeshConfig,
     ModelConfig,
     OnPolicyConfig,
     OptimConfig,
     PPOConfig,
+    ReferenceConfig,
     RewardConfig,
     RewardModelConfig,
     SampleConfig,
@@ -32,6 +35,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.mesh.checkpoint import load
 from jaxrlhf.mesh.sharding import make_mesh
+from jaxrlhf.models.tokenizer import load_tokenizer
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.metrics import lookup
 from jaxrlhf.run.session import Session
@@ -195,9 +199,25 @@ def judged(name, folder):
     return [write(folder / f"{name}{end}.jsonl", rows) for end in ("", "_eval")]
 
 
+def teacher(folder):
+    """A Llama of another shape that knows the words, and says "nice" more often than others."""
+    tokenizer = load_tokenizer(f"words:{WORDS}")
+    token = tokenizer.get_vocab()["nice"]
+    return rigged_folder(folder / "teacher", tokenizer, DECODER.vocab, token, strength=3)
+
+
+def gkd(folder, **changes):
+    config = ppo(
+        folder, algorithm=GKDConfig(), rewards=(), reference=ReferenceConfig(teacher(folder))
+    )
+    return replace(config, **changes)
+
+
 def of(name, folder, **changes):
     """A run of the algorithm called ``name``, at its defaults."""
     kind = next(kind for kind in get_args(AlgorithmConfig) if kind.name == name)
+    if name == "gkd":
+        return gkd(folder, **changes)
     if issubclass(kind, OnPolicyConfig):
         return ppo(folder, **{"algorithm": kind(), **changes})
     config = {"sft": sft}.get(name, reward_model)(folder)

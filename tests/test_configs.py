@@ -34,7 +34,7 @@ from jaxrlhf.steps.update import candidate_logp
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 NAMES = [kind.name for kind in get_args(AlgorithmConfig)]
 JUDGES = ["listwise_reward_model", "pointwise_reward_model", "process_reward_model"]
-LEARNERS = [name for name in NAMES if name not in ("sft", "reward_model", "ppo", *JUDGES)]
+LEARNERS = [n for n in NAMES if n not in ("sft", "reward_model", "ppo", "gkd", *JUDGES)]
 
 SEVERAL = ("a2c", "rloo", "grpo", "dpo", "kto", "listwise_reward_model")
 """One of each family of losses learns from three seeds, the others from one."""
@@ -93,6 +93,16 @@ def test_tiny_config_learns(name, seed, world):
         before, after = (accuracy(path, folder, mesh) for path in ("sft", f"{name}-{seed}"))
         print(f"{name} {seed} {before:.3f} {after:.3f}")
         assert after > before + 0.1
+
+
+@pytest.mark.slow
+def test_tiny_student_learns(world):
+    folder, mesh = world
+    loop.train(replace(of_world("rloo", 0, folder), output=str(folder / "rloo")), mesh)
+    summary = loop.train(of_world("gkd", 0, folder), mesh)
+    print(f"gkd {summary['kl_nats_before']:.3f} {summary['kl_nats_after']:.3f}")
+    assert summary["kl_nats_after"] < 0.05 * summary["kl_nats_before"]
+    assert summary["gold_rise"] > 0.5
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@
 β), ``gae`` (advantages and loss of a critic), ``groups`` (advantages of samples of one prompt),
 ``policy_losses`` (clipped and plain), ``preference_losses``, ``optimal_policy`` (the optimum in
 closed form). ``on_policy`` is what all that sample share. The records, by family: ``ppo``,
-``reinforce``, ``grpo``, ``dpo``, ``reward_models``. Read ``ppo`` first: it is the longest one.
+``reinforce``, ``grpo``, ``dpo``, ``gkd``, ``reward_models``. Read ``ppo`` first: it is
+the longest one.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 from jaxrlhf.algorithms.algorithm import Algorithm, Metrics, reweight, sft
 from jaxrlhf.algorithms.dpo import bco, cpo, dpo, kto, online_dpo, orpo, simpo
 from jaxrlhf.algorithms.gae import explained_variance, gae, value_loss
+from jaxrlhf.algorithms.gkd import generalised_jsd, gkd
 from jaxrlhf.algorithms.groups import (
     batch_advantage,
     each_advantage,
@@ -77,7 +79,7 @@ ALGORITHMS: dict[str, Callable[[Any], Algorithm]] = {
     make.__name__: make
     for make in (
         *(ppo, a2c, reinforce, remax, rloo, reinforce_pp),
-        *(grpo, dr_grpo, dapo, gspo, cispo, online_dpo),
+        *(grpo, dr_grpo, dapo, gspo, cispo, online_dpo, gkd),
         *(reward_model, listwise_reward_model, pointwise_reward_model, process_reward_model),
         *(sft, dpo, orpo, simpo, cpo, kto, bco),
     )

@@ -7,7 +7,12 @@ from typing import Any, Literal, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from jaxrlhf.config.algorithms import Aggregation, SFTConfig
+from jaxrlhf.config.algorithms import (
+    Aggregation,
+)
+from jaxrlhf.config.offline import (
+    SFTConfig,
+)
 from jaxrlhf.core import masked
 from jaxrlhf.core.types import AnyBatch, Array, Batch, Outputs, PreferenceBatch, TokenBatch
 
@@ -28,18 +33,22 @@ class Algorithm(NamedTuple):
     targets: Targets | None
     """On policy: (rollout, ref_logp_BT, reward_B, valid_B, coefficients) → (batch, metrics of the
     whole rollout), with ``value_BT``, ``baseline_B``, or ``score_BS`` and ``weight_S``, by name if
-    it needs them. ``coefficients``
-    holds traced scalars, such as ``kl_coef``. None for algorithms that learn from data."""
+    it needs them; of the rollout alone with a teacher. ``coefficients`` holds traced scalars, such
+    as ``kl_coef``. None for algorithms that learn from data."""
     loss: Loss
     """(what ``reads`` says, batch) → (scalar, metrics)."""
     value_loss: Loss | None = None
     """(outputs, batch) → (scalar, metrics), before any coefficient."""
     needs: frozenset[str] = frozenset()
     """Which of "value", "reference", "entropy", "greedy" (what each prompt's greedy response is
-    worth) and "scores" (of each source of reward, with its weight) have to be had for it."""
+    worth), "scores" (of each source of reward, with its weight) and "teacher" (the reference, in
+    the update) have to be had for it."""
     reads: Literal["outputs", "scores", "steps", "pairs"] = "outputs"
     """What its loss is given: Outputs of a batch's rows, the rewards [B, C] of its candidates, the
     head at every token of them [B, C, T], or their log-probs [B, C, T]."""
+    divergence: Callable[[Array, Array], Array] | None = None
+    """With a teacher: (logits, its logits) [..., V] → [...], what ``Outputs.divergence_BT`` is made
+    of; differentiable by the first."""
 
 
 def sft(config: SFTConfig) -> Algorithm:

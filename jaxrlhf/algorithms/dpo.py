@@ -23,11 +23,13 @@ from jaxrlhf.algorithms.preference_losses import (
     simpo_loss,
 )
 from jaxrlhf.config.algorithms import (
+    OnlineDPOConfig,
+)
+from jaxrlhf.config.offline import (
     BCOConfig,
     CPOConfig,
     DPOConfig,
     KTOConfig,
-    OnlineDPOConfig,
     ORPOConfig,
     SimPOConfig,
 )

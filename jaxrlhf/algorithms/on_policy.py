@@ -109,15 +109,11 @@ def price(
 
 def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metrics:
     """Means over valid rows: ``score`` as it came and its std, ``kl`` (nats a sequence),
-    ``kl_reward``, ``reward`` (score, penalties and KL together), ``length`` (tokens), ``ended``
-    (fraction); over their tokens: ``entropy_estimate`` (nats) and ``sample_ratio``,
-    exp(logp − sample_logp), 1 when the update's log-probs are the sampler's and nothing was
-    truncated, and ``sample_gap``, |logp − sample_logp| (nats), in which differences of either sign
-    add up; and the fraction ``valid`` of all rows.
+    ``kl_reward``, ``reward`` (score, penalties and KL together); those of ``drawn``; and the
+    fraction ``valid`` of all rows.
     """
     rollout, mask_BT, logp_BT, ref_logp_BT = priced[:4]
     valid_B = priced.valid_B
-    gap_BT = logp_BT - masked.fill(rollout.sample_logp_BT, mask_BT)
     return {
         "score": masked.mean(reward_B, valid_B),
         "score_std": jnp.sqrt(masked.variance(reward_B, valid_B)),
@@ -125,12 +121,24 @@ def _metrics(priced: Priced, reward_B: Array, kl_BT: Array, beta: Array) -> Metr
         # k1 whatever the estimator that is charged: runs stay comparable
         "kl": masked.mean((logp_BT - ref_logp_BT).sum(1), valid_B),
         "kl_reward": masked.mean(-beta * kl_BT.sum(1), valid_B),
+        **drawn(rollout, mask_BT, logp_BT, valid_B),
+        "valid": valid_B.mean(dtype=jnp.float32),
+    }
+
+
+def drawn(rollout: Rollout, mask_BT: Array, logp_BT: Array, valid_B: Array) -> Metrics:
+    """What was sampled. Means over valid rows: ``length`` (tokens), ``ended`` (fraction); over
+    their tokens: ``entropy_estimate`` (nats) and ``sample_ratio``, exp(logp − sample_logp), 1 when
+    the update's log-probs are the sampler's and nothing was truncated, and ``sample_gap``,
+    |logp − sample_logp| (nats), in which differences of either sign add up.
+    """
+    gap_BT = logp_BT - masked.fill(rollout.sample_logp_BT, mask_BT)
+    return {
         "length": masked.mean(mask_BT.sum(1), valid_B),
         "ended": masked.mean(rollout.ended_B, valid_B),
         "entropy_estimate": -masked.mean(logp_BT, mask_BT),
         "sample_ratio": masked.mean(bounded_exp(gap_BT), mask_BT),
         "sample_gap": masked.mean(jnp.abs(gap_BT), mask_BT),
-        "valid": valid_B.mean(dtype=jnp.float32),
     }
 
 

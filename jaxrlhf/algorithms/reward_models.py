@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.algorithms.algorithm import Algorithm, Metrics, check_shapes, weighted
-from jaxrlhf.config.algorithms import (
+from jaxrlhf.config.offline import (
     ListwiseRewardModelConfig,
     PointwiseRewardModelConfig,
     ProcessRewardModelConfig,

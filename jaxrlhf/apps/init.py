@@ -55,6 +55,8 @@ LEAST_STEPS, MOST_STEPS = 20, 1000
 COMMENTS = {
     "algorithm.kl_coef": "β: the higher, the closer to the model as it was (reward units a nat)",
     "algorithm.beta": "β: the higher, the closer to the reference",
+    "gkd.beta": "1: KL(student‖teacher), as reinforcement learning has it; 0: KL(teacher‖student)",
+    "reference.path": "the teacher: any model of the same tokenizer",
     "algorithm.epochs": "passes over each rollout",
     "algorithm.minibatches": "optimizer steps a pass",
     "algorithm.separator": "the text between two steps of an answer",
@@ -108,16 +110,21 @@ def _described(algorithm: str, data: str, reward: str, model: str, name: str) ->
     """The config, with widths and steps yet to be fitted."""
     kind = NAMES[algorithm]
     base = load(min(packaged().glob(f"{algorithm}_smollm2*.yaml")))
-    if reward and issubclass(kind, OfflineConfig):
-        raise InputError(f"--reward {reward}: {algorithm} learns from its data alone: leave it out")
+    offline = issubclass(kind, OfflineConfig)
+    if reward and (offline or kind.has_teacher):
+        what = "data" if offline else "teacher"
+        raise InputError(
+            f"--reward {reward}: {algorithm} learns from its {what} alone: leave it out"
+        )
     rewards: tuple[RewardConfig, ...] = ()
-    if not issubclass(kind, OfflineConfig):
+    if offline:
+        train = data or f"jaxrlhf:examples/{EXAMPLES.get(kind.rows, kind.rows)}.jsonl"
+    else:
+        train = data or OPENINGS
+    if not offline and not kind.has_teacher:
         check_no_url("reward", reward)
         of_model = Path(reward).is_dir() and bool(reward)
         rewards = (RewardConfig(model=reward) if of_model else RewardConfig(reward or "sentiment"),)
-        train = data or OPENINGS
-    else:
-        train = data or f"jaxrlhf:examples/{EXAMPLES.get(kind.rows, kind.rows)}.jsonl"
     return replace(
         base,
         model=replace(base.model, path=model),
@@ -189,7 +196,9 @@ def _lines(config: Config, rows: int) -> Iterator[str]:
     lora = config.model.lora
     adapters = {"lora": _set(lora, "rank", "alpha")} if lora else {}
     yield from _section("model", {"path": config.model.path, **adapters})
-    if sampled:
+    if config.reference.path:
+        yield from _section("reference", {"path": config.reference.path})
+    if config.rewards:
         yield "rewards:  # several are summed, with a weight each"
         kind, said = ("model", "a reward model") if config.rewards[0].model else ("function", "")
         said = said or "module:name: (prompts, completions, **columns) → a number each"
@@ -224,9 +233,10 @@ def _set(section: Any, *always: str) -> dict[str, Any]:
 
 def _section(name: str, values: dict[str, Any]) -> Iterator[str]:
     yield f"{name}:"
-    yield from (
-        _line(key, value, COMMENTS.get(f"{name}.{key}", "")) for key, value in values.items()
-    )
+    for key, value in values.items():
+        # Of algorithms that give a name another meaning, that one.
+        said = COMMENTS.get(f"{name}.{key}", "")
+        yield _line(key, value, COMMENTS.get(f"{values.get('name')}.{key}", said))
 
 
 def _line(key: str, value: Any, comment: str) -> str:

@@ -1,19 +1,29 @@
 """The ``algorithm`` section of a config: one dataclass an algorithm, told apart by ``name``.
 
-First those that sample, then those that learn from the rows of a file, then reward models. Each has
+Here are those that sample; those that learn from the rows of a file are in ``offline``. Each has
 just the settings that it reads.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from jaxrlhf.config.offline import (
+    BCOConfig,
+    CPOConfig,
+    DPOConfig,
+    KTOConfig,
+    ListwiseRewardModelConfig,
+    ORPOConfig,
+    PointwiseRewardModelConfig,
+    PreferenceKind,
+    ProcessRewardModelConfig,
+    RewardModelConfig,
+    SFTConfig,
+    SimPOConfig,
+)
+
 Aggregation = Literal["token", "sequence", "sequence_sum", "fixed"]
 """How token losses become one number; masked.weights gives the formulas."""
-
-PreferenceKind = Literal[
-    "sigmoid", "robust", "ipo", "hinge", "exo_pair", "sppo_hard", "apo_zero", "apo_down"
-]
-"""Losses on pairs relative to a reference; preference_loss gives the formulas."""
 
 Normalise = Literal["sum", "each"]
 KLPlace = Literal["reward", "loss", "exact_loss"]
@@ -25,12 +35,14 @@ class OnPolicyConfig:
     """What all algorithms have that learn from responses they sample.
 
     Class variables are no settings. They say what a run has to provide, and stand for settings
-    that only some of them read (``TokenLossConfig``, ``RatioConfig``).
+    that only some of them read (``RewardedConfig``, ``TokenLossConfig``, ``RatioConfig``).
     """
 
     name: str = ""
     has_critic: ClassVar[bool] = False
     """Learns a value function."""
+    has_teacher: ClassVar[bool] = False
+    """Learns from the distributions of the reference instead of from rewards."""
     in_groups: ClassVar[bool] = False
     """Compares the samples of a prompt: sample.n is at least 2."""
     normalise: ClassVar[Normalise] = "sum"
@@ -50,6 +62,21 @@ class OnPolicyConfig:
     mask_truncated: ClassVar[bool] = False
     # A policy has no scores to normalise; whoever loads a run asks.
     normalise_on: ClassVar[str] = ""
+    # Without rewards there is nothing to weigh a KL against.
+    old_logp: ClassVar[Literal["sampler", "rescore"]] = "sampler"
+    kl_coef: ClassVar[float] = 0.0
+    kl_estimator: ClassVar[Literal["k1", "k2", "k3"] | None] = None
+    kl_controller: ClassVar[Literal["fixed", "adaptive"]] = "fixed"
+    kl_target: ClassVar[float] = 6.0
+    kl_horizon: ClassVar[float] = 10_000.0
+    missing_eos_penalty: ClassVar[float] = 0.0
+    overlong_buffer: ClassVar[int] = 0
+
+
+@dataclass(frozen=True)
+class RewardedConfig:
+    """Settings of learning from rewards: the KL to the reference, penalties on length."""
+
     old_logp: Literal["sampler", "rescore"] = "sampler"
     """Source of the ratio's denominator: the cached sampler, or a forward like the update's."""
     kl_coef: float = 0.05
@@ -134,7 +161,7 @@ class CriticTargetsConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig(CriticTargetsConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
+class PPOConfig(CriticTargetsConfig, RatioConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """Proximal policy optimisation with a learned critic (arXiv:1707.06347, arXiv:2203.02155)."""
 
     name: Literal["ppo"] = "ppo"
@@ -148,7 +175,7 @@ class PPOConfig(CriticTargetsConfig, RatioConfig, TokenLossConfig, OnPolicyConfi
 
 
 @dataclass(frozen=True)
-class A2CConfig(CriticTargetsConfig, TokenLossConfig, OnPolicyConfig):
+class A2CConfig(CriticTargetsConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """Advantage actor-critic: the policy gradient with a learned critic (arXiv:1602.01783)."""
 
     name: Literal["a2c"] = "a2c"
@@ -158,7 +185,7 @@ class A2CConfig(CriticTargetsConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(TokenLossConfig, OnPolicyConfig):
+class ReinforceConfig(TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """REINFORCE: each token is credited with the rewards that follow it (Williams 1992)."""
 
     name: Literal["reinforce"] = "reinforce"
@@ -170,7 +197,7 @@ class ReinforceConfig(TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class ReMaxConfig(TokenLossConfig, OnPolicyConfig):
+class ReMaxConfig(TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """ReMax: REINFORCE whose baseline is the reward of the greedy response (arXiv:2310.10505)."""
 
     name: Literal["remax"] = "remax"
@@ -178,7 +205,7 @@ class ReMaxConfig(TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class RLOOConfig(TokenLossConfig, OnPolicyConfig):
+class RLOOConfig(TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """REINFORCE leave-one-out: the baseline is the mean of the other samples (arXiv:2402.14740)."""
 
     in_groups: ClassVar[bool] = True
@@ -187,14 +214,14 @@ class RLOOConfig(TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class ReinforcePPConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
+class ReinforcePPConfig(RatioConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """REINFORCE++: returns whitened over the whole rollout, PPO's clip (arXiv:2501.03262)."""
 
     name: Literal["reinforce_pp"] = "reinforce_pp"
 
 
 @dataclass(frozen=True)
-class GRPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
+class GRPOConfig(GroupConfig, RatioConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """Group-relative policy optimisation (arXiv:2402.03300)."""
 
     name: Literal["grpo"] = "grpo"
@@ -204,7 +231,7 @@ class GRPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class DrGRPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
+class DrGRPOConfig(RatioConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """GRPO without its two biases: no standard deviation, a fixed length (arXiv:2503.20783)."""
 
     in_groups: ClassVar[bool] = True
@@ -214,7 +241,7 @@ class DrGRPOConfig(RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class DAPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
+class DAPOConfig(GroupConfig, RatioConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """GRPO with a higher upper clip, token means and dynamic sampling (arXiv:2503.14476)."""
 
     name: Literal["dapo"] = "dapo"
@@ -225,7 +252,7 @@ class DAPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class GSPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
+class GSPOConfig(GroupConfig, RatioConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """Group sequence policy optimisation: one ratio a response (arXiv:2507.18071)."""
 
     name: Literal["gspo"] = "gspo"
@@ -237,7 +264,7 @@ class GSPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class CISPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
+class CISPOConfig(GroupConfig, RatioConfig, TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """Clipped importance weights on the policy gradient (MiniMax-M1; arXiv:2506.13585)."""
 
     name: Literal["cispo"] = "cispo"
@@ -247,7 +274,7 @@ class CISPOConfig(GroupConfig, RatioConfig, TokenLossConfig, OnPolicyConfig):
 
 
 @dataclass(frozen=True)
-class OnlineDPOConfig(OnPolicyConfig):
+class OnlineDPOConfig(RewardedConfig, OnPolicyConfig):
     """DPO on the best and the worst of each prompt's samples (arXiv:2402.04792)."""
 
     in_groups: ClassVar[bool] = True
@@ -266,183 +293,22 @@ class OnlineDPOConfig(OnPolicyConfig):
     """Pairs whose rewards differ by no more than this are left out (reward units)."""
 
 
-Rows = Literal["pairs", "completions", "labelled", "judged", "ranked", "scored", "steps"]
-"""What the data holds: ``labelled`` answers are compared with answers to other prompts, ``judged``
-ones, labelled as well, are not; ``ranked`` are several answers in order, ``scored`` ones have a
-number each, ``steps`` a label for each step of an answer."""
-
-
 @dataclass(frozen=True)
-class OfflineConfig:
-    """What all of them have; class variables are no settings, but what a run has to provide."""
+class GKDConfig(OnPolicyConfig):
+    """On-policy distillation: own texts, a teacher's distributions (GKD; arXiv:2306.13649)."""
 
-    rows: ClassVar[Rows] = "pairs"
-    has_reference: ClassVar[bool] = False
-    """Compares the policy with a reference."""
-    whole_batch: ClassVar[bool] = False
-    """Has a mean over the batch inside its loss: no microbatches."""
-    is_reward_model: ClassVar[bool] = False
-    """Trains the scalar head to judge, instead of a policy to write."""
-    normalise_on: ClassVar[str] = ""
-    """See ``ScalarConfig``; only scores of whole answers are normalised."""
-
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class SFTConfig(OfflineConfig):
-    """Supervised fine-tuning: the negative log-likelihood of completions."""
-
-    rows: ClassVar[Rows] = "completions"
-    name: Literal["sft"] = "sft"
-    train_on: Literal["completion", "assistant"] = "completion"
-    """Of chats: imitate the completion (of ``messages``, the last turn), or all turns of the
-    assistant's, those in the prompt too."""
-
-
-@dataclass(frozen=True)
-class DPOConfig(OfflineConfig):
-    """Direct preference optimisation and its relatives on pairs (arXiv:2305.18290)."""
-
-    has_reference: ClassVar[bool] = True
-    name: Literal["dpo"] = "dpo"
-    kind: PreferenceKind = "sigmoid"
-    """The loss; with label_smoothing, sigmoid is cDPO."""
-    beta: float = 0.1
-    """β: how strongly the reference holds (nats a unit of implicit reward)."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong (sigmoid, robust, exo_pair)."""
-    mean_logp: bool = False
-    """Mean log-probs over an answer's tokens instead of sums: IPO per token."""
-    sft_coef: float = 0.0
-    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
-
-
-@dataclass(frozen=True)
-class ORPOConfig(OfflineConfig):
-    """Odds-ratio preference optimisation: SFT plus an odds-ratio term (arXiv:2403.07691)."""
-
-    name: Literal["orpo"] = "orpo"
-    beta: float = 0.1
-    """Weight of the odds-ratio term."""
-    sft_coef: float = 1.0
-    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
-
-
-@dataclass(frozen=True)
-class SimPOConfig(OfflineConfig):
-    """Simple preference optimisation: mean log-probs, a margin, no reference (arXiv:2405.14734)."""
-
-    name: Literal["simpo"] = "simpo"
-    beta: float = 2.0
-    """Scale of the mean log-prob."""
-    margin: float = 1.0
-    """The paper's γ: wanted difference of β·mean log-probs."""
-    sft_coef: float = 0.0
-    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
-
-
-@dataclass(frozen=True)
-class CPOConfig(OfflineConfig):
-    """Contrastive preference optimisation: DPO's loss without reference (arXiv:2401.08417)."""
-
-    name: Literal["cpo"] = "cpo"
-    beta: float = 0.1
-    """Scale of the summed log-prob."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong."""
-    sft_coef: float = 1.0
-    """Weight of the negative log-likelihood of the chosen answer (nats a token)."""
-
-
-@dataclass(frozen=True)
-class KTOConfig(OfflineConfig):
-    """Kahneman-Tversky optimisation on single labelled answers (arXiv:2402.01306)."""
-
-    rows: ClassVar[Rows] = "labelled"
-    has_reference: ClassVar[bool] = True
-    whole_batch: ClassVar[bool] = True
-    name: Literal["kto"] = "kto"
-    beta: float = 0.1
-    """β: how strongly the reference holds."""
-    desirable_weight: float = 1.0
-    """Weight of rows labelled true."""
-    undesirable_weight: float = 1.0
-    """Weight of rows labelled false."""
-
-
-@dataclass(frozen=True)
-class BCOConfig(OfflineConfig):
-    """Binary classifier optimisation on single labelled answers (arXiv:2404.04656)."""
-
-    rows: ClassVar[Rows] = "judged"
-    has_reference: ClassVar[bool] = True
-    whole_batch: ClassVar[bool] = True
-    name: Literal["bco"] = "bco"
-    beta: float = 0.1
-    """β: how strongly the reference holds."""
-
-
-@dataclass(frozen=True)
-class ScalarConfig:
-    """Settings of reward models that give an answer one score."""
-
-    is_reward_model: ClassVar[bool] = True
-    score_l2: float = 0.0
-    """Weight of the mean of score² over a row's answers."""
-    normalise_on: str = ""
-    """Rows of prompt and completion, the SFT policy's samples, say, whose scores are to have mean 0
-    and standard deviation 1 once training ends; the first 128 are measured. Empty: scores stay as
-    they are."""
-
-
-@dataclass(frozen=True)
-class RewardModelConfig(ScalarConfig, OfflineConfig):
-    """A scalar reward model trained on preference pairs (Bradley-Terry; arXiv:2203.02155)."""
-
-    name: Literal["reward_model"] = "reward_model"
-    centre_coef: float = 0.0
-    """Weight of (r_chosen + r_rejected)², which keeps scores around 0 (arXiv:2312.09244)."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong."""
-
-
-@dataclass(frozen=True)
-class ListwiseRewardModelConfig(ScalarConfig, OfflineConfig):
-    """A scalar reward model trained on rankings of 2 to K responses (Plackett-Luce)."""
-
-    rows: ClassVar[Rows] = "ranked"
-    name: Literal["listwise_reward_model"] = "listwise_reward_model"
-    as_pairs: bool = False
-    """Bradley-Terry on all pairs of unequal rank instead, each prompt with weight 1 in total."""
-
-
-@dataclass(frozen=True)
-class PointwiseRewardModelConfig(ScalarConfig, OfflineConfig):
-    """A scalar reward model trained on answers with a score, one by one."""
-
-    rows: ClassVar[Rows] = "scored"
-    name: Literal["pointwise_reward_model"] = "pointwise_reward_model"
-    kind: Literal["mse", "huber", "binary"] = "mse"
-    """Regression with (r − score)², the same beyond ``delta`` linear, or cross-entropy of σ(r)
-    with a label, or a score in [0, 1]."""
-    delta: float = 1.0
-    """Error above which the Huber loss is linear (units of the score)."""
-
-
-@dataclass(frozen=True)
-class ProcessRewardModelConfig(OfflineConfig):
-    """A score at the end of each step of an answer (arXiv:2211.14275, arXiv:2305.20050)."""
-
-    rows: ClassVar[Rows] = "steps"
-    is_reward_model: ClassVar[bool] = True
-    name: Literal["process_reward_model"] = "process_reward_model"
-    separator: str = "\n"
-    """Text between two steps: joins a row's steps, and cuts what a policy has sampled."""
-    aggregate: Literal["min", "product", "last"] = "min"
-    """An answer's reward: least, product or last of its steps' probabilities of being right."""
-    score_l2: float = 0.0
-    """Weight of the mean of score² (a log-odds, squared) over a row's steps."""
+    has_teacher: ClassVar[bool] = True
+    name: Literal["gkd"] = "gkd"
+    beta: float = 0.5
+    """Of the divergence from teacher to student: 0 is KL(teacher‖student), 1 KL(student‖teacher),
+    between them the generalised Jensen-Shannon divergence; see generalised_jsd."""
+    lmbda: float = 1.0
+    """Probability that an iteration learns from texts that the student samples, else from the
+    answers in the data (prompt and completion)."""
+    aggregation: Aggregation = "token"
+    """How token losses become one number; see masked.weights."""
+    length: int | None = None
+    """Tokens a row is divided by under ``aggregation: fixed`` (default: the row's width)."""
 
 
 AlgorithmConfig = (
@@ -458,6 +324,7 @@ AlgorithmConfig = (
     | GSPOConfig
     | CISPOConfig
     | OnlineDPOConfig
+    | GKDConfig
     | RewardModelConfig
     | ListwiseRewardModelConfig
     | PointwiseRewardModelConfig

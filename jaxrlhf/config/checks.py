@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxrlhf.config.algorithms import (
-    DPOConfig,
-    OfflineConfig,
+    GKDConfig,
     OnPolicyConfig,
-    PointwiseRewardModelConfig,
-    ProcessRewardModelConfig,
     ReinforceConfig,
 )
 from jaxrlhf.config.axes import axes_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
+from jaxrlhf.config.offline import (
+    DPOConfig,
+    OfflineConfig,
+    PointwiseRewardModelConfig,
+    ProcessRewardModelConfig,
+)
 from jaxrlhf.config.rewards import name_of, normalise_problems, reward_problems
 from jaxrlhf.config.run import (
     Config,
@@ -136,7 +139,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "in [0, 1]",
         lambda x: 0 <= x <= 1,
-        "max_excluded algorithm.gamma algorithm.lam algorithm.clip_low",
+        "max_excluded algorithm.gamma algorithm.lam algorithm.clip_low algorithm.lmbda",
     ),
     ("in [0, 1)", lambda x: 0 <= x < 1, "optim.b1 optim.b2 sample.min_p"),
     ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "algorithm.label_smoothing"),
@@ -151,6 +154,9 @@ def out_of_range(config: Config) -> Iterator[str]:
     for what, holds, keys in RANGES:
         for key in keys.split():
             value = _get(config, key)
+            # of a distillation β is a share, and 0 is one: see _taught
+            if key == "algorithm.beta" and isinstance(config.algorithm, GKDConfig):
+                continue
             several = isinstance(value, tuple)
             if value is not None and not all(map(holds, value if several else (value,))):
                 yield f"{key}={list(value) if several else value}: must be {what}"
@@ -290,13 +296,6 @@ def _on_policy(config: Config) -> Iterator[str]:
     assert isinstance(algorithm, OnPolicyConfig)
     if sample.temperature == 0:
         yield "sample.temperature=0: greedy; refused in training: give a number above 0"
-    if sample.cache != "model" and algorithm.old_logp == "sampler":
-        yield (
-            f"sample.cache={sample.cache}: log-probs of the sampler are not the policy's then: set "
-            "algorithm.old_logp: rescore, or leave cache out"
-        )
-    if not config.rewards:
-        yield "rewards: missing: give at least one, with a function or a model"
     rows = data.batch_size * sample.n
     named = f"data.batch_size={data.batch_size} · sample.n={sample.n} = {rows} rows"
     if algorithm.on_pairs:
@@ -310,13 +309,6 @@ def _on_policy(config: Config) -> Iterator[str]:
             f"{named} / algorithm.minibatches={algorithm.minibatches} % "
             f"optim.microbatches={config.optim.microbatches} is not 0: change one"
         )
-    drawn, horizon = data.batch_size * sample.n, algorithm.kl_horizon
-    # β ← β·(1 + clip(KL/target − 1, −0.2, 0.2)·rows/horizon) must stay positive.
-    if algorithm.kl_controller == "adaptive" and drawn >= 5 * horizon:
-        yield (
-            f"algorithm.kl_horizon={horizon:g}: must exceed a fifth of the rows of a "
-            f"rollout ({named}), or β changes sign: raise it"
-        )
     for name in ("whiten_advantages", "whiten_rewards"):
         if getattr(algorithm, name, False) and data.batch_size * sample.n == 1:
             yield f"algorithm.{name}: one row has no variance: turn it off, or raise sample.n"
@@ -325,14 +317,59 @@ def _on_policy(config: Config) -> Iterator[str]:
             f"algorithm.length={algorithm.length}: aggregation={algorithm.aggregation} does not "
             "read it: set aggregation: fixed, or leave length out"
         )
-    yield from normalise_problems(algorithm, config.rewards)
-    yield from _family(config, algorithm)
+    if isinstance(algorithm, GKDConfig):
+        yield from _taught(config, algorithm)
+    else:
+        yield from _rewarded(config, algorithm)
+        yield from normalise_problems(algorithm, config.rewards)
+        yield from _family(config, algorithm)
+    if not has_critic(config) and config.critic != CriticConfig():
+        yield f"critic: algorithm.name={algorithm.name} learns no value function: leave it out"
     yield from _width(config, data.max_prompt_tokens + sample.max_new_tokens)
 
 
 def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
     """What one family of algorithms asks for, and what it would not read."""
     name, n = algorithm.name, config.sample.n
+def _rewarded(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
+    """What learning from rewards asks for."""
+    if config.sample.cache != "model" and algorithm.old_logp == "sampler":
+        yield (
+            f"sample.cache={config.sample.cache}: log-probs of the sampler are not the policy's "
+            "then: set algorithm.old_logp: rescore, or leave cache out"
+        )
+    if not config.rewards:
+        yield "rewards: missing: give at least one, with a function or a model"
+    drawn, horizon = config.data.batch_size * config.sample.n, algorithm.kl_horizon
+    # β ← β·(1 + clip(KL/target − 1, −0.2, 0.2)·rows/horizon) must stay positive.
+    if algorithm.kl_controller == "adaptive" and drawn >= 5 * horizon:
+        yield (
+            f"algorithm.kl_horizon={horizon:g}: must exceed a fifth of the rows of a "
+            f"rollout ({drawn}), or β changes sign: raise it"
+        )
+
+
+def _taught(config: Config, algorithm: GKDConfig) -> Iterator[str]:
+    """What learning from a teacher asks for, and what it would not read."""
+    name, n = algorithm.name, config.sample.n
+    if not 0 <= algorithm.beta <= 1:
+        yield f"algorithm.beta={algorithm.beta:g}: must be in [0, 1]"
+    if not config.reference.path:
+        yield f"reference.path: missing: {name} learns from it: name the teacher, as in model.path"
+    if config.rewards:
+        yield (
+            f"rewards: algorithm.name={name} learns from its teacher alone: leave rewards out, or "
+            "measure held-out prompts by them as eval.gold"
+        )
+    if config.max_excluded != Config.max_excluded:
+        yield f"max_excluded={config.max_excluded}: {name} asks for no rewards: leave it out"
+    if algorithm.lmbda < 1 and n > 1:
+        yield (
+            f"sample.n={n}: with algorithm.lmbda={algorithm.lmbda:g} prompts have the one answer "
+            "that is in the data: set n to 1, and raise data.batch_size instead"
+        )
+
+
     if algorithm.in_groups and n < 2:
         yield f"sample.n={n}: {name} compares the samples of a prompt: give at least 2"
     rows = config.data.batch_size * n
@@ -371,8 +408,6 @@ def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
             yield f"algorithm.{key}={value:g}: {switch}={setting} does not read it: leave it out"
     if getattr(algorithm, "kind", "") == "exo_pair":
         yield f"algorithm.kind=exo_pair: needs label smoothing, which {name} lacks: change it"
-    if not has_critic(config) and config.critic != CriticConfig():
-        yield f"critic: algorithm.name={name} learns no value function: leave it out"
 
 
 def _offline(config: Config) -> Iterator[str]:

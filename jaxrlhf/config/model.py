@@ -195,10 +195,11 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The policy that the KL term holds on to."""
+    """The policy that the KL term holds on to; the teacher, of a distillation (gkd)."""
 
     path: str = ""
-    """As model.path; "" = the policy at its start (with LoRA: the base without the adapters)."""
+    """As model.path; "" = the policy at its start (with LoRA: the base without the adapters). A
+    teacher is named."""
     offload: bool = False
     """Keep its weights in host memory, and on the devices only while it scores: less memory for the
     other steps, and a copy from host to device each time."""

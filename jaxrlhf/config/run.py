@@ -10,8 +10,15 @@ import yaml
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from jaxrlhf.config.algorithms import AlgorithmConfig, OfflineConfig, OnPolicyConfig, PPOConfig
+from jaxrlhf.config.algorithms import (
+    AlgorithmConfig,
+    OnPolicyConfig,
+    PPOConfig,
+)
 from jaxrlhf.config.model import CriticConfig, ModelConfig, ReferenceConfig
+from jaxrlhf.config.offline import (
+    OfflineConfig,
+)
 from jaxrlhf.config.rewards import RewardConfig
 from jaxrlhf.core.reading import parse_yaml, problem_of
 

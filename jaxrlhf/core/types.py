@@ -119,7 +119,7 @@ class PreferenceBatch:
 
 @struct.dataclass
 class TokenBatch:
-    """Rows to imitate (SFT)."""
+    """Rows to imitate (SFT), or on which to imitate a teacher (GKD)."""
 
     token_BT: Array
     attention_mask_BT: Array
@@ -141,6 +141,8 @@ class Outputs:
     entropy_BT: Array | None = None
     """Entropy, in nats, of the distribution that token t was drawn from."""
     value_BT: Array | None = None
+    divergence_BT: Array | None = None
+    """How far the distribution that token t is drawn from is from a teacher's, nats."""
 
 
 @struct.dataclass

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.types import PreferenceBatch, TokenBatch
-from jaxrlhf.data.tokens import Encoded, Ids, imitated, pad_rows
+from jaxrlhf.core.types import PreferenceBatch, Rollout, TokenBatch
+from jaxrlhf.data.tokens import Encoded, Ids, imitated, pad_rows, prompt_arrays
 
 
 def order(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -64,6 +64,41 @@ def minibatch_rows(rows: int, pieces: int, seed: int, step: int, epoch: int) -> 
     """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, epoch, 1])))
     return np.split(generator.permutation(rows).astype(np.int32), pieces)
+
+
+def samples_at(share: float, seed: int, step: int) -> bool:
+    """Whether step learns from what it samples, with this probability; it follows from seed and
+    step."""
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, 2])))
+    return bool(generator.random() < share)
+
+
+def answers_of(rows: Sequence[Encoded], width: int, new_tokens: int, pad: int) -> Rollout:
+    """Prompts with the answers that the data has, as a rollout of one response each; numpy.
+
+    Nobody has drawn them: log-probs are 0.
+
+    Args:
+      width: P, columns of the prompts.
+      new_tokens: columns of the answers; none is longer.
+    """
+    prompt_BP, there_BP = prompt_arrays(rows, width, pad)
+    where = [row.source.where for row in rows]
+    answer_BN, real_BN = pad_rows([row.answers[0] for row in rows], new_tokens, pad, where)
+    mask_BT = np.zeros((len(rows), width + new_tokens), np.float32)
+    for mask_T, row in zip(mask_BT, rows, strict=True):
+        learn = imitated(row)[len(row.prompt) :]
+        mask_T[width : width + len(learn)] = learn
+    return Rollout(
+        token_BT=np.concatenate([prompt_BP, answer_BN], axis=1),  # type: ignore[arg-type]
+        attention_mask_BT=np.concatenate([there_BP, real_BN], axis=1),  # type: ignore[arg-type]
+        mask_BT=mask_BT,  # type: ignore[arg-type]
+        logp_BT=np.zeros_like(mask_BT),  # type: ignore[arg-type]
+        sample_logp_BT=np.zeros_like(mask_BT),  # type: ignore[arg-type]
+        ended_B=np.array(  # type: ignore[arg-type]
+            [row.source.columns.get("ended") is not False for row in rows]
+        ),
+    )
 
 
 def held_out_batches(

@@ -17,8 +17,6 @@ in training what they see in scoring.
 Masks follow lengths, never ``token != pad``: padding and end-of-sequence may share an id.
 """
 
-import hashlib
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -30,7 +28,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jaxrlhf.config import (
     Config,
-    OfflineConfig,
+    GKDConfig,
     PointwiseRewardModelConfig,
     ProcessRewardModelConfig,
     SFTConfig,
@@ -81,14 +79,19 @@ class Encoded:
     """Where in the completion the assistant's tokens are; None: all of it."""
 
 
-def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Encoded]:
+def load_data(
+    config: Config, path: str, tokenizer: Any, vocab: int, held_out: bool = False
+) -> Rows[Encoded]:
     """The rows of a file as the run's algorithm reads them, tokenised and checked.
 
     Args:
       vocab: rows of the model's embedding table.
+      held_out: rows that are measured and never learnt from: prompts, where responses are sampled.
     """
     skip, kind = config.data.skip_bad_rows, config.algorithm
-    read: Any = READERS[kind.rows] if isinstance(kind, OfflineConfig) else read_prompts
+    answered = isinstance(kind, GKDConfig) and kind.lmbda < 1 and not held_out
+    rows = "completions" if answered else getattr(kind, "rows", "prompts")
+    read: Any = {**READERS, "prompts": read_prompts}[rows]
     options: dict[str, Any] = {}
     if isinstance(kind, PointwiseRewardModelConfig):
         options = {"binary": kind.kind == "binary"}
@@ -97,10 +100,12 @@ def load_data(config: Config, path: str, tokenizer: Any, vocab: int) -> Rows[Enc
     if isinstance(kind, SFTConfig):
         options = {"train_on": kind.train_on}
     options["chat"] = chat_settings(config.data)
-    rows = read(read_rows(path, skip), tokenizer, skip, **options)
+    given = read(read_rows(path, skip), tokenizer, skip, **options)
     limit = config.data.max_prompt_tokens if is_on_policy(config) else config.data.max_tokens
     sample = config.sample
-    return encode_rows(rows, tokenizer, vocab, limit, sample.stop, skip, sample.stop_strings)
+    ends = sample.stop, skip, sample.stop_strings
+    answer = sample.max_new_tokens if answered else None
+    return encode_rows(given, tokenizer, vocab, limit, *ends, answer)
 
 
 def load_normalise_rows(config: Config, tokenizer: Any, vocab: int) -> Rows[Encoded] | None:
@@ -129,6 +134,7 @@ def encode_rows(
     stop: Sequence[int] = (),
     skip_bad_rows: bool = False,
     strings: Sequence[str] = (),
+    answer_limit: int | None = None,
 ) -> Rows[Encoded]:
     """The token ids of rows that were read, checked.
 
@@ -139,13 +145,16 @@ def encode_rows(
       stop, strings: ids that end a response besides the tokenizer's end-of-sequence, and texts.
       skip_bad_rows: leave out rows that are too long or do not tokenise, and say so in
         ``Rows.skipped``.
+      answer_limit: most tokens of an answer that stands where one is sampled
+        (sample.max_new_tokens); ``limit`` is then the prompt's.
 
     Raises:
       InputError: such a row, with ``path:line``, length and limit, or the word that has no token;
         or an id outside ``vocab``, which no choice of rows can mend.
     """
     options = {"limit": limit, "stop": tuple(stop), "strings": tuple(strings)}
-    encoded = transform(rows, partial(_encode_row, tokenizer=tokenizer, **options), skip_bad_rows)
+    encode = partial(_encode_row, tokenizer=tokenizer, answer_limit=answer_limit, **options)
+    encoded = transform(rows, encode, skip_bad_rows)
     # After the rows that are skipped: a tokenizer of another model is not to be skipped over.
     for row in encoded.items:
         for ids in (row.prompt, *row.answers):
@@ -154,7 +163,12 @@ def encode_rows(
 
 
 def _encode_row(
-    row: Source, tokenizer: Tokenizer, limit: int, stop: tuple[int, ...], strings: tuple[str, ...]
+    row: Source,
+    tokenizer: Tokenizer,
+    limit: int,
+    stop: tuple[int, ...],
+    strings: tuple[str, ...],
+    answer_limit: int | None,
 ) -> Encoded:
     where, ended = row.where, (True,)
     match row:
@@ -180,8 +194,13 @@ def _encode_row(
             encode_answer(tokenizer, answer, where, stop, whole, text, strings)
             for answer, whole in zip(texts, ended, strict=True)
         )
-    field = "data.max_prompt_tokens" if isinstance(row, Prompt) else "data.max_tokens"
-    check_length(len(prompt) + max(map(len, answers), default=0), limit, field, where)
+    most = max(map(len, answers), default=0)
+    if answer_limit is not None:
+        check_length(most, answer_limit, "sample.max_new_tokens", where)
+        most = 0
+    alone = isinstance(row, Prompt) or answer_limit is not None
+    field = "data.max_prompt_tokens" if alone else "data.max_tokens"
+    check_length(len(prompt) + most, limit, field, where)
     # Answers that differ as text may be the same to a model, whose vocabulary is coarser.
     if len(set(map(tuple, answers))) < len(answers):
         what = "chosen and rejected" if isinstance(row, Pair) else "two of the responses"
@@ -455,32 +474,3 @@ def pad_rows(
         token_BT[index, real] = ids
         mask_BT[index, real] = 1
     return token_BT, mask_BT
-
-
-def contents(rows: Sequence[Encoded]) -> str:
-    """A digest of rows, in hex: of token ids, of what is said of the answers, and of their order.
-
-    Of prompts all columns count, which rewards may read. Neither the file's name nor its format
-    do, nor where in it a row stands: a file that was moved or converted is the same data.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        # Every list goes in after its length, so that no two rows run into one another alike.
-        ids = [x for part in (row.prompt, *row.answers) for x in (len(part), *part)]
-        digest.update(array("q", [len(ids), *ids]).tobytes())
-        digest.update(f"{row.ends} {row.spans} {_said(row.source)}\n".encode())
-    return digest.hexdigest()
-
-
-def _said(source: Any) -> Any:
-    """What a row says besides its texts that is learnt from."""
-    match source:
-        case Pair():
-            return source.margin
-        case Ranked():
-            return source.ranks
-        case Stepwise():
-            return source.labels
-    columns = source.columns
-    names = sorted(columns) if isinstance(source, Prompt) else ("label", "score")
-    return [(name, columns[name]) for name in names if columns.get(name) is not None]

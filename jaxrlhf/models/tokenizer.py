@@ -317,3 +317,24 @@ def check_vocab(tokenizer: PreTrainedTokenizerFast, decoder: DecoderConfig) -> N
             f"tokenizer: {size} ids, but the model's embedding has {decoder.vocab} rows; "
             "use the model's own tokenizer"
         )
+
+
+def check_same_tokens(
+    field: str, theirs: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast
+) -> None:
+    """Makes sure that an id is the same token to two models whose distributions are compared.
+
+    Added tokens may have other names, as chat models call those that their base reserves.
+
+    Raises:
+      InputError: it is not, for an id that is an ordinary token of both.
+    """
+    added = theirs.added_tokens_decoder.keys() | ours.added_tokens_decoder.keys()
+    known = {token: text for text, token in ours.get_vocab().items() if token not in added}
+    for text, token in sorted(theirs.get_vocab().items(), key=lambda item: item[1]):
+        if known.get(token, text) != text and token not in added:
+            raise InputError(
+                f"{field}: another tokenizer: token {token} of its {len(theirs)} is {shown(text)}, "
+                f"and of the policy's {len(ours)} {shown(known[token])}: give a model with the "
+                "policy's tokenizer"
+            )

@@ -1,6 +1,6 @@
 """What the programs of a run will be called with, and compiling them before they are called.
 
-``arguments`` follows ``loop.iterate`` line by line, on shapes. ``plan`` reads it too.
+``arguments`` follows ``loop.iterate``, or ``distil``, line by line, on shapes. ``plan`` reads it.
 """
 
 import logging
@@ -16,7 +16,7 @@ from jaxrlhf.config import is_on_policy, on_policy
 from jaxrlhf.data.batches import minibatch_rows
 from jaxrlhf.mesh.sharding import at_hand, few_rows_layout, row_layout, with_layout
 from jaxrlhf.models.decode import Weights, decode_layout
-from jaxrlhf.run.setup import Run
+from jaxrlhf.run.setup import Run, beneath
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ Arguments = tuple[Any, ...]
 def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     """(name, shapes, dtypes and layouts of all arguments) of the programs that one iteration calls.
 
-    This is ``loop.iterate`` on shapes: no array is made, nothing is compiled. A program is traced
-    when what follows it is asked for.
+    This is ``loop.iterate`` or ``loop.distil`` on shapes: no array is made, nothing is compiled. A
+    program is traced when what follows it is asked for.
 
     Args:
       run: one that samples.
@@ -46,6 +46,10 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     yield "sample", prompts
     # From here on each program's arguments are the shapes that the one before returns.
     rollout = rows("sample", prompts)
+    if "teacher" in run.algorithm.needs:
+        yield "targets", (rollout,)
+        yield from _updates(run, on_rows(run, jax.eval_shape(programs.targets, rollout)[0]))
+        return
     texts = (rollout.token_BT, rollout.attention_mask_BT)
     extra = ()
     if "greedy" in run.algorithm.needs:
@@ -74,15 +78,21 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
     coefficients = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)}
     given = (rollout, rows("reference", scored), *on_rows(run, judged), coefficients, *extra)
     yield "targets", given
-    batch = on_rows(run, jax.eval_shape(programs.targets, *given)[0])
+    yield from _updates(run, on_rows(run, jax.eval_shape(programs.targets, *given)[0]))
+
+
+def _updates(run: Run, batch: Any) -> Iterator[tuple[str, Arguments]]:
+    """What learns from a batch, as ``loop.update`` calls it."""
     count = jax.tree.leaves(batch)[0].shape[0]
-    row_M = minibatch_rows(count, on_policy(config).minibatches, 0, 0, 0)[0]
+    row_M = minibatch_rows(count, on_policy(run.config).minibatches, 0, 0, 0)[0]
     if len(row_M) < count:
         yield "take", (batch, row_M)
-        batch = rows("take", (batch, row_M))
-    for name, who in {"critic_update": "critic", "warmup": "policy", "update": "policy"}.items():
-        if getattr(programs, name) is not None:
-            yield name, (shapes(run.states[who]), batch, shapes(run.frozen[who]))
+        batch = on_rows(run, jax.eval_shape(run.programs.take, batch, row_M))
+    critic = run.states.get("critic"), run.frozen.get("critic")
+    policy = run.states["policy"], beneath(run)
+    for name, who in {"critic_update": critic, "warmup": policy, "update": policy}.items():
+        if getattr(run.programs, name) is not None:
+            yield name, (shapes(who[0]), batch, shapes(who[1]))
 
 
 def decoding(run: Run) -> Weights:

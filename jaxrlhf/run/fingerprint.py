@@ -26,7 +26,7 @@ def fingerprint(config: Config, **facts: Any) -> dict[str, Any]:
         and a digest of their ``contents``.
     """
     full = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in a file
-    if isinstance(config.algorithm, OnPolicyConfig):
+    if isinstance(config.algorithm, OnPolicyConfig) and "kl_estimator" in full["algorithm"]:
         full["algorithm"]["kl_estimator"] = kl_kind(config.algorithm)
     optim = _without(full["optim"], "microbatches", "max_skipped")
     # A decaying rate depends on how many steps there will be.

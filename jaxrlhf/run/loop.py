@@ -15,12 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.algorithms import KL_CONTROLLERS
-from jaxrlhf.config import Config, DAPOConfig, OnPolicyConfig, is_on_policy, on_policy
+from jaxrlhf.config import Config, DAPOConfig, GKDConfig, OnPolicyConfig, is_on_policy, on_policy
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.remote import scratch
 from jaxrlhf.core.stats import over_prompts
 from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, States
-from jaxrlhf.data.batches import minibatch_rows, order
+from jaxrlhf.data.batches import answers_of, minibatch_rows, order, samples_at
 from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.text import decode_rollout
 from jaxrlhf.data.tokens import prompt_arrays
@@ -28,7 +28,7 @@ from jaxrlhf.mesh.processes import pace
 from jaxrlhf.mesh.sharding import at_hand, constrain, fetch, make_mesh, put_rows
 from jaxrlhf.mesh.signals import Signals
 from jaxrlhf.mesh.watchdog import guarded
-from jaxrlhf.rewards.judge import Judgement, has_signal, measures
+from jaxrlhf.rewards.judge import Judgement, measures
 from jaxrlhf.run.ahead import compiled_ahead
 from jaxrlhf.run.feed import batches, example, last_turn, packing_metrics, place
 from jaxrlhf.run.fingerprint import check_alike, told
@@ -37,8 +37,9 @@ from jaxrlhf.run.mirror import mirrored
 from jaxrlhf.run.notices import announced
 from jaxrlhf.run.programs import OnPolicyPrograms, on_schedule
 from jaxrlhf.run.record import known
+from jaxrlhf.run.rounds import Judged, enough, pick_groups, signal_of
 from jaxrlhf.run.session import Session, lock
-from jaxrlhf.run.setup import Run, fill, setup, start_of
+from jaxrlhf.run.setup import Run, beneath, fill, setup, start_of
 from jaxrlhf.run.stopping import compare, exchange, has_ended, is_over
 from jaxrlhf.steps.update import combine_updates
 
@@ -104,6 +105,7 @@ def learn_on_policy(run: Run, session: Session) -> None:
     settings = run.config.algorithm
     assert isinstance(settings, OnPolicyConfig)
     controller = KL_CONTROLLERS[settings.kl_controller]
+    turn = distil if settings.has_teacher else iterate
     # A fixed β is the config's, on resume too; an adaptive one goes on as it was saved.
     if settings.kl_controller == "fixed":
         session.host["kl_coef"] = settings.kl_coef
@@ -113,13 +115,13 @@ def learn_on_policy(run: Run, session: Session) -> None:
         evaluate_between(run, session, session.start)
     for step in session.steps():
         began = time.perf_counter()
-        session.states, metrics, rollout, judgement = iterate(run, session, step)
+        session.states, metrics, rollout, judgement = turn(run, session, step)
         metrics = known(jax.device_get(metrics))
         rows = int(rollout.token_BT.shape[0])
-        kl, target = float(metrics["kl"]), settings.kl_target
-        session.host["kl_coef"] = controller(
-            session.host["kl_coef"], kl, target, rows, settings.kl_horizon
-        )
+        if settings.kl_controller != "fixed":
+            kl, coefficient = float(metrics["kl"]), session.host["kl_coef"]
+            how = settings.kl_target, rows, settings.kl_horizon
+            session.host["kl_coef"] = controller(coefficient, kl, *how)
         seconds = time.perf_counter() - began
         tokens = float(metrics["length"]) * rows
         metrics |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -131,17 +133,6 @@ def learn_on_policy(run: Run, session: Session) -> None:
         # Not before the first step, so that a user sees one at once.
         evaluate_before(run, session, partial(start_of, run))
         evaluate_between(run, session, step + 1)
-
-
-class Judged(NamedTuple):
-    """Responses, and what they are worth."""
-
-    rollout: Rollout
-    judgement: Judgement
-    baseline_B: Array | None = None
-    """What each prompt's greedy response is worth, for algorithms that need it."""
-    signal_Q: np.ndarray | None = None
-    """bool, whether the rewards of a prompt's samples differ, for dynamic sampling."""
 
 
 class Scored(NamedTuple):
@@ -209,6 +200,39 @@ def iterate(
     return states, metrics, rollout, judgement
 
 
+def distil(run: Run, session: Session, step: int) -> tuple[States, dict[str, Any], Rollout, None]:
+    """One iteration of distillation: from prompts to the next states."""
+    programs: OnPolicyPrograms = run.programs
+    settings, config, states = run.config.algorithm, run.config, session.states
+    assert isinstance(settings, GKDConfig)
+    policy, base = states["policy"].params, run.frozen["policy"]
+    sampled = samples_at(settings.lmbda, config.seed, step)
+    if sampled:  # y ~ π_θ(·|x)
+        _, _, arrays = draw_prompts(run, session, step)
+        decoding = programs.lay_out(policy, base)
+        rollout = programs.sample(policy, base, decoding, *arrays)
+        del decoding
+        session.meter.sampled(rollout)
+    else:  # y of the data
+        chosen = order(len(run.train_rows.items), config.data.batch_size, config.seed, step)
+        rows = [run.train_rows.items[i] for i in chosen]
+        width, new = config.data.max_prompt_tokens, config.sample.max_new_tokens
+        rollout = put_rows(answers_of(rows, width, new, config.sample.pad), run.mesh)
+    session.lap("sample", rollout)
+    batch, measured = programs.targets(rollout)
+    session.lap("score", batch)
+    session.meter.learns(batch)
+
+    # θ ← θ − α·∇D(π_teacher‖π_θ), of whole distributions: the teacher reads the texts with the
+    # student, in the update.
+    session.begin_update()
+    states, learnt = update(run, states, batch, step)
+    session.lap("update", learnt)
+    if not sampled:  # what is said of draws has no meaning
+        measured = {name: measured[name] for name in ("length", "ended")}
+    return states, {**measured, **learnt, "on_policy": float(sampled)}, rollout, None
+
+
 def scores_at_once(config: Config) -> bool:
     """Whether responses are scored before their rewards are known: not where groups are chosen by
     them (DAPO), nor if the reference's weights would be on the devices beside a reward model's."""
@@ -235,7 +259,7 @@ def score(run: Run, states: States, rollout: Rollout) -> Scored:
 def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States, dict[str, Any]]:
     """epochs × minibatches updates on one rollout; stops early once KL(old‖new) is too large."""
     programs: OnPolicyPrograms = run.programs
-    settings, frozen = run.config.algorithm, run.frozen
+    settings, frozen, under = run.config.algorithm, run.frozen, beneath(run)
     assert isinstance(settings, OnPolicyConfig)
     states, seen = on_schedule(run.config, states, step), []
     warming = step < run.config.critic.warmup
@@ -255,7 +279,7 @@ def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States
         # While the critic warms up, the policy stays as it is.
         learn = programs.warmup if warming else programs.update
         if learn is not None:
-            states["policy"], learnt = learn(states["policy"], part, frozen["policy"])
+            states["policy"], learnt = learn(states["policy"], part, under)
             metrics |= learnt
         seen.append(pace(metrics))
         if settings.target_kl and _apart(metrics) > settings.target_kl:
@@ -266,21 +290,6 @@ def update(run: Run, states: States, batch: AnyBatch, step: int) -> tuple[States
 def _apart(metrics: dict[str, Any]) -> float:
     """KL(old‖new), nats a token, of an update's metrics; 0 while only the critic learns."""
     return float(metrics["approx_kl"] / metrics["weight"]) if "approx_kl" in metrics else 0.0
-
-
-def enough(run: Run, rounds: list[Judged]) -> bool:
-    """Whether a rollout can be made of these rounds of sampling.
-
-    One will do, but with dynamic sampling (DAPO; arXiv:2503.14476): there, until data.batch_size
-    groups have rewards that differ, or ``rounds`` of them have not been enough.
-    """
-    settings = run.config.algorithm
-    if not rounds:
-        return False
-    if not isinstance(settings, DAPOConfig):
-        return True
-    signals = sum(int(part.signal_Q.sum()) for part in rounds if part.signal_Q is not None)
-    return signals >= run.config.data.batch_size or len(rounds) >= settings.rounds
 
 
 def draw_prompts(run: Run, session: Session, step: int) -> tuple[int, list[Prompt], tuple]:
@@ -324,63 +333,24 @@ def judge_greedy(run: Run, greedy: Rollout, prompts: list[Prompt], draw: int) ->
     return run.programs.baseline(greedy, put_rows(reward_Q, run.mesh))
 
 
-def pick_groups(run: Run, rounds: list[Judged]) -> tuple[Judged, dict[str, float]]:
-    """The rollout to learn from, out of the rounds of dynamic sampling: the groups with a signal.
-
-    If they are too few, groups without one fill it, and the metric ``groups_kept`` says so.
-    """
-    if not isinstance(run.config.algorithm, DAPOConfig):
-        return rounds[0], {}
-    wanted, n = run.config.data.batch_size, run.config.sample.n
-    signal_Q = np.concatenate([part.signal_Q for part in rounds if part.signal_Q is not None])
-    kept = min(int(signal_Q.sum()), wanted) / wanted
-    metrics = {"rounds": float(len(rounds)), "groups_kept": kept}
-    most = run.config.algorithm.rounds
-    if most == 1:
-        return rounds[0], metrics
-    # Stable: groups with a signal first, each kind in the order it was sampled.
-    picked = np.argsort(~signal_Q, kind="stable")[:wanted]
-    row_B = (picked[:, None] * n + np.arange(n)).reshape(-1).astype(np.int32)
-    # As many rollouts as there can be, whatever their number: the program is compiled once.
-    rollouts = [part.rollout for part in rounds] + [rounds[0].rollout] * (most - len(rounds))
-    rollout = run.programs.merge(tuple(rollouts), row_B)
-    whole = jax.tree.map(
-        lambda *parts: np.concatenate(parts)[row_B], *fetch([part.judgement for part in rounds])
-    )
-    reward_B, valid_B = put_rows((whole.reward_B, whole.valid_B), run.mesh)
-    picked_rows = whole._replace(reward_B=reward_B, valid_B=valid_B)
-    return Judged(rollout, picked_rows), metrics
-
-
-def signal_of(run: Run, judgement: Judgement) -> np.ndarray | None:
-    """``has_signal`` where dynamic sampling asks for it: several processes exchange rewards. Of
-    rewards that are normalised each, one whose scores differ is enough."""
-    settings, n = run.config.algorithm, run.config.sample.n
-    if not isinstance(settings, DAPOConfig):
-        return None
-    if settings.normalise == "sum":
-        return has_signal(judgement, n)
-    assert run.judge is not None
-    weighed = [source.name for source in run.judge.sources if source.weight]
-    parts = [judgement._replace(reward_B=judgement.parts[name]) for name in weighed]
-    return np.any([has_signal(part, n) for part in parts], axis=0)
-
-
-def shown(run: Run, rollout: Rollout, judgement: Judgement) -> list[dict[str, Any]]:
-    """A few completions of an iteration, with their rewards."""
-    rows = (rollout.token_BT, rollout.attention_mask_BT, rollout.mask_BT, judgement.reward_B)
-    token_BT, attention_BT, mask_BT, reward_B = fetch(_first_rows(rows))
+def shown(run: Run, rollout: Rollout, judgement: Judgement | None) -> list[dict[str, Any]]:
+    """A few completions of an iteration, with their rewards, if they have been judged."""
+    rows = (rollout.token_BT, rollout.attention_mask_BT, rollout.mask_BT)
+    given = rows if judgement is None else (*rows, judgement.reward_B)
+    token_BT, attention_BT, mask_BT, *rewards = fetch(_first_rows(given))
     blank = [""] * len(token_BT)
     given_BT = attention_BT * (mask_BT == 0)
     prompts = decode_rollout(run.tokenizer, token_BT, given_BT, blank)
     completions = decode_rollout(run.tokenizer, token_BT, mask_BT, blank)
     turns = [last_turn(run, x[m != 0].tolist()) for x, m in zip(token_BT, given_BT, strict=True)]
-    return [
-        {"prompt": prompt, **turn, "completion": completion, "reward": float(reward)}
-        for prompt, turn, completion, reward in zip(
-            prompts, turns, completions, reward_B, strict=True
-        )
+    out: list[dict[str, Any]] = [
+        {"prompt": prompt, **turn, "completion": completion}
+        for prompt, turn, completion in zip(prompts, turns, completions, strict=True)
     ]
+    for reward_B in rewards:
+        for row, reward in zip(out, reward_B, strict=True):
+            row["reward"] = float(reward)
+    return out
 
 
 @jax.jit

@@ -111,6 +111,12 @@ ROLLOUT = {
         "Mean |log π − log π of the draw|",
         "below 0.05; 1e-5 in float32",
     ),
+    "on_policy": Metric(
+        "Own texts",
+        "share",
+        "1 where an iteration learnt from the student's own texts, 0 where from the answers in the "
+        "data (GKD)",
+    ),
     "rounds": Metric(
         "Rounds of sampling", "count", "Until enough groups had rewards that differ (DAPO)", "1"
     ),
@@ -136,6 +142,12 @@ ROLLOUT = {
 
 UPDATE = {
     "loss": Metric("Loss", "", "What the update descends", "finite"),
+    "divergence": Metric(
+        "Divergence from the teacher",
+        "nats a token",
+        "Generalised Jensen-Shannon divergence of whole distributions, by `algorithm.beta` (GKD)",
+        "falls",
+    ),
     "policy_loss": Metric(
         "Policy loss", "", "The policy's part of it", "around 0 where advantages are whitened"
     ),

@@ -46,6 +46,7 @@ from jaxrlhf.steps.update import (
     candidate_scores,
     candidate_token_scores,
     critic_loss,
+    distillation_loss,
     make_optimizer,
     make_update,
     pairs_loss,
@@ -79,12 +80,13 @@ class OnPolicyPrograms:
     value: Program
     """(params, frozen, token_BT, attention_mask_BT) → value_BT, by a critic of its own."""
     targets: Program
-    """(Rollout, ref_logp_BT, reward_B, valid_B, coefficients, …) → (Batch, metrics); see
-    ``Algorithm.targets``."""
+    """(Rollout, ref_logp_BT, reward_B, valid_B, coefficients, …) → (Batch, metrics), with a teacher
+    Rollout → (TokenBatch, metrics); see ``Algorithm.targets``."""
     take: Program
     """(Batch, row_M) → the minibatch of these rows, with weights of its own."""
     update: Program
-    """(TrainState, Batch, frozen) → (TrainState, metrics): one optimizer step of the policy."""
+    """(TrainState, Batch, frozen) → (TrainState, metrics): one optimizer step of the policy; with a
+    teacher ``frozen`` is a ``Taught``."""
     critic_update: Program | None
     """The same of a critic of its own; None where the policy's trunk serves, or none is learnt."""
     warmup: Program | None
@@ -163,7 +165,7 @@ def on_policy_programs(
         value=jax.jit(estimate, out_shardings=rows),
         targets=jax.jit(algorithm.targets, out_shardings=(rows, None)),
         take=jax.jit(take, out_shardings=rows),
-        **updates(config, algorithm, model, critic_model, states),
+        **updates(config, algorithm, model, reference_model, critic_model, states),
         eval_sample=sampler(model, held_out, rows, stops=stops),
         eval_reference=scorer(1.0),
     )
@@ -248,6 +250,7 @@ def updates(
     config: Config,
     algorithm: Algorithm,
     model: Model,
+    reference_model: Model,
     critic_model: Model,
     states: dict[str, TrainState],
 ) -> dict[str, Any]:
@@ -275,6 +278,8 @@ def updates(
         programs["critic_update"] = update(loss, "critic", critic_config(config))
     if algorithm.reads == "pairs":
         loss = pairs_loss(model, algorithm, temperature, first)
+    elif "teacher" in algorithm.needs:
+        loss = distillation_loss(model, reference_model, algorithm, temperature, first)
     else:
         loss = policy_loss(model, algorithm, temperature, first, coefficient)
     return {**programs, "update": update(loss, "policy", config)}

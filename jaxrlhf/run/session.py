@@ -25,8 +25,9 @@ from jaxrlhf.core.files import write_atomic, writing
 from jaxrlhf.core.reading import read_object
 from jaxrlhf.core.remote import scratch
 from jaxrlhf.core.types import TrainState
+from jaxrlhf.data.digest import contents
 from jaxrlhf.data.rows import Rows
-from jaxrlhf.data.tokens import Encoded, contents
+from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.checkpoint import Checkpoints
 from jaxrlhf.mesh.processes import all_or_none, by_first, is_first
 from jaxrlhf.mesh.signals import AGAIN, Signals, Stop, poll

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxrlhf.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.config import (
     Config,
+    ModelConfig,
     RewardConfig,
     check,
     check_mesh,
@@ -51,7 +52,7 @@ from jaxrlhf.models.load import (
 from jaxrlhf.models.quantise import KINDS
 from jaxrlhf.models.read import is_reward_folder
 from jaxrlhf.models.stop_strings import stop_table
-from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
+from jaxrlhf.models.tokenizer import check_same_tokens, check_vocab, load_tokenizer
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.judge import (
     Judge,
@@ -69,6 +70,7 @@ from jaxrlhf.run.programs import (
     optimizer,
 )
 from jaxrlhf.run.stopping import keep
+from jaxrlhf.steps.divergence import Taught
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
     ends = read_ends(config.model.path, tokenizer, vocab)
     config = replace(config, sample=ends.settle(config.sample))
     train_rows = load_data(config, config.data.train, tokenizer, vocab)
-    eval_rows = load_data(config, config.data.eval, tokenizer, vocab) if config.data.eval else None
+    held_out = (config, config.data.eval, tokenizer, vocab, True)
+    eval_rows = load_data(*held_out) if config.data.eval else None
     normalise_rows = load_normalise_rows(config, tokenizer, vocab)
     # One width for all batches, so that each program is compiled once.
     every = [row for part in (train_rows, eval_rows, normalise_rows) if part for row in part.items]
@@ -145,6 +148,9 @@ def setup(config: Config, mesh: Mesh | None = None, abstract: bool = False) -> R
         width=longest(every, length_shards()),
     )
     run = _on_shapes(run, _loader(run, abstract=True))
+    if "teacher" in run.algorithm.needs:
+        path = tokenizer_path(ModelConfig(config.reference.path))
+        check_same_tokens("reference.path", load_tokenizer(path), tokenizer)
     return run if abstract else fill(run)
 
 
@@ -257,7 +263,7 @@ def _networks(run: Run, loader: Loader) -> Run:
         states=states,
         frozen=frozen,
         critic=critic and critic.model,
-        judge=judge(config.rewards, "rewards", run.judge),
+        judge=judge(config.rewards, "rewards", run.judge) if config.rewards else None,
         gold=judge(config.eval.gold, "eval.gold", run.gold) if config.eval.gold else None,
     )
 
@@ -291,6 +297,16 @@ def start_state(config: Config, network: Network, head: bool, loader: Loader) ->
     start, given = starting(network, head, config.seed, random_head=is_reward_model(config))
     # One program makes parameters and optimizer state where they are to lie; none is ever whole.
     return jax.jit(lambda *x: TrainState.create(start(*x), tx), out_shardings=layout)(*given)
+
+
+def beneath(run: Run) -> Any:
+    """What the policy's update is given as ``frozen``: the weights under adapters, or None; beside
+    them the teacher's, where there is one."""
+    base = run.frozen["policy"]
+    if "teacher" not in run.algorithm.needs:
+        return base
+    assert run.reference is not None
+    return Taught(base, at_hand(run.reference.params))
 
 
 def start_of(run: Run) -> Params:

@@ -300,6 +300,9 @@ class Meter:
                 compared = forward_flops(run.reference.model, length)
             return train_flops(run.model, length, vocab) + compared
         policy = train_flops(run.model, length)
+        if "teacher" in run.algorithm.needs:  # it reads the batch in the update
+            assert run.reference is not None
+            policy += forward_flops(run.reference.model, length)
         if "critic" not in run.states:
             # A shared head is warmed up on a trunk that stays as it is.
             return forward_flops(run.model, length, vocab=False) if warming else policy

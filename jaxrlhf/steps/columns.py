@@ -90,7 +90,7 @@ class Cut:
         return jnp.take_along_axis(x[: self.rows], self.place_BT[:, : self.columns], axis=1)
 
 
-def cut(shape: tuple[int, int], vocab: int, wanted_BT: Array | None) -> Cut:
+def cut(shape: tuple[int, ...], vocab: int, wanted_BT: Array | None) -> Cut:
     """The pieces of [B, T] tokens.
 
     Args:

@@ -102,9 +102,11 @@ def make_iteration(
 
     Raises:
       InputError: a setting that needs numbers between steps: ``target_kl``, ``kl_controller:
-        adaptive``, ``normalise: each``, DAPO's ``rounds``; greedy samples; one sample a prompt
-        where several are compared.
+        adaptive``, ``normalise: each``, DAPO's ``rounds``; a teacher's; greedy samples; one sample
+        a prompt where several are compared.
     """
+    if config.has_teacher:
+        raise InputError(f"{config.name}: learns from no reward: call distillation_loss instead")
     for name, value in UNREAD.items():
         if (given := getattr(config, name, value)) != value:
             raise InputError(f"{name}={given}: one compiled iteration cannot: {name}={value!r}")

@@ -65,8 +65,9 @@ def token_logp(
     parts = cut(token_BT.shape, weight.shape[1 - axis], wanted_BT)
     hidden, token = parts.split(hidden_BTD, "activation"), parts.split(token_BT)
     tau = jnp.asarray(temperature, jnp.float32)
-    logp, spread = _in_pieces(How(to, entropy), hidden, weight, token, tau, parts.used)
-    return parts.joined(logp), parts.joined(spread)
+    found: Any = _in_pieces(How(to, entropy), hidden, weight, token, tau, parts.used)
+    logp, spread = map(parts.joined, found)
+    return logp, spread
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxrlhf.core.types import Array, Batch, Outputs
+from jaxrlhf.core.types import Array, Batch, Outputs, TokenBatch
 from jaxrlhf.mesh.sharding import constrain, length_shards, platform, row_shards
 from jaxrlhf.models.kernels import choose
 from jaxrlhf.models.transformer import Model
@@ -64,7 +64,7 @@ class Piece:
     rows: PackedRows
     target_BT: Array
     """int32, where in the flat [R·T] each token of the batch is; R·T for those of other pieces."""
-    batch: Batch
+    batch: Batch | TokenBatch
     """All rows, those of other pieces with mask and weight 0."""
 
     def back(self, x_RT: Array) -> Array:
@@ -174,36 +174,35 @@ def in_pieces(
 
 
 def pieces_of(
-    batch: Batch, most: int, apart: bool = False
+    batch: Batch | TokenBatch, most: int, apart: bool = False
 ) -> tuple[Callable[[Any], Piece], int | Array]:
     """(i → piece i of a batch, number of pieces that hold a token, or 1 if there is but one); see
     ``pack``."""
     packing = pack(batch.attention_mask_BT, most, apart)
-    rows = _rows(packing, batch.token_BT, batch.mask_BT != 0)
+    # what has no mask of its own learns where it weighs something
+    names = ("mask_BT", "weight_BT") if isinstance(batch, Batch) else ("weight_BT",)
+    rows = _rows(packing, batch.token_BT, getattr(batch, names[0]) != 0)
     size = math.prod(packing.source_IRT.shape[1:])
 
     def piece(i: Any) -> Piece:
         target_BT = packing.target_BT - i * size
         here_BT = (target_BT >= 0) & (target_BT < size)
         here_B1 = here_BT.any(1, keepdims=True)
-        own = batch.replace(  # type: ignore[attr-defined]
-            mask_BT=batch.mask_BT * here_B1, weight_BT=batch.weight_BT * here_B1
-        )
+        own = {name: getattr(batch, name) * here_B1 for name in names}
+        own = batch.replace(**own)  # type: ignore[attr-defined]
         return Piece(rows(i), jnp.where(here_BT, target_BT, size), own)
 
     return piece, packing.used if len(packing.source_IRT) > 1 else 1
 
 
-def read(
-    batch: Batch | Piece, network: Callable[..., Outputs], **rows: Any
-) -> tuple[Outputs, Batch]:
+def read(batch: Any, network: Callable[..., Outputs], **rows: Any) -> tuple[Outputs, Any]:
     """(what a network says of a batch's rows, the batch), whether its rows are packed or not.
 
     Args:
       network: (token, attention mask, …) → Outputs; with ``segment_BT`` and ``wanted_BT`` of
         packed rows, else with ``rows``.
     """
-    if isinstance(batch, Batch):
+    if not isinstance(batch, Piece):
         return network(batch.token_BT, batch.attention_mask_BT, **rows), batch
     token_RT, mask_RT, segment_RT, wanted_RT = batch.rows
     found = network(token_RT, mask_RT, segment_BT=segment_RT, wanted_BT=wanted_RT)

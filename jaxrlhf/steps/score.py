@@ -51,26 +51,35 @@ def forward(
     chex.assert_rank([token_BT, attention_mask_BT], 2)
     chex.assert_equal_shape([token_BT, attention_mask_BT])
     hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
-    real = attention_mask_BT != 0
-    known = real[:, first:] & real[:, first - 1 : -1]
-    if segment_BT is not None:
-        known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
-    asked = known if wanted_BT is None else known & wanted_BT[:, first:]
+    known, asked = predicted(attention_mask_BT, first, segment_BT, wanted_BT)
     # Token t is predicted by the hidden state at t − 1.
     before = hidden[:, first - 1 : -1]
     some = None if wanted_BT is None else asked
     rows = before, *model.projection(params), token_BT[:, first:]
     c = model.decoder
     logp, spread = token_logp(*rows, temperature, entropy, some, c.logit_scale, c.logit_softcap)
-
-    def full(x: Array, where: Array) -> Array:
-        return jnp.pad(jnp.where(where, x, 0.0), ((0, 0), (first, 0)))
-
     return Outputs(
-        logp_BT=full(logp, asked),
-        entropy_BT=full(spread, asked) if entropy else None,
-        value_BT=full(model.scalar(params, before), known) if value else None,
+        logp_BT=in_full(logp, asked, first),
+        entropy_BT=in_full(spread, asked, first) if entropy else None,
+        value_BT=in_full(model.scalar(params, before), known, first) if value else None,
     )
+
+
+def predicted(
+    attention_mask_BT: Array, first: int, segment_BT: Array | None, wanted_BT: Array | None
+) -> tuple[Array, Array]:
+    """bool, columns from ``first`` on: the tokens that have one of their row before them, and those
+    of them that are wanted; see ``forward``."""
+    real = attention_mask_BT != 0
+    known = real[:, first:] & real[:, first - 1 : -1]
+    if segment_BT is not None:
+        known &= segment_BT[:, first:] == segment_BT[:, first - 1 : -1]
+    return known, known if wanted_BT is None else known & wanted_BT[:, first:]
+
+
+def in_full(x: Array, where: Array, first: int) -> Array:
+    """A number a token, columns from ``first`` on → [B, T], 0 before them and where it is False."""
+    return jnp.pad(jnp.where(where, x, 0.0), ((0, 0), (first, 0)))
 
 
 def score(

@@ -1,7 +1,7 @@
 """One optimizer step as a pure function: an algorithm's loss, joined to a model, and its gradient.
 
-``policy_loss``, ``critic_loss``, ``pairs_loss``, ``reward_model_loss`` and ``sft_loss`` make the
-loss(params, frozen, batch) that ``make_update`` differentiates.
+``policy_loss``, ``critic_loss``, ``pairs_loss``, ``reward_model_loss``, ``sft_loss`` and
+``distillation_loss`` make the loss(params, frozen, batch) that ``make_update`` differentiates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,7 @@ from jaxrlhf.core.types import (
 )
 from jaxrlhf.models.quantise import MAGNITUDE
 from jaxrlhf.models.transformer import Model, combine_params
+from jaxrlhf.steps.divergence import Taught, divergence_to
 from jaxrlhf.steps.packed import Piece, keeps_apart, pieces_of, read
 from jaxrlhf.steps.score import forward, reward, score, token_scores, value
 
@@ -101,6 +102,36 @@ def sft_loss(model: Model, algorithm: Algorithm) -> Loss:
         weights, lora = combine_params(params, frozen)
         rows = (batch.token_BT, batch.attention_mask_BT)
         outputs = forward(model, weights, *rows, lora=lora, segment_BT=batch.segment_BT)
+        return algorithm.loss(outputs, batch)
+
+    return loss
+
+
+def distillation_loss(
+    model: Model, teacher: Model, algorithm: Algorithm, temperature: float = 1.0, first: int = 1
+) -> Loss:
+    """Join the divergence from a teacher to two models; ``frozen`` is a ``Taught``.
+
+    The teacher reads the same rows in the same pass, and of either only hidden states are kept.
+
+    Args:
+      temperature: that of the sampler; both models' distributions are those at it.
+      first: as in ``policy_loss``.
+    """
+    divergence = algorithm.divergence
+    if divergence is None:
+        raise ValueError("algorithm.divergence is None: there is nothing to learn from a teacher")
+
+    def loss(params: Params, frozen: Taught, batch: TokenBatch | Piece) -> tuple[Array, Metrics]:
+        weights, lora = combine_params(params, frozen.base)
+
+        def passed(token: Array, mask: Array, **rows: Any) -> Outputs:
+            networks = model, weights, teacher, frozen.teacher
+            given = token, mask, divergence, temperature, lora
+            divergence_BT = divergence_to(*networks, *given, **rows)
+            return Outputs(logp_BT=jnp.zeros_like(divergence_BT), divergence_BT=divergence_BT)
+
+        outputs, batch = read(batch, passed, first=first)
         return algorithm.loss(outputs, batch)
 
     return loss
@@ -300,9 +331,9 @@ def make_update(
         the old one did; None leaves it to the compiler.
       rate: the schedule of ``tx`` (``rate_schedule``): ``metrics["learning_rate"]`` is the rate of
         this step. None leaves it out.
-      packed: static; if given, the rows of a Batch are packed, at most so many packed rows at once
-        in place of ``microbatches``: ``loss`` is given a ``packed.Piece``, as those that
-        ``policy_loss`` and ``critic_loss`` make can be.
+      packed: static; if given, the rows of a Batch or TokenBatch are packed, at most so many packed
+        rows at once in place of ``microbatches``: ``loss`` is given a ``packed.Piece``, as those
+        that ``policy_loss``, ``critic_loss`` and ``distillation_loss`` make can be.
       model: that of the loss, whose attention says whether rows may share a packed row
         (``packed.keeps_apart``); None: they may.
 

@@ -10,7 +10,13 @@ from responses import LOGP, MASK, REF, answers, group_of, one_pair, pair_batch, 
 
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import DPOConfig, OnlineDPOConfig
-from jaxrlhf.config.algorithms import BCOConfig, CPOConfig, KTOConfig, ORPOConfig, SimPOConfig
+from jaxrlhf.config.offline import (
+    BCOConfig,
+    CPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    SimPOConfig,
+)
 
 PLAIN = OnlineDPOConfig()
 

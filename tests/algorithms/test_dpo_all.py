@@ -11,7 +11,7 @@ from responses import answers, assert_tree_close, one_pair, pair_batch
 from jaxrlhf.algorithms import ALGORITHMS, reweight
 from jaxrlhf.algorithms.dpo import answer_logp, reference_logp, summed
 from jaxrlhf.config import OnlineDPOConfig
-from jaxrlhf.config.algorithms import (
+from jaxrlhf.config.offline import (
     BCOConfig,
     CPOConfig,
     DPOConfig,

@@ -31,12 +31,12 @@ from jaxrlhf.algorithms.on_policy import (
     score_penalty,
     spread,
 )
-from jaxrlhf.config.algorithms import OnPolicyConfig, TokenLossConfig
+from jaxrlhf.config.algorithms import OnPolicyConfig, RewardedConfig, TokenLossConfig
 from jaxrlhf.core.types import Outputs
 
 
 @dataclass(frozen=True)
-class PlainConfig(TokenLossConfig, OnPolicyConfig):
+class PlainConfig(TokenLossConfig, RewardedConfig, OnPolicyConfig):
     """No algorithm's: the settings of every loss on tokens, at their defaults."""
 
 

@@ -17,6 +17,7 @@ from jaxrlhf.config import (
     DecoderConfig,
     DPOConfig,
     EvalConfig,
+    GKDConfig,
     GRPOConfig,
     KTOConfig,
     LoraConfig,
@@ -59,6 +60,28 @@ def fresh(**changes):
     return ModelConfig(decoder=replace(DECODER, **changes), tokenizer="words:a")
 
 
+GKD = replace(PPO, algorithm=GKDConfig(), rewards=(), reference=ReferenceConfig("teacher"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": ReferenceConfig()}, "reference.path: missing: gkd learns from it: name"),
+        ({"rewards": PPO.rewards}, "rewards: algorithm.name=gkd learns from its teacher alone"),
+        ({"max_excluded": 0.1}, "max_excluded=0.1: gkd asks for no rewards: leave it out"),
+        ({"algorithm": GKDConfig(beta=1.1)}, "algorithm.beta=1.1: must be in [0, 1]"),
+        ({"algorithm": GKDConfig(lmbda=-0.1)}, "algorithm.lmbda=-0.1: must be in [0, 1]"),
+        ({"algorithm": GKDConfig(lmbda=0.5)}, "sample.n=4: with algorithm.lmbda=0.5 prompts have"),
+        ({"algorithm": GKDConfig(length=3)}, "algorithm.length=3: aggregation=token does not"),
+        ({"critic": CriticConfig(kind="separate")}, "critic: algorithm.name=gkd learns no value"),
+    ],
+)
+def test_check_refuses_distillation(changes, message):
+    with pytest.raises(InputError) as error:
+        check(replace(GKD, **changes))
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -76,6 +99,8 @@ def fresh(**changes):
         ),
         replace(PPO, critic=CriticConfig(kind="separate")),
         replace(SFT, sample=SampleConfig(stop=(2,), pad=2)),  # as a run's own config.yaml says
+        GKD,
+        replace(GKD, algorithm=GKDConfig(beta=0.0), sample=SampleConfig(cache="int8")),
     ],
 )
 def test_check_passes(config):

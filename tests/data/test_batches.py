@@ -8,6 +8,7 @@ import pytest
 from jaxrlhf.core import masked
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import (
+    answers_of,
     held_out_batches,
     judged_batch,
     labelled_batch,
@@ -16,6 +17,7 @@ from jaxrlhf.data.batches import (
     packed_batch,
     preference_batch,
     ranked_batch,
+    samples_at,
     scored_batch,
     steps_batch,
     token_batch,
@@ -55,6 +57,24 @@ def test_order_batch_across_an_epochs_end_takes_the_rest_and_the_next_start():
     whole = np.concatenate([order(5, 5, 0, epoch) for epoch in range(3)])
     parts = [order(5, 4, 0, step) for step in range(3)]
     np.testing.assert_array_equal(np.concatenate(parts), whole[:12])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_samples_at_is_so_likely_and_follows_from_the_step(share):
+    drawn = [samples_at(share, 5, step) for step in range(400)]
+    assert drawn == [samples_at(share, 5, step) for step in range(400)]
+    assert abs(np.mean(drawn) - share) < 0.07
+
+
+def test_answers_of_by_hand():
+    """An answer with two of its three tokens to learn; then one that was cut off."""
+    rows = [completion([A], [B, C, EOS], ((0, 1), (2, 3))), completion([A, B], [C], ended=False)]
+    found = answers_of(rows, 2, 4, 7)
+    np.testing.assert_array_equal(found.token_BT, [[7, A, B, C, EOS, 7], [A, B, C, 7, 7, 7]])
+    np.testing.assert_array_equal(found.attention_mask_BT, [[0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(found.mask_BT, [[0, 0, 1, 0, 1, 0], [0, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(found.ended_B, [True, False])
+    assert not found.logp_BT.any()
 
 
 def test_order_every_epoch_and_every_seed_shuffles_afresh():

@@ -19,6 +19,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.chat import Writer
+from jaxrlhf.data.digest import contents
 from jaxrlhf.data.formats import (
     READERS,
     Completion,
@@ -37,7 +38,6 @@ from jaxrlhf.data.rows import Rows, read_rows
 from jaxrlhf.data.tokens import (
     Encoded,
     check_ids,
-    contents,
     encode_answer,
     encode_prompt,
     encode_rows,

@@ -1,5 +1,6 @@
 """What is compiled ahead is what the loop then calls: same programs, shapes, types and layouts."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -59,12 +60,13 @@ def assert_same(given, stated, name):
 
 
 KINDS = ["shared", "separate", "lora-rescored", "remax", "online_dpo", "gdpo", "gdpo-lengths"]
+SIZES = [(1, 1, 1), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("kind", "sizes"), [*itertools.product(KINDS, SIZES), ("gkd", (2, 2, 2))])
 def test_arguments_are_those_of_an_iteration(kind, sizes, tmp_path):
-    config = replace(configs(tmp_path)[kind], mesh=MeshConfig(*sizes))
+    config = runs.gkd(tmp_path) if kind == "gkd" else configs(tmp_path)[kind]
+    config = replace(config, mesh=MeshConfig(*sizes))
     mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
         plan = setup(config, mesh, abstract=True)
@@ -84,7 +86,7 @@ def test_arguments_are_those_of_an_iteration(kind, sizes, tmp_path):
         run = replace(run, programs=replace(run.programs, **heard))
         session = Session(run)
         session.host["kl_coef"] = 0.05
-        loop.iterate(run, session, 0)
+        (loop.distil if kind == "gkd" else loop.iterate)(run, session, 0)
     assert called.keys() == stated.keys()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxrlhf.config import Config, DAPOConfig, is_on_policy, on_policy, rows_at_once
-from jaxrlhf.core.types import Batch, TrainState
+from jaxrlhf.core.types import Batch, TokenBatch, TrainState
 from jaxrlhf.data.batches import packed_batch
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import DECODE, RULES, at_hand, few_rows_layout, on_host, spec
@@ -25,6 +25,7 @@ from jaxrlhf.run.ahead import arguments, decoding, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
 from jaxrlhf.run.setup import Run
 from jaxrlhf.steps.columns import pieces_for as column_pieces
+from jaxrlhf.steps.divergence import Taught
 from jaxrlhf.steps.packed import pieces_for
 from jaxrlhf.steps.sample import LONG
 from jaxrlhf.study.plan.hlo import Loops
@@ -61,13 +62,16 @@ def calls_of(run: Run) -> dict[str, Call]:
     often |= dict.fromkeys(("take", "critic_update", "update"), updates)
     drawn = {"sample": prompts * config.sample.n, "greedy": prompts}
     assert run.reference is not None
-    away = {"reference": fetched(run.reference.params)}
-    texts, part = given["reference"][1], given["update"][1]
+    scorer = "update" if "teacher" in run.algorithm.needs else "reference"
+    away = {scorer: fetched(run.reference.params)}
+    rollout, part = given["targets"][0], given["update"][1]
+    texts = rollout.token_BT, rollout.attention_mask_BT
     new = config.sample.max_new_tokens
-    scored = _loops(run, texts, new)
+    scored = _loops(run, texts[0], new)
     packing: dict[str, Loops] = dict.fromkeys(("rescore", "reference", "value"), scored)
-    if isinstance(part, Batch):
-        learnt = _loops(run, part.token_BT, new, rows_at_once(config))
+    if isinstance(part, Batch | TokenBatch):
+        of = 1 + (scorer == "update")
+        learnt = _loops(run, part.token_BT, new, rows_at_once(config), of)
         packing |= dict.fromkeys(("critic_update", "warmup", "update"), learnt)
     out = {
         name: Call(
@@ -80,7 +84,7 @@ def calls_of(run: Run) -> dict[str, Call]:
         )
         for name, args in given.items()
     }
-    rewards = _reward_models(run, given["reference"][1:], rounds)
+    rewards = _reward_models(run, texts, rounds)
     first = {name: out.pop(name) for name in ("lay_out", "sample")}
     return {**first, **rewards, **out, **_evaluation(run, given)}
 
@@ -134,16 +138,17 @@ def _reward_models(run: Run, texts: tuple[Any, ...], rounds: int) -> dict[str, C
     return out
 
 
-def _loops(run: Run, token_BT: Any, wanted: int, most: int | None = None) -> Loops:
+def _loops(run: Run, token_BT: Any, wanted: int, most: int | None = None, of: int = 1) -> Loops:
     """Those of packing such rows, or candidates [B, C, T], which are full; under the mesh in force.
 
     Args:
       wanted: tokens of each row whose log-probs are computed.
       most: packed rows at once.
+      of: networks whose logits are computed together.
     """
     *count, width = token_BT.shape
     pieces, rows = pieces_for(math.prod(count), width, most)
-    columns = column_pieces(rows, width - 1, run.model.decoder.vocab, some=True)
+    columns = column_pieces(rows, width - 1, of * run.model.decoder.vocab, some=True)
     inner = -(-wanted // -(-(width - 1) // columns))
     return Loops((pieces,) if pieces > 1 else (), inner)
 
@@ -165,8 +170,9 @@ def _evaluation(run: Run, given: dict[str, tuple[Any, ...]]) -> dict[str, Call]:
     policy, base, decoding, *_, key = given["sample"]
     draw = (policy, base, decoding, prompts, prompts, key)
     rollout = on_rows(run, jax.eval_shape(run.programs.eval_sample, *draw))
-    score = (given["reference"][0], rollout.token_BT, rollout.attention_mask_BT)
     assert run.reference is not None
+    params = shapes(at_hand(run.reference.params))
+    score = (params, rollout.token_BT, rollout.attention_mask_BT)
     away, new = fetched(run.reference.params), config.sample.max_new_tokens
     reference, loops = run.programs.eval_reference, _loops(run, score[1], new)
     return {
@@ -231,6 +237,7 @@ def kinds_of(args: tuple[Any, ...]) -> list[str]:
             parts.append(("optimizer", (arg.opt_state, arg.step, arg.skipped)))
         else:
             network = isinstance(arg, dict) and bool({"layers", "lora"} & arg.keys())
+            network |= isinstance(arg, Taught)
             copy = "weights_copy" if isinstance(arg, Weights) else "rows"
             parts.append(("parameters" if network else copy, arg))
     return [kind for kind, tree in parts for _ in jax.tree.leaves(tree)]

@@ -408,7 +408,9 @@ def with_stand_ins(config: Config) -> tuple[Config, list[str]]:
         path = getattr(config, section).path
         if path and path != "smollm2" and not Path(path).exists():
             found.append(f"{section}.path={path}: {said}")
-            blank = replace(getattr(config, section), path="")
+            # A teacher has to be named: it is then the policy, before it learns.
+            taught = section == "reference" and config.algorithm.name == "gkd"
+            blank = replace(getattr(config, section), path=config.model.path if taught else "")
             config = replace(config, **{section: blank})
     return config, found
 

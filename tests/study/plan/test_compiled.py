@@ -8,7 +8,7 @@ import jax
 import pytest
 import runs
 
-from jaxrlhf.config import MeshConfig, ModelConfig, ReferenceConfig
+from jaxrlhf.config import MeshConfig, ModelConfig, ReferenceConfig, check, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.study.plan.advice import table, verdict
 from jaxrlhf.study.plan.compiled import (
@@ -83,7 +83,7 @@ def test_plan_of_slots_that_are_filled_again(config, planned, cpu):
 @pytest.mark.parametrize(
     "name",
     ["sft", "reward_model", "listwise_reward_model", "process_reward_model", "dpo", "kto", "bco",
-     "online_dpo", "remax"],
+     "online_dpo", "remax", "gkd"],
 )  # fmt: skip
 def test_plan_of_every_kind_of_run(name, tmp_path, cpu):
     found = plan(replace(runs.of(name, tmp_path), mesh=MeshConfig(4, 2, 1)), cpu)
@@ -97,6 +97,15 @@ def test_with_stand_ins_blanks_what_is_not_there(config):
     )
     assert there.critic.path == ""
     assert said == ["critic.path=no/such: nothing is there yet: taken to be of the policy's shape"]
+
+
+def test_with_stand_ins_takes_the_policy_for_its_teacher():
+    config = load("configs/gkd_smollm2.yaml")
+    missing = replace(config, reference=ReferenceConfig("no/such"))
+    there, (said,) = with_stand_ins(missing)
+    assert there.reference.path == "smollm2"
+    assert said.startswith("reference.path=no/such: nothing is there yet")
+    check(there)
 
 
 def test_plan_refuses_a_model_that_is_not_there(config, cpu):
