@@ -114,6 +114,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "optim.microbatches optim.max_skipped checkpoint.keep eval.n eval.batch_size "
         "distributed.initialization_timeout distributed.heartbeat "
         "algorithm.epochs algorithm.minibatches algorithm.length algorithm.rounds model.lora.rank "
+        "model.context "
         "model.decoder.vocab model.decoder.embed model.decoder.layers model.decoder.heads "
         "model.decoder.kv_heads model.decoder.head_dim model.decoder.mlp model.decoder.context "
         "model.decoder.moe.experts model.decoder.moe.per_token",
@@ -153,10 +154,10 @@ def out_of_range(config: Config) -> Iterator[str]:
     """The numbers that are not what they must be, a line each."""
     for what, holds, keys in RANGES:
         for key in keys.split():
-            value = _get(config, key)
             # of a distillation β is a share, and 0 is one: see _taught
             if key == "algorithm.beta" and isinstance(config.algorithm, GKDConfig):
                 continue
+            value = _get(config, key)
             several = isinstance(value, tuple)
             if value is not None and not all(map(holds, value if several else (value,))):
                 yield f"{key}={list(value) if several else value}: must be {what}"
@@ -198,6 +199,8 @@ def _model(config: Config) -> Iterator[str]:
     if model.path and decoder is not None:
         yield f"model.path={model.path}: model.decoder is given too: keep one of them"
     if decoder is not None:
+        if model.context is not None:
+            yield f"model.context={model.context}: model.decoder.context says it: leave it out"
         if not model.tokenizer:
             yield "model.tokenizer: missing: a fresh decoder needs one, such as words:TEXT"
         if decoder.heads % decoder.kv_heads:
@@ -328,9 +331,6 @@ def _on_policy(config: Config) -> Iterator[str]:
     yield from _width(config, data.max_prompt_tokens + sample.max_new_tokens)
 
 
-def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
-    """What one family of algorithms asks for, and what it would not read."""
-    name, n = algorithm.name, config.sample.n
 def _rewarded(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
     """What learning from rewards asks for."""
     if config.sample.cache != "model" and algorithm.old_logp == "sampler":
@@ -370,6 +370,9 @@ def _taught(config: Config, algorithm: GKDConfig) -> Iterator[str]:
         )
 
 
+def _family(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
+    """What one family of algorithms asks for, and what it would not read."""
+    name, n = algorithm.name, config.sample.n
     if algorithm.in_groups and n < 2:
         yield f"sample.n={n}: {name} compares the samples of a prompt: give at least 2"
     rows = config.data.batch_size * n

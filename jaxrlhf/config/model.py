@@ -122,6 +122,14 @@ class DecoderConfig:
     residual_multiplier: float = 1.0
     """What attention and MLP add is multiplied by it (Granite)."""
 
+    @property
+    def most_context(self) -> int:
+        """Tokens of the longest row that rotary frequencies can be chosen for."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope":
+            return self.context
+        return round(scaling.factor * scaling.original_context)
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -160,6 +168,10 @@ class ModelConfig:
     tokenizer: str = ""
     """Where the tokenizer comes from, if not from ``path``: any of the same, words:TEXT or
     chars:TEXT."""
+    context: int | None = None
+    """Most tokens of a row, prompt and response. Of longrope (Phi-3.5, Phi-4-mini): above the first
+    context, all rows, short ones too, have the frequencies of long ones. None: the model's context;
+    of longrope the first one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; what is trained is kept in float32. float32 is that on every
     device: GPUs do not multiply in TF32, nor TPUs in bfloat16, at several times the cost."""

@@ -204,9 +204,7 @@ def _written(
             raise InputError(f"decoder: transformers has no reward models of type {family.name}")
     keys = {**FIELDS, **family.fields}
     sizes = {theirs: getattr(decoder, ours) for ours, theirs in keys.items()}
-    scaling = decoder.rope_scaling
-    if scaling is not None and scaling.kind == "longrope":
-        sizes[keys["context"]] = round(scaling.factor * scaling.original_context)
+    sizes[keys["context"]] = decoder.most_context
     return {
         "architectures": [kind],
         "model_type": family.name,

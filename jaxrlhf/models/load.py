@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config import (
     Config,
     DataConfig,
+    DecoderConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
@@ -62,10 +63,22 @@ def build(config: ModelConfig, head: bool = False) -> Model:
     """The model that ``config`` describes: static, no weights are read; ``head`` as in ``read_hf``.
 
     Raises:
-      InputError: if ``path`` and ``decoder`` are both missing, or the path holds no model.
+      InputError: if ``path`` and ``decoder`` are both missing, the path holds no model, or
+        ``context`` is more than its model has.
     """
     decoder = config.decoder or read_decoder(config.path, head)
+    if config.context is not None:
+        decoder = _in_context(decoder, config.context)
     return Model(decoder, config.dtype, config.lora, config.remat, config.attention)
+
+
+def _in_context(decoder: DecoderConfig, context: int) -> DecoderConfig:
+    """The decoder for rows of up to so many tokens, by which longrope's frequencies are chosen."""
+    if context > (most := decoder.most_context):
+        raise InputError(f"model.context={context}: the model's is {most} at most: lower it")
+    scaling = decoder.rope_scaling
+    chosen = scaling is not None and scaling.kind == "longrope"
+    return replace(decoder, context=context) if chosen else decoder
 
 
 def settle_lora(config: ModelConfig) -> ModelConfig:
@@ -409,10 +422,12 @@ def check_context(config: Config, model: Model) -> None:
     if is_on_policy(config):
         tokens = config.data.max_prompt_tokens + config.sample.max_new_tokens
         fields = "max_prompt_tokens + sample.max_new_tokens"
-    if tokens > model.decoder.context:
+    context, most = model.decoder.context, model.decoder.most_context
+    if tokens > context:
+        more = f", or set model.context to as many, up to {most}" if most > context else ""
         raise InputError(
-            f"data.{fields} = {tokens} tokens exceed the model's context of "
-            f"{model.decoder.context}: lower them"
+            f"data.{fields} = {tokens} tokens exceed the model's context of {context}: "
+            f"lower them{more}"
         )
 
 

@@ -17,12 +17,15 @@ import transformers
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from jaxrlhf.config import Config, DataConfig, ModelConfig, SampleConfig
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import names
 from jaxrlhf.models.cache import empty_cache, slots_of
 from jaxrlhf.models.decode import lay_out, read_prompts, step
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.hf import read_hf, write_hf
 from jaxrlhf.models.hf_config import naming_of, read_config
+from jaxrlhf.models.load import build, check_context
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.score import score
 
@@ -275,7 +278,15 @@ def test_longrope_has_other_factors_for_long_rows(tmp_path):
     assert decoder.context == 16
     expected = torch_logp(model, MASKS["right"]).detach().numpy()
     short = our_logp(decoder, params, MASKS["right"])
-    long = our_logp(replace(decoder, context=256), params, MASKS["right"])
+    most = round(16 * decoder.rope_scaling.factor)
+    config = ModelConfig(str(tmp_path), context=most)
+    run = Config(model=config, data=DataConfig(max_prompt_tokens=8), sample=SampleConfig(9))
+    check_context(run, build(config))
+    with pytest.raises(InputError, match=f"17 tokens exceed .* 16: lower them, or .* to {most}"):
+        check_context(run, build(ModelConfig(str(tmp_path))))
+    with pytest.raises(InputError, match=f"model.context={most + 1}: the model's is {most} at mos"):
+        build(replace(config, context=most + 1))
+    long = our_logp(build(config).decoder, params, MASKS["right"])
     np.testing.assert_allclose(long, expected, atol=1e-4)
     assert np.abs(short - expected).max() > 0.1
 
