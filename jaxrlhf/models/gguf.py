@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: the container, its blocks, and the Llama models in it, without torch.
+"""GGUF files of llama.cpp: the container, its blocks, and the models in it, without torch.
 
 The gguf package's own reader makes an array of every token, which takes seconds for 49 152 of
 them, so the container is parsed here. Constants and block formats are the package's.
@@ -8,6 +8,7 @@ import functools
 import mmap
 import os
 import struct
+from dataclasses import replace
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from jaxrlhf.config.model import DecoderConfig
+from jaxrlhf.config.model import DecoderConfig, RopeScaling
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.shown import one_line, shown
 from jaxrlhf.models import names
+from jaxrlhf.models.families import FAMILIES, Said
 from jaxrlhf.models.families.family import MOST_FLOAT, MOST_LAYERS
 from jaxrlhf.models.source import Source, weight_reader
 
@@ -50,16 +52,35 @@ NAMING = names.Naming(
         "attention/o": "attn_output",
         "attention/q_norm": "attn_q_norm",
         "attention/k_norm": "attn_k_norm",
+        "attention_out_norm": "post_attention_norm",
         "mlp_norm": "ffn_norm",
         "mlp/gate": "ffn_gate",
         "mlp/up": "ffn_up",
         "mlp/down": "ffn_down",
+        "mlp_out_norm": "post_ffw_norm",
         "norm": "output_norm",
         "unembed": "output",
     },
-    neighbours=True,
 )
 """llama.cpp's, of the architectures that are read."""
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
+"""Those that are read, and their families (``FAMILIES``)."""
+
+LLAMA3 = RopeScaling(low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+"""What scales the frequencies of Llama 3.1 to 3.3, beside the factor: a file has only the result,
+as rope_freqs."""
+
+
+LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+"""Layers of the largest of a generation."""
 
 
 class Tensor(NamedTuple):
@@ -229,7 +250,7 @@ def smollm2_path() -> Path:
 
 
 def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a GGUF file of the llama architecture (Llama, Mistral, SmolLM), quantised or not.
+    """Reads a GGUF file of one of the ``ARCHITECTURES``, quantised or not.
 
     Blocks are dequantised in numpy.
 
@@ -248,74 +269,137 @@ def source_of_gguf(path: str | os.PathLike[str]) -> Source:
     """As ``read_gguf``, but all that is read is what the file says of its tensors."""
     file = open_gguf(path)
     decoder = read_gguf_decoder(path)
-    _check(file, decoder)
+    # Of Llama alone, pairs that are rotated together stand side by side.
+    naming = NAMING._replace(neighbours=file.fields["general.architecture"] == "llama")
+    _check(file, decoder, naming)
 
     def find(tensor: names.Tensor) -> np.ndarray:
-        return dequantise(file, tensor.name)
+        array = dequantise(file, tensor.name)
+        # llama.cpp adds up what such a norm scales by, so that it is one like any other.
+        offset = decoder.norm_offset and tensor.name.endswith("norm.weight")
+        return array - 1 if offset else array
 
-    return Source(decoder, weight_reader(decoder, NAMING, find), lambda _: "float32")
+    return Source(decoder, weight_reader(decoder, naming, find), lambda _: "float32")
 
 
 def read_gguf_decoder(path: str | os.PathLike[str]) -> DecoderConfig:
     """The shape of the model in a GGUF file, from its header alone; errors as in ``read_gguf``."""
     file = open_gguf(path)
-    if field(file, "general.architecture", str, "") != "llama":
-        architecture = shown(file.fields.get("general.architecture"))
+    kind = field(file, "general.architecture", str, "")
+    if kind not in ARCHITECTURES:
         raise InputError(
-            f"{file.path}: general.architecture={architecture}; only llama is read from GGUF, "
-            "other families from their Hugging Face folder"
+            f"{file.path}: general.architecture={shown(kind)}; read from GGUF are "
+            f"{', '.join(ARCHITECTURES)}, other families from their Hugging Face folder"
         )
 
-    def get(key: str, default: Any = None, kind: Any = int) -> Any:
-        value = field(file, f"llama.{key}", kind, default)
+    def get(key: str, default: Any = None, number: Any = int) -> Any:
+        value = field(file, f"{kind}.{key}", number, default)
         # So written that NaN fails too.
-        if not 0 < value < (MOST_FLOAT if kind is float else 2**31):
-            raise InputError(f"{file.path}: llama.{key}={value}; it must be positive and finite")
+        if not 0 < value < (MOST_FLOAT if number is float else 2**31):
+            raise InputError(f"{file.path}: {kind}.{key}={value}; it must be positive and finite")
         return value
 
     if (layers := get("block_count")) > MOST_LAYERS:
-        raise InputError(f"{file.path}: llama.block_count={layers}; at most {MOST_LAYERS}")
+        raise InputError(f"{file.path}: {kind}.block_count={layers}; at most {MOST_LAYERS}")
     heads, embed = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", embed // heads)
     only = {
-        "rope.dimension_count": head_dim, "attention.value_length": head_dim,
-        "rope.scaling.type": "none", "expert_count": 0,
+        "rope.dimension_count": head_dim, "attention.value_length": head_dim, "expert_count": 0,
     }  # fmt: skip
     for key, value in only.items():
-        if (said := field(file, f"llama.{key}", (int, str), value)) != value:
+        if (there := field(file, f"{kind}.{key}", int, value)) != value:
             raise InputError(
-                f"{file.path}: llama.{key}={shown(said)} is not supported, only {value!r}"
+                f"{file.path}: {kind}.{key}={shown(there)} is not supported, only {value!r}"
             )
     tokens = field(file, "tokenizer.ggml.tokens", list, [])
+    context, theta = get("context_length"), get("rope.freq_base", 10_000.0, float)
+    family = FAMILIES[ARCHITECTURES[kind]]
+    said = {
+        "hidden_size": embed,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": context,
+        **_said_of_gemma(kind, get, layers, embed // heads, head_dim),
+    }
+    found = family.read(Said(file.path, said, family.defaults))
     return DecoderConfig(
-        vocab=get("vocab_size", len(tokens)),
-        embed=embed,
-        layers=layers,
-        heads=heads,
-        kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp=get("feed_forward_length"),
-        context=get("context_length"),
-        rope_theta=get("rope.freq_base", 10_000.0, float),
-        norm_eps=get("attention.layer_norm_rms_epsilon", None, float),
-        tied="output.weight" not in file.tensors,
+        **{
+            **found,
+            "vocab": get("vocab_size", len(tokens)),
+            "embed": embed,
+            "layers": layers,
+            "heads": heads,
+            "kv_heads": get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "mlp": get("feed_forward_length"),
+            "context": context,
+            "rope_theta": theta,
+            "rope_scaling": _rope_scaling(file, get, theta, head_dim),
+            "norm_eps": get("attention.layer_norm_rms_epsilon", None, float),
+            "tied": "output.weight" not in file.tensors,
+            "family": family.name,
+        }
     )
 
 
-def _check(file: File, decoder: DecoderConfig) -> None:
-    """Raises InputError unless the file holds the decoder's tensors, all and only."""
-    if "rope_freqs.weight" in file.tensors:
+def _said_of_gemma(kind: str, get: Any, layers: int, share: int, head_dim: int) -> dict[str, Any]:
+    """What a config.json of a later Gemma would say besides, for its family to read."""
+    if kind not in LARGEST_GEMMA:
+        return {}
+    # llama.cpp's scale: the largest have another than 1/√head_dim.
+    scalar = share if layers == LARGEST_GEMMA[kind] else head_dim
+    said = {
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": get("attention.sliding_window", 4096),
+    }
+    if kind == "gemma2":
+        said["attn_logit_softcapping"] = get("attn_logit_softcapping", 50.0, float)
+        said["final_logit_softcapping"] = get("final_logit_softcapping", 30.0, float)
+    return said
+
+
+def _rope_scaling(file: File, get: Any, theta: float, head_dim: int) -> RopeScaling | None:
+    """What the file says of it, or, of a Llama 3, has the result of: what each frequency is divided
+    by.
+
+    Raises:
+      InputError: another kind of scaling, or another result.
+    """
+    key, name = f"{file.fields['general.architecture']}.rope.scaling.type", "rope_freqs.weight"
+    if (kind := field(file, key, str, "none")) not in ("none", "linear"):
         raise InputError(
-            f"{file.path}: rope_freqs.weight: scaled rotary frequencies are not read from GGUF; "
-            "use the Hugging Face folder"
+            f"{file.path}: {key}={shown(kind)} is not supported, only 'none' and 'linear'"
         )
+    if kind == "linear":
+        return RopeScaling(get("rope.scaling.factor", None, float), kind="linear")
+    if name not in file.tensors:
+        return None
+    half = head_dim // 2
+    if (shape := file.tensors[name].shape) != (half,):
+        raise InputError(f"{file.path}: {name} is {shape}, its metadata implies ({half},)")
+    divided = dequantise(file, name).astype(np.float64)
+    scaling = replace(LLAMA3, factor=float(divided.max()))
+    turns = LLAMA3.original_context * theta ** (-np.arange(half) / half) / (2 * np.pi)
+    low, high = LLAMA3.low_freq_factor, LLAMA3.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    # So written that NaN fails too.
+    if not np.allclose(1 / divided, keep + (1 - keep) / scaling.factor, rtol=1e-4):
+        raise InputError(
+            f"{file.path}: {name}: not those of a Llama 3; use the Hugging Face folder"
+        )
+    return scaling
+
+
+def _check(file: File, decoder: DecoderConfig, naming: names.Naming) -> None:
+    """Raises InputError unless the file holds the decoder's tensors, all and only."""
     # Before the names of all are made.
     if decoder.layers > len(file.tensors):
-        what = f"llama.block_count={decoder.layers}, and it holds {len(file.tensors)} tensors"
+        kind = file.fields["general.architecture"]
+        what = f"{kind}.block_count={decoder.layers}, and it holds {len(file.tensors)} tensors"
         raise InputError(f"{file.path}: {what}: download it again")
-    expected = {tensor.name: tensor.shape for tensor in names.tensors(decoder, NAMING)}
-    for name in sorted(expected.keys() | file.tensors.keys()):
-        have = file.tensors[name].shape if name in file.tensors else "missing"
+    expected = {tensor.name: tensor.shape for tensor in names.tensors(decoder, naming)}
+    there = file.tensors.keys() - {"rope_freqs.weight"}
+    for name in sorted(expected.keys() | there):
+        have = file.tensors[name].shape if name in there else "missing"
         want = expected.get(name, "no such tensor")
         if have != want:
             raise InputError(f"{file.path}: {name} is {have}, its metadata implies {want}")

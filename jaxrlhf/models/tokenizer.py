@@ -9,8 +9,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError, refused
@@ -20,21 +30,29 @@ from jaxrlhf.models.hub import local
 
 # Kinds of token in tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+"""Llama 3's and Qwen2's words, which differ in how many digits are one."""
+
+
+def _words(digits: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS.replace("{DIGITS}", digits)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
 
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _PRE_TOKENIZERS = {
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
     "gpt-2": _GPT2,
-    "llama-bpe": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
+    "llama-bpe": _words("{1,3}"),
+    "qwen2": _words(""),
+    "deepseek-r1-qwen": _words(""),
 }
 
 
@@ -165,60 +183,118 @@ def _fast(tokenizer: Tokenizer, **named: Any) -> PreTrainedTokenizerFast:
 
 
 def gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
+    """The tokenizer of a GGUF file, byte-level BPE or SentencePiece's, with its special tokens and
+    chat template.
 
     Control tokens are special (``skip_special_tokens`` drops them); user-defined ones are single
-    tokens of plain text. BOS and EOS are added only if the file says so.
+    tokens of plain text. BOS and EOS are added only if the file says so; BOS by SentencePiece also
+    where it says nothing, as llama.cpp does.
 
     Raises:
       InputError: the file is damaged, or its tokenizer or pre-tokenizer is not supported.
     """
     file = open_gguf(path)
     model, pre = (field(file, f"tokenizer.ggml.{key}", str, "") for key in ("model", "pre"))
-    if model != "gpt2":
-        raise InputError(f"{path}: tokenizer.ggml.model={shown(model)}; only gpt2 (byte-level BPE)")
-    if pre not in _PRE_TOKENIZERS:
+    if model not in ("gpt2", "llama"):
+        raise InputError(
+            f"{path}: tokenizer.ggml.model={shown(model)}; only gpt2 (byte-level BPE) and llama "
+            "(SentencePiece)"
+        )
+    if model == "gpt2" and pre not in _PRE_TOKENIZERS:
         raise InputError(
             f"{path}: tokenizer.ggml.pre={shown(pre)}; supported are {', '.join(_PRE_TOKENIZERS)}"
         )
-    tokens, merges, types = (
-        field(file, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges", "token_type")
+    key = "merges" if model == "gpt2" else "scores"
+    tokens, ranks, types = (
+        field(file, f"tokenizer.ggml.{name}", list) for name in ("tokens", key, "token_type")
     )
-    if len(types) != len(tokens):
-        raise InputError(
-            f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
-            "download it again"
-        )
-    for key, texts in {"tokens": tokens, "merges": merges}.items():
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            message = f"tokenizer.ggml.{key} has {shown(wrong[0])}; all must be texts"
+    for name, found in {"token_type": types, **({key: ranks} if key == "scores" else {})}.items():
+        if len(found) != len(tokens):
+            raise InputError(
+                f"{path}: tokenizer.ggml.{name} has {len(found)} entries for {len(tokens)} tokens; "
+                "download it again"
+            )
+    what = ("texts", str) if key == "merges" else ("numbers", float)
+    for name, found, (kinds, kind) in (("tokens", tokens, ("texts", str)), (key, ranks, what)):
+        if wrong := [x for x in found if not isinstance(x, kind)]:
+            message = f"tokenizer.ggml.{name} has {shown(wrong[0])}; all must be {kinds}"
             raise InputError(f"{path}: {message}")
     with refused(f"{path}: tokenizer.ggml cannot be read", "download it again"):
-        tokenizer = _of_fields(file, tokens, merges, types)
+        build = _byte_level if model == "gpt2" else _sentencepiece
+        tokenizer = _finished(file, build(file, tokens, ranks), types)
         _check(tokenizer)
     return tokenizer
 
 
-def _of_fields(
-    file: File, tokens: list[str], merges: list[str], types: list[Any]
-) -> PreTrainedTokenizerFast:
-    """The tokenizer that a GGUF file describes, its parts checked for their types."""
+def _byte_level(file: File, tokens: list[str], merges: list[str]) -> Tokenizer:
+    """Byte-level BPE, as GPT-2's, Llama 3's and Qwen's."""
     pre = file.fields["tokenizer.ggml.pre"]
-    ids = {token: i for i, token in enumerate(tokens)}
     pairs: Any = [tuple(merge.split(" ")) for merge in merges]  # checked by BPE
     with refused(f"{file.path}: tokenizer.ggml.merges", "download it again"):
         # Llama 3 takes a word that is a token as it is, whether merges lead to it or not.
-        bpe = models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe")
+        bpe = models.BPE(_ids_of(tokens), pairs, ignore_merges=pre == "llama-bpe")
     tokenizer = Tokenizer(bpe)
+    if "qwen" in pre:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+MOST_PIECE = 256
+"""Characters of a piece of SentencePiece's that is put together from others."""
+
+
+def _sentencepiece(file: File, tokens: list[str], scores: list[float]) -> Tokenizer:
+    """SentencePiece's BPE, as Llama 2's, Mistral's and Gemma's: a file has scores, no merges.
+
+    Two pieces are merged whose whole is a piece, of the highest score first. Gemma's scores are not
+    in the order of its merges; its pieces are, and those of spaces are written as such.
+    """
+    gemma = str(file.fields.get("general.architecture")).startswith("gemma")
+    ranks = [float(-i) for i in range(len(tokens))] if gemma else scores
+    if gemma:
+        tokens = [_SPACE * len(text) if text.strip(" ") == "" else text for text in tokens]
+    ids = _ids_of(tokens)
+    long = {text for text in tokens if len(text) > MOST_PIECE}
+    merges = generate_merges(ids, dict(zip(tokens, ranks, strict=True)), long)
+    unknown = _named_tokens(file, tokens).get("unk_token")
+    tokenizer = Tokenizer(
+        models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    rules: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if file.fields.get("tokenizer.ggml.add_space_prefix", not gemma):
+        rules, steps = [normalizers.Prepend(_SPACE), *rules], [*steps, decoders.Strip(" ", 1, 0)]
+    tokenizer.normalizer = normalizers.Sequence(rules)
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+_SPACE = "▁"
+"""What SentencePiece writes for a space."""
+
+
+def _ids_of(tokens: list[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def _finished(file: File, tokenizer: Tokenizer, types: list[Any]) -> PreTrainedTokenizerFast:
+    """With the special and added tokens that a GGUF file names, and its chat template."""
+    tokens = field(file, "tokenizer.ggml.tokens", list)
     added = [(AddedToken(t, normalized=False), kind) for t, kind in zip(tokens, types, strict=True)]
     tokenizer.add_special_tokens([t for t, kind in added if kind in (_UNKNOWN, _CONTROL)])
-    tokenizer.add_tokens([t for t, kind in added if kind == _USER_DEFINED])
-    named = _named_tokens(file, tokens)
+    known = tokenizer.get_vocab(with_added_tokens=False)
+    # Spelt as the vocabulary has them: what is not in it would be one more token.
+    own = [t for t, kind in added if kind == _USER_DEFINED and t.content in known]
+    tokenizer.add_tokens(own)
+    named, ids = _named_tokens(file, tokens), _ids_of(tokens)
+    pieces = file.fields["tokenizer.ggml.model"] == "llama"
     # BOS and EOS are put around each text where the file asks for it.
     first, last = (
-        named.get(f"{end}_token") if file.fields.get(f"tokenizer.ggml.add_{end}_token") else None
+        named.get(f"{end}_token")
+        if file.fields.get(f"tokenizer.ggml.add_{end}_token", pieces and end == "bos")
+        else None
         for end in ("bos", "eos")
     )
     if first or last:
@@ -226,10 +302,11 @@ def _of_fields(
             single=[token for token in (first, "$A", last) if token],
             special_tokens=[(token, ids[token]) for token in (first, last) if token],
         )
+    architecture = file.fields.get("general.architecture")
     return _fast(
         tokenizer,
         chat_template=file.fields.get("tokenizer.chat_template"),
-        model_max_length=file.fields.get("llama.context_length"),
+        model_max_length=file.fields.get(f"{architecture}.context_length"),
         **named,
     )
 

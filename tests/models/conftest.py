@@ -49,31 +49,35 @@ def permute(matrix, heads):
 @pytest.fixture(scope="session")
 def write_gguf(random_params):
     def write(path, decoder, fields=None, tensors=None, params=None):
-        """A GGUF file of a Llama model; ``fields`` and ``tensors`` are added, None drops one."""
+        """A GGUF file of a Llama, or of the architecture that ``fields`` name; ``fields`` and
+        ``tensors`` are added, None drops one."""
+        kind = (fields or {}).get("general.architecture", "llama")
         kv = {
-            "llama.block_count": decoder.layers,
-            "llama.context_length": decoder.context,
-            "llama.embedding_length": decoder.embed,
-            "llama.feed_forward_length": decoder.mlp,
-            "llama.attention.head_count": decoder.heads,
-            "llama.attention.head_count_kv": decoder.kv_heads,
-            "llama.rope.freq_base": decoder.rope_theta,
-            "llama.attention.layer_norm_rms_epsilon": decoder.norm_eps,
-            "llama.vocab_size": decoder.vocab,
+            f"{kind}.block_count": decoder.layers,
+            f"{kind}.context_length": decoder.context,
+            f"{kind}.embedding_length": decoder.embed,
+            f"{kind}.feed_forward_length": decoder.mlp,
+            f"{kind}.attention.head_count": decoder.heads,
+            f"{kind}.attention.head_count_kv": decoder.kv_heads,
+            f"{kind}.rope.freq_base": decoder.rope_theta,
+            f"{kind}.attention.layer_norm_rms_epsilon": decoder.norm_eps,
+            f"{kind}.vocab_size": decoder.vocab,
             **(fields or {}),
         }
         leaves = names.flatten(decoder, params or random_params(decoder))
         arrays = {}
-        plain = NAMING._replace(neighbours=False)
-        for tensor in names.tensors(decoder, plain):
-            array = names.stored(decoder, plain, leaves, tensor)
-            if "attn_q.weight" in tensor.name:
+        for tensor in names.tensors(decoder, NAMING):
+            array = names.stored(decoder, NAMING, leaves, tensor)
+            if kind == "llama" and "attn_q.weight" in tensor.name:
                 array = permute(array, decoder.heads)
-            if "attn_k.weight" in tensor.name:
+            if kind == "llama" and "attn_k.weight" in tensor.name:
                 array = permute(array, decoder.kv_heads)
+            if kind.startswith("gemma") and "norm.weight" in tensor.name:
+                array = array + np.float32(1)
             arrays[tensor.name] = np.ascontiguousarray(array)
         arrays |= tensors or {}
-        writer = gguf.GGUFWriter(path, kv.pop("general.architecture", "llama"))
+        kv.pop("general.architecture", None)
+        writer = gguf.GGUFWriter(path, kind)
         add = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
         for key, value in kv.items():
             if value is not None:

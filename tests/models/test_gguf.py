@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from jaxrlhf.config import RopeScaling
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models import gguf as ours
 from jaxrlhf.models.gguf import (
+    ARCHITECTURES,
     dequantise,
     field,
     open_gguf,
@@ -192,12 +194,88 @@ def test_read_gguf_head_dim_and_vocab_of_the_tokens(tmp_path, tiny, write_gguf):
     assert read_gguf(path)[0] == decoder
 
 
+GEMMA = {"activation": "gelu", "norm_offset": True, "embed_multiplier": 32**0.5, "head_dim": 16}
+GEMMA2 = {**GEMMA, "norms": "both", "attention_scale": 0.25, "windows": (6, 0)}
+OTHERS = {
+    "qwen2": {"qkv_bias": True, "tied": False},
+    "qwen3": {"qk_norm": True, "head_dim": 16},
+    "gemma": GEMMA,
+    "gemma2": {**GEMMA2, "attention_softcap": 50.0, "logit_softcap": 20.0},
+    "gemma3": {
+        **GEMMA2, "windows": (6,), "qk_norm": True, "rope_theta": 5e5, "window_rope_theta": 1e4,
+        "rope_scaling": RopeScaling(8.0, kind="linear"),
+    },
+}  # fmt: skip
+"""What other architectures differ in from a Llama; the largest Gemmas also in attention_scale."""
+
+
+@pytest.fixture
+def written(tmp_path, tiny, random_params, write_gguf):
+    """(path, decoder, parameters) of a small model of another architecture."""
+
+    def make(kind):
+        changes = {"rope_theta": 5e5, **OTHERS[kind]}
+        decoder = replace(tiny, norm_eps=1e-5, family=ARCHITECTURES[kind], **changes)
+        fields = {
+            "general.architecture": kind,
+            f"{kind}.attention.key_length": decoder.head_dim,
+            f"{kind}.attention.sliding_window": 6 if decoder.windows else None,
+            f"{kind}.final_logit_softcapping": decoder.logit_softcap or None,
+        }
+        if decoder.rope_scaling:
+            fields |= {f"{kind}.rope.scaling.type": "linear", f"{kind}.rope.scaling.factor": 8.0}
+        params = random_params(decoder)
+        return write_gguf(tmp_path / "x.gguf", decoder, fields, params=params), decoder, params
+
+    return make
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_read_gguf_other_architectures(kind, written):
+    path, decoder, params = written(kind)
+    found, read = read_gguf(path)
+    assert replace(found, norm_eps=decoder.norm_eps) == decoder
+    assert found.family == decoder.family
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), read, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_read_gguf_equals_the_hugging_face_form(kind, written, tmp_path, tiny_tokenizer):
+    path, *_ = written(kind)
+    decoder, params = read_gguf(path)
+    write_hf(tmp_path / "out", decoder, params, tiny_tokenizer)
+    folder = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    token_1T = np.arange(24)[None] % 48
+    ours_T = logps(our_logits(Model(decoder), params, token_1T), token_1T)
+    assert np.abs(ours_T - torch_logps(folder.eval(), token_1T)).max() < 1e-4
+    if kind == "qwen2":  # of the others transformers does not read all fields of the file
+        theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+        assert np.abs(ours_T - torch_logps(theirs.eval(), token_1T)).max() < 1e-4
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_read_gguf_frequencies_of_llama_3(tmp_path, tiny, write_gguf, factor):
+    """The tensor is llama.cpp's, by its formula of wavelengths (convert_hf_to_gguf.py)."""
+    frequency = 5e5 ** (-np.arange(0, 16, 2) / 16)
+    wave = 2 * np.pi / frequency
+    smooth = (8192 / wave - 1) / (4 - 1)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    divided = np.where(wave < 8192 / 4, 1, np.where(wave > 8192, factor, between))
+    fields = {"llama.attention.key_length": 16, "llama.rope.freq_base": 5e5}
+    decoder = replace(tiny, head_dim=16)
+    tensors = {"rope_freqs.weight": divided.astype(np.float32)}
+    found, _ = read_gguf(write_gguf(tmp_path / "x.gguf", decoder, fields, tensors))
+    wanted = RopeScaling(factor, 1.0, 4.0, 8192)
+    assert found.rope_scaling == wanted
+
+
 @pytest.mark.parametrize(
     ("fields", "tensors", "message"),
     [
-        ({"general.architecture": "qwen2"}, {}, "general.architecture='qwen2'"),
+        ({"general.architecture": "phi2"}, {}, "general.architecture='phi2'"),
         ({"llama.rope.dimension_count": 4}, {}, "llama.rope.dimension_count=4"),
-        ({"llama.rope.scaling.type": "linear"}, {}, "llama.rope.scaling.type='linear'"),
+        ({"llama.rope.scaling.type": "yarn"}, {}, "llama.rope.scaling.type='yarn'"),
         ({"llama.expert_count": 8}, {}, "llama.expert_count=8"),
         ({"llama.block_count": None}, {}, "llama.block_count=None"),
         ({"llama.block_count": 0}, {}, "llama.block_count=0"),
@@ -216,7 +294,9 @@ def test_read_gguf_head_dim_and_vocab_of_the_tokens(tmp_path, tiny, write_gguf):
         ({"llama.feed_forward_length": 44}, {}, "blk.0.ffn_down.weight is (32, 40)"),
         ({}, {"output_norm.weight": None}, "output_norm.weight is missing"),
         ({}, {"blk.0.attn_q.bias": np.zeros(32, np.float32)}, "blk.0.attn_q.bias is (32,)"),
-        ({}, {"rope_freqs.weight": np.ones(4, np.float32)}, "rope_freqs.weight: scaled rotary"),
+        ({}, {"rope_freqs.weight": np.full(4, 2, np.float32)}, "rope_freqs.weight: not those of"),
+        ({}, {"rope_freqs.weight": np.zeros(4, np.float32)}, "rope_freqs.weight: not those of"),
+        ({}, {"rope_freqs.weight": np.ones(3, np.float32)}, "rope_freqs.weight is (3,)"),
         ({}, {"output_norm.weight": np.zeros(32, np.int8)}, "output_norm.weight is I8"),
     ],
 )

@@ -7,6 +7,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from tiny_models import sentencepiece
+from tokenizers import normalizers
 
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.models.tokenizer import check_vocab, gguf_tokenizer, load_tokenizer
@@ -142,6 +144,7 @@ def byte_level(tmp_path, tiny, write_gguf):
         ("gpt-2", ["ab", "Ġ", "ab", "12", "3", "<end>", "x", "[tool]"]),
         ("smollm", ["ab", "Ġ", "ab", "1", "2", "3", "<end>", "x", "[tool]"]),
         ("llama-bpe", ["ab", "Ġ", "ab", "12", "3", "<end>", "x", "[tool]"]),
+        ("qwen2", ["ab", "Ġ", "ab", "1", "2", "3", "<end>", "x", "[tool]"]),
     ],
 )
 def test_gguf_tokenizer_pieces(byte_level, pre, pieces):
@@ -176,10 +179,41 @@ def test_gguf_tokenizer_adds_ends(byte_level):
     assert tokenizer("ab", add_special_tokens=False).input_ids == [256]
 
 
+TEXTS = ("hug as us", " good  gas", "[her] é 電\nas", "a</s>gas", "")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_gguf_tokenizer_of_sentencepiece(kind, tmp_path, tiny, write_gguf):
+    """The ids of the tokenizer whose scores the file has; Gemma puts no space before a text."""
+    ours = sentencepiece()
+    backend = ours.backend_tokenizer
+    tokens = [ours.convert_ids_to_tokens(i) for i in range(len(ours))]
+    merged = ["".join(x) for x in json.loads(backend.to_str())["model"]["merges"]]
+    scores = [-float(merged.index(x)) if x in merged else -1e6 for x in tokens]
+    if kind == "gemma":
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        scores = [0.0] * len(tokens)
+    fields = {
+        "model": "llama", "tokens": tokens, "scores": scores, "eos_token_id": 2,
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)], "bos_token_id": 1,
+        "unknown_token_id": 0,
+    }  # fmt: skip
+    fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    path = write_gguf(tmp_path / "x.gguf", tiny, {"general.architecture": kind, **fields})
+    found = gguf_tokenizer(path)
+    for text in TEXTS:
+        ids = found(text).input_ids
+        assert ids == ours(text).input_ids
+        assert found.decode(ids) == (f"<s>{text}" if kind == "gemma" else ours.decode(ids))
+    assert (found.bos_token, found.eos_token, found.unk_token) == ("<s>", "</s>", "<unk>")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model='llama'"),
+        ({"model": "bert"}, "tokenizer.ggml.model='bert'"),
+        ({"model": "llama", "scores": [0.0] * 9}, "tokenizer.ggml.scores has 9 entries for 260"),
+        ({"model": "llama", "scores": [1] * 260}, "tokenizer.ggml.scores has 1; all must be num"),
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre='deepseek-llm'"),
         ({"token_type": [1] * 9}, "token_type has 9 entries for 260 tokens"),
         ({"merges": ["a q q"]}, "tokenizer.ggml.merges"),
