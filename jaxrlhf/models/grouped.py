@@ -63,13 +63,14 @@ def grouped(
 def _made_twice(
     platform: str, expected: int | None, rows: Array, matrices: Any, sizes: Array
 ) -> Array:
-    return grouped(platform, rows, made(matrices, rows.dtype), sizes, expected)
+    return _made_forward(platform, expected, rows, matrices, sizes)[0]
 
 
 def _made_forward(
     platform: str, expected: int | None, rows: Array, matrices: Any, sizes: Array
 ) -> tuple[Array, Any]:
-    return _made_twice(platform, expected, rows, matrices, sizes), (rows, matrices, sizes)
+    found = grouped(platform, rows, made(matrices, rows.dtype), sizes, expected)
+    return found, (rows, matrices, sizes)
 
 
 def _made_backward(

@@ -46,16 +46,16 @@ def product(contract: int, x: Array, w: Any) -> Array:
     whose outputs have a scale each is not made at all: x·W = (x·q)·scale, in which a GPU widens q
     on its way into the product, and no other form of W is ever in memory.
     """
-    if (scale := behind(contract, w)) is None:
-        return jnp.tensordot(x, made(w, x.dtype), contract)
-    levels = w.qvalue.astype(x.dtype)
-    # Whole numbers up to 127 are exact in bfloat16, so that it is the sum alone which is rounded.
-    y = jnp.tensordot(x, levels, contract, preferred_element_type=jnp.float32)
-    return (y * scale).astype(x.dtype)
+    return _product_forward(contract, x, w)[0]
 
 
 def _product_forward(contract: int, x: Array, w: Any) -> tuple[Array, Any]:
-    return product(contract, x, w), (x, w)
+    if (scale := behind(contract, w)) is None:
+        return jnp.tensordot(x, made(w, x.dtype), contract), (x, w)
+    levels = w.qvalue.astype(x.dtype)
+    # Whole numbers up to 127 are exact in bfloat16, so that it is the sum alone which is rounded.
+    y = jnp.tensordot(x, levels, contract, preferred_element_type=jnp.float32)
+    return (y * scale).astype(x.dtype), (x, w)
 
 
 def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Any]:
