@@ -96,9 +96,14 @@ def test_the_slope_takes_the_norm_for_a_constant(dora, weights, turned):
 
 def test_magnitudes_stay_float32_and_do_not_decay(dora, weights, turned):
     narrow = replace(dora, dtype="bfloat16")
-    laid = jax.eval_shape(partial(lay_out, narrow), weights, turned)
-    q = laid.layers[0]["attention"]["q"]
+    longer = jax.tree.map(lambda x: x, turned)
+    longer["attention"]["q"]["lora_magnitude"] *= 1.001
+    q, other = (
+        lay_out(narrow, weights, lora).layers[0]["attention"]["q"] for lora in (turned, longer)
+    )
     assert (q["kernel"].dtype, q["lora_magnitude"].dtype) == ("bfloat16", "float32")
+    ratio = other["lora_magnitude"] / q["lora_magnitude"]
+    np.testing.assert_allclose(ratio, 1.001, rtol=1e-5)
     decay = flat(decays(turned))
     assert {name for name, x in decay.items() if not x} == {
         name for name in decay if name.endswith("magnitude")
