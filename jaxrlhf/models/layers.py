@@ -120,6 +120,15 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> Array:
     return inputs**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
+def _apart(x: Array) -> Array:
+    """x [B, T, …], and of one token a row as if nothing else read it.
+
+    Products that read one x a GPU's compiler joins, W with A and q with k: it writes their weights
+    beside each other first, which of a token at a time is most of what is moved.
+    """
+    return jax.lax.optimization_barrier(x) if x.shape[1] == 1 else x
+
+
 class Linear(nnx.Module):
     """x·W (+ bias) (+ lora.scale·x·A·B), contracting the last axes of x with the first of W.
 
@@ -153,10 +162,11 @@ class Linear(nnx.Module):
                 self.lora_magnitude = nnx.Param(jnp.ones(outs, jnp.float32), axes=tuple(outputs))
 
     def __call__(self, x: Array) -> Array:
+        x = _apart(x) if self.lora_scale else x
         y: Any = product(self.contract, x, in_dtype(self.kernel.get_value(), x.dtype))
         if self.lora_scale:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-            change: Any = low_rank(self.contract, x, a, b)
+            change: Any = low_rank(self.contract, _apart(x), a, b)
             y += self.lora_scale * change
         if hasattr(self, "lora_magnitude"):
             y = (y * self.lora_magnitude[...]).astype(x.dtype)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models.layers import POLICIES, look_up
+from jaxrlhf.models.layers import POLICIES, Linear, look_up
 from jaxrlhf.models.rope import positions
 from jaxrlhf.models.transformer import Model
 
@@ -107,6 +108,21 @@ def test_policies_keep_ever_less():
     none, dots, full = sizes
     assert dots < 0.7 * none
     assert full < 0.7 * dots
+
+
+def test_products_of_one_token_read_an_array_each():
+    """Those that read the same a GPU's compiler joins, and copies their weights to do so."""
+    lora = LoraConfig(2, targets=("q",))
+    linear = Linear("q", {"embed": 8}, {"mlp": 4}, nnx.Rngs(0), lora)
+
+    def read(tokens):
+        eqns = jax.make_jaxpr(linear)(jnp.ones((2, tokens, 8))).jaxpr.eqns
+        return [eqn.invars[0] for eqn in eqns if "custom_vjp" in eqn.primitive.name]
+
+    product, low_rank = read(1)
+    assert product is not low_rank
+    product, low_rank = read(3)
+    assert product is low_rank
 
 
 def test_policies_are_those_of_the_config():
