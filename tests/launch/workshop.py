@@ -33,7 +33,7 @@ while true; do sleep .05; done
 """A trainer that saves and ends once it is asked to."""
 
 SLOWLY = """
-case $0 in */launch/*) trap 'sleep .06' DEBUG ;; esac
+case $0 in */launch/*) trap 'sleep .03' DEBUG ;; esac
 """
 """BASH_ENV: each command of a launcher waits, so that what it has started goes on before it."""
 
