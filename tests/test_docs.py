@@ -55,7 +55,7 @@ def test_configs_can_be_started(text, tmp_path):
 
 def commands(path):
     """The words after ``jaxrlhf`` of each line of code that is no sketch."""
-    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
     fenced = re.findall(r"^```\n(.*?)^```", text, re.S | re.M)
     lines = re.findall(r"^ {4}(.*)$", text, re.M) + [
         x for part in fenced for x in part.splitlines()

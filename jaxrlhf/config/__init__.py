@@ -18,6 +18,7 @@ from jaxrlhf.config.algorithms import (
     ReinforceConfig,
     ReinforcePPConfig,
     ReMaxConfig,
+    RewardedConfig,
     RLOOConfig,
     TokenLossConfig,
 )
