@@ -88,10 +88,10 @@ class Experts(nnx.Module):
         """x [B, T, D] → [B, T, D]."""
         parts = self.gate, self.up, self.down
         maps = tuple(part.read(x.dtype) for part in parts)
-        given = (x, *self.route(x))
+        expert, weight = self.route(x)
         where = platform()
         if jax.sharding.get_abstract_mesh().empty:
-            return self._some(*given, maps, first=0, where=where)
+            return self._some(x, expert, weight, maps, first=0, where=where)
         rows = spec(("batch", "length", None), rules)
         inner, outer = (
             (spec(("experts", *kernel), rules), None if bias is None else spec(end, rules))
@@ -110,17 +110,20 @@ class Experts(nnx.Module):
             check_vma=False,
         )
         lacks = -x.shape[0] % row_shards(rules)
-        padded = (jnp.pad(y, ((0, lacks), (0, 0), (0, 0))) for y in given)
-        return mapped(*padded, maps)[: x.shape[0]]
+        given = (jnp.pad(y, ((0, lacks), (0, 0), (0, 0))) for y in (x, expert, weight))
+        every, expert, weight = given
+        return mapped(every, expert, weight, maps)[: x.shape[0]]
 
     def _on_device(self, where: str, x: Array, expert: Array, weight: Array, maps: Maps) -> Array:
         """A device's rows: what all experts add to them, those of other devices too."""
-        every = (jax.lax.all_gather(y, "expert", axis=0, tiled=True) for y in (x, expert, weight))
+        given = (jax.lax.all_gather(y, "expert", axis=0, tiled=True) for y in (x, expert, weight))
+        x, expert, weight = given
         gate, up, (down, bias) = maps
         first = jax.lax.axis_index("expert") * down.shape[0]
         if bias is not None:  # of sums over the devices it is a part once
             bias = jnp.where(jax.lax.axis_index("tensor") == 0, bias, 0)
-        added = self._some(*every, (gate, up, (down, bias)), first=first, where=where)
+        maps = gate, up, (down, bias)
+        added = self._some(x, expert, weight, maps, first=first, where=where)
         # Of the hidden axis a device has its share, as of any MLP.
         added = jax.lax.psum(added, "tensor")
         return jax.lax.psum_scatter(added, "expert", scatter_dimension=0, tiled=True)
