@@ -1,5 +1,6 @@
 """A student and its teacher through the loop, with answers of the data; and what is refused."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from jaxrlhf.config import (
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.batches import samples_at
 from jaxrlhf.models.tokenizer import load_tokenizer
+from jaxrlhf.run.loop import train
 from jaxrlhf.run.setup import setup
 
 
@@ -33,8 +35,9 @@ def test_answers_of_the_data_are_learnt_too(tmp_path):
         optim=OptimConfig(learning_rate=3e-2),
         steps=8,
     )
-    _, lines = runs.trained(config)
-    steps = [x for x in lines if "loss" in x]
+    train(config, runs.one_device())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [x for x in map(json.loads, lines) if "loss" in x]
     own = [samples_at(0.5, config.seed, step) for step in range(8)]
     assert [bool(x["on_policy"]) for x in steps] == own
     assert 0 < sum(own) < 8

@@ -101,7 +101,7 @@ def test_token_divergence_has_no_logits_of_all_columns(monkeypatch):
     assert found == {0: 3 * D + 2 * E, (0, 1): 4 * D + 2 * E}
 
 
-SHAPE = {"vocab": V, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 16}
+SHAPE = {"vocab": V, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 16}
 STUDENT = Model(DecoderConfig(embed=D, **SHAPE), lora=LoraConfig(rank=2))
 TEACHER = Model(DecoderConfig(embed=E, logit_softcap=3.0, **{**SHAPE, "layers": 2}))
 BASE, TAUGHT_BY = (m.init(jax.random.key(i)) for i, m in enumerate((STUDENT, TEACHER)))
