@@ -96,7 +96,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0",
         lambda x: x >= 0,
-        "seed optim.learning_rate optim.warmup optim.weight_decay critic.learning_rate "
+        "seed optim.learning_rate optim.warmup optim.weight_decay optim.router_aux_loss_coef "
+        "optim.router_z_loss_coef critic.learning_rate "
         "critic.warmup checkpoint.every eval.every eval.patience distributed.processes "
         "distributed.watchdog "
         "sample.temperature sample.top_k sample.pad sample.stop sample.slots algorithm.clip_high "

@@ -162,6 +162,12 @@ class OptimConfig:
     """Pieces that a minibatch is computed in, for memory; the result is the same."""
     max_skipped: int = 10
     """Stop with an error after this many updates in a row with a gradient that is not finite."""
+    router_aux_loss_coef: float = 0.0
+    """Of a mixture of experts, weight of the load-balancing loss (arXiv:2101.03961), which is as
+    many as the experts that a token takes where all have the same load. 0: no token is dropped
+    where experts are busy, and the loss pulls at what a short run is to learn."""
+    router_z_loss_coef: float = 0.0
+    """Of a mixture, weight of the mean squared log Σ exp of the routers (arXiv:2202.08906)."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Array names carry their axes as a suffix, one letter an axis, in order:
        row = q·G + g                N  query heads    L  layers
     K  key/value heads              H  head_dim       F  mlp
     S  slots of the KV cache        C  candidate responses of one prompt (2 for a pair)
+    E  experts
 
 All log-probs are in nats, float32. Masks are float32 or bool with 1 for "counts".
 
@@ -134,6 +135,22 @@ AnyBatch = Batch | PreferenceBatch | TokenBatch
 
 
 @struct.dataclass
+class RouterSums:
+    """What the routers of a mixture of experts have said of real tokens, added up over them."""
+
+    chosen_LE: Array
+    """float32, tokens that take an expert, of each layer."""
+    chance_LE: Array
+    """The experts' probabilities."""
+    square_L: Array
+    """(log Σ exp of a router's logits)²."""
+    entropy_L: Array
+    """Nats, of the probabilities."""
+    tokens: Array
+    """float32, how many they are."""
+
+
+@struct.dataclass
 class Outputs:
     """What one forward pass yields; see ``forward``."""
 
@@ -143,6 +160,8 @@ class Outputs:
     value_BT: Array | None = None
     divergence_BT: Array | None = None
     """How far the distribution that token t is drawn from is from a teacher's, nats."""
+    routers: RouterSums | None = None
+    """Of a mixture, where they are asked for."""
 
 
 @struct.dataclass

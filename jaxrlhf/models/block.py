@@ -8,7 +8,7 @@ from flax import nnx
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, constrain
-from jaxrlhf.models.experts import Experts
+from jaxrlhf.models.experts import Experts, Routed
 from jaxrlhf.models.layers import MLP, Attention, Norm
 from jaxrlhf.models.rope import Angles
 
@@ -45,8 +45,9 @@ class Block(nnx.Module):
         angles: Angles | None,
         rules: Rules,
         attend: Callable[[Array, Array, Array, Array | None], tuple[Array, Any]],
-    ) -> tuple[Array, Any]:
-        """x [B, T, D] → the next block's x, and what ``attend`` has to remember.
+    ) -> tuple[Array, Any, Routed | None]:
+        """x [B, T, D] → the next block's x, what ``attend`` has to remember, and how a mixture of
+        experts has routed x.
 
         Args:
           attend: query [B, T, N, H], key and value [B, T, K, H], and the heads' sinks [N] or None
@@ -64,8 +65,10 @@ class Block(nnx.Module):
         change = normed("attention_out_norm", self.attention.o(mixed))
         if self.serial:
             x = plus(x, change)
-            x = plus(x, normed("mlp_out_norm", self.mlp(normed("mlp_norm", x), rules)))
+            added, routed = self.mlp(normed("mlp_norm", x), rules)
+            x = plus(x, normed("mlp_out_norm", added))
         else:
             other = normed("mlp_norm", x) if hasattr(self, "mlp_norm") else read
-            x = plus(x, change + self.mlp(other, rules))
-        return constrain(x, ("batch", "length", "activation"), rules), kept
+            added, routed = self.mlp(other, rules)
+            x = plus(x, change + added)
+        return constrain(x, ("batch", "length", "activation"), rules), kept, routed

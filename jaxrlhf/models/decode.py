@@ -218,6 +218,6 @@ def step(
             # Else XLA may make what is quantised before the loop, of all layers at once.
             x, layer = jax.lax.optimization_barrier((x, layer))
         with exact(model.dtype):
-            x, both = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
+            x, both, _ = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
         written.append(both)
     return outer.norm(x[:, 0]), tuple(written)

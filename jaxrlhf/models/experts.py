@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.types import Array
+from jaxrlhf.core.types import Array, RouterSums
 from jaxrlhf.mesh.sharding import Rules, platform, row_shards, spec
 from jaxrlhf.models.grouped import grouped
 from jaxrlhf.models.layers import Linear, exact, gated, normal
@@ -31,6 +31,25 @@ class Routed(NamedTuple):
     """int32 [..., k]."""
     weight: Array
     """float32 [..., k]."""
+    logits: Array
+    """float32 [..., E], the router's."""
+
+
+def added_up(routed: Routed, mask_BT: Array) -> RouterSums:
+    """What a layer's router says of real tokens [B, T], where the mask is not 0."""
+    real_BT = (mask_BT != 0).astype(jnp.float32)
+    count, each = routed.logits.shape[-1], routed.expert.shape[-1]
+    total_BT = jax.nn.logsumexp(routed.logits, axis=-1)
+    log_chance = routed.logits - total_BT[..., None]
+    chance = jnp.exp(log_chance)
+    taken = jnp.repeat(real_BT.reshape(-1), each)
+    return RouterSums(
+        chosen_LE=jnp.zeros(count).at[routed.expert.reshape(-1)].add(taken),
+        chance_LE=(chance * real_BT[..., None]).sum((0, 1)),
+        square_L=(total_BT**2 * real_BT).sum(),
+        entropy_L=-((chance * log_chance).sum(-1) * real_BT).sum(),
+        tokens=real_BT.sum(),
+    )
 
 
 class Expert(nnx.Module):
@@ -78,20 +97,20 @@ class Experts(nnx.Module):
     def route(self, x: Array) -> Routed:
         """The k likeliest experts of softmax(x·W), with their probabilities, which are made to add
         up to 1 where ``moe.normalise`` says so."""
-        chance = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
-        weight, expert = jax.lax.top_k(chance, self.moe.per_token)
+        logits = self.router(x).astype(jnp.float32)
+        weight, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.moe.per_token)
         if self.moe.normalise:
             weight /= weight.sum(-1, keepdims=True)
-        return Routed(expert, weight)
+        return Routed(expert, weight, logits)
 
-    def __call__(self, x: Array, rules: Rules) -> Array:
-        """x [B, T, D] → [B, T, D]."""
+    def __call__(self, x: Array, rules: Rules) -> tuple[Array, Routed]:
+        """x [B, T, D] → [B, T, D], and how it was routed."""
         parts = self.gate, self.up, self.down
         maps = tuple(part.read(x.dtype) for part in parts)
-        expert, weight = self.route(x)
-        where = platform()
+        routed = self.route(x)
+        expert, weight, where = routed.expert, routed.weight, platform()
         if jax.sharding.get_abstract_mesh().empty:
-            return self._some(x, expert, weight, maps, first=0, where=where)
+            return self._some(x, expert, weight, maps, first=0, where=where), routed
         rows = spec(("batch", "length", None), rules)
         inner, outer = (
             (spec(("experts", *kernel), rules), None if bias is None else spec(end, rules))
@@ -112,7 +131,7 @@ class Experts(nnx.Module):
         lacks = -x.shape[0] % row_shards(rules)
         given = (jnp.pad(y, ((0, lacks), (0, 0), (0, 0))) for y in (x, expert, weight))
         every, expert, weight = given
-        return mapped(every, expert, weight, maps)[: x.shape[0]]
+        return mapped(every, expert, weight, maps)[: x.shape[0]], routed
 
     def _on_device(self, where: str, x: Array, expert: Array, weight: Array, maps: Maps) -> Array:
         """A device's rows: what all experts add to them, those of other devices too."""

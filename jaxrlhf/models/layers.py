@@ -284,7 +284,8 @@ class MLP(nnx.Module):
             self.up = Linear("up", embed, hidden, rngs, lora, c.mlp_bias)
         self.down = Linear("down", hidden, embed, rngs, lora, c.mlp_bias)
 
-    def __call__(self, x: Array, rules: Rules) -> Array:
+    def __call__(self, x: Array, rules: Rules) -> tuple[Array, None]:
+        """x [B, T, D] → [B, T, D], and nothing in the place of how it was routed."""
         if hasattr(self, "gate_up"):
             both = self.gate_up(x)
             wide = gated(self.activation, both[..., 0, :], both[..., 1, :])
@@ -292,7 +293,7 @@ class MLP(nnx.Module):
             wide = gated(self.activation, self.gate(x), self.up(x))
         else:
             wide = ACTIVATIONS[self.activation](self.up(x))
-        return self.down(constrain(wide, ("batch", "length", "mlp"), rules))
+        return self.down(constrain(wide, ("batch", "length", "mlp"), rules)), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -24,6 +24,7 @@ from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import KEPT
 from jaxrlhf.models.dora import norms, with_gains, with_magnitudes
+from jaxrlhf.models.experts import added_up
 from jaxrlhf.models.kernels import attend_rows, choose, real_first, reorder
 from jaxrlhf.models.layers import (
     POLICIES,
@@ -90,6 +91,11 @@ class Model:
     lora: LoraConfig | None = None
     remat: Remat = "none"
     attention: AttentionKernel = "auto"
+
+    @property
+    def routes(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return self.decoder.moe is not None
 
     def init(self, key: Array, head: bool = False) -> Params:
         """Random float32 parameters; ``head`` adds the scalar head (zeros)."""
@@ -163,7 +169,8 @@ class Model:
         lora: Params | None = None,
         segment_BT: Array | None = None,
         keep: bool = False,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        routers: bool = False,
+    ) -> tuple[Array, Any]:
         """Hidden states after the last norm, [B, T, D] in the compute dtype.
 
         Positions count real tokens, so padding on either side changes nothing. ``segment_BT`` may
@@ -173,11 +180,14 @@ class Model:
         Args:
           keep: also return what later tokens look at: all layers' keys and values [L, B, K, T, H],
             laid out for decoding.
+          routers: of a mixture, also return what its routers say of real tokens, a ``RouterSums``.
 
         Raises:
           ValueError: if ``params`` or ``lora`` is not the tree that this model declares; the
             first difference is named.
         """
+        if routers and not self.routes:
+            raise ValueError("routers=True: the model is no mixture of experts")
         declared = blocks(self.decoder, self.lora if lora is not None else None)
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
         check_tree(layers, declared.shapes, "layers")
@@ -198,13 +208,16 @@ class Model:
                 return attend_rows(kernel, self.decoder, which, *given), kept
 
             module = nnx.merge(declared.graph, self.with_gains(self.cast(weights)))
-            return module(x, angles(which), RULES, attend)
+            x, kept, routed = module(x, angles(which), RULES, attend)
+            return x, added_up(routed, attention_mask_BT) if routers else kept
 
         # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
         # is not to make another.
         layers = layers if keep else self.cast(layers)
         with exact(self.dtype):
             x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, (layers, which_L))
+        if routers:
+            kept = kept.replace(tokens=kept.tokens[0])
         return in_place(outer.norm(x)), kept
 
     def logits(self, params: Params, hidden: Array) -> Array:

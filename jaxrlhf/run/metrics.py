@@ -189,6 +189,12 @@ UPDATE = {
     "updates": Metric(
         "Updates", "count", "Optimizer steps of the iteration; `target_kl` may end it early"
     ),
+    "router_load_max": Metric("Busiest expert", "", "Its tokens, over its layer's mean", "steady"),
+    "router_entropy": Metric("Entropy of routers", "nats a token", "Of experts, mean over layers"),
+    "router_aux_loss": Metric(
+        "Load-balancing loss", "", "Before its weight", "experts a token takes, at equal loads"
+    ),
+    "router_z_loss": Metric("Router z-loss", "nats²", "Mean of (log Σ exp logits)²"),
     "weight": Metric("Weight", "", "Sum of the loss's weights", "1"),
     "tokens": Metric("Tokens trained on", "count", "Of a batch of SFT"),
 }

@@ -24,6 +24,7 @@ from jaxrlhf.config import (
     on_policy,
     rows_at_once,
 )
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import (
     AnyBatch,
     Array,
@@ -37,6 +38,7 @@ from jaxrlhf.core.types import (
 from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
 from jaxrlhf.models.decode import Weights, decode_layout, lay_out
 from jaxrlhf.models.transformer import Model, combine_params
+from jaxrlhf.steps.balance import Balance
 from jaxrlhf.steps.packed import PackedRows, in_pieces, keeps_apart
 from jaxrlhf.steps.sample import sample
 from jaxrlhf.steps.score import forward, value
@@ -262,7 +264,8 @@ def updates(
 
     def update(loss: Any, who: str, settings: Config) -> Program:
         network = critic_model if who == "critic" else model
-        return update_of(settings, loss, states[who], packed, network)
+        balance = balance_of(settings, algorithm, model) if who == "policy" else None
+        return update_of(settings, loss, states[who], packed, network, balance)
 
     programs: dict[str, Any] = {"critic_update": None, "warmup": None}
     coefficient = None
@@ -272,16 +275,16 @@ def updates(
         if config.critic.warmup:
             head_only = critic_loss(model, algorithm, head_only=True)
             # A fresh head's values are noise: the trunk, the policy's too, is not to learn of it.
-            programs["warmup"] = update(head_only, "policy", config)
+            programs["warmup"] = update_of(config, head_only, states["policy"], packed, model)
     elif "value" in algorithm.needs:
         loss = critic_loss(critic_model, algorithm)
         programs["critic_update"] = update(loss, "critic", critic_config(config))
     if algorithm.reads == "pairs":
-        loss = pairs_loss(model, algorithm, temperature, first)
+        loss = pairs_loss(model, algorithm, temperature, first, model.routes)
     elif "teacher" in algorithm.needs:
         loss = distillation_loss(model, reference_model, algorithm, temperature, first)
     else:
-        loss = policy_loss(model, algorithm, temperature, first, coefficient)
+        loss = policy_loss(model, algorithm, temperature, first, coefficient, model.routes)
     return {**programs, "update": update(loss, "policy", config)}
 
 
@@ -301,7 +304,10 @@ def offline_programs(
         "outputs": sft_loss,
     }
     loss = join[algorithm.reads](model, algorithm)
-    update = update_of(config, loss, states["policy"])
+    trained = join[algorithm.reads](model, algorithm, routers=model.routes)
+    update = update_of(
+        config, trained, states["policy"], balance=balance_of(config, algorithm, model)
+    )
     reference = None
     if reference_model is not None:
         logp = packed_logp(reference_model, 1.0, 0)
@@ -325,14 +331,32 @@ def update_of(
     state: TrainState,
     packed: int | None = None,
     model: Model | None = None,
+    balance: Balance | None = None,
 ) -> Program:
     """One optimizer step by the config's optimizer; the new state lies where ``state`` does.
-    ``packed`` and ``model`` as in ``make_update``."""
+    ``packed``, ``model`` and ``balance`` as in ``make_update``."""
     rate = rate_schedule(config.optim, updates_before(config, config.steps))
     layout, pieces = layout_of(state), config.optim.microbatches
     tx = optimizer(config)
-    more = {"layout": layout, "rate": rate, "packed": packed, "model": model}
+    more = {"layout": layout, "rate": rate, "packed": packed, "model": model, "balance": balance}
     return make_update(tx, loss, pieces, **more)
+
+
+def balance_of(config: Config, algorithm: Algorithm, model: Model) -> Balance | None:
+    """What the config adds to the losses of a mixture of experts; None of other models, and where a
+    teacher's distributions are learnt.
+
+    Raises:
+      InputError: it adds something there.
+    """
+    optim, taught = config.optim, "teacher" in algorithm.needs
+    if model.routes and not taught:
+        return Balance(optim.router_aux_loss_coef, optim.router_z_loss_coef)
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if coefficient := getattr(optim, name):
+            why = "distillation has none" if taught else "the model is no mixture of experts"
+            raise InputError(f"optim.{name}={coefficient:g}: {why}: leave it out")
+    return None
 
 
 def optimizer(config: Config) -> Any:

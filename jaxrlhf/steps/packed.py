@@ -13,6 +13,7 @@ Axes: I pieces of R packed rows, each as wide (T) as the B rows that are packed.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import chex
@@ -206,7 +207,9 @@ def read(batch: Any, network: Callable[..., Outputs], **rows: Any) -> tuple[Outp
         return network(batch.token_BT, batch.attention_mask_BT, **rows), batch
     token_RT, mask_RT, segment_RT, wanted_RT = batch.rows
     found = network(token_RT, mask_RT, segment_BT=segment_RT, wanted_BT=wanted_RT)
-    return jax.tree.map(batch.back, found), batch.batch
+    # Sums over tokens have no places to go back to.
+    sums, found = found.routers, replace(found, routers=None)
+    return replace(jax.tree.map(batch.back, found), routers=sums), batch.batch
 
 
 def _rows(packing: Packing, token_BT: Array, wanted_BT: Array) -> Callable[[Any], PackedRows]:

@@ -25,21 +25,22 @@ def forward(
     first: int = 1,
     segment_BT: Array | None = None,
     wanted_BT: Array | None = None,
+    routers: bool = False,
 ) -> Outputs:
     """One pass over whole rows; the [B, T, V] logits never exist at once.
 
-    ``logp_BT[:, t] = log softmax(logits_{t−1} / temperature)[token_t]``, and likewise the entropy
-    of that distribution and ``value_BT[:, t] = head(hidden_{t−1})``: everything known before
-    token t. All three are 0 in column 0 and wherever the attention mask is 0 at t or t−1.
+    ``logp_BT[:, t] = log softmax(logits_{t−1} / temperature)[token_t]``, likewise the entropy of
+    that distribution and ``value_BT[:, t] = head(hidden_{t−1})``: all known before token t. They
+    are 0 in column 0 and wherever the attention mask is 0 at t or t−1.
 
     Args:
       token_BT: int32 [B, T], padded on either side.
       attention_mask_BT: [B, T], 1 on real tokens.
       temperature: > 0; that of the sampler, if the result is to be its log-prob.
       entropy, value: also return these (value: from the head in ``params``).
+      routers: also return what a mixture's routers say of all real tokens.
       lora: adapters, or None.
-      first: static, ≥ 1; columns before it are left at 0, which saves their logits (the prompt's,
-        say, when only responses count).
+      first: static, ≥ 1; columns before it, a prompt's, are left at 0, which saves their logits.
       segment_BT: int32 [B, T]; rows are several rows one after the other, and this says which (from
         1; 0 on padding). Each is then as if it stood alone.
       wanted_BT: bool [B, T]; where it is False, log-probs and entropies are 0, and few logits are
@@ -50,18 +51,19 @@ def forward(
     """
     chex.assert_rank([token_BT, attention_mask_BT], 2)
     chex.assert_equal_shape([token_BT, attention_mask_BT])
-    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
+    given = token_BT, attention_mask_BT, lora, segment_BT
+    hidden, sums = model.apply(params, *given, routers=routers)
     known, asked = predicted(attention_mask_BT, first, segment_BT, wanted_BT)
+    some = None if wanted_BT is None else asked
     # Token t is predicted by the hidden state at t − 1.
     before = hidden[:, first - 1 : -1]
-    some = None if wanted_BT is None else asked
-    rows = before, *model.projection(params), token_BT[:, first:]
-    c = model.decoder
+    rows, c = (before, *model.projection(params), token_BT[:, first:]), model.decoder
     logp, spread = token_logp(*rows, temperature, entropy, some, c.logit_scale, c.logit_softcap)
     return Outputs(
         logp_BT=in_full(logp, asked, first),
         entropy_BT=in_full(spread, asked, first) if entropy else None,
         value_BT=in_full(model.scalar(params, before), known, first) if value else None,
+        routers=sums if routers else None,
     )
 
 
@@ -130,6 +132,11 @@ def reward(
     """
     chex.assert_rank([token_BT, attention_mask_BT], 2)
     hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora)
+    return at_the_end(model, params, hidden, attention_mask_BT)
+
+
+def at_the_end(model: Model, params: Params, hidden: Array, attention_mask_BT: Array) -> Array:
+    """``reward`` of rows whose hidden states [B, T, D] are known."""
     last_BD = hidden[jnp.arange(hidden.shape[0]), last_token(attention_mask_BT)]
     return model.scalar(params, constrain(last_BD, ("batch", "activation")))
 

@@ -26,13 +26,19 @@ from jaxrlhf.core.types import (
 )
 from jaxrlhf.models.quantise import MAGNITUDE
 from jaxrlhf.models.transformer import Model, combine_params
+from jaxrlhf.steps.balance import (
+    Balance,
+    Loss,
+    Metrics,
+    balanced,
+    first_said,
+    measured,
+    with_sums,
+)
 from jaxrlhf.steps.divergence import Taught, divergence_to
-from jaxrlhf.steps.packed import Piece, keeps_apart, pieces_of, read
-from jaxrlhf.steps.score import forward, reward, score, token_scores, value
-
-Metrics = dict[str, Array]
-Loss = Callable[[Params, Any, Any], tuple[Array, Metrics]]
-"""loss(params, frozen, batch) → (scalar, metrics), both additive over rows."""
+from jaxrlhf.steps.packed import Piece, read
+from jaxrlhf.steps.pieces import accumulate, cut
+from jaxrlhf.steps.score import at_the_end, forward, score, value
 
 
 def policy_loss(
@@ -41,6 +47,7 @@ def policy_loss(
     temperature: float = 1.0,
     first: int = 1,
     value_coef: float | None = None,
+    routers: bool = False,
 ) -> Loss:
     """Join an algorithm's losses to a model: loss(params, frozen, batch) for ``make_update``.
 
@@ -49,6 +56,7 @@ def policy_loss(
       first: static; the first response column (P), which saves the prompt's logits.
       value_coef: if given, the head on the policy's trunk learns the value function too, with this
         weight.
+      routers: the metrics hold what a mixture's routers say, for ``make_update`` with ``balance``.
     """
     entropy = "entropy" in algorithm.needs
 
@@ -57,6 +65,7 @@ def policy_loss(
 
         def passed(token: Array, mask: Array, **rows: Any) -> Outputs:
             asked = {"entropy": entropy, "value": value_coef is not None, "lora": lora}
+            asked["routers"] = routers
             return forward(model, weights, token, mask, temperature, **asked, **rows)
 
         outputs, batch = read(batch, passed, first=first)
@@ -65,7 +74,7 @@ def policy_loss(
             assert algorithm.value_loss is not None
             extra, more = algorithm.value_loss(outputs, batch)
             total, metrics = total + value_coef * extra, {**metrics, **more}
-        return total, metrics
+        return total, with_sums(metrics, outputs.routers)
 
     return loss
 
@@ -95,14 +104,16 @@ def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> 
     return loss
 
 
-def sft_loss(model: Model, algorithm: Algorithm) -> Loss:
-    """Join an imitation loss to a model."""
+def sft_loss(model: Model, algorithm: Algorithm, routers: bool = False) -> Loss:
+    """Join an imitation loss to a model; ``routers`` as in ``policy_loss``."""
 
     def loss(params: Params, frozen: Params | None, batch: TokenBatch) -> tuple[Array, Metrics]:
         weights, lora = combine_params(params, frozen)
         rows = (batch.token_BT, batch.attention_mask_BT)
-        outputs = forward(model, weights, *rows, lora=lora, segment_BT=batch.segment_BT)
-        return algorithm.loss(outputs, batch)
+        how = {"segment_BT": batch.segment_BT, "routers": routers}
+        outputs = forward(model, weights, *rows, lora=lora, **how)
+        total, metrics = algorithm.loss(outputs, batch)
+        return total, with_sums(metrics, outputs.routers)
 
     return loss
 
@@ -137,29 +148,39 @@ def distillation_loss(
     return loss
 
 
-def reward_model_loss(model: Model, algorithm: Algorithm) -> Loss:
-    """Join a reward-model loss to a model: scores [B, C] of the candidates, or of their tokens."""
-    scores = candidate_token_scores if algorithm.reads == "steps" else candidate_scores
+def reward_model_loss(model: Model, algorithm: Algorithm, routers: bool = False) -> Loss:
+    """Join a reward-model loss to a model: scores [B, C] of the candidates, or of their tokens;
+    ``routers`` as in ``policy_loss``."""
+    tokens = algorithm.reads == "steps"
 
     def loss(
         params: Params, frozen: Params | None, batch: PreferenceBatch
     ) -> tuple[Array, Metrics]:
-        return algorithm.loss(scores(model, params, frozen, batch), batch)
+        scores, sums = _scored(model, params, frozen, batch, tokens, routers)
+        total, metrics = algorithm.loss(scores, batch)
+        return total, with_sums(metrics, sums)
 
     return loss
 
 
 def pairs_loss(
-    model: Model, algorithm: Algorithm, temperature: float = 1.0, first: int = 1
+    model: Model,
+    algorithm: Algorithm,
+    temperature: float = 1.0,
+    first: int = 1,
+    routers: bool = False,
 ) -> Loss:
-    """Join a loss on whole answers to a model: log-probs [B, C, T] of the candidates."""
+    """Join a loss on whole answers to a model: log-probs [B, C, T] of the candidates; ``routers``
+    as in ``policy_loss``."""
 
     def loss(
         params: Params, frozen: Params | None, batch: PreferenceBatch
     ) -> tuple[Array, Metrics]:
         weights, lora = combine_params(params, frozen)
-        logp_BCT = candidate_logp(model, weights, batch, lora, temperature, first)
-        return algorithm.loss(logp_BCT, batch)
+        how = {"lora": lora, "first": first, "routers": routers}
+        outputs = forward(model, weights, *candidate_rows(batch), temperature, **how)
+        total, metrics = algorithm.loss(outputs.logp_BT.reshape(batch.token_BCT.shape), batch)
+        return total, with_sums(metrics, outputs.routers)
 
     return loss
 
@@ -168,17 +189,34 @@ def candidate_scores(
     model: Model, params: Params, frozen: Params | None, batch: PreferenceBatch
 ) -> Array:
     """The reward of every candidate of a batch, [B, C]."""
-    weights, lora = combine_params(params, frozen)
-    score_R = reward(model, weights, *candidate_rows(batch), lora)
-    return score_R.reshape(batch.token_BCT.shape[:2])
+    return _scored(model, params, frozen, batch)[0]
 
 
 def candidate_token_scores(
     model: Model, params: Params, frozen: Params | None, batch: PreferenceBatch
 ) -> Array:
     """The head at every token of every candidate of a batch, [B, C, T]."""
+    return _scored(model, params, frozen, batch, tokens=True)[0]
+
+
+def _scored(
+    model: Model,
+    params: Params,
+    frozen: Params | None,
+    batch: PreferenceBatch,
+    tokens: bool = False,
+    routers: bool = False,
+) -> tuple[Array, Any]:
+    """Scores of candidates, or of their tokens, and a mixture's sums if they are asked for."""
     weights, lora = combine_params(params, frozen)
-    return token_scores(model, weights, *candidate_rows(batch), lora).reshape(batch.token_BCT.shape)
+    token_RT, mask_RT = candidate_rows(batch)
+    hidden, sums = model.apply(weights, token_RT, mask_RT, lora, routers=routers)
+    if tokens:
+        score, shape = model.scalar(weights, hidden), batch.token_BCT.shape
+    else:
+        score = at_the_end(model, weights, hidden, mask_RT)
+        shape = batch.token_BCT.shape[:2]
+    return score.reshape(shape), sums if routers else None
 
 
 def candidate_logp(
@@ -313,6 +351,7 @@ def make_update(
     rate: optax.Schedule | None = None,
     packed: int | None = None,
     model: Model | None = None,
+    balance: Balance | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """update(state, batch, frozen=None) → (state, metrics), jitted.
 
@@ -336,24 +375,25 @@ def make_update(
         that ``policy_loss``, ``critic_loss`` and ``distillation_loss`` make can be.
       model: that of the loss, whose attention says whether rows may share a packed row
         (``packed.keeps_apart``); None: they may.
+      balance: of a mixture whose loss was made with ``routers``: what is added to it, over all rows
+        of ``batch`` at once, and measured.
 
     ``frozen`` is an argument, not a closure: it is neither donated nor differentiated.
     """
 
     def update(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
-        def value_and_grad(piece: Any) -> tuple[Array, Metrics, Params]:
-            (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-                state.params, frozen, piece
+        piece, pieces = cut(batch, microbatches, packed, model)
+        given = state.params, frozen
+        whole = loss if balance is None else _balanced(loss, balance, given, piece, pieces)
+
+        def value_and_grad(i: Any) -> tuple[Array, Metrics, Params]:
+            (total, metrics), grads = jax.value_and_grad(whole, has_aux=True)(
+                state.params, frozen, piece(i)
             )
             return total, metrics, grads
 
-        if packed is not None:
-            apart = model is not None and keeps_apart(model)
-            total, metrics, grads = _accumulate(value_and_grad, *pieces_of(batch, packed, apart))
-        elif microbatches == 1:
-            total, metrics, grads = value_and_grad(batch)
-        else:
-            total, metrics, grads = _accumulate(value_and_grad, *_split(batch, microbatches))
+        total, metrics, grads = accumulate(value_and_grad, pieces)
+        metrics = metrics if balance is None else measured(metrics)
         if rate is not None:
             metrics = {**metrics, "learning_rate": jnp.float32(rate(_position(state)))}
         return apply_gradients(tx, state, total, metrics, grads)
@@ -361,49 +401,22 @@ def make_update(
     return jax.jit(update, donate_argnums=(0,) if donate else (), out_shardings=(layout, None))
 
 
-def _split(batch: Any, pieces: int) -> tuple[Callable[[Any], Any], int]:
-    """(i → piece i, their number): B/pieces rows each, i, i + pieces, …, so that rows stay on their
-    devices."""
+def _balanced(
+    loss: Loss,
+    balance: Balance,
+    given: tuple[Params, Any],
+    piece: Callable[[Any], Any],
+    pieces: int | Array,
+) -> Loss:
+    """``loss`` of a piece with its part in the balance of all of them."""
+    if not balance.asked or (isinstance(pieces, int) and pieces == 1):
+        return balanced(loss, balance)
+    first = first_said(loss, balance)
 
-    def leaf(x: Array) -> Array:
-        if x.shape[0] % pieces:
-            raise ValueError(f"{x.shape[0]} rows % microbatches={pieces}: must be 0")
-        # [B] is split over devices in stretches: with the pieces as the inner axis none moves.
-        return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
+    def said(i: Any) -> tuple[Array, Metrics, tuple[()]]:
+        return jnp.zeros(()), first(*given, piece(i)), ()
 
-    split = jax.tree.map(leaf, batch)
-    return lambda i: jax.tree.map(lambda x: x[i], split), pieces
-
-
-def _accumulate(value_and_grad: Any, piece: Callable[[Any], Any], pieces: int | Array) -> Any:
-    """Sum over pieces, one at a time, from nothing, so that one piece's program is all there is."""
-    if isinstance(pieces, int) and pieces == 1:
-        return value_and_grad(piece(0))
-
-    def add(i: Any, total: Any) -> Any:
-        value, metrics, grads = value_and_grad(piece(i))
-        both = {name: combine(name, total[1][name], metrics[name]) for name in metrics}
-        return total[0] + value, both, jax.tree.map(jnp.add, total[2], grads)
-
-    value, metrics, grads = jax.eval_shape(lambda: value_and_grad(piece(0)))
-    start = {name: nothing(name, x) for name, x in metrics.items()}
-    zeros = jax.tree.map(jnp.zeros_like, (value, grads))
-    return jax.lax.fori_loop(0, pieces, add, (zeros[0], start, zeros[1]))
-
-
-def nothing(name: str, x: Any) -> Array:
-    """A metric of no rows, of x's shape and dtype: what ``combine`` takes no notice of."""
-    least, most = -jnp.inf, jnp.inf
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        least, most = jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max
-    return jnp.full(x.shape, {"_max": least, "_min": most}.get(name[-4:], 0), x.dtype)
-
-
-def combine(name: str, left: Array, right: Array) -> Array:
-    """How a metric of two parts becomes that of the whole: by its name."""
-    if name.endswith("_max"):
-        return jnp.maximum(left, right)
-    return jnp.minimum(left, right) if name.endswith("_min") else left + right
+    return balanced(loss, balance, accumulate(said, pieces)[1])
 
 
 def combine_updates(minibatches: Sequence[Mapping[str, Any]]) -> dict[str, float]:

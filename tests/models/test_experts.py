@@ -17,7 +17,7 @@ from jaxrlhf.models.experts import Experts
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.speed import matrices
 from jaxrlhf.steps.sample import sample
-from jaxrlhf.steps.score import score
+from jaxrlhf.steps.score import forward
 
 MESHES = [
     {"expert": 4, "data": 2},
@@ -25,7 +25,7 @@ MESHES = [
 ]
 
 
-GPT_OSS = {"mlp_bias": True, "activation": "clamped", "attention_sinks": True, "windows": (4, 0)}
+GPT_OSS = {"mlp_bias": True, "activation": "clamped", "attention_sinks": True}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_experts_by_hand(mixture, weights, normalise, activation):
     graph, _ = nnx.split(Experts(decoder, nnx.Rngs(0), None))
     x = 4 * np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)
     assert np.abs(x @ np.asarray(layer["gate"]["kernel"][0])).max() > 7
-    found = nnx.merge(graph, layer)(jnp.asarray(x), RULES)
+    found, _ = nnx.merge(graph, layer)(jnp.asarray(x), RULES)
     np.testing.assert_allclose(found, by_hand(layer, x, decoder), rtol=1e-5, atol=2e-5)
 
 
@@ -86,23 +86,25 @@ def test_a_token_at_a_time_equals_all_at_once(mixture, weights):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_meshes_compute_the_same(mixture, weights, sizes):
-    """Log-probs and their gradients, and the tokens that are drawn, of eight rows."""
+    """Log-probs and their gradients, what routers say, and the tokens that are drawn."""
     token, mask = jnp.tile(TOKEN, (3, 1))[:8], jnp.ones((8, TOKEN.shape[1]), jnp.int32)
     mask = mask.at[1, :3].set(0)
     config = SampleConfig(max_new_tokens=6)
 
     def total(params):
-        return score(mixture, params, token, mask).sum()
+        found = forward(mixture, params, token, mask, routers=True)
+        return found.logp_BT.sum(), found.routers
 
     def drawn(params):
         rows = token[:, :6], mask[:, :6]
         return sample(mixture, params, *rows, jax.random.key(0), config).token_BT
 
-    expected = jax.jit(jax.value_and_grad(total))(weights), jax.jit(drawn)(weights)
+    slope = jax.value_and_grad(total, has_aux=True)
+    expected = jax.jit(slope)(weights), jax.jit(drawn)(weights)
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
     with jax.set_mesh(mesh):
         placed = jax.device_put(weights, shardings(mixture.axes(), mesh))
-        found = jax.jit(jax.value_and_grad(total))(placed), jax.jit(drawn)(placed)
+        found = jax.jit(slope)(placed), jax.jit(drawn)(placed)
     np.testing.assert_array_equal(found[1], expected[1])
 
     def close(x, y):

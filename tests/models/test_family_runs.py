@@ -36,10 +36,13 @@ def test_ppo_of_a_family(case, tmp_path):
     mesh = EXPERTS if decoder.moe else MESH
     config = runs.ppo(tmp_path, mesh=mesh, steps=2, sample=SampleConfig(max_new_tokens=12, n=2))
     config = replace(config, model=ModelConfig(decoder=decoder, tokenizer=f"words:{runs.WORDS}"))
+    if decoder.moe:
+        config = replace(config, optim=replace(config.optim, router_aux_loss_coef=0.01))
     _, metrics = runs.trained(config, make_mesh(mesh))
     assert len(metrics) == 2
     assert all(np.isfinite(row["loss"]) for row in metrics)
     assert abs(metrics[0]["kl"]) < 1e-4  # the reference is the start, and scores as it was drawn
+    assert all(("router_load_max" in row) == (decoder.moe is not None) for row in metrics)
 
 
 @pytest.mark.parametrize("which", ["grpo", "sft", "reward_model"])

@@ -24,20 +24,19 @@ from jaxrlhf.data.batches import packed_batch, token_batch
 from jaxrlhf.data.formats import Completion
 from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings, train_state_shardings
+from jaxrlhf.steps.pieces import combine, nothing
 from jaxrlhf.steps.score import reward, score
 from jaxrlhf.steps.update import (
     at_position,
     candidate_logp,
     candidate_scores,
     candidate_token_scores,
-    combine,
     combine_params,
     combine_updates,
     critic_loss,
     decays,
     make_optimizer,
     make_update,
-    nothing,
     pairs_loss,
     policy_loss,
     reward_model_loss,
