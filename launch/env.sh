@@ -40,12 +40,15 @@ jaxrlhf_env() {
         fi
         ;;
     tpu)
+        # Of the last flag: else a product with a weight that is split over many chips becomes a loop
+        # over the pieces, which reads and writes its result once for each.
         jaxrlhf_add_flags LIBTPU_INIT_ARGS libtpu \
             --xla_tpu_enable_async_collective_fusion=true \
             --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
             --xla_tpu_enable_async_collective_fusion_multiple_steps=true \
             --xla_tpu_overlap_compute_collective_tc=true \
-            --xla_enable_async_all_gather=true || return 1
+            --xla_enable_async_all_gather=true \
+            --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 || return 1
         ;;
     *)
         echo "usage: . launch/env.sh cpu|gpu|tpu" >&2

@@ -117,7 +117,7 @@ def plan(words: list[str]) -> None:
     if mean is not None and is_on_policy(config) and mean > most:
         raise InputError(f"--mean-length {mean:g}: above sample.max_new_tokens={most}: lower it")
     # Fake devices are asked for by variables, which jax reads when it is imported.
-    os.environ.update(environment(topology, os.environ.get("XLA_FLAGS", ""), tools()))
+    os.environ.update(environment(topology, os.environ, tools()))
     prepare_jax()
     from jaxrlhf.study.plan.advice import run
 

@@ -117,6 +117,7 @@ TPU = (
     "xla_tpu_overlap_compute_collective_tc",
     "xla_enable_async_all_gather",
 )
+THRESHOLD = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def site(tmp_path):
     """A folder of packages with a made-up libtpu."""
     (tmp_path / "libtpu").mkdir()
     (tmp_path / "libtpu" / "__init__.py").touch()
-    known = "\0".join(["", "xla_tpu_new", "xla_tpu_newer_still", *TPU, ""])
+    known = "\0".join(["", "xla_tpu_new", "xla_tpu_newer_still", *TPU, THRESHOLD, ""])
     (tmp_path / "libtpu" / "libtpu.so").write_bytes(known.encode())
     return str(tmp_path)
 
@@ -136,7 +137,7 @@ def flags(*words, **environ):
 
 def test_env_tpu_keeps_what_libtpu_knows(workshop, site):
     kept = sourced(workshop, "tpu", PYTHONPATH=site).stdout.split("|")[1]
-    assert kept.split() == [f"--{name}=true" for name in TPU]
+    assert kept.split() == [*(f"--{name}=true" for name in TPU), f"--{THRESHOLD}=1000000"]
 
 
 def test_flags_keeps_what_is_known(site):

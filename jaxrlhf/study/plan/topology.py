@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,21 +76,31 @@ def _by_count(name: str) -> str:
     return f"{kind}:{'x'.join(map(str, sizes))}"
 
 
+WHOLE_PRODUCTS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+"""libtpu's flag, as launch/env.sh has it, for products that wait for all of a weight."""
+
+
 def environment(
-    topology: Topology, xla_flags: str = "", tools: Path | None = None
+    topology: Topology, given: Mapping[str, str] | None = None, tools: Path | None = None
 ) -> dict[str, str]:
     """Variables to set before jax is imported, so that it finds such devices.
 
     Args:
-      xla_flags: XLA_FLAGS as they are.
+      given: variables as they are, of which XLA_FLAGS and LIBTPU_INIT_ARGS are kept.
       tools: of GPUs, the folder of NVIDIA's assembler.
     """
     if topology.compiler == "here":
         return {}
+    given = given or {}
     # whatever accelerator is here stays out of it
     variables = {"JAX_PLATFORMS": "cpu"}
     if topology.compiler == "tpu":
+        flags = given.get("LIBTPU_INIT_ARGS", "")
+        if WHOLE_PRODUCTS.partition("=")[0] not in flags:
+            flags = f"{flags} {WHOLE_PRODUCTS}".strip()
         return variables | {
+            # a plan is of what a launcher starts
+            "LIBTPU_INIT_ARGS": flags,
             # the cache would read programs back onto devices, and there are none
             "JAX_ENABLE_COMPILATION_CACHE": "false",
             # several plan at once: none of them has a TPU
@@ -108,7 +119,7 @@ def environment(
             # that there is no driver is no fault here
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         }
-    return {**variables, "XLA_FLAGS": f"{xla_flags} {fake}".strip()}
+    return {**variables, "XLA_FLAGS": f"{given.get('XLA_FLAGS', '')} {fake}".strip()}
 
 
 def chip_of(kind: str) -> str:

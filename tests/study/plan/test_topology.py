@@ -8,6 +8,8 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.chips import CHIPS
 from jaxrlhf.study.plan.topology import Topology, chip_of, environment, parse
 
+LAUNCH = Path(__file__).parents[3] / "launch"
+
 
 @pytest.mark.parametrize(
     ("name", "chip", "devices", "compiler"),
@@ -54,7 +56,9 @@ def test_parse_with_the_compiler_of_gpus():
 
 
 def test_environment_of_gpus():
-    found = environment(parse("h100:4", gpus=True), "--xla_a=1", Path("/x/cuda_nvcc"))
+    found = environment(
+        parse("h100:4", gpus=True), {"XLA_FLAGS": "--xla_a=1"}, Path("/x/cuda_nvcc")
+    )
     assert found["JAX_PLATFORMS"] == "cpu"
     assert found["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] == "1"
     assert found["JAX_ENABLE_COMPILATION_CACHE"] == "false"
@@ -72,9 +76,19 @@ def test_environment():
     assert tpu["TPU_SKIP_MDS_QUERY"] == "1"
     assert tpu["JAX_ENABLE_COMPILATION_CACHE"] == "false"
     assert tpu["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
-    flags = environment(parse("cpu:4"), "--xla_a=1")["XLA_FLAGS"]
+    flags = environment(parse("cpu:4"), {"XLA_FLAGS": "--xla_a=1"})["XLA_FLAGS"]
     assert flags == "--xla_a=1 --xla_force_host_platform_device_count=4"
     assert environment(parse("here")) == {}
+
+
+def test_environment_of_tpus_is_that_of_the_launcher():
+    own = environment(parse("v5e:2x4"))["LIBTPU_INIT_ARGS"]
+    assert own in (LAUNCH / "env.sh").read_text(encoding="utf-8")
+    more = environment(parse("v5e:2x4"), {"LIBTPU_INIT_ARGS": "--a=1"})["LIBTPU_INIT_ARGS"]
+    assert more == f"--a=1 {own}"
+    other = own.replace("1000000", "0")
+    kept = environment(parse("v5e:2x4"), {"LIBTPU_INIT_ARGS": other})
+    assert kept["LIBTPU_INIT_ARGS"] == other
 
 
 def test_chip_of_names_what_jax_finds():
