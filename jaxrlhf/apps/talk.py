@@ -20,7 +20,7 @@ from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.rows import Message, Row
 from jaxrlhf.data.text import answer_text
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models.decode import Weights, lay_out
+from jaxrlhf.models.decode import Weights, lay_out_soon
 from jaxrlhf.models.load import Loader
 from jaxrlhf.rewards.judge import Judge, make_judge
 from jaxrlhf.steps.stream import stream
@@ -65,7 +65,7 @@ def speaker(path: str, config: SampleConfig, reward: RewardConfig | None, mesh: 
       InputError: as ``load_policy``.
     """
     policy = load_policy(path, config, mesh)
-    weights = jax.jit(lay_out, static_argnums=0)(policy.model, policy.params)
+    weights = lay_out_soon(policy.model, policy.params)
     judge = None
     if reward is not None:
         given = policy.tokenizer, policy.model.decoder.vocab

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxrlhf.config import DecoderConfig, SampleConfig
 from jaxrlhf.core.types import Array, Params
-from jaxrlhf.mesh.sharding import DECODE, constrain, map_pieces, spec
+from jaxrlhf.mesh.sharding import DECODE, constrain, devices_in_mesh, map_pieces, spec
 from jaxrlhf.models.attention import attend_next, look_of
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
@@ -60,19 +60,42 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
     compute in float32, stay so, and what is quantised stays in as many bits. Costs one copy of the
     weights, split over ``tensor`` alone.
     """
-    outer = {name: x for name, x in params.items() if name != "layers"}
-    outer = {name: x if name in ("norm", "head") else model.cast(x) for name, x in outer.items()}
     stacked = params["layers"] if lora is None else merge(params["layers"], lora)
-    layers = []
-    for index in range(model.decoder.layers):
-        layer = jax.tree.map(lambda x, index=index: x[index], stacked)
-        layer = model.with_gains(in_dtype(layer, model.dtype))
-        apart = lora is not None or any_quantised(layer)
-        layers.append(layer if apart else _fuse(layer))
-    found, mesh = Weights(outer, tuple(layers)), jax.sharding.get_abstract_mesh()
+    layers = tuple(_layer(model, stacked, index) for index in range(model.decoder.layers))
+    found, mesh = Weights(_outer(model, params), layers), jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return found
     return jax.lax.with_sharding_constraint(found, decode_layout(model, mesh, found))
+
+
+def lay_out_soon(model: Model, params: Params) -> Weights:
+    """``lay_out`` for who waits for a first token, compiled: on one device a layer a call.
+
+    A program of all layers takes XLA seconds to compile, one of a layer a moment.
+    """
+    if devices_in_mesh() > 1:
+        return _all_layers(model, params)
+    indices = range(model.decoder.layers)
+    layers = tuple(_one_layer(model, params["layers"], index) for index in indices)
+    return Weights(_all_others(model, params), layers)
+
+
+def _outer(model: Model, params: Params) -> Params:
+    found = {name: x for name, x in params.items() if name != "layers"}
+    return {name: x if name in ("norm", "head") else model.cast(x) for name, x in found.items()}
+
+
+def _layer(model: Model, stacked: Params, index: int | Array) -> Params:
+    """One of the stacked layers, of which some may be adapted."""
+    layer = jax.tree.map(lambda x: x[index], stacked)
+    layer = model.with_gains(in_dtype(layer, model.dtype))
+    apart = bool(adapters_of(layer)) or any_quantised(layer)
+    return layer if apart else _fuse(layer)
+
+
+_all_layers = jax.jit(lay_out, static_argnums=0)
+_one_layer = jax.jit(_layer, static_argnums=0)
+_all_others = jax.jit(_outer, static_argnums=0)
 
 
 def axes(model: Model, weights: Weights) -> Weights:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.types import Array, Params, StopTable
 from jaxrlhf.models.cache import Layer, empty_cache
-from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out, read_prompts, step
+from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out_soon, read_prompts, step
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import Drawn, choose
 
@@ -64,7 +64,7 @@ def stream(
     row_1P = np.full((1, width), config.pad, np.int32)
     row_1P[0, width - len(prompt) :] = prompt
     mask_1P = (np.arange(width) >= width - len(prompt)).astype(np.int32)[None]
-    weights = _laid_out(model, params) if weights is None else weights
+    weights = lay_out_soon(model, params) if weights is None else weights
     # As the only row of a call of ``sample``.
     key_B = jax.random.fold_in(key, 0)[None]
     found, state = _first(model, params, weights, row_1P, mask_1P, key_B, config, stops)
@@ -74,9 +74,6 @@ def stream(
             return
         found, state = _next(model, weights, state, key_B, config, stops)
         yield int(found.token_B[0])
-
-
-_laid_out = jax.jit(lay_out, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=(0, 6))

@@ -12,7 +12,15 @@ from test_transformer import FULL, TOKEN, VARIANTS, logits
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.mesh.sharding import DECODE, make_mesh, shardings
 from jaxrlhf.models.cache import empty_cache, slots_of
-from jaxrlhf.models.decode import axes, decode_layout, fused, lay_out, read_prompts, step
+from jaxrlhf.models.decode import (
+    axes,
+    decode_layout,
+    fused,
+    lay_out,
+    lay_out_soon,
+    read_prompts,
+    step,
+)
 from jaxrlhf.models.transformer import Model
 
 P, NEW, SAMPLES = 4, 5, 2
@@ -96,3 +104,14 @@ def test_step_over_smaller_caches_is_close(decoder, random_weights, kind, most):
     expected = stepwise(model, params)
     change = np.abs(stepwise(model, params, kind=kind) - expected)
     assert 1e-4 < change.max() < most * np.std(expected)
+
+
+def test_lay_out_soon_is_lay_out(model, params):
+    """A layer a call; on several devices in one program."""
+    model = replace(model, lora=None)
+    wanted = jax.tree.map(np.asarray, jax.jit(partial(lay_out, model))(params))
+    jax.tree.map(np.testing.assert_array_equal, lay_out_soon(model, params), wanted)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        laid = jax.device_put(params, shardings(model.axes(head=True), mesh))
+        jax.tree.map(np.testing.assert_array_equal, lay_out_soon(model, laid), wanted)
