@@ -382,7 +382,8 @@ def _rope_scaling(file: File, get: Any, theta: float, head_dim: int) -> RopeScal
     low, high = LLAMA3.low_freq_factor, LLAMA3.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0, 1)
     # So written that NaN fails too.
-    if not np.allclose(1 / divided, keep + (1 - keep) / scaling.factor, rtol=1e-4):
+    stretched = divided.min() >= 1
+    if not stretched or not np.allclose(1 / divided, keep + (1 - keep) / scaling.factor, rtol=1e-4):
         raise InputError(
             f"{file.path}: {name}: not those of a Llama 3; use the Hugging Face folder"
         )
