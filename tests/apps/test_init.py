@@ -68,7 +68,7 @@ def test_text_of_loads_to_the_config(tmp_path):
         ({"reward": "mine:f"}, "--reward mine:f: dpo learns from its data alone"),
         ({"algorithm": "gkd", "reward": "mine:f"}, "gkd learns from its teacher alone"),
         ({"data": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"data": "gs://b/x.jsonl"}, "data.train=gs://b/x.jsonl: a URL"),
+        ({"data": "nope://b/x.jsonl"}, "data.train=nope://b/x.jsonl: nothing reads nope"),
         ({"path": "there.yaml"}, "there.yaml: is there already: give another file with -o"),
         ({"algorithm": "grpo", "reward": "mine"}, "reward function 'mine' is unknown"),
         (
