@@ -115,6 +115,7 @@ def test_metrics_are_shares_of_the_ceiling(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "ceiling", lambda mesh: Ceiling(1e6, 1e5))
     config = runs.of("grpo", tmp_path)
     run = SimpleNamespace(config=config, model=model(), mesh=one_device(), states={})
+    run.algorithm = SimpleNamespace(needs=())
     meter = Meter(run)  # type: ignore[arg-type]
     meter.begin({"sample": 5.0, "update": 7.0})
     meter.sampled(rollout())
