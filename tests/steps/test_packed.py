@@ -17,7 +17,7 @@ from jaxrlhf.data.packing import first_fit_decreasing
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.models import packed_reward, packed_scores
-from jaxrlhf.steps import packed, update
+from jaxrlhf.steps import packed, pieces
 from jaxrlhf.steps.packed import first_fit, in_pieces, pack
 from jaxrlhf.steps.score import forward, reward, score, token_scores, value
 from jaxrlhf.steps.update import critic_loss, make_update, policy_loss
@@ -175,7 +175,7 @@ def test_rows_that_are_kept_apart(params, monkeypatch):
     assert not start_B.any()
     assert (np.diff(np.asarray(real_BT).sum(1)[np.argsort(row_B)]) <= 0).all()
     want, _ = step(params, LOSSES["shared"], batch())
-    monkeypatch.setattr(update, "keeps_apart", lambda model: True)
+    monkeypatch.setattr(pieces, "keeps_apart", lambda model: True)
     got, _ = step(params, LOSSES["shared"], batch(), packed=2, model=MODEL)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), got, want)
 
