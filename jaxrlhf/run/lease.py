@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 SECONDS = 60.0
 """For which a lease that is not renewed counts as held; it is renewed four times as often."""
 
+GIVE_BACK_SECONDS = 5.0
+"""Seconds that the end waits for a renewal that has begun."""
+
 
 class Lease:
     """A lease in a store, to be taken, held by a thread of its own, and given back.
@@ -48,6 +51,7 @@ class Lease:
         self._read, self._write, self._remove = read, write, remove
         self._holder = uuid.uuid4().hex
         self._lost = ""
+        self._turn = threading.Lock()  # of what writes and removes it
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._hold, name="lease", daemon=True)
 
@@ -69,22 +73,31 @@ class Lease:
             raise InputError(self._lost)
 
     def renew(self) -> None:
-        """Show a sign of life, unless it is another's by now."""
-        held = self._content()
-        if held is None or held.get("holder") == self._holder:
-            self._renew()
-            return
-        self._lost = (
-            f"output={self._place}: another run has taken over there ({_name(held)}): this one "
-            f"ends; what it has done is in {self._folder}"
-        )
+        """Show a sign of life, unless it is another's by now, or given back."""
+        with self._turn:
+            if self._over.is_set():
+                return
+            held = self._content()
+            if held is None or held.get("holder") == self._holder:
+                self._renew()
+                return
+            self._lost = (
+                f"output={self._place}: another run has taken over there ({_name(held)}): this one "
+                f"ends; what it has done is in {self._folder}"
+            )
 
     def give_back(self) -> None:
-        """Let others have it at once."""
+        """Let others have it at once; where that cannot be said in time, it runs out by itself."""
         self._over.set()
-        if not self._lost:
-            with suppress(Exception):  # it runs out by itself
-                self._remove()
+        # A renewal that has begun would else write it after it is removed.
+        if not self._turn.acquire(timeout=GIVE_BACK_SECONDS):
+            return
+        try:
+            if not self._lost:
+                with suppress(Exception):
+                    self._remove()
+        finally:
+            self._turn.release()
 
     def _hold(self) -> None:
         while not (self._over.wait(SECONDS / 4) or self._lost):

@@ -1,7 +1,9 @@
 """A run whose output is a URL: what is there after kills, failures and on another machine."""
 
 import json
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,8 +242,9 @@ def test_run_whose_lease_another_has_taken_ends(store, tmp_path, monkeypatch):
     first = mirror.mirrored(URL)
     here = first.__enter__()
     machine(monkeypatch, tmp_path, "second")
-    here.lease._over.set()  # it stands still
-    with mirror.mirrored(URL):
+    with ExitStack() as after:
+        with here.lease._turn:  # it stands still
+            after.enter_context(mirror.mirrored(URL))
         here._copy()
         with pytest.raises(InputError, match=r"another run has taken over there \(second"):
             here.check()
@@ -279,4 +282,28 @@ def test_sigterm_is_answered_once_all_is_copied(store, tmp_path, monkeypatch, ca
         train(config)
     assert "stopped by SIGTERM after iteration 3, which is saved" in capsys.readouterr().out
     assert {"checkpoints/3.whole", "metrics.jsonl"} <= names(store)
+    assert "lease.json" not in names(store)
+
+
+def test_lease_that_is_being_renewed_is_given_back_after_that(store, tmp_path, monkeypatch):
+    here = mirror.Mirror(URL, tmp_path / "run")
+    here.lease.take()
+    looking, go_on = threading.Event(), threading.Event()
+    content = here.lease._content
+
+    def slow():
+        found = content()
+        looking.set()
+        go_on.wait(10)
+        return found
+
+    monkeypatch.setattr(here.lease, "_content", slow)
+    renewal = threading.Thread(target=here.lease.renew)
+    renewal.start()
+    looking.wait(10)
+    end = threading.Thread(target=here.lease.give_back)
+    end.start()
+    go_on.set()
+    renewal.join()
+    end.join()
     assert "lease.json" not in names(store)
