@@ -26,7 +26,7 @@ with together(config) as watchdog:
     for step in range(10_000):
         if sys.argv[1] == "end":
             break
-        if step == 3 and jax.process_index() == 1:
+        if step == 12 and jax.process_index() == 1:
             match sys.argv[1]:
                 case "raise": raise ZeroDivisionError("on purpose")
                 case "sleep": time.sleep(1000)

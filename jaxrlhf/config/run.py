@@ -208,8 +208,9 @@ class DistributedConfig:
     """Seconds without a sign of life after which a process counts as dead, and all end."""
     watchdog: float | None = None
     """Seconds without progress after which the processes end, six times that where much may take
-    long (the set-up, the first iteration, rewards, evaluations); 0 waits for ever; null: 300 for
-    several processes, and for ever where there is one."""
+    long (the set-up, the first iteration, rewards, evaluations, saves); 0 waits for ever; null: for
+    one process for ever, for several 300, and less once it is known how long a step takes here:
+    five times the longest so far, 40 at least."""
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,12 @@ def together(config: DistributedConfig) -> Iterator[Watchdog]:
         if jax.distributed.is_initialized():
             end(f"error: {error}", 2)
         raise
-    with Watchdog(limit(config, count)) as watchdog, guarded():
-        yield watchdog
+    learns = config.watchdog is None
+    with Watchdog(limit(config, count), learns) as watchdog, guarded():
+        try:
+            yield watchdog
+        finally:
+            watchdog.leave()
         if count > 1:
             # Waits for the others, watched and guarded: one that has failed never comes.
             jax.distributed.shutdown()

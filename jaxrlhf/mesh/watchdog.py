@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import jax
 
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.mesh.messages import post, posted, withdraw
 from jaxrlhf.mesh.signals import Stop
 
 FAILED = 13
@@ -108,6 +110,21 @@ LONG = 6
 LONGER = 2
 """How many times longer a phase may take than any before it has."""
 
+USUAL = 8
+"""Phases without a name after which it is known how long they take here."""
+
+QUICK = 40.0
+"""Seconds that a phase may take whose like have all been quicker, where the limit is learnt."""
+
+SLOWER = 5
+"""How many times longer than any of its like it may take there."""
+
+LEFT = 30.0
+"""Seconds that one may wait for others where one of them has left."""
+
+COMPILES = ("compiler.py", "mlir.py", "partial_eval.py")
+"""Files of jax that are at work where a program is made."""
+
 
 class Watchdog:
     """``with Watchdog(seconds) as watchdog:`` ends this process when nothing calls ``feed``.
@@ -115,18 +132,26 @@ class Watchdog:
     Args:
       seconds: most time between two calls of ``feed``: LONG times that in a phase that has a name,
         and LONGER times the longest so far, if that is more; 0: there is no watchdog.
+      learns: once USUAL phases without a name are seen, the next may take SLOWER times the longest
+        of them, QUICK at least, if that is less: but where a process compiles a program.
     """
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, learns: bool = False):
         self.seconds = seconds
+        self._learns = learns
         self._fed = time.monotonic()
         self._longest = 0.0
+        self._usual: deque[float] = deque(maxlen=64)
         self._phase = ""
+        self._several = jax.distributed.is_initialized()
+        self._compiles = False
         self._stop = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         self._fed = time.monotonic()
+        self._main = threading.get_ident()
         self.feed()
+        self._usual.clear()
         if self.seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -139,22 +164,71 @@ class Watchdog:
     def feed(self, phase: str = "") -> None:
         """The run goes on, with a phase that may take long if it has a name, such as evaluation."""
         now = time.monotonic()
-        self._longest = max(self._longest, now - self._fed)
+        spent = now - self._fed
+        self._longest = max(self._longest, spent)
+        if not self._phase:
+            self._usual.append(spent)
         self._fed, self._phase = now, phase
         # Where C code keeps the interpreter to itself (a regex, say), our thread cannot run either.
         if self.seconds:
-            faulthandler.dump_traceback_later(self.limit() + GRACE, exit=True)
+            faulthandler.dump_traceback_later(self.most() + GRACE, exit=True)
+
+    def leave(self) -> None:
+        """Tell the others that this process does nothing with them any more."""
+        if self._several:
+            with suppress(jax.errors.JaxRuntimeError):  # they have gone
+                post("left", "")
+
+    def most(self) -> float:
+        """Seconds that the phase at hand may take, whatever is known of its like."""
+        return max(self.seconds * (LONG if self._phase else 1), LONGER * self._longest)
 
     def limit(self) -> float:
-        """Seconds that the phase at hand may take."""
-        return max(self.seconds * (LONG if self._phase else 1), LONGER * self._longest)
+        """Seconds that the phase at hand may take where nobody compiles."""
+        if self._phase or not self._learns or len(self._usual) < USUAL:
+            return self.most()
+        return min(self.most(), max(QUICK, SLOWER * max(self._usual)))
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._fed > (limit := self.limit()):
+            self._say_compiling()
+            waited = time.monotonic() - self._fed
+            limit = self.limit()
+            if waited > limit and limit < self.most() and self._said("compiling"):
+                limit = self.most()
+            gone = () if self._phase or waited < LEFT else self._said("left")
+            if waited > limit or gone:
                 faulthandler.dump_traceback(all_threads=True)
                 during = f" in {self._phase}" if self._phase else ""
+                others = f"; process {min(gone)} has left" if gone else ""
                 end(
-                    f"{_me()}: no progress for {limit:g} s{during} (distributed.watchdog): "
-                    "its stacks are above; all processes end"
+                    f"{_me()}: no progress for {min(waited, limit):.3g} s{during} "
+                    f"(distributed.watchdog){others}: its stacks are above; all processes end"
                 )
+
+    def _say_compiling(self) -> None:
+        """Tell the others when this process begins to make a program, and when it has."""
+        now = self._several and _makes_a_program(self._main)
+        if now != self._compiles:
+            with suppress(jax.errors.JaxRuntimeError):  # told by the error in the main thread
+                post("compiling", "") if now else withdraw("compiling")
+                self._compiles = now
+
+    def _said(self, topic: str) -> Collection[int]:
+        """The processes that have said it."""
+        if not self._several:
+            return ()
+        with suppress(jax.errors.JaxRuntimeError):
+            return posted(topic)
+        return ()
+
+
+def _makes_a_program(thread: int) -> bool:
+    """Whether jax makes a program in a thread, which took minutes for some."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.endswith(COMPILES) and f"{os.sep}jax{os.sep}_src{os.sep}" in path:
+            return True
+        frame = frame.f_back
+    return False

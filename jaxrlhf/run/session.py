@@ -172,6 +172,7 @@ class Session:
                 self.show.note(line)
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        self._say_next("the end of the run")
         # Nobody else may save the same step at the same time.
         with self.signals.turn:
             try:
@@ -284,6 +285,7 @@ class Session:
 
     def save(self, done: int) -> None:
         """Checkpoint after ``done`` iterations, in the background."""
+        self._say_next("a save")  # which waits for the one before
         self.checkpoints.save(done, self.states, self.host)
         self.lap("checkpoint")
 

@@ -3,15 +3,20 @@
 import signal
 import subprocess
 import sys
+import threading
+import time
+import uuid
+from contextlib import nullcontext
 
 import jax
+import jax.numpy as jnp
 import pytest
 from loopback import by_flags, ended, free_port, results, started
 
 from jaxrlhf.config import DistributedConfig
 from jaxrlhf.mesh import watchdog
 from jaxrlhf.mesh.processes import WATCHDOG, limit
-from jaxrlhf.mesh.watchdog import FAILED, Watchdog, guarded
+from jaxrlhf.mesh.watchdog import FAILED, QUICK, Watchdog, guarded
 
 WORDS = ["--distributed.heartbeat", "5", "--distributed.watchdog", "6"]
 
@@ -113,6 +118,87 @@ def test_limit_of_the_watchdog_where_it_is_left_open():
     open_, none = DistributedConfig(), DistributedConfig(watchdog=0.0)
     assert (limit(open_, 1), limit(open_, 2)) == (0, WATCHDOG)
     assert (limit(none, 1), limit(none, 2)) == (0, 0)
+
+
+def test_limit_is_learnt_from_the_phases_without_a_name(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    dog = Watchdog(300, learns=True)
+
+    def phase(seconds, then=""):
+        now[0] += seconds
+        dog.feed(then)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+        phase(0, "setting up")
+        assert dog.limit() == 1800
+        phase(100)
+        for seconds in (1, 2, 3, 4, 9, 6, 7):
+            assert dog.limit() == 300
+            phase(seconds)
+        assert dog.limit() == 45  # 5 × 9
+        assert dog.most() == 300  # of one that compiles
+        phase(1, "evaluation")
+        assert dog.limit() == 1800
+        phase(400)
+        assert dog.limit() == 45
+        for _ in range(64):
+            phase(0.1)
+        assert dog.limit() == QUICK
+        told = Watchdog(300)
+        told._usual.extend([1.0] * 64)
+        assert told.limit() == 300
+
+
+def test_a_program_that_is_made_is_seen_in_the_stack():
+    x = jnp.ones((64, 64))
+    seen, over = [], threading.Event()
+    main = threading.get_ident()
+
+    def look():
+        while not over.wait(0.001):
+            seen.append(watchdog._makes_a_program(main))
+
+    looks = threading.Thread(target=look)
+    looks.start()
+    time.sleep(0.2)
+    before = sum(seen)
+    new = jax.jit(lambda x: jnp.sort(jnp.linalg.qr(x @ x)[0]).sum() + uuid.uuid4().int % 1000)
+    jax.block_until_ready(new(x))
+    while_made = sum(seen)
+    for _ in range(200):
+        jax.block_until_ready(new(x))
+    over.set()
+    looks.join()
+    assert (before, sum(seen) - while_made) == (0, 0)
+    assert while_made > 0
+
+
+@pytest.mark.parametrize(
+    ("said", "phase", "waited", "ends"),
+    [
+        ({}, "", 39, False),
+        ({}, "", 41, True),
+        ({"compiling": [1]}, "", 41, False),
+        ({"compiling": [1]}, "", 301, True),
+        ({"left": [1]}, "", 29, False),
+        ({"left": [1]}, "", 31, True),
+        ({"left": [1]}, "the end of the run", 31, False),
+    ],
+)
+def test_what_the_others_say_counts(said, phase, waited, ends, monkeypatch, capsys):
+    dog = Watchdog(300, learns=True)
+    dog._usual.extend([1.0] * 8)
+    dog._fed, dog._phase = time.monotonic() - waited, phase
+    monkeypatch.setattr(dog, "_said", lambda topic: said.get(topic, ()))
+    looks = iter([False, True])
+    monkeypatch.setattr(dog._stop, "wait", lambda _: next(looks))
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
+    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) if ends else nullcontext():
+        dog._watch()
+    assert ("process 1 has left" in capsys.readouterr().err) == (ends and "left" in said)
 
 
 def test_watchdog_sleeps_while_fed():
