@@ -77,6 +77,8 @@ class Signals:
         self._several = jax.process_count() > 1
         self._topic = f"stop/{next(Signals._count)}"
         self._over = threading.Event()
+        self._waking = threading.Lock()
+        self._woken = False
         self._restore: Callable[[], None] | None = None
 
     def __enter__(self) -> "Signals":
@@ -91,8 +93,11 @@ class Signals:
         global _listener
         if self._restore is None:
             return
-        with self.turn:
+        with self.turn, self._waking:
             self._over.set()
+        # What the other thread has sent would find the handlers of before, and end the process.
+        while self._woken and not self.asked:
+            time.sleep(0.001)
         self._restore()
         _listener = None
         if kind is not None and issubclass(kind, Stop):
@@ -156,12 +161,19 @@ class Signals:
                 post(self._topic, self.asked)
                 told = True
             elif not told and self._said(self._topic):
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                self._wake()
             late = self.asked and time.monotonic() - self._first > GRACE
             # In a thread of its own, as another signal may come while it saves.
             if late and self._leave is not None and not (rescue and rescue.is_alive()):
                 rescue = threading.Thread(target=self._take_over, args=(self._leave,), daemon=True)
                 rescue.start()
+
+    def _wake(self) -> None:
+        """Let the main thread hear what another process was told, unless it has gone by now."""
+        with self._waking:
+            if not self._over.is_set():
+                self._woken = True
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _said(self, topic: str) -> dict[int, str]:
         """What was posted; nothing from a coordinator that has gone."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -95,3 +97,37 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, capsys):
     launch(config)
     # Arrays too, by their digests.
     assert contents(Path(config.output)) == contents(Path(whole.output))
+
+
+WOKEN = """
+import threading, time
+from jaxrlhf.mesh.signals import Signals
+
+looking = threading.Event()
+
+def said(signals, topic):
+    looking.set()
+    {wait}
+    return {{1: "SIGTERM"}}
+
+Signals._said = said
+signals = Signals()
+signals._several = True
+with signals:
+    looking.wait()
+print("left", signals.asked, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wait", "asked"), [("signals._over.wait()", ""), ("signals._over.wait(0.05)", "SIGTERM")]
+)
+def test_a_run_that_ends_while_another_is_asked_to_stop(wait, asked):
+    """Nothing comes once the handlers are those of before, which would end the process."""
+    code = WOKEN.format(wait=wait)
+    if asked:  # it is sent while the run goes on
+        code = code.replace("looking.wait()", "looking.wait(); time.sleep(0.5)")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"left {asked}\n"), done.stderr

@@ -239,8 +239,10 @@ def test_in_a_service(how, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("seconds", [0.0, 1.0, 3.0, 5.0])
-@pytest.mark.parametrize("name", ["ppo", "sft"])
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [*(("ppo", x) for x in (0.0, 1.0, 3.0, 5.0)), *(("sft", x) for x in (0.0, 1.0, 3.0))],
+)
 def test_while_it_compiles(name, seconds, number, undisturbed, tmp_path):
     """Without programs compiled before, some seconds after the run has begun."""
     folder = tmp_path / "run"
