@@ -1,6 +1,7 @@
 """Configs of tiny runs, shared by tests: seconds each, a fresh decoder, rewards from functions."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -252,6 +253,16 @@ def trained(config, mesh=None):
     names = {name for record in records for name in record} - {"step"}
     assert [name for name in names if lookup(name) is None] == []
     return jax.device_get(found), records
+
+
+def rewind(config, step):
+    """Make a run that has ended one that was killed after ``step`` iterations were saved."""
+    folder = Path(config.output)
+    (folder / "summary.json").unlink()
+    assert (folder / "checkpoints" / str(step)).is_dir()
+    for path in (folder / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
 
 
 def interrupt(config, step, check=lambda: None):
