@@ -233,6 +233,11 @@ def packed_value(model: Model) -> Program:
     return estimate
 
 
+IN_TURN = {"xla_tpu_enable_latency_hiding_scheduler": False}
+"""How a TPU's compiler is to order gathers that nothing is hidden behind: each before the copy that
+lays its result out. All at once, they would take the room of the weights a second time."""
+
+
 def decode_weights(model: Model, mesh: Mesh, params: Params, frozen: Params | None) -> Program:
     """(params, frozen) → Weights, laid out for decoding, of such as these: ``models.decode``."""
 
@@ -240,7 +245,8 @@ def decode_weights(model: Model, mesh: Mesh, params: Params, frozen: Params | No
         return lay_out(model, *combine_params(params, frozen))
 
     layout = decode_layout(model, mesh, jax.eval_shape(arrange, params, frozen))
-    return jax.jit(arrange, out_shardings=layout)
+    options = IN_TURN if mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(arrange, out_shardings=layout, compiler_options=options)
 
 
 def merge(rollouts: tuple[Rollout, ...], row_B: Array) -> Rollout:
