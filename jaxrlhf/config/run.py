@@ -133,6 +133,11 @@ class SampleConfig:
     """What keys and values are kept in while decoding: model.dtype, or a smaller one, int8 with a
     scale a vector. Draws are then of slightly another policy than the one that is scored:
     algorithm.old_logp has to be rescore."""
+    router_replay: bool | None = None
+    """Of a mixture of experts, keep which of them each token took, and take them again where the
+    policy is scored and updated (R3; arXiv:2510.11370): a byte for each, up to 255 experts. None:
+    in bfloat16, where sampling and scoring round differently and choose differently; in float32
+    they do not."""
     forbidden: tuple[tuple[int, int], ...] = ()
     """Ranges (first, last + 1) of ids that are never drawn. A run writes those here that the model
     has and its tokenizer has not, and refuses others."""

@@ -8,7 +8,7 @@ Array names carry their axes as a suffix, one letter an axis, in order:
        row = q·G + g                N  query heads    L  layers
     K  key/value heads              H  head_dim       F  mlp
     S  slots of the KV cache        C  candidate responses of one prompt (2 for a pair)
-    E  experts
+    E  experts                      M  experts that a token takes, of all layers, layer by layer
 
 All log-probs are in nats, float32. Masks are float32 or bool with 1 for "counts".
 
@@ -51,6 +51,9 @@ class Rollout:
     """bool, True where the response ended with a stop token, False where it was cut off."""
     value_BT: Array | None = None
     """V(tokens < t) where the critic shares the policy's trunk, else None."""
+    expert_BTM: Array | None = None
+    """With router replay, the experts that each token took when it was read, uint8 or uint16;
+    their number where it never was; see models.replay."""
     n: int = struct.field(pytree_node=False, default=1)
     """G, samples a prompt; static."""
 
@@ -88,6 +91,8 @@ class Batch:
     """log-probs under the reference, where the KL to it is in the loss."""
     kl_coef_B: Array | None = None
     """β of that term, the same in every row."""
+    expert_BTM: Array | None = None
+    """As the rollout's: those that tokens are to take in the update."""
 
 
 @struct.dataclass

@@ -45,6 +45,7 @@ class Block(nnx.Module):
         angles: Angles | None,
         rules: Rules,
         attend: Callable[[Array, Array, Array, Array | None], tuple[Array, Any]],
+        replayed: Array | None = None,
     ) -> tuple[Array, Any, Routed | None]:
         """x [B, T, D] → the next block's x, what ``attend`` has to remember, and how a mixture of
         experts has routed x.
@@ -52,6 +53,7 @@ class Block(nnx.Module):
         Args:
           attend: query [B, T, N, H], key and value [B, T, K, H], and the heads' sinks [N] or None
             → what the queries see [B, T, N, H], and keys and values to be kept, if any.
+          replayed: of a mixture, the experts [B, T, k] that tokens are to take; see ``replay``.
         """
 
         def normed(name: str, x: Array) -> Array:
@@ -65,10 +67,10 @@ class Block(nnx.Module):
         change = normed("attention_out_norm", self.attention.o(mixed))
         if self.serial:
             x = plus(x, change)
-            added, routed = self.mlp(normed("mlp_norm", x), rules)
+            added, routed = self.mlp(normed("mlp_norm", x), rules, replayed)
             x = plus(x, normed("mlp_out_norm", added))
         else:
             other = normed("mlp_norm", x) if hasattr(self, "mlp_norm") else read
-            added, routed = self.mlp(other, rules)
+            added, routed = self.mlp(other, rules, replayed)
             x = plus(x, change + added)
         return constrain(x, ("batch", "length", "activation"), rules), kept, routed

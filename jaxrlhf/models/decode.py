@@ -25,6 +25,7 @@ from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
 from jaxrlhf.models.layers import adapters_of, exact
 from jaxrlhf.models.quantise import any_quantised, in_dtype, is_quantised, laid
+from jaxrlhf.models.replay import compact, joined, where_known
 from jaxrlhf.models.rope import kinds, rotary_angles, windows_of
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
 
@@ -44,6 +45,8 @@ class Prompts(NamedTuple):
     layers: tuple[Layer, ...]
     mask_QP: Array
     """1 on real tokens."""
+    expert_QPM: Array | None = None
+    """The experts that a mixture's tokens took, where they are asked for; see ``replay``."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,30 +171,31 @@ def read_prompts(
     lora: Params | None = None,
     pieces: int = 1,
     kind: Kind | None = None,
+    record: bool = False,
 ) -> tuple[Array, Prompts]:
     """Hidden states [Q, D] of the last tokens of left-padded prompts, and what their samples share.
 
     This is the forward pass of scoring and updating, over stacked layers; of so many pieces of each
     device's prompts one after the other. ``kind`` is what keys and values are kept in; None: the
-    model's dtype.
+    model's dtype. ``record``: a mixture's experts are kept too.
     """
 
-    def read(rows: tuple[Array, Array]) -> tuple[Array, tuple[Layer, ...]]:
+    def read(rows: tuple[Array, Array]) -> tuple[Array, tuple[Layer, ...], Array | None]:
         hidden, kept = model.apply(params, *rows, lora, keep=True)
-        assert kept is not None
-        both = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(model.decoder.layers)]
+        both = [(kept.key[i], kept.value[i]) for i in range(model.decoder.layers)]
         # Of a layer with a window the last tokens are all that will be looked at.
         windows = windows_of(model.decoder)
         both = [
             jax.tree.map(lambda x, w=w: x[:, :, -w:], x) for x, w in zip(both, windows, strict=True)
         ]
         layers = tuple((store(key, dtype), store(value, dtype)) for key, value in both)
-        return hidden[:, -1], laid_out(layers)
+        expert = where_known(rows[1], joined(kept.expert)) if record else None
+        return hidden[:, -1], laid_out(layers), expert
 
     dtype = kind or model.dtype
 
-    hidden, layers = map_pieces(read, (token_QP, mask_QP), pieces, DECODE)
-    return hidden, Prompts(layers, mask_QP)
+    hidden, layers, expert = map_pieces(read, (token_QP, mask_QP), pieces, DECODE)
+    return hidden, Prompts(layers, mask_QP, expert)
 
 
 def step(
@@ -201,8 +205,9 @@ def step(
     cache: tuple[Layer, ...],
     token_B: Array,
     at: Array,
-) -> tuple[Array, tuple[Layer, ...]]:
-    """Hidden states [B, D] of each row's new token number ``at``, and the caches with it.
+) -> tuple[Array, tuple[Layer, ...], Array | None]:
+    """Hidden states [B, D] of each row's new token number ``at``, the caches with it, and the
+    experts [B, M] that it took in a mixture; see ``replay``.
 
     ``at`` is one number, or one for each row, [B].
     """
@@ -214,7 +219,7 @@ def step(
     angles = [rotary_angles(position_B[:, None], model.decoder, kind) for kind in found.all]
     x = outer.embed(token_B[:, None], position_B[:, None], model.dtype)
     x = constrain(x, ("batch", "length", "activation"), DECODE)
-    written = []
+    written, taken = [], []
     for layer, which, *caches in zip(
         weights.layers, found.of_layer, prompts.layers, cache, strict=True
     ):
@@ -241,6 +246,8 @@ def step(
             # Else XLA may make what is quantised before the loop, of all layers at once.
             x, layer = jax.lax.optimization_barrier((x, layer))
         with exact(model.dtype):
-            x, both, _ = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
+            x, both, routed = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
         written.append(both)
-    return outer.norm(x[:, 0]), tuple(written)
+        taken += [] if routed is None else [compact(model.decoder, routed.expert[:, 0])]
+    expert_BM = joined(jnp.stack(taken)) if taken else None
+    return outer.norm(x[:, 0]), tuple(written), expert_BM

@@ -94,20 +94,29 @@ class Experts(nnx.Module):
         self.up = Expert(count, embed, hidden, rngs, bias)
         self.down = Expert(count, hidden, embed, rngs, bias)
 
-    def route(self, x: Array) -> Routed:
-        """The k likeliest experts of softmax(x·W), with their probabilities, which are made to add
-        up to 1 where ``moe.normalise`` says so."""
+    def route(self, x: Array, replayed: Array | None = None) -> Routed:
+        """The k likeliest experts of softmax(x·W), or those that are to be taken again, with their
+        probabilities, which are made to add up to 1 where ``moe.normalise`` says so."""
         logits = self.router(x).astype(jnp.float32)
-        weight, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.moe.per_token)
+        chance = jax.nn.softmax(logits, axis=-1)
+        weight, expert = jax.lax.top_k(chance, self.moe.per_token)
+        if replayed is not None:
+            expert = jnp.where(replayed < self.moe.experts, replayed.astype(jnp.int32), expert)
+            weight = jnp.take_along_axis(chance, expert, axis=-1)
         if self.moe.normalise:
             weight /= weight.sum(-1, keepdims=True)
         return Routed(expert, weight, logits)
 
-    def __call__(self, x: Array, rules: Rules) -> tuple[Array, Routed]:
-        """x [B, T, D] → [B, T, D], and how it was routed."""
+    def __call__(
+        self, x: Array, rules: Rules, replayed: Array | None = None
+    ) -> tuple[Array, Routed]:
+        """x [B, T, D] → [B, T, D], and how it was routed.
+
+        ``replayed`` are the experts [B, T, k] that tokens are to take; see ``replay``.
+        """
         parts = self.gate, self.up, self.down
         maps = tuple(part.read(x.dtype) for part in parts)
-        routed = self.route(x)
+        routed = self.route(x, replayed)
         expert, weight, where = routed.expert, routed.weight, platform()
         if jax.sharding.get_abstract_mesh().empty:
             return self._some(x, expert, weight, maps, first=0, where=where), routed

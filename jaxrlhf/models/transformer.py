@@ -24,7 +24,7 @@ from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import KEPT
 from jaxrlhf.models.dora import norms, with_gains, with_magnitudes
-from jaxrlhf.models.experts import added_up
+from jaxrlhf.models.experts import Routed, added_up
 from jaxrlhf.models.kernels import attend_rows, choose, real_first, reorder
 from jaxrlhf.models.layers import (
     POLICIES,
@@ -33,6 +33,7 @@ from jaxrlhf.models.layers import (
     exact,
 )
 from jaxrlhf.models.quantise import MAGNITUDE, in_dtype
+from jaxrlhf.models.replay import by_layer, compact
 from jaxrlhf.models.rope import angles_by_kind, kinds, positions
 
 
@@ -60,6 +61,16 @@ def declare(make: Any, layers: int | None = None) -> Declared:
             lambda names: ("layers", *names), axes, is_leaf=lambda names: isinstance(names, tuple)
         )
     return Declared(graph, shapes, axes)
+
+
+class Kept(NamedTuple):
+    """What a pass over whole rows leaves to those who go on with them."""
+
+    key: Array
+    """[L, B, K, T, H], laid out for decoding, like ``value``."""
+    value: Array
+    expert: Array | None
+    """[L, B, T, k], those that a mixture's tokens took; see ``replay``."""
 
 
 # Cached: steps that are traced again and again would otherwise build the modules each time.
@@ -170,6 +181,7 @@ class Model:
         segment_BT: Array | None = None,
         keep: bool = False,
         routers: bool = False,
+        expert_BTM: Array | None = None,
     ) -> tuple[Array, Any]:
         """Hidden states after the last norm, [B, T, D] in the compute dtype.
 
@@ -178,44 +190,43 @@ class Model:
         positions start at 0 in each.
 
         Args:
-          keep: also return what later tokens look at: all layers' keys and values [L, B, K, T, H],
-            laid out for decoding.
+          keep: also return what later tokens look at, ``Kept``.
           routers: of a mixture, also return what its routers say of real tokens, a ``RouterSums``.
+          expert_BTM: of a mixture, the experts that tokens are to take; see ``replay``.
 
         Raises:
           ValueError: if ``params`` or ``lora`` is not the tree that this model declares; the
-            first difference is named.
+            first difference is named. Or if what only a mixture has is asked of another model.
         """
-        if routers and not self.routes:
-            raise ValueError("routers=True: the model is no mixture of experts")
+        if (routers or expert_BTM is not None) and not self.routes:
+            raise ValueError("routers or expert_BTM: the model is no mixture of experts")
         declared = blocks(self.decoder, self.lora if lora is not None else None)
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
         check_tree(layers, declared.shapes, "layers")
         outer, which_L = self.outer(params), jnp.array(kinds(self.decoder).of_layer)
         kernel = choose(self.attention, self.decoder, self.dtype, segment_BT is not None)
-        token_BT, attention_mask_BT, in_place = _in_order(kernel, token_BT, attention_mask_BT)
-        position_BT = positions(attention_mask_BT, segment_BT)
+        columns = token_BT, attention_mask_BT, expert_BTM
+        (token_BT, mask_BT, expert_BTM), in_place = _in_order(kernel, columns)
+        position_BT = positions(mask_BT, segment_BT)
         x = outer.embed(token_BT, position_BT, self.dtype)
         x = constrain(x, ("batch", "length", "activation"))
         angles = angles_by_kind(position_BT, self.decoder)
 
-        def layer(x: Array, item: tuple[Params, Array]) -> tuple[Array, Any]:
-            weights, which = item
-
-            def attend(query: Array, key: Array, value: Array, sink_N: Any) -> tuple[Array, Any]:
-                kept = tuple(map(_laid_out, map(in_place, (key, value)))) if keep else None
-                given = query, key, value, attention_mask_BT, segment_BT, sink_N
-                return attend_rows(kernel, self.decoder, which, *given), kept
-
+        def layer(x: Array, item: tuple[Params, Array, Array | None]) -> tuple[Array, Any]:
+            weights, which, replayed = item
+            attend = functools.partial(_attend, kernel, self.decoder, which, mask_BT, segment_BT)
             module = nnx.merge(declared.graph, self.with_gains(self.cast(weights)))
-            x, kept, routed = module(x, angles(which), RULES, attend)
-            return x, added_up(routed, attention_mask_BT) if routers else kept
+            x, seen, routed = module(x, angles(which), RULES, attend, replayed)
+            if keep:
+                return x, _kept(self.decoder, in_place, seen, routed)
+            return x, added_up(routed, mask_BT) if routers else None
 
         # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
         # is not to make another.
         layers = layers if keep else self.cast(layers)
+        expert_L = None if expert_BTM is None else by_layer(self.decoder, expert_BTM)
         with exact(self.dtype):
-            x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, (layers, which_L))
+            x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, (layers, which_L, expert_L))
         if routers:
             kept = kept.replace(tokens=kept.tokens[0])
         return in_place(outer.norm(x)), kept
@@ -247,19 +258,45 @@ class Model:
 
 
 def _in_order(
-    kernel: AttentionKernel, token_BT: Array, mask_BT: Array
-) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """Rows as a kernel takes them, and what puts columns back where they were."""
+    kernel: AttentionKernel, columns: tuple[Array, Array, Array | None]
+) -> tuple[tuple[Array, Array, Array | None], Callable[[Array], Array]]:
+    """(tokens, attention mask, experts) as a kernel takes them, and what puts columns back where
+    they were."""
     if kernel != "cudnn":
-        return token_BT, mask_BT, lambda x: x
-    order_BT, back_BT = real_first(mask_BT)
-    token_BT, mask_BT = (reorder(x, order_BT) for x in (token_BT, mask_BT))
-    return token_BT, mask_BT, lambda x: reorder(x, back_BT)
+        return columns, lambda x: x
+    order_BT, back_BT = real_first(columns[1])
+    return jax.tree.map(lambda x: reorder(x, order_BT), columns), lambda x: reorder(x, back_BT)
 
 
-def _laid_out(x: Array) -> Array:
-    """Keys or values [B, T, K, H] as decoding reads them."""
-    return constrain(jnp.swapaxes(x, 1, 2), KEPT, DECODE)
+def _attend(
+    kernel: AttentionKernel,
+    decoder: DecoderConfig,
+    which: Array,
+    mask_BT: Array,
+    segment_BT: Array | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    sink_N: Array | None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """What queries see of whole rows; and the keys and values [B, T, K, H]."""
+    given = query, key, value, mask_BT, segment_BT, sink_N
+    return attend_rows(kernel, decoder, which, *given), (key, value)
+
+
+def _kept(
+    decoder: DecoderConfig,
+    in_place: Callable[[Array], Array],
+    seen: tuple[Array, Array],
+    routed: Routed | None,
+) -> Kept:
+    """``Kept`` of one layer."""
+    key, value = (
+        constrain(jnp.swapaxes(in_place(x), 1, 2), KEPT, DECODE)  # as decoding reads them
+        for x in seen
+    )
+    expert = None if routed is None else in_place(compact(decoder, routed.expert))
+    return Kept(key, value, expert)
 
 
 def check_tree(params: Any, declared: Any, path: str) -> None:

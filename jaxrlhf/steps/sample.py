@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import SampleConfig, check_sample
+from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.mesh.sharding import DECODE, constrain, platform, row_shards
 from jaxrlhf.models.cache import empty_cache, grow
 from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out, read_prompts, step
+from jaxrlhf.models.replay import unknown, where_known
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import choose, columns_of
 from jaxrlhf.steps.slots import decode_in_slots
@@ -59,7 +61,7 @@ def sample(
       Rollout of B = Q·n rows, prompt-major; T = P + max_new_tokens columns. Log-probs in nats.
 
     Raises:
-      InputError: at trace time, if a setting is out of its range.
+      InputError: at trace time, if a setting is out of its range, or asks what the model lacks.
       ValueError: then too, if prompt and response would not fit the context, or strings are to end
         a response and ``stops`` is missing, or ``slots`` do not divide over the devices.
     """
@@ -82,7 +84,23 @@ def sample(
     key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
     decode = decode_in_slots if 0 < sample_config.slots < len(hidden_BD) else _decode
     end = decode(model, weights, hidden_BD, read, key_B, sample_config, value, stops)
-    return _rollout(end, prompt_QP, prompt_mask_QP, sample_config.n)
+    return _rollout(end, prompt_QP, prompt_mask_QP, read.expert_QPM, sample_config.n)
+
+
+def replays(model: Model, config: SampleConfig) -> bool:
+    """Whether scoring and updating are to take the sampler's experts again; see ``models.replay``.
+
+    Raises:
+      InputError: it is asked for of a model that has none.
+    """
+    if config.router_replay and not model.routes:
+        raise InputError(
+            "sample.router_replay=true: the model is no mixture of experts, and has no router: "
+            "leave it out"
+        )
+    if config.router_replay is None:
+        return model.routes and model.dtype == "bfloat16"
+    return config.router_replay
 
 
 def _read(
@@ -100,7 +118,8 @@ def _read(
     prompt, mask = (jnp.repeat(x, again, axis=0) for x in (prompt_QP, prompt_mask_QP))
     pieces = _pieces(len(prompt) // shards, prompt.shape[1], config.slots // shards)
     kind = kind_of(model, config)
-    hidden, prompts = read_prompts(model, params, prompt, mask, lora, pieces, kind)
+    record = bool(config.router_replay) and replays(model, config)
+    hidden, prompts = read_prompts(model, params, prompt, mask, lora, pieces, kind, record)
     last_BD = jnp.repeat(hidden, n // again, axis=0)
     return constrain(last_BD, ("batch", "activation"), DECODE), prompts
 
@@ -146,18 +165,19 @@ def _decode(
         # The cache has the tokens before the one just drawn.
         t = carry["t"] - 1
         token_B = jax.lax.dynamic_index_in_dim(carry["token_BN"], t, 1, keepdims=False)
-        hidden_BD, cache = step(model, weights, prompts, carry["cache"], token_B, t)
-        return drawn({**carry, "hidden_BD": hidden_BD, "cache": cache})
+        hidden_BD, cache, expert_BM = step(model, weights, prompts, carry["cache"], token_B, t)
+        more: dict[str, Any] = {"hidden_BD": hidden_BD, "cache": cache}
+        if "expert_BNM" in carry:
+            more["expert_BNM"] = _recorded(carry, expert_BM, t)
+        return drawn({**carry, **more})
 
-    floats = ["mask_BN", "logp_BN", "sample_logp_BN"] + ["value_BN"] * value
     start = {
         "t": jnp.zeros((), jnp.int32),
         "done_B": jnp.zeros(rows, bool),
         "hidden_BD": hidden_BD,
         # The last token drawn is never looked at.
         "cache": empty_cache(model.decoder, kind_of(model, config), rows, stages[0] - 1),
-        "token_BN": jnp.full((rows, new), config.pad, jnp.int32),
-        **{name: jnp.zeros((rows, new), jnp.float32) for name in floats},
+        **_blank(model, config, rows, value),
         "read_B": None if stops is None else jnp.zeros(rows, jnp.int32),
     }
 
@@ -174,7 +194,27 @@ def _decode(
     return carry
 
 
-def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: int) -> Rollout:
+def _blank(model: Model, config: SampleConfig, rows: int, value: bool) -> dict[str, Array]:
+    """The columns before a token is drawn."""
+    shape = rows, config.max_new_tokens
+    floats = ["mask_BN", "logp_BN", "sample_logp_BN"] + ["value_BN"] * value
+    columns = {name: jnp.zeros(shape, jnp.float32) for name in floats}
+    columns["token_BN"] = jnp.full(shape, config.pad, jnp.int32)
+    if config.router_replay:
+        expert_BNM = unknown(model.decoder, shape)
+        columns["expert_BNM"] = constrain(expert_BNM, ("batch", None, None), DECODE)
+    return columns
+
+
+def _recorded(carry: dict[str, Any], expert_BM: Any, t: Array) -> Array:
+    """The experts so far, with those of the t-th tokens of the rows that go on."""
+    expert_BM = where_known(~carry["done_B"], expert_BM)
+    return jax.lax.dynamic_update_index_in_dim(carry["expert_BNM"], expert_BM, t, axis=1)
+
+
+def _rollout(
+    end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, expert_QPM: Array | None, n: int
+) -> Rollout:
     """Prompt columns in front of what the loop wrote."""
     prompt = jnp.repeat(prompt_QP, n, axis=0).astype(jnp.int32)
     prompt_mask = jnp.repeat(prompt_mask_QP, n, axis=0).astype(jnp.int32)
@@ -183,6 +223,10 @@ def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: in
     def after_prompt(x: Array) -> Array:
         return jnp.concatenate([nothing, x], axis=1)
 
+    expert_BTM = None
+    if expert_QPM is not None:  # a prompt may have been read more than once
+        expert_BPM = jnp.repeat(expert_QPM, len(prompt) // len(expert_QPM), axis=0)
+        expert_BTM = jnp.concatenate([expert_BPM, end["expert_BNM"]], axis=1)
     new_mask = end["mask_BN"].astype(jnp.int32)
     return Rollout(
         token_BT=jnp.concatenate([prompt, end["token_BN"]], axis=1),
@@ -192,5 +236,6 @@ def _rollout(end: dict[str, Any], prompt_QP: Array, prompt_mask_QP: Array, n: in
         sample_logp_BT=after_prompt(end["sample_logp_BN"]),
         ended_B=end["done_B"],
         value_BT=after_prompt(end["value_BN"]) if "value_BN" in end else None,
+        expert_BTM=expert_BTM,
         n=n,
     )

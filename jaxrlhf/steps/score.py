@@ -26,6 +26,7 @@ def forward(
     segment_BT: Array | None = None,
     wanted_BT: Array | None = None,
     routers: bool = False,
+    expert_BTM: Array | None = None,
 ) -> Outputs:
     """One pass over whole rows; the [B, T, V] logits never exist at once.
 
@@ -45,6 +46,8 @@ def forward(
         1; 0 on padding). Each is then as if it stood alone.
       wanted_BT: bool [B, T]; where it is False, log-probs and entropies are 0, and few logits are
         computed for nothing. Of packed rows it does what ``first`` does of others.
+      expert_BTM: of a mixture, the experts that tokens are to take, a ``Rollout``'s; None: routers
+        choose.
 
     Returns:
       Outputs, float32 [B, T] each; log-probs and entropies in nats.
@@ -52,7 +55,7 @@ def forward(
     chex.assert_rank([token_BT, attention_mask_BT], 2)
     chex.assert_equal_shape([token_BT, attention_mask_BT])
     given = token_BT, attention_mask_BT, lora, segment_BT
-    hidden, sums = model.apply(params, *given, routers=routers)
+    hidden, sums = model.apply(params, *given, routers=routers, expert_BTM=expert_BTM)
     known, asked = predicted(attention_mask_BT, first, segment_BT, wanted_BT)
     some = None if wanted_BT is None else asked
     # Token t is predicted by the hidden state at t − 1.
@@ -92,11 +95,11 @@ def score(
     temperature: float | Array = 1.0,
     lora: Params | None = None,
     first: int = 1,
+    expert_BTM: Array | None = None,
 ) -> Array:
     """log π(token t | tokens < t), nats, float32 [B, T]; see ``forward``."""
-    return forward(
-        model, params, token_BT, attention_mask_BT, temperature, lora=lora, first=first
-    ).logp_BT
+    rows, more = (token_BT, attention_mask_BT), {"first": first, "expert_BTM": expert_BTM}
+    return forward(model, params, *rows, temperature, lora=lora, **more).logp_BT
 
 
 def value(
@@ -106,10 +109,12 @@ def value(
     attention_mask_BT: Array,
     lora: Params | None = None,
     segment_BT: Array | None = None,
+    expert_BTM: Array | None = None,
 ) -> Array:
     """V(tokens < t), reward units, float32 [B, T]; column 0 is 0; see ``forward``."""
     chex.assert_rank([token_BT, attention_mask_BT], 2)
-    hidden, _ = model.apply(params, token_BT, attention_mask_BT, lora, segment_BT=segment_BT)
+    given = token_BT, attention_mask_BT, lora, segment_BT
+    hidden, _ = model.apply(params, *given, expert_BTM=expert_BTM)
     real = attention_mask_BT != 0
     known = real[:, 1:] & real[:, :-1]
     if segment_BT is not None:

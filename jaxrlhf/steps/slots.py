@@ -20,6 +20,7 @@ from jaxrlhf.core.types import Array, StopTable
 from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards
 from jaxrlhf.models.cache import KEPT, Layer, empty_cache, laid_out
 from jaxrlhf.models.decode import Prompts, Weights, kind_of, step
+from jaxrlhf.models.replay import unknown
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import Drawn, choose, columns_of
 
@@ -91,10 +92,9 @@ def decode_in_slots(
     def extend(now: Slots) -> Slots:
         """Run the policy on the tokens just drawn, then draw the next."""
         given = _joined(now.token_XS), _joined(now.t_XS - 1)
-        hidden_BD, cache = step(model, weights, now.prompts, now.cache, *given)
+        hidden_BD, cache, expert_BM = step(model, weights, now.prompts, now.cache, *given)
         found = drawn(hidden_BD, _take(queue.key_XR, now.row_XS), now.t_XS, now.read_XS)
         over_XS = found.ended_B | (now.t_XS + 1 == new)
-        at, kept = (now.row_XS, now.t_XS), columns_of(found)
         return now._replace(
             row_XS=jnp.where(over_XS, rows, now.row_XS),
             # A free slot stays at its first token: it is run too, and nothing of it is kept.
@@ -102,7 +102,7 @@ def decode_in_slots(
             token_XS=found.token_B,
             read_XS=found.read_B,
             cache=cache,
-            columns={name: _put_at(x, *at, kept[name]) for name, x in now.columns.items()},
+            columns=_written(now, found, expert_BM),
             ended_XR=_put(now.ended_XR, now.row_XS, found.ended_B),
         )
 
@@ -125,6 +125,20 @@ def decode_in_slots(
     )
     columns = {name: _joined(x) for name, x in end.columns.items()}
     return {**columns, "done_B": _joined(end.ended_XR)}
+
+
+def _written(now: Slots, found: Drawn, expert_BM: Array | None) -> dict[str, Array]:
+    """The columns with what is known of the tokens just drawn, and which experts the ones before
+    them took."""
+    columns = dict(now.columns)
+    for name, x in columns_of(found).items():
+        columns[name] = _put_at(columns[name], now.row_XS, now.t_XS, x)
+    if "expert_BNM" in columns:
+        assert expert_BM is not None
+        expert_XSM = _split(expert_BM, len(now.row_XS))
+        before = columns["expert_BNM"], now.row_XS, now.t_XS - 1
+        columns["expert_BNM"] = _put_at(*before, expert_XSM)
+    return columns
 
 
 def _drawn(
@@ -186,6 +200,9 @@ def _start(model: Model, queue: Queue, prompts: Prompts, slots: int, config: Sam
         blank = jnp.full((shards, rows, new), config.pad if name == "token_BN" else 0)
         columns[name] = blank.astype(first_XR.dtype).at[:, :, 0].set(first_XR)
         columns[name] = constrain(columns[name], ("batch", None, None), DECODE)
+    if config.router_replay:
+        expert = unknown(model.decoder, (shards, rows, new))
+        columns["expert_BNM"] = constrain(expert, ("batch", None, None, None), DECODE)
     return Slots(
         row_XS=nothing_XS + rows,
         t_XS=nothing_XS + 1,

@@ -108,6 +108,6 @@ def _next(
 ) -> tuple[Drawn, State]:
     """Run the policy on the last token and draw the next."""
     prompts, t = state.prompts, state.t
-    hidden_BD, cache = step(model, weights, prompts, state.cache, state.token_B, t - 1)
+    hidden_BD, cache, _ = step(model, weights, prompts, state.cache, state.token_B, t - 1)
     found = choose(model, weights, hidden_BD, key_B, t, state.read_B, config, False, stops)
     return found, State(prompts, cache, found.token_B, t + 1, found.read_B)

@@ -38,7 +38,7 @@ def stepwise(model, params, lora=None, kind="float32"):
     cache = empty_cache(model.decoder, kind, 3 * SAMPLES, NEW)  # three slots are never used
     assert cache[0][0].x.shape[2] == slots_of(NEW) == 8
     for at in range(NEW):
-        hidden, cache = step(model, weights, prompts, cache, MORE[:, at], jnp.array(at))
+        hidden, cache, _ = step(model, weights, prompts, cache, MORE[:, at], jnp.array(at))
         found.append(hidden)
     return model.logits(weights.outer, jnp.stack(found, axis=1))
 

@@ -249,7 +249,7 @@ def test_a_token_at_a_time_equals_all_at_once(case):
     run = jax.jit(lambda cache, token, at: step(model, weights, prompts, cache, token, at))
     found = [hidden]
     for at in range(LENGTH - width):
-        hidden, cache = run(cache, token[:, width + at], jnp.array(at))
+        hidden, cache, _ = run(cache, token[:, width + at], jnp.array(at))
         found.append(hidden)
     np.testing.assert_allclose(jnp.stack(found, 1), expected[:, width - 1 :], atol=2e-5)
 

@@ -139,7 +139,7 @@ def test_model_with_kernels_equals_that_with_pieces(
 
     def total(params):
         hidden, kept = model.apply(params, token, mask, lora, keep=True)
-        kept = jax.tree.map(lambda x: x * mask[None, :, None, :, None], kept)
+        kept = jax.tree.map(lambda x: x * mask[None, :, None, :, None], kept[:2])
         return (hidden * slope).sum(), (hidden * mask[..., None], kept)
 
     expected = jax.jit(jax.grad(total, has_aux=True))(params)
