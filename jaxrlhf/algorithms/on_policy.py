@@ -203,6 +203,7 @@ def learnable(config: OnPolicyConfig, priced: Priced, credit: Credit) -> Batch:
         ref_logp_BT=priced.ref_logp_BT if in_loss else None,
         # one a row, because a batch is cut by rows
         kl_coef_B=jnp.broadcast_to(priced.kl_coef, mask_BT.shape[:1]) if in_loss else None,
+        expert_BTM=rollout.expert_BTM,
     )
 
 

@@ -193,6 +193,30 @@ def map_pieces(f: Callable[[Any], Any], rows: Any, pieces: int, rules: Rules = R
     return jax.tree.map(joined, jax.lax.map(f, jax.tree.map(cut, rows)))
 
 
+def take_rows(x: Array, row_M: Array) -> Array:
+    """x[row_M] of rows [B, ...] over the mesh, whichever devices they lie on."""
+    if x.ndim < 3:  # a number a token or less: small, were each device to have all of it
+        return x[row_M]
+    taken = split_last(x)[row_M]
+    return split_rows(taken, x.shape[-1], ("batch", *(None,) * (x.ndim - 1)))
+
+
+def split_last(x: Array) -> Array:
+    """[..., M] with its last axis over the devices of rows, with zeros added until it divides.
+
+    So rows can go to other devices, and tokens to other rows, and no device has all of them.
+    """
+    lacks = -x.shape[-1] % row_shards()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lacks)])
+    return constrain(x, (*(None,) * (x.ndim - 1), "batch"))
+
+
+def split_rows(x: Array, size: int, axes: Sequence[str | None]) -> Array:
+    """What was ``split_last``, and its rows mixed, → laid out by ``axes``, of ``size`` numbers."""
+    x = constrain(x, (*(None,) * (x.ndim - 1), "batch"))
+    return constrain(x, axes)[..., :size]
+
+
 def devices_in_mesh() -> int:
     """Devices of the mesh in force; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -198,8 +198,9 @@ class Model:
           ValueError: if ``params`` or ``lora`` is not the tree that this model declares; the
             first difference is named. Or if what only a mixture has is asked of another model.
         """
-        if (routers or expert_BTM is not None) and not self.routes:
-            raise ValueError("routers or expert_BTM: the model is no mixture of experts")
+        for name, asked in {"routers=True": routers, "expert_BTM": expert_BTM is not None}.items():
+            if asked and not self.routes:
+                raise ValueError(f"{name}: the model is no mixture of experts")
         declared = blocks(self.decoder, self.lora if lora is not None else None)
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
         check_tree(layers, declared.shapes, "layers")

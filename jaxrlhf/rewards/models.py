@@ -127,7 +127,7 @@ def packed_scores(
     """``token_scores``, [B, T], 0 on padding, of packed rows: a piece at a time."""
 
     def scores(rows: PackedRows) -> Array:
-        token_RT, mask_RT, segment_RT, _ = rows
+        token_RT, mask_RT, segment_RT, *_ = rows
         return token_scores(model, params, token_RT, mask_RT, lora, segment_RT)
 
     return in_pieces(scores, token_BT, attention_mask_BT, apart=keeps_apart(model))

@@ -60,7 +60,7 @@ def arguments(run: Run, key: Any = None) -> Iterator[tuple[str, Arguments]]:
         yield "baseline", compared
         extra = (rows("baseline", compared),)
     if on_policy(config).old_logp == "rescore":
-        yield "rescore", (policy, base, *texts)
+        yield "rescore", (policy, base, *texts, rollout.expert_BTM)
     scored = (shapes(at_hand(run.reference.params)), *texts)
     yield "reference", scored
     if "value" in run.algorithm.needs:

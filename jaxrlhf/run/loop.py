@@ -246,7 +246,8 @@ def score(run: Run, states: States, rollout: Rollout) -> Scored:
     texts = (rollout.token_BT, rollout.attention_mask_BT)
     # log π_old: the sampler's, or scored again as the update will.
     if on_policy(run.config).old_logp == "rescore":
-        logp_BT = programs.rescore(states["policy"].params, run.frozen["policy"], *texts)
+        given = states["policy"].params, run.frozen["policy"], *texts, rollout.expert_BTM
+        logp_BT = programs.rescore(*given)
         rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
     ref_logp_BT = programs.reference(at_hand(run.reference.params), *texts)
     # V: by a critic of its own, or the sampler's, where it shares the policy's trunk.

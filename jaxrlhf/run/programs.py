@@ -35,12 +35,12 @@ from jaxrlhf.core.types import (
     StopTable,
     TrainState,
 )
-from jaxrlhf.mesh.sharding import few_rows_layout, row_layout
+from jaxrlhf.mesh.sharding import few_rows_layout, row_layout, take_rows
 from jaxrlhf.models.decode import Weights, decode_layout, lay_out
 from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.balance import Balance
 from jaxrlhf.steps.packed import PackedRows, in_pieces, keeps_apart
-from jaxrlhf.steps.sample import sample
+from jaxrlhf.steps.sample import replays, sample
 from jaxrlhf.steps.score import forward, value
 from jaxrlhf.steps.update import (
     at_position,
@@ -76,7 +76,8 @@ class OnPolicyPrograms:
     merge: Program
     """(Rollouts, row_B) → Rollout of these rows of them: DAPO's rounds as one."""
     rescore: Program
-    """(params, frozen, token_BT, attention_mask_BT) → logp_BT, by a forward like the update's."""
+    """(params, frozen, token_BT, attention_mask_BT, expert_BTM) → logp_BT, by a forward like the
+    update's; of a Rollout that has no experts None."""
     reference: Program
     """(params, token_BT, attention_mask_BT) → ref_logp_BT, at the sampler's temperature."""
     value: Program
@@ -146,7 +147,7 @@ def on_policy_programs(
         return jax.jit(reference_score, out_shardings=rows)
 
     def take(batch: AnyBatch, row_M: Array) -> AnyBatch:
-        part = jax.tree.map(lambda x: x[row_M], batch)
+        part = jax.tree.map(lambda x: take_rows(x, row_M), batch)
         return reweight(part, settings.aggregation, settings.length)
 
     def baseline(greedy: Rollout, reward_Q: Array) -> Array:
@@ -155,11 +156,15 @@ def on_policy_programs(
     shared = has_critic(config) and config.critic.kind == "shared"
     # Held-out samples are from the policy itself, whatever truncation it is trained under.
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    held_out = replace(config.sample, n=config.eval.n, **plain)
+    held_out = replace(config.sample, n=config.eval.n, router_replay=False, **plain)
+    # Of a loss on pairs, or on a teacher's distributions, the sampler's log-probs are no part.
+    learns = algorithm.reads == "outputs" and "teacher" not in algorithm.needs
+    drawn = replace(config.sample, router_replay=learns and replays(model, config.sample))
+    once = replace(config.sample, n=1, temperature=0.0, router_replay=False)
     return OnPolicyPrograms(
         lay_out=decode_weights(model, mesh, states["policy"].params, frozen),
-        sample=sampler(model, config.sample, rows, shared, stops),
-        greedy=sampler(model, replace(config.sample, n=1, temperature=0.0), few, stops=stops),
+        sample=sampler(model, drawn, rows, shared, stops),
+        greedy=sampler(model, once, few, stops=stops),
         baseline=jax.jit(baseline, out_shardings=rows),
         merge=jax.jit(merge, out_shardings=rows),
         rescore=jax.jit(packed(model, temperature), out_shardings=rows),
@@ -201,18 +206,26 @@ def sampler(
 
 
 def packed_logp(model: Model, temperature: float, first: int) -> Program:
-    """(params, frozen, token_BT, attention_mask_BT) → log π of tokens from column ``first`` on,
-    [B, T], by ``forward`` of packed rows, some at a time."""
+    """(params, frozen, token_BT, attention_mask_BT, expert_BTM = None) → log π of tokens from
+    column ``first`` on, [B, T], by ``forward`` of packed rows, some at a time."""
 
-    def rescore(params: Params, frozen: Any, token_BT: Array, mask_BT: Array) -> Array:
+    def rescore(
+        params: Params,
+        frozen: Any,
+        token_BT: Array,
+        mask_BT: Array,
+        expert_BTM: Array | None = None,
+    ) -> Array:
         weights, lora = combine_params(params, frozen)
 
         def logp(rows: PackedRows) -> Array:
-            token_RT, mask_RT, segment_RT, wanted_RT = rows
+            token_RT, mask_RT, segment_RT, wanted_RT, expert_RTM = rows
             more = {"lora": lora, "segment_BT": segment_RT, "wanted_BT": wanted_RT}
+            more["expert_BTM"] = expert_RTM
             return forward(model, weights, token_RT, mask_RT, temperature, **more).logp_BT
 
-        return in_pieces(logp, token_BT, mask_BT, first=first, apart=keeps_apart(model))
+        more = {"first": first, "apart": keeps_apart(model), "expert_BTM": expert_BTM}
+        return in_pieces(logp, token_BT, mask_BT, **more)
 
     return rescore
 
@@ -251,7 +264,7 @@ def decode_weights(model: Model, mesh: Mesh, params: Params, frozen: Params | No
 
 def merge(rollouts: tuple[Rollout, ...], row_B: Array) -> Rollout:
     """Rows out of several rollouts."""
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[row_B], *rollouts)
+    return jax.tree.map(lambda *parts: take_rows(jnp.concatenate(parts), row_B), *rollouts)
 
 
 def updates(

@@ -41,8 +41,9 @@ from jaxrlhf.algorithms import ALGORITHMS, Algorithm, greedy_baseline, reweight
 from jaxrlhf.config import CriticTargetsConfig, OnPolicyConfig, PPOConfig, SampleConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import AnyBatch, Array, Params, Rollout, StopTable, TrainState
+from jaxrlhf.mesh.sharding import take_rows
 from jaxrlhf.models.transformer import Model, combine_params
-from jaxrlhf.steps.sample import sample
+from jaxrlhf.steps.sample import replays, sample
 from jaxrlhf.steps.score import score
 from jaxrlhf.steps.update import Loss, Metrics, make_update, pairs_loss, policy_loss
 
@@ -115,6 +116,8 @@ def make_iteration(
     if config.in_groups and sample_config.n < 2:
         raise InputError(f"n={sample_config.n}: {config.name} compares samples: give at least 2")
     algorithm = algorithm or ALGORITHMS[config.name](config)
+    kept = replays(model, sample_config) and algorithm.reads == "outputs"
+    sample_config = replace(sample_config, router_replay=kept)
     loss = loss or _loss_of(model, config, algorithm, sample_config.temperature)
     update = make_update(tx, loss, microbatches)
     parts = Parts(model, config, algorithm, sample_config, sampler, stops, reward, update)
@@ -170,13 +173,14 @@ def iterate(
     rollout = draw(sample_config, "value" in algorithm.needs)
     texts, temperature = (rollout.token_BT, rollout.attention_mask_BT), sample_config.temperature
     if config.old_logp == "rescore":
-        logp_BT = score(model, weights, *texts, temperature, lora) * rollout.mask_BT
+        again = {"expert_BTM": rollout.expert_BTM}
+        logp_BT = score(model, weights, *texts, temperature, lora, **again) * rollout.mask_BT
         rollout = replace(rollout, logp_BT=logp_BT)
     ref_logp_BT = score(model, reference, *texts, temperature)
     reward_B = judge(rollout)
     expected: list[Array] = []
     if "greedy" in algorithm.needs:
-        greedy = draw(replace(sample_config, n=1, temperature=0.0), False)
+        greedy = draw(replace(sample_config, n=1, temperature=0.0, router_replay=False), False)
         expected = [greedy_baseline(config, greedy, judge(greedy), sample_config.n)]
     coefficients = {"kl_coef": jnp.asarray(config.kl_coef if kl_coef is None else kl_coef)}
     assert algorithm.targets is not None
@@ -211,7 +215,7 @@ def _updates(
     def step(state: TrainState, row_M: Array) -> tuple[TrainState, Metrics]:
         part = batch
         if pieces > 1:
-            part = jax.tree.map(lambda x: x[row_M], batch)
+            part = jax.tree.map(lambda x: take_rows(x, row_M), batch)
             part = reweight(part, config.aggregation, config.length)
         return update(state, part, frozen)
 

@@ -22,8 +22,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxrlhf.core.types import Array, Batch, Outputs, TokenBatch
-from jaxrlhf.mesh.sharding import constrain, length_shards, platform, row_shards
+from jaxrlhf.mesh.sharding import (
+    constrain,
+    length_shards,
+    platform,
+    row_shards,
+    split_last,
+    split_rows,
+)
 from jaxrlhf.models.kernels import choose
+from jaxrlhf.models.replay import nobody
 from jaxrlhf.models.transformer import Model
 
 TOKENS_AT_ONCE = {"cpu": 512}
@@ -42,6 +50,8 @@ class PackedRows(NamedTuple):
     """int32, the row that a token is of, from 1; 0 on padding. None: each is one row."""
     wanted_RT: Array
     """bool, the tokens whose log-probs are asked for."""
+    expert_RTM: Array | None = None
+    """The experts that tokens are to take, where they are replayed."""
 
 
 @struct.dataclass
@@ -151,6 +161,7 @@ def in_pieces(
     most: int | None = None,
     first: int = 0,
     apart: bool = False,
+    expert_BTM: Array | None = None,
 ) -> Array:
     """What a network says of each token, float32 [B, T], a piece of the rows at a time.
 
@@ -158,10 +169,11 @@ def in_pieces(
       network: gives a number a token.
       most, apart: see ``pack``.
       first: static; the result is 0 in columns before it, and on padding.
+      expert_BTM: the experts that tokens are to take, where they are replayed.
     """
     packing = pack(attention_mask_BT, most, apart)
     wanted_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]) >= first, token_BT.shape)
-    rows = _rows(packing, token_BT, wanted_BT)
+    rows = _rows(packing, token_BT, wanted_BT, expert_BTM)
 
     def add(i: Array, found_IRT: Array) -> Array:
         return found_IRT.at[i].set(constrain(network(rows(i)), ("batch", "length")))
@@ -182,7 +194,8 @@ def pieces_of(
     packing = pack(batch.attention_mask_BT, most, apart)
     # what has no mask of its own learns where it weighs something
     names = ("mask_BT", "weight_BT") if isinstance(batch, Batch) else ("weight_BT",)
-    rows = _rows(packing, batch.token_BT, getattr(batch, names[0]) != 0)
+    wanted_BT = getattr(batch, names[0]) != 0
+    rows = _rows(packing, batch.token_BT, wanted_BT, _replayed(batch))
     size = math.prod(packing.source_IRT.shape[1:])
 
     def piece(i: Any) -> Piece:
@@ -201,30 +214,48 @@ def read(batch: Any, network: Callable[..., Outputs], **rows: Any) -> tuple[Outp
 
     Args:
       network: (token, attention mask, …) → Outputs; with ``segment_BT`` and ``wanted_BT`` of
-        packed rows, else with ``rows``.
+        packed rows, else with ``rows``; and with ``expert_BTM`` where experts are replayed.
     """
     if not isinstance(batch, Piece):
-        return network(batch.token_BT, batch.attention_mask_BT, **rows), batch
-    token_RT, mask_RT, segment_RT, wanted_RT = batch.rows
-    found = network(token_RT, mask_RT, segment_BT=segment_RT, wanted_BT=wanted_RT)
+        more = _named(_replayed(batch))
+        return network(batch.token_BT, batch.attention_mask_BT, **rows, **more), batch
+    token_RT, mask_RT, segment_RT, wanted_RT, expert_RTM = batch.rows
+    more = {"segment_BT": segment_RT, "wanted_BT": wanted_RT, **_named(expert_RTM)}
+    found = network(token_RT, mask_RT, **more)
     # Sums over tokens have no places to go back to.
     sums, found = found.routers, replace(found, routers=None)
     return replace(jax.tree.map(batch.back, found), routers=sums), batch.batch
 
 
-def _rows(packing: Packing, token_BT: Array, wanted_BT: Array) -> Callable[[Any], PackedRows]:
+def _replayed(batch: Any) -> Array | None:
+    return batch.expert_BTM if isinstance(batch, Batch) else None
+
+
+def _named(expert_BTM: Array | None) -> dict[str, Array]:
+    return {} if expert_BTM is None else {"expert_BTM": expert_BTM}
+
+
+def _rows(
+    packing: Packing, token_BT: Array, wanted_BT: Array, expert_BTM: Array | None
+) -> Callable[[Any], PackedRows]:
     """i → the packed rows of piece i."""
     width, source_IRT = token_BT.shape[1], packing.source_IRT
     token_IRT, wanted_IRT = (
         constrain(_take(x_BT, source_IRT), (None, "batch", "length"))
         for x_BT in (token_BT, wanted_BT)
     )
+    spread = None if expert_BTM is None else split_last(expert_BTM)
 
     def piece(i: Any) -> PackedRows:
         real_RT = source_IRT[i] < token_BT.size
         segment_RT = jnp.where(real_RT, source_IRT[i] // width + 1, 0)
         found = token_IRT[i], real_RT, segment_RT, wanted_IRT[i]
         rows = PackedRows(*(constrain(x_RT, ("batch", "length")) for x_RT in found))
+        if spread is not None and expert_BTM is not None:
+            flat, fill = spread.reshape(-1, spread.shape[-1]), nobody(spread)
+            taken = jnp.take(flat, source_IRT[i], axis=0, mode="fill", fill_value=fill)
+            whole = split_rows(taken, expert_BTM.shape[-1], ("batch", "length", None))
+            rows = rows._replace(expert_RTM=whole)
         return rows._replace(segment_RT=None) if packing.apart else rows
 
     return piece

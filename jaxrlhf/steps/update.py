@@ -93,8 +93,10 @@ def critic_loss(model: Model, algorithm: Algorithm, head_only: bool = False) -> 
             trunk, lora = jax.lax.stop_gradient((trunk, lora))
             weights = {**trunk, "head": weights["head"]}
 
-        def passed(token: Array, mask: Array, segment_BT: Any = None, **_: Any) -> Outputs:
-            value_BT = value(model, weights, token, mask, lora, segment_BT)
+        def passed(token: Array, mask: Array, segment_BT: Any = None, **more: Any) -> Outputs:
+            # A critic of its own has routers of its own; the policy's trunk took what it took.
+            expert_BTM = more.get("expert_BTM") if head_only else None
+            value_BT = value(model, weights, token, mask, lora, segment_BT, expert_BTM)
             return Outputs(logp_BT=jnp.zeros_like(value_BT), value_BT=value_BT)
 
         outputs, batch = read(batch, passed)

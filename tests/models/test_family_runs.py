@@ -37,7 +37,9 @@ def test_ppo_of_a_family(case, tmp_path):
     config = runs.ppo(tmp_path, mesh=mesh, steps=2, sample=SampleConfig(max_new_tokens=12, n=2))
     config = replace(config, model=ModelConfig(decoder=decoder, tokenizer=f"words:{runs.WORDS}"))
     if decoder.moe:
-        config = replace(config, optim=replace(config.optim, router_aux_loss_coef=0.01))
+        again = replace(config.sample, router_replay=True)
+        busy = replace(config.optim, router_aux_loss_coef=0.01)
+        config = replace(config, sample=again, optim=busy)
     _, metrics = runs.trained(config, make_mesh(mesh))
     assert len(metrics) == 2
     assert all(np.isfinite(row["loss"]) for row in metrics)
@@ -53,7 +55,9 @@ def test_other_algorithms_of_a_mixture(which, tmp_path):
     )
     changes = {"model": model, "mesh": EXPERTS, "steps": 2}
     if which == "grpo":
-        config = runs.ppo(tmp_path, **changes, algorithm=GRPOConfig())
+        again = SampleConfig(max_new_tokens=8, n=2, slots=8, router_replay=True)
+        algorithm = GRPOConfig(old_logp="rescore", minibatches=2)
+        config = runs.ppo(tmp_path, **changes, algorithm=algorithm, sample=again)
     else:
         config = getattr(runs, which)(tmp_path, **changes)
     _, metrics = runs.trained(config, make_mesh(EXPERTS))

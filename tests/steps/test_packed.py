@@ -99,7 +99,7 @@ def test_in_pieces_says_what_padded_rows_say(sizes, params):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
     def logp(rows):
-        token_RT, mask_RT, segment_RT, wanted_RT = rows
+        token_RT, mask_RT, segment_RT, wanted_RT, _ = rows
         more = {"segment_BT": segment_RT, "wanted_BT": wanted_RT}
         return forward(MODEL, params, token_RT, mask_RT, 0.7, **more).logp_BT
 
@@ -162,7 +162,7 @@ def test_rows_that_are_kept_apart(params, monkeypatch):
     seen = []
 
     def logp(rows):
-        token_RT, mask_RT, segment_RT, wanted_RT = rows
+        token_RT, mask_RT, segment_RT, wanted_RT, _ = rows
         seen.append(segment_RT)
         return forward(MODEL, params, token_RT, mask_RT, 0.7, wanted_BT=wanted_RT).logp_BT
 
