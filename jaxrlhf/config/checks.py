@@ -321,6 +321,7 @@ def _on_policy(config: Config) -> Iterator[str]:
             f"algorithm.length={algorithm.length}: aggregation={algorithm.aggregation} does not "
             "read it: set aggregation: fixed, or leave length out"
         )
+    yield from _replayed(config, algorithm)
     if isinstance(algorithm, GKDConfig):
         yield from _taught(config, algorithm)
     else:
@@ -330,6 +331,23 @@ def _on_policy(config: Config) -> Iterator[str]:
     if not has_critic(config) and config.critic != CriticConfig():
         yield f"critic: algorithm.name={algorithm.name} learns no value function: leave it out"
     yield from _width(config, data.max_prompt_tokens + sample.max_new_tokens)
+
+
+def _replayed(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:
+    """What router replay asks for; of a model in a folder its reader says."""
+    if not config.sample.router_replay:
+        return
+    decoder = config.model.decoder
+    if decoder is not None and decoder.moe is None:
+        yield (
+            "sample.router_replay=true: model.decoder is no mixture of experts, and has no router: "
+            "leave it out"
+        )
+    if algorithm.on_pairs or algorithm.has_teacher:
+        yield (
+            f"sample.router_replay=true: {algorithm.name} does not compare log-probs with the "
+            "sampler's, and would not read it: leave it out"
+        )
 
 
 def _rewarded(config: Config, algorithm: OnPolicyConfig) -> Iterator[str]:

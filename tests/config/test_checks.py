@@ -74,6 +74,7 @@ GKD = replace(PPO, algorithm=GKDConfig(), rewards=(), reference=ReferenceConfig(
         ({"algorithm": GKDConfig(lmbda=0.5)}, "sample.n=4: with algorithm.lmbda=0.5 prompts have"),
         ({"algorithm": GKDConfig(length=3)}, "algorithm.length=3: aggregation=token does not"),
         ({"critic": CriticConfig(kind="separate")}, "critic: algorithm.name=gkd learns no value"),
+        ({"sample": SampleConfig(router_replay=True)}, "sample.router_replay=true: gkd does not"),
     ],
 )
 def test_check_refuses_distillation(changes, message):
@@ -171,6 +172,14 @@ def test_check_passes(config):
         ),
         ({"algorithm": GRPOConfig(overlong_buffer=25)}, "algorithm.overlong_buffer=25: more"),
         ({"algorithm": OnlineDPOConfig(kind="exo_pair")}, "algorithm.kind=exo_pair"),
+        (
+            {"algorithm": OnlineDPOConfig(), "sample": SampleConfig(router_replay=True)},
+            "sample.router_replay=true: online_dpo does not compare log-probs",
+        ),
+        (
+            {"model": fresh(), "sample": SampleConfig(router_replay=True)},
+            "sample.router_replay=true: model.decoder is no mixture of experts",
+        ),
         (
             {"algorithm": OnlineDPOConfig(minibatches=3)},
             "data.batch_size=8 % algorithm.minibatches",
