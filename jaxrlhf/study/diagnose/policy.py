@@ -180,14 +180,14 @@ def sampler_mismatch(history: History) -> Said:
     cut = sample.top_k != 0 or sample.top_p < 1 or sample.min_p > 0
     if found and cut:
         found[-1] += ", with truncated sampling"
-    return (
-        not cut,
-        found,
-        "set sample.top_k 0, top_p 1 and min_p 0, or algorithm.off_policy token"
-        if cut
-        else "set model.dtype float32, or algorithm.old_logp rescore with algorithm.off_policy "
-        "token",
+    remedy = (
+        "set model.dtype float32, or algorithm.old_logp rescore with algorithm.off_policy token"
     )
+    if sample.router_replay is False:
+        remedy = f"leave sample.router_replay out; or {remedy}"
+    if cut:
+        remedy = "set sample.top_k 0, top_p 1 and min_p 0, or algorithm.off_policy token"
+    return not cut, found, remedy
 
 
 @Detector
