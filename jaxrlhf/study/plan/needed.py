@@ -135,7 +135,8 @@ def _tokens(call: Call) -> float:
     sizes = [
         on_device(x) / x.dtype.itemsize
         for x, kind in leaves
-        if kind == "rows" and len(np.shape(x)) > 1 and np.issubdtype(x.dtype, np.integer)
+        # ids of experts, several a token, have no sign
+        if kind == "rows" and len(np.shape(x)) > 1 and np.issubdtype(x.dtype, np.signedinteger)
     ]
     return max(sizes, default=0.0)
 
