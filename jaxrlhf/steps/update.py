@@ -448,11 +448,13 @@ def apply_gradients(
     # One bad gradient through Adam would leave NaN in its moments for ever.
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
 
-    def step(_: None) -> tuple[Params, Any]:
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state
-
-    params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    found = optax.apply_updates(state.params, updates), opt_state
+    # Chosen number by number, so that each stands where the old one stood: of a branch XLA would
+    # write all of parameters and optimizer a second time.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), found, (state.params, state.opt_state)
+    )
     taken = finite.astype(jnp.int32)
     state = TrainState(
         params=params,
