@@ -284,7 +284,7 @@ class MLP(nnx.Module):
             self.up = Linear("up", embed, hidden, rngs, lora, c.mlp_bias)
         self.down = Linear("down", hidden, embed, rngs, lora, c.mlp_bias)
 
-    def __call__(self, x: Array, rules: Rules, _: None = None) -> tuple[Array, None]:
+    def __call__(self, x: Array, rules: Rules, _: Array | None = None) -> tuple[Array, None]:
         """x [B, T, D] → [B, T, D], and nothing in the place of how it was routed."""
         if hasattr(self, "gate_up"):
             both = self.gate_up(x)

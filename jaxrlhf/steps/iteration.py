@@ -173,9 +173,9 @@ def iterate(
     rollout = draw(sample_config, "value" in algorithm.needs)
     texts, temperature = (rollout.token_BT, rollout.attention_mask_BT), sample_config.temperature
     if config.old_logp == "rescore":
-        again = {"expert_BTM": rollout.expert_BTM}
-        logp_BT = score(model, weights, *texts, temperature, lora, **again) * rollout.mask_BT
-        rollout = replace(rollout, logp_BT=logp_BT)
+        how = *texts, temperature, lora
+        logp_BT = score(model, weights, *how, expert_BTM=rollout.expert_BTM)
+        rollout = replace(rollout, logp_BT=logp_BT * rollout.mask_BT)
     ref_logp_BT = score(model, reference, *texts, temperature)
     reward_B = judge(rollout)
     expected: list[Array] = []
