@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -21,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.core.errors import InputError
@@ -46,6 +44,7 @@ from jaxrlhf.mesh.processes import (
     is_first,
     jointly,
 )
+from jaxrlhf.mesh.saving import Elsewhere, quieten, writer
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +108,11 @@ class Checkpoints:
     ``with Checkpoints(folder, config) as checkpoints:`` ends once the last save is on disk. Every
     process of a multi-host run makes the same calls.
 
+    Args:
+      folder: one that all processes see; with ``elsewhere``, this process's own.
+      config: how many to keep.
+      elsewhere: where the steps come together whose pieces each process has in its own folder.
+
     Attributes:
       failed: saves that failed (a full disk, say); training goes on after each.
       saved: the newest step on disk, which all processes agree on; None if there is none.
@@ -117,7 +121,9 @@ class Checkpoints:
       InputError: the folder cannot be written, or ``config.keep`` is below 1.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig):
+    def __init__(
+        self, folder: str | Path, config: CheckpointConfig, elsewhere: Elsewhere | None = None
+    ):
         if config.keep < 1:
             raise InputError(f"checkpoint.keep={config.keep}: choose 1 or more")
         if "://" in str(folder):
@@ -129,8 +135,11 @@ class Checkpoints:
         self._in_flight: int | None = None
         self._failure = ""
         self._meeting: Meeting | None = None
+        self._elsewhere, self._fresh = elsewhere, False  # nothing of what is there is saved by us
         check_folder(self.folder)
         self._run = by_first(partial(claim, self.folder))
+        if elsewhere is not None:
+            all_or_none(partial(claim, self.folder, self._run))
         self.saved = max(_agreed(self.folder), default=None)
 
     def __enter__(self) -> "Checkpoints":
@@ -181,16 +190,17 @@ class Checkpoints:
         # Saved flat and by name: which classes optax keeps its moments in is no part of the file.
         leaves = named_leaves(state)
         about = {"step": step, "run": self._run, "host": dict(host)}
-        note = seal({**about, "leaves": describe(leaves)})
+        note = self._alike(seal({**about, "leaves": describe(leaves)}))
         self._in_flight = step
 
         items = {"state": ocp.args.PyTreeSave(leaves), "host": ocp.args.JsonSave(note)}
         try:
             manager = self._manager
             if manager is None:
-                _sweep(self.folder)
-                self._meeting = Meeting() if jax.process_count() > 1 else None
-                manager = jointly(partial(_writer, self.folder, self._keep, self._meeting))
+                self._sweep()
+                own = self._elsewhere is not None
+                self._meeting = Meeting() if jax.process_count() > 1 and not own else None
+                manager = jointly(partial(writer, self.folder, self._keep, self._meeting, own))
             self._manager = manager
             to_save = ocp.args.Composite(**items)
             jointly(partial(manager.save, step, args=to_save, force=True))
@@ -206,9 +216,10 @@ class Checkpoints:
         """
         self.wait()
         step = self.folder / str(self.latest())
+        host = self._alike(dict(host))
 
         def rewrite() -> None:
-            if not is_first():
+            if not self._writes():
                 return
             try:
                 note = note_of(step)
@@ -249,19 +260,43 @@ class Checkpoints:
           InputError: every checkpoint is damaged, or the saved state has another tree, shape or
             dtype than ``abstract`` (the message names the first difference).
         """
-        found, damaged = _newest(self.folder, abstract, part=False)
+        found, damaged = _newest(self.folder, abstract, False, self._elsewhere)
         if found is None:
             return None
         self.saved = found[0]
 
         def make_way() -> None:
             # Only now that another step is whole: where all are damaged, all stay where they are.
-            for step in damaged if is_first() else ():
+            for step in damaged if self._writes() else ():
                 target = put_aside(self.folder / str(step))
                 log.warning("resuming from step %d; step %d is now %s", found[0], step, target)
 
         all_or_none(make_way)
         return found
+
+    def look(self) -> None:
+        """See whether a save in flight has come through on all, and say so where steps come
+        together; does not wait for it. Nothing to do where all see one folder."""
+        if self._elsewhere is None:
+            return
+        if self._manager is None or self._in_flight is None:
+            self._offer()
+        elif not any_process(self._manager.is_saving_in_progress()):
+            self._settle()
+
+    def _offer(self) -> None:
+        if self._elsewhere is not None and self._fresh:
+            assert self.saved is not None
+            self._elsewhere.offer(self.saved)
+
+    def _writes(self) -> bool:
+        """Whether this process writes notes, and moves steps: one does in a folder of all."""
+        return self._elsewhere is not None or is_first()
+
+    def _alike(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The same on all where each writes its own note: what process 0 has (their clocks
+        differ)."""
+        return content if self._elsewhere is None else by_first(lambda: content)
 
     def _settle(self) -> None:
         """Wait for the save in flight, see whether it came through, and empty the trash."""
@@ -274,7 +309,9 @@ class Checkpoints:
             return
         if self._in_flight is not None:
             self.saved, self._in_flight, self._failure = self._in_flight, None, ""
-        _sweep(self.folder)
+            self._fresh = True
+            self._offer()
+        self._sweep()
 
     def _fail(self, error: Exception) -> None:
         """Count and report a failed save, and give back its space; the next starts afresh."""
@@ -282,6 +319,9 @@ class Checkpoints:
         self._failure = f"step {self._in_flight} could not be saved ({_brief(error)})"
         log.warning("%s: %s; the next save tries again", self.folder, self._failure)
         log.debug("the failed save", exc_info=error)
+        # It may be whole in this process's own folder, and of all it is not.
+        if self._elsewhere is not None and self._in_flight is not None:
+            shutil.rmtree(self.folder / str(self._in_flight), ignore_errors=True)
         manager, self._manager, self._in_flight = self._manager, None, None
         try:
             # With others, it could wait for them where it stopped; its threads are told to end.
@@ -291,76 +331,13 @@ class Checkpoints:
                 manager.close()
         except Exception as again:
             log.debug("closing after a failed save: %s", again)
-        _sweep(self.folder)
+        self._sweep()
 
-
-BARRIER_SECONDS = 600
-"""Seconds that a process waits in a save for another one that does not come."""
-
-
-def _writer(folder: Path, keep: int, meeting: Meeting | None) -> ocp.CheckpointManager:
-    """Writes checkpoints; ``meeting``: how its threads wait for those of other processes."""
-    # where a directory cannot be made: an error now, not threads that wait for 20 minutes
-    how = ocp.AsyncOptions(create_directories_asynchronously=False)
-    among = ocp.options.MultiprocessingOptions()
-    if meeting is not None:
-        how.timeout_secs, how.barrier_sync_fn = BARRIER_SECONDS, meeting
-        # Named one by one they meet on their hosts: no meeting of devices could be left.
-        among.active_processes = set(range(jax.process_count()))
-        among.barrier_sync_key_prefix = meeting.name
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.LatestN(keep),
-        # by a rename: no kill leaves half a step behind
-        todelete_subdir=beside(folder, "trash").name,
-        async_options=how,
-        multiprocessing_options=among,
-        create=False,  # it is there
-        # reads nothing of older steps, which may be damaged
-        lightweight_initialize=True,
-    )
-    _quieten()
-    return ocp.CheckpointManager(folder, options=options)
-
-
-def _quieten() -> None:
-    """From here on, what orbax fails to write or read is said in our one warning, and not again by
-    each of its threads."""
-    logging.getLogger("absl").addFilter(_not_orbax_traceback)
-    logging.getLogger("asyncio").addFilter(_not_orbax_future)
-    if sys.unraisablehook is not _not_left_over:
-        _hooks.append(sys.unraisablehook)
-        sys.unraisablehook = _not_left_over
-
-
-def _not_orbax_traceback(record: logging.LogRecord) -> bool:
-    """False for what each thread of a failing save logs: 250 lines."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
-
-
-def _not_orbax_future(record: logging.LogRecord) -> bool:
-    """False for the writes that were under way beside the one that failed, some for every array."""
-    lost = "exception was never retrieved" in record.getMessage()
-    # Whose it was, its traceback says.
-    return not (lost and "orbax" in logging.Formatter().format(record))
-
-
-_hooks: list[Any] = []
-"""``sys.unraisablehook`` as it was before, the last of them."""
-
-
-def _not_left_over(found: Any) -> None:
-    """``sys.unraisablehook`` but for what was under way beside the write or read that failed:
-    tensorstore's, which ends too late, and orbax's, 4 kB for each array."""
-    closed = found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"
-    late = closed and found.object is None
-    code = getattr(found.object, "cr_code", None)
-    if not (late or (code is not None and "orbax" in code.co_filename)):
-        _hooks[-1](found)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove deleted steps and what killed or failed saves have left."""
-    if is_first():
+    def _sweep(self) -> None:
+        """Remove deleted steps and what killed or failed saves have left."""
+        if not self._writes():
+            return
+        folder = self.folder
         for path in (beside(folder, "trash"), *folder.glob("*.orbax-checkpoint-tmp*")):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -405,13 +382,17 @@ def _agreed(folder: Path) -> list[int]:
     )
 
 
-def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list[int]]:
+def _newest(
+    folder: Path, abstract: Any, part: bool, elsewhere: Elsewhere | None = None
+) -> tuple[Found | None, list[int]]:
     """The newest whole checkpoint (None if there is none at all), and the damaged ones before.
 
     One that a single process finds damaged is damaged for all.
     """
     damaged: dict[int, str] = {}
     for step in _agreed(folder):
+        if elsewhere is not None:
+            all_or_none(partial(elsewhere.bring, step, named_leaves(abstract)))
         try:
             return (step, *_read(folder / str(step), abstract, part)), list(damaged)
         # Whole, but of another model: an older step would be too.
@@ -421,7 +402,7 @@ def _newest(folder: Path, abstract: Any, part: bool) -> tuple[Found | None, list
         except Exception as error:
             # A trainer goes on while others read: what it has deleted makes room for newer ones.
             if any_process(not os.path.lexists(folder / str(step))):
-                return _newest(folder, abstract, part)
+                return _newest(folder, abstract, part, elsewhere)
             damaged[step] = _brief(error)
             log.warning("%s/%d is DAMAGED, passing over it: %s", folder, step, damaged[step])
     # Never a silent start at step 0 in a folder that holds the work of hours.
@@ -467,7 +448,7 @@ def _files(path: Path, wanted: dict[str, Any], part: bool) -> tuple[dict[str, An
     handler = ocp.CompositeCheckpointHandler()
     note = note_of(path)
     _check_leaves(path, note["leaves"], wanted, part)
-    _quieten()
+    quieten()
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         items = ocp.args.Composite(state=arrays)
         return reader.restore(path, args=items)["state"], note

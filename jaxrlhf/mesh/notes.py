@@ -126,15 +126,16 @@ def _run_of(folder: Path) -> str | None:
     return run if isinstance(run, str) else None
 
 
-def claim(folder: Path) -> str:
+def claim(folder: Path, name: str = "") -> str:
     """The name of the run that writes here, which ``run.json`` has from now on; for one process.
 
-    It is a new one for a folder without steps; of one whose file is gone, the newest step knows it.
+    It is ``name`` if that is given; else a new one for a folder without steps; of one whose file is
+    gone, the newest step knows it.
     """
     run = _run_of(folder) if steps_in(folder) else None
-    if run is None:
+    if run is None or (name and run != name):
         named = (note["run"] for note in notes(folder) if "run" in note)
-        run = next(named, uuid.uuid4().hex)
+        run = name or next(named, uuid.uuid4().hex)
         write_atomic(folder / "run.json", json.dumps({"run": run}) + "\n")
     return run
 

@@ -2,8 +2,8 @@
 
 Stores of objects have no append, no rename and no lock, and a run's folder needs all three: lines
 are appended to metrics.jsonl, a checkpoint becomes whole by a rename, and a lock keeps a second run
-away. So nothing of a run knows of the store but this file. A thread copies what has changed every
-``PAUSE`` seconds. It keeps what the folder promises:
+away. So nothing of a run knows of the store but this file and ``parts``. A thread copies what has
+changed every ``PAUSE`` seconds. It keeps what the folder promises:
 
 - A step is whole there once its mark, ``checkpoints/<step>.whole``, has come: written after all its
   files, and removed before the first of them. The lines of metrics.jsonl up to a step come before
@@ -15,23 +15,17 @@ away. So nothing of a run knows of the store but this file. A thread copies what
 - Instead of a lock there is a ``lease``: a second run is refused, and one that has lost its lease
   to another, after a long sleep, say, ends.
 
-Several processes have one folder, which all of them must see: they can be on one machine, or its
-home on a disk that they share. On hosts without one, mount the bucket.
+Of several processes, each copies its own pieces (``parts``).
 """
 
 import fcntl
 import json
-import logging
 import os
 import re
 import shutil
 import sys
-import threading
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,155 +35,35 @@ from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.files import is_url, write_atomic, writing
 from jaxrlhf.core.reading import read_object
-from jaxrlhf.core.shown import one_line
-from jaxrlhf.mesh.messages import exchange
 from jaxrlhf.mesh.notes import steps_in
-from jaxrlhf.mesh.processes import all_or_none, is_first
-from jaxrlhf.run.lease import Lease
-
-log = logging.getLogger(__name__)
-
-PAUSE = 15.0
-"""Seconds between two looks at what has changed."""
-
-TRIES = (1.0, 5.0, 20.0)
-"""Seconds before each new try of the last copy."""
-
-STOP_SECONDS = 20.0
-"""Seconds that a signal's last copy may take; a preempted machine has some 30."""
-
-ERROR_SECONDS = 5.0
-"""Seconds that the last copy may take where an error ends the run."""
-
-LEASE_NAME = "lease.json"
-SENT = ".mirror.json"
-"""In the folder: what of it is in the store, so that a start on the same machine knows."""
-
-Sign = list[int]
-"""Size and time of a file, which change with its contents."""
+from jaxrlhf.run import copying
+from jaxrlhf.run.copying import SENT, Copier, Sign, mark, sign, signs
+from jaxrlhf.run.parts import Parts, own_folder
 
 
-class Mirror:
+class Mirror(Copier):
     """Copies a run's folder to a store, in a thread.
 
     Args:
       url: where to.
       folder: of the run, which this process alone writes into.
-
-    Attributes:
-      failed: copies that have failed.
-      lease: on the store's folder.
     """
 
     def __init__(self, url: str, folder: Path):
-        self.url, self.folder = url.rstrip("/"), folder
-        self.failed = 0
-        self._fs, self._root = remote.store("output", self.url)
+        super().__init__(url, folder, holds=True)
         self._sent: dict[str, Sign] = {}
         self._there: dict[int, bool] = {}  # a step that has files there → whether it is whole
-        self._problem = ""
-        self.lease = Lease(
-            self.url,
-            partial(self._read, LEASE_NAME),
-            partial(self._write, LEASE_NAME),
-            lambda: self._fs.rm_file(self._path(LEASE_NAME)),
-            str(folder),
-        )
-        self._turn = threading.Lock()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
-    def begin(self) -> None:
-        """Take the lease, bring back what is there, and begin to copy.
+    def _open(self) -> None:
+        assert self.lease is not None
+        self.lease.take()
+        self._bring()
 
-        Raises:
-          InputError: another run writes there, or the store cannot be read and written.
-        """
-        try:
-            self.lease.take()
-            self._bring()
-        except (InputError, KeyboardInterrupt):
-            raise
-        # Whatever the store's library raises.
-        except Exception as error:
-            raise InputError(
-                f"output={self.url}: cannot be used ({one_line(error)}): check it, the network, "
-                "and who may write there"
-            ) from None
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise InputError if another run has taken the place of this one."""
-        self.lease.check()
-
-    def flush(self, seconds: float | None = None, tries: tuple[float, ...] = ()) -> None:
-        """Copy what is left, and wait for it.
-
-        Args:
-          seconds: most that it may take; None: any number.
-          tries: pauses before new tries.
-
-        Raises:
-          InputError: it has failed, or takes longer; the folder has it all.
-        """
-        last = threading.Thread(target=self._flush, args=(tries,), name="mirror", daemon=True)
-        last.start()
-        last.join(seconds)
-        late = f"not within {seconds} s" if last.is_alive() else ""
-        self.check()
-        if problem := late or self._problem:
-            raise InputError(
-                f"output={self.url}: could not be written ({problem}): {self.folder} has it all: "
-                "the same command, on this machine, copies it"
-            )
-
-    def end(self) -> None:
-        """Stop copying, and give the lease back."""
-        self._over.set()
-        self._thread.join(ERROR_SECONDS)  # what is being copied may take long
-        self.lease.give_back()
-
-    def _work(self) -> None:
-        while not self._over.wait(PAUSE):
-            self._copy()
-
-    def _flush(self, tries: tuple[float, ...]) -> None:
-        self._copy()
-        for pause in tries:
-            if not self._problem or self._over.wait(pause):
-                return
-            self._copy()
-
-    def _copy(self) -> None:
-        """Copy what has changed; what fails is counted, and told once."""
-        with self._turn:
-            try:
-                self.lease.renew()
-                self.lease.check()
-                self._copy_all()
-            except Exception as error:
-                self.failed += 1
-                problem = one_line(error)
-                if not self._problem:
-                    log.warning("output=%s: %s; it is tried again", self.url, problem)
-                self._problem = problem
-            else:
-                if self._problem:
-                    log.warning("output=%s: is written again, and has all of it", self.url)
-                self._problem = ""
-
-    def _copy_all(self) -> None:
+    def _round(self) -> None:
         checkpoints = self.folder / "checkpoints"
         # Before the lines, which those of a step are then among.
-        steps = {step: _files(checkpoints / str(step)) for step in steps_in(checkpoints)}
-        small = {name: sign for name, sign in _files(self.folder).items() if _is_small(name)}
-        for name, sign in small.items():
-            if self._sent.get(name) != sign and (self.folder / name).exists():
-                remote.put_whole(self._fs, self.folder / name, self._path(name))
-                self._sent[name] = sign
-        for name in [x for x in self._sent if _is_small(x) and x not in small]:
-            self._fs.rm_file(self._path(name))
-            del self._sent[name]
+        steps = {step: signs(checkpoints / str(step)) for step in steps_in(checkpoints)}
+        copying.send_small(self.store, self.folder, self._sent)
         # The newest first: it is what a new start wants.
         for step in sorted(steps, reverse=True):
             self._copy_step(step, steps[step])
@@ -200,8 +74,8 @@ class Mirror:
         write_atomic(self.folder / SENT, json.dumps(self._sent))
 
     def _copy_step(self, step: int, files: Mapping[str, Sign]) -> None:
-        names = {f"checkpoints/{step}/{name}": sign for name, sign in files.items()}
-        changed = {name: sign for name, sign in names.items() if self._sent.get(name) != sign}
+        names = {f"checkpoints/{step}/{name}": about for name, about in files.items()}
+        changed = {name: about for name, about in names.items() if self._sent.get(name) != about}
         if self._there.get(step) and not changed:
             return
         # A link each: the run may delete the step while it is copied.
@@ -217,20 +91,18 @@ class Mirror:
         self._there.setdefault(step, False)
         # Else a kill would leave the mark on a mixture. A note alone is replaced as a whole.
         if self._there[step] and set(changed) != {f"checkpoints/{step}/host/metadata"}:
-            self._fs.rm_file(self._path(_mark(step)))
+            self.store.remove(mark(step))
             self._there[step] = False
-        for name, sign in changed.items():
-            remote.put_whole(self._fs, sending / name, self._path(name))
-            self._sent[name] = sign
+        for name, about in changed.items():
+            self.store.put(name, sending / name)
+            self._sent[name] = about
         if not self._there[step]:
-            self._write(_mark(step), sorted(names))
+            self.store.write(mark(step), sorted(names))
             self._there[step] = True
         shutil.rmtree(sending, ignore_errors=True)
 
     def _remove_step(self, step: int) -> None:
-        for name in (_mark(step), f"checkpoints/{step}"):
-            if self._fs.exists(self._path(name)):
-                self._fs.rm(self._path(name), recursive=True)
+        self.store.remove_step(step)
         gone = [name for name in self._sent if name.startswith(f"checkpoints/{step}/")]
         for name in gone:
             del self._sent[name]
@@ -238,11 +110,8 @@ class Mirror:
 
     def _bring(self) -> None:
         """Make the folder what the store has, unless it is as far itself."""
-        listed = self._fs.find(self._root, detail=True)
-        names = {name[len(self._root.rstrip("/")) + 1 :]: info for name, info in listed.items()}
-        # What its mark lists, and no more: an earlier copy that was killed may have left others.
-        listed = {step: json.loads(self._read(_mark(step))) for step in remote.marked(names)}
-        whole = {step: files for step, files in listed.items() if set(files) <= set(names)}
+        names = self.store.names()
+        whole = self.store.whole(names)
         begun = {found[1] for name in names if (found := re.match(r"checkpoints/(\d+)/", name))}
         self._there = {int(step): int(step) in whole for step in begun}
         if (self.folder / SENT).is_file():
@@ -250,15 +119,15 @@ class Mirror:
                 self._sent = dict(read_object(self.folder / SENT))
         if self._is_as_far(whole, self._sent):
             # What has gone from there since is copied again.
-            self._sent = {name: sign for name, sign in self._sent.items() if name in names}
+            self._sent = {name: about for name, about in self._sent.items() if name in names}
             return
-        self._make_room()
-        self._sent = {}
-        steps = {name for files in whole.values() for name in files}
-        for name, info in names.items():
-            if name in steps or (_is_small(name) and name != LEASE_NAME):
-                remote.get_whole(self._fs, self._path(name), self.folder / name, info.get("size"))
-                self._sent[name] = _sign(self.folder / name)
+        other = bool(steps_in(self.folder / "checkpoints")) and not self._is_same()
+        copying.make_room(self.url, self.folder, keep=other)
+        self._sent = copying.bring_small(self.store, self.folder, names)
+        for name in {name for files in whole.values() for name in files}:
+            path, size = self.folder / name, names[name].get("size")
+            remote.get_whole(self.store.fs, self.store.path(name), path, size)
+            self._sent[name] = sign(path)
         if whole:
             said = f"output: {self.url}: step {max(whole)} is brought to {self.folder}"
             print(said, file=sys.stderr)
@@ -277,64 +146,12 @@ class Mirror:
         """Whether folder and store are of one run."""
         with suppress(InputError, ValueError, FileNotFoundError):
             here = read_object(self.folder / "checkpoints/run.json")
-            return here == json.loads(self._read("checkpoints/run.json"))
+            return here == json.loads(self.store.read("checkpoints/run.json"))
         return False
-
-    def _make_room(self) -> None:
-        """Empty the folder; one with steps of another run than the store's is kept, renamed."""
-        with writing(self.folder):
-            if steps_in(self.folder / "checkpoints") and not self._is_same():
-                other = self.folder.with_name(f"{self.folder.name}.{time.time_ns()}")
-                os.replace(self.folder, other)
-                log.warning("output=%s: another run's folder is now %s", self.url, other)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-
-    def _read(self, name: str) -> bytes:
-        return self._fs.cat_file(self._path(name))
-
-    def _write(self, name: str, content: Any) -> None:
-        """JSON, in one piece."""
-        text = json.dumps(content).encode()
-        try:
-            self._fs.pipe_file(self._path(name), text)
-        except FileNotFoundError:  # of a store with folders
-            self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(self._path(name), text)
-
-    def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
-
-
-def _mark(step: int) -> str:
-    return f"checkpoints/{step}{remote.WHOLE}"
-
-
-def _sign(path: Path) -> Sign:
-    about = path.stat()
-    return [about.st_size, about.st_mtime_ns]
-
-
-def _files(folder: Path) -> dict[str, Sign]:
-    """The files below a folder, by their names relative to it; those that go meanwhile left out."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        with suppress(FileNotFoundError):
-            if path.is_file():
-                found[path.relative_to(folder).as_posix()] = _sign(path)
-    return found
-
-
-def _is_small(name: str) -> bool:
-    """Whether a file of a run's is none of a checkpoint's, and not still being written."""
-    parts = name.split("/")
-    inside = parts[0] == "checkpoints" and (len(parts) > 2 or name.endswith(remote.WHOLE))
-    hidden = any(part.startswith(".") for part in parts)
-    return not (inside or hidden or name.endswith(".part") or ".orbax-checkpoint-tmp" in name)
 
 
 class NoMirror:
-    """Of a run whose folder is its output, and of all processes but the first."""
+    """Of a run whose folder is its output."""
 
     failed = 0
 
@@ -346,57 +163,40 @@ class NoMirror:
 
 
 @contextmanager
-def mirrored(output: str) -> Iterator[Mirror | NoMirror]:
+def mirrored(output: str) -> Iterator[Copier | NoMirror]:
     """The folder that stands for ``output`` is what is there, and what comes of it is copied.
 
     All processes call this. The last copy is waited for at the end, but for an error's.
 
     Raises:
-      InputError: as ``Mirror.begin``; the processes do not see one folder; at the end, what could
-        not be copied.
+      InputError: as ``Copier.begin``; at the end, what could not be copied.
     """
     if not is_url(output):
         yield NoMirror()
         return
     folder = remote.scratch(output)
-    with _alone(folder, output):
-        mirror = all_or_none(partial(_begun, output, folder))
-        _check_shared(folder)
-        if mirror is None:
-            yield NoMirror()
-            return
+    several = jax.process_count() > 1
+    with _alone(own_folder(folder) if several else folder, output):
+        copier = Parts(output, folder) if several else Mirror(output, folder)
+        copier.begin()
         try:
-            yield mirror
+            yield copier
         except Exception:
             # An error's own words are the ones to be seen.
             with suppress(InputError):
-                mirror.flush(ERROR_SECONDS)
+                copier.finish(copying.ERROR_SECONDS)
             raise
         else:
-            mirror.flush(tries=TRIES)
+            copier.flush(tries=copying.TRIES)
         finally:
-            mirror.end()
-
-
-def _begun(output: str, folder: Path) -> Mirror | None:
-    """The mirror, on the process that has it."""
-    if not is_first():
-        return None
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    mirror = Mirror(output, folder)
-    mirror.begin()
-    return mirror
+            copier.end()
 
 
 @contextmanager
 def _alone(folder: Path, output: str) -> Iterator[None]:
-    """The folder is this run's until it ends, however that ends."""
-    if not is_first():
-        yield
-        return
+    """The folder is there, and this process's until the run ends, however that ends."""
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(folder.name + ".lock"), "ab")  # noqa: SIM115 (it is the lock)
     with file:
         try:
@@ -407,21 +207,3 @@ def _alone(folder: Path, output: str) -> Iterator[None]:
                 "or choose another output"
             ) from None
         yield
-
-
-def _check_shared(folder: Path) -> None:
-    """Raise InputError unless all processes see the folder that process 0 writes into."""
-    if jax.process_count() == 1:
-        return
-    token = folder / ".shared"
-    (name, *_) = exchange(uuid.uuid4().hex)
-    all_or_none(lambda: write_atomic(token, name) if is_first() else None)
-
-    def look() -> None:
-        if not (token.is_file() and token.read_text(encoding="utf-8") == name):
-            raise InputError(
-                f"output: a URL, and {folder} of process 0 is not seen here: several hosts need a "
-                "folder that all see: mount the bucket (gcsfuse, or NFS) and give that"
-            )
-
-    all_or_none(look)

@@ -32,11 +32,13 @@ from jaxrlhf.mesh.checkpoint import Checkpoints
 from jaxrlhf.mesh.processes import all_or_none, by_first, is_first
 from jaxrlhf.mesh.signals import AGAIN, Signals, Stop, poll
 from jaxrlhf.run.changes import Change, changes_of, refuse_changes
+from jaxrlhf.run.copying import STOP_SECONDS, Copier
 from jaxrlhf.run.display import Display
 from jaxrlhf.run.fingerprint import check_alike, check_fingerprint, fingerprint
 from jaxrlhf.run.held_out import Evaluation
-from jaxrlhf.run.mirror import STOP_SECONDS, Mirror, NoMirror
+from jaxrlhf.run.mirror import NoMirror
 from jaxrlhf.run.notices import announced, ending
+from jaxrlhf.run.parts import Parts
 from jaxrlhf.run.record import Recorder, plain
 from jaxrlhf.run.report import write_report
 from jaxrlhf.run.setup import Run
@@ -89,7 +91,7 @@ class Session:
         signals: Signals | None = None,
         show: Display | None = None,
         may_change: bool = True,
-        mirror: Mirror | NoMirror | None = None,
+        mirror: Copier | NoMirror | None = None,
     ):
         self.run = run
         self._shown = show
@@ -112,7 +114,10 @@ class Session:
 
     def __enter__(self) -> "Session":
         config = self.run.config
-        self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint)
+        # Of several processes with one folder nowhere but in a store, each has its own pieces.
+        parts = self._mirror if isinstance(self._mirror, Parts) else None
+        folder = parts.folder if parts else self.output / "checkpoints"
+        self.checkpoints = Checkpoints(folder, config.checkpoint, parts)
         self._stack.enter_context(self.checkpoints)
         self._fingerprint = fingerprint(config, **_rows_of(self.run.train_rows))
         if self.run.eval_rows is not None:
@@ -233,6 +238,7 @@ class Session:
             done += 1
             self._mark(done)
             self._end_of(done)
+            self.checkpoints.look()
             poll()
         self._long = "the end of the run"
         self.save(done)

@@ -26,7 +26,6 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh import checkpoint
 from jaxrlhf.mesh.checkpoint import (
     Checkpoints,
-    _not_left_over,
     _not_orbax_future,
     describe,
     digest,
@@ -35,6 +34,7 @@ from jaxrlhf.mesh.checkpoint import (
     named_leaves,
 )
 from jaxrlhf.mesh.notes import steps_in
+from jaxrlhf.mesh.saving import _not_left_over
 
 # A read that fails on a damaged file leaves callbacks behind, which complain as they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -15,7 +15,7 @@ from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.signals import Stop
 from jaxrlhf.models.load import load_model
-from jaxrlhf.run import lease, loop, mirror
+from jaxrlhf.run import copying, lease, loop, mirror
 from jaxrlhf.run.session import Session
 
 URL = "memory://bucket/run"
@@ -31,9 +31,9 @@ def store(tmp_path, monkeypatch):
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     monkeypatch.setattr(remote, "_here", {})
-    monkeypatch.setattr(mirror, "PAUSE", 1000.0)
+    monkeypatch.setattr(copying, "PAUSE", 1000.0)
     monkeypatch.setattr(lease, "SECONDS", 0.2)
-    monkeypatch.setattr(mirror, "TRIES", (0.01, 0.01))
+    monkeypatch.setattr(copying, "TRIES", (0.01, 0.01))
     machine(monkeypatch, tmp_path, "first")
     yield fs
     fs.store.clear()
@@ -212,7 +212,7 @@ def test_failed_copies_are_counted_and_tried_again(store, tmp_path, monkeypatch,
 def test_copy_that_hangs_does_not_hold_up_a_signal(store, tmp_path, monkeypatch):
     tiny_folder(store, tmp_path, monkeypatch)
     monkeypatch.setattr(remote, "put_whole", lambda *_: time.sleep(2))
-    monkeypatch.setattr(mirror, "ERROR_SECONDS", 0.1)
+    monkeypatch.setattr(copying, "ERROR_SECONDS", 0.1)
     began = time.perf_counter()
     with pytest.raises(InputError, match=r"not within 0\.1 s"), mirror.mirrored(URL) as here:
         here.flush(0.1)

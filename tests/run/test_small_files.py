@@ -84,7 +84,7 @@ def test_a_full_disk_at_the_end_hides_neither_failure(again, monkeypatch):
     def but_the_summary(part, path):
         return full() if Path(path).name == "summary.json" else replaced(part, path)
 
-    monkeypatch.setattr("jaxrlhf.mesh.checkpoint._writer", full)
+    monkeypatch.setattr("jaxrlhf.mesh.checkpoint.writer", full)
     monkeypatch.setattr("jaxrlhf.core.files.os.replace", but_the_summary)
     with pytest.raises(InputError) as error:
         loop.train(replace(again, steps=3), runs.one_device())
