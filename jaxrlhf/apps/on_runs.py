@@ -197,7 +197,7 @@ def report(
     A pipeline's folder stands for its last run.
 
     Args:
-      runs: output folders of runs, or of pipelines.
+      runs: output folders of runs, or of pipelines, or their URLs.
       output: the .html file; report.html in the folder of a single run, if empty.
       watch: write no file, but serve the page to this machine, and follow the runs.
       port: where to serve it; 0 takes a free one.
@@ -220,21 +220,24 @@ def diagnose(
 ) -> None:
     """Say what is wrong with a run, finished or not, by what it has written down.
 
-    Prints each finding with its evidence and remedy, and writes them to RUN/diagnosis.json.
+    Prints each finding with its evidence and remedy, and writes them to RUN/diagnosis.json; of a
+    URL, to that of its copy here.
 
     Args:
-      run: the output folder of a run.
+      run: the output folder of a run, or its URL.
       json: print the contents of diagnosis.json instead.
       strict: exit with status 1 if there is a problem; warnings are none.
     """
+    from jaxrlhf.run.folder import run_here
     from jaxrlhf.study.diagnose import examine, read_history, save, show, to_json
 
-    history = read_history(run)
+    place = run_here(run)
+    history = read_history(place)
     findings = examine(history)
     if json:
         print(to_json(history, findings))
     else:
         show(run, history, findings)
-    save(run, history, findings)
+    save(place, history, findings)
     if strict and any(finding.severity == "problem" for finding in findings):
         raise SystemExit(1)

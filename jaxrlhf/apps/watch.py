@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.run.folder import read_run, stages_of
+from jaxrlhf.core.files import check_no_url
+from jaxrlhf.run.folder import FILES, read_run, stages_of
 from jaxrlhf.run.report import render
 
 HOST = "127.0.0.1"
 
 SECONDS = 10.0
 """How long a connection may take to ask, or to read."""
-
-READ = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "evaluation.json",
-        "diagnosis.json")  # fmt: skip
-"""Files of a run that the page is made of."""
 
 
 def watch(folders: Sequence[str], port: int = 0) -> None:
@@ -48,6 +45,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folders: Sequence[str], port: int = 0):
         if not folders:
             raise InputError("report: RUN: missing: give the output folder of at least one run")
+        for folder in folders:
+            check_no_url("RUN", folder)
         self._folders = folders
         self._lock = threading.Lock()
         self._made: tuple[Any, bytes] | None = None
@@ -75,7 +74,7 @@ class Server(ThreadingHTTPServer):
         found = []
         for folder in map(Path, self._folders):
             places = [folder] if (folder / "config.yaml").exists() else stages_of(folder)
-            for path in (place / name for place in places for name in READ):
+            for path in (place / name for place in places for name in FILES):
                 try:
                     stat = path.stat()
                 except OSError:  # not there yet

@@ -78,13 +78,18 @@ def here(path: str) -> str:
 
 
 def fetch(
-    field: str, url: str, choose: Callable[[list[str]], Iterable[str]] = lambda names: names
+    field: str,
+    url: str,
+    choose: Callable[[list[str]], Iterable[str]] = lambda names: names,
+    part: str = "",
 ) -> str:
     """Bring a file, or the files of a folder; where the copy lies, as ``here`` says from now on.
 
     Args:
       field: that names the URL, for messages.
       choose: of the names of a folder's files, relative to it, those that are wanted.
+      part: what is chosen, if that is less than what others want of it: it has a copy of its own,
+        and ``here`` does not tell of it.
 
     Raises:
       InputError: there is nothing, or it cannot be read.
@@ -105,7 +110,7 @@ def fetch(
     # A key of a store is any text; here it is a path.
     if odd := [name for name in wanted if ".." in name.split("/") or name.startswith("/")]:
         raise InputError(f"{field}={url}: {odd[0]!r}: no name of a file inside of it: rename it")
-    place = _place(url)
+    place = _place(f"{url}#{part}" if part else url)
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
     version = _version(wanted)
@@ -114,8 +119,9 @@ def fetch(
             _copy(field, url, fs, root, wanted, place / version)
         path = f"{version}/{next(iter(wanted))}" if single else version
         write_atomic(place / "newest", path)
-    _here[url] = str(place / path)
-    return _here[url]
+    if not part:
+        _here[url] = str(place / path)
+    return str(place / path)
 
 
 def scratch(output: str) -> Path:

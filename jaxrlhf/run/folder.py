@@ -2,12 +2,15 @@
 and place, whatever stands there."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import pydantic
 
+from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.core.files import is_url
 from jaxrlhf.core.reading import read_bytes, read_object, read_yaml, record_of
 from jaxrlhf.core.shown import shown
 
@@ -96,13 +99,44 @@ _KINDS: dict[str, type[pydantic.BaseModel]] = {
 }
 
 
+FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "evaluation.json",
+         "diagnosis.json")  # fmt: skip
+"""Files of a run that are read."""
+
+_SMALL = re.compile(rf"([^/]+/)?({'|'.join(map(re.escape, FILES))}|stage\.json)")
+
+
+def run_here(run: str | Path) -> Path:
+    """The folder of a run, or of a pipeline; of a URL, a copy of the files that are read.
+
+    Raises:
+      InputError: a URL that cannot be read, or where none of them is.
+    """
+    if not is_url(run):
+        return Path(run)
+
+    def small(names: list[str]) -> list[str]:
+        return [name for name in names if _SMALL.fullmatch(name)]
+
+    return Path(remote.fetch("RUN", str(run), small, "small"))
+
+
 def read_run(folder: str | Path) -> RunFiles:
-    """Read a run's folder; or a pipeline's, which stands for its last run.
+    """Read a run's folder; or a pipeline's, which stands for its last run; or the URL of one.
 
     Raises:
       InputError: neither of the two, or a file that cannot be read or is not what it should be.
     """
-    path = Path(folder)
+    path = run_here(folder)
+    found = _read_run(folder, path)
+    if not is_url(folder):
+        return found
+    # A page is about the run, and not about its copy.
+    return found._replace(folder=str(folder).rstrip("/") + found.folder.removeprefix(str(path)))
+
+
+def _read_run(folder: str | Path, path: Path) -> RunFiles:
+    """``read_run`` of what lies at ``path``."""
     if (path / "config.yaml").is_file():
         return _read(path)
     runs = [_read(stage) for stage in stages_of(path)]
@@ -117,8 +151,14 @@ def read_run(folder: str | Path) -> RunFiles:
 def stages_of(folder: Path) -> list[Path]:
     """The runs among the stages of a pipeline's folder, in their order."""
     found = [x.parent for x in folder.glob("*/stage.json") if (x.parent / "config.yaml").is_file()]
-    # A run writes its config when it begins, and stages begin one after the other.
-    return sorted(found, key=lambda stage: (stage / "config.yaml").stat().st_mtime_ns)
+
+    def place(stage: Path) -> tuple[int, int]:
+        # Of older versions, which numbered none: a run writes its config when it begins, and stages
+        # begin one after the other.
+        number = read_object(stage / "stage.json", MOST).get("number")
+        return number if isinstance(number, int) else 0, (stage / "config.yaml").stat().st_mtime_ns
+
+    return sorted(found, key=place)
 
 
 def _read(path: Path) -> RunFiles:

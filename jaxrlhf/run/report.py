@@ -15,7 +15,7 @@ from jaxrlhf.run import charts, texts
 from jaxrlhf.run.charts import Point, Series, number_of
 from jaxrlhf.run.comparison import compare
 from jaxrlhf.run.display import clock, number
-from jaxrlhf.run.folder import RunFiles, read_run
+from jaxrlhf.run.folder import RunFiles, read_run, run_here
 from jaxrlhf.run.metrics import COUNTS, HELD_OUT, titled
 from jaxrlhf.run.page import Page, Section, Table, Tile, at, cell, interval, means, section
 
@@ -30,8 +30,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "") -> str:
     """Write the page that the files of one run, or of several, make.
 
     Args:
-      folders: output folders of runs; of a pipeline, whose last run it stands for.
-      output: the .html file; report.html in the folder of a single run, if empty.
+      folders: output folders of runs, or their URLs; of a pipeline, whose last run it stands for.
+      output: the .html file; report.html in the folder of a single run, if empty, or in its copy.
 
     Returns:
       The path of the page.
@@ -45,7 +45,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "") -> str:
     if len(folders) > 1 and not output:
         raise InputError("output: missing: give an .html file for the page about several runs")
     runs = [read_run(folder) for folder in folders]
-    path = Path(output) if output else Path(folders[0]) / "report.html"
+    path = Path(output) if output else run_here(folders[0]) / "report.html"
     check_file(path)
     write_atomic(path, render(runs))
     return str(path)
