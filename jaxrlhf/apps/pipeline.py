@@ -3,7 +3,8 @@
 A stage's folder holds ``stage.json``: what it was made from and, once it is done, what came out. A
 stage that is done is skipped, one that was interrupted goes on (a run from its checkpoint, the
 others from their start), and one whose settings or inputs have changed since is refused, unless it
-had made nothing yet: nothing stale is used, and nothing is thrown away.
+had made nothing yet: nothing stale is used, and nothing is thrown away. Where the output is a URL,
+the folders are there, and stages find each other's work by its URL (``places``).
 
 What the stages name is looked for before the first one begins. What an earlier stage is still to
 make is taken on trust, but for the shape of a model, which the stage's own start has.
@@ -14,7 +15,7 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
+import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxrlhf.apps.places import Places, put_beside
 from jaxrlhf.apps.preferences import write_pairs
 from jaxrlhf.config import (
     DecoderConfig,
@@ -38,8 +40,7 @@ from jaxrlhf.config import (
     stage_run,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import write_atomic, writing
-from jaxrlhf.core.reading import read_object
+from jaxrlhf.core.files import below, is_url
 from jaxrlhf.data.rows import locate, on_hub
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.hub import HEADER, fetch
@@ -48,17 +49,12 @@ from jaxrlhf.models.read import read_decoder
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.functions import MOVED, resolve
 from jaxrlhf.rewards.isolation import check_host
+from jaxrlhf.run.folder import run_here
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.record import plain
 from jaxrlhf.run.report import write_report
-from jaxrlhf.run.session import lock
 from jaxrlhf.study.diagnose import examine, read_history, save
 from jaxrlhf.study.evaluate import evaluate_model
-
-RECORD = "stage.json"
-
-MOST_RECORD = 2**26
-"""Bytes of it: what came out of a stage may be figures of many prompts."""
 
 STOPPED = 143
 """Exit status after a SIGTERM or Ctrl-C: what was asked for is not all done."""
@@ -83,22 +79,22 @@ def run_pipeline(
       InputError: a stage cannot be used, or is not the one that its folder was made by.
     """
     settings = {stage.name: _settings(stage, config) for stage in config.stages}
-    output = Path(config.output)
-    check_stages(config, [x for x in settings if "result" in _read(output / x / RECORD)])
-    with lock(config.output):
-        return _carry_out(config, settings, mesh, STOPPED if own_process else None)
+    places = Places(config.output, list(settings))
+    check_stages(config, [x for x in settings if "result" in places.record(x)])
+    with places.claimed():
+        return _carry_out(config, settings, places, mesh, STOPPED if own_process else None)
 
 
 def _carry_out(
-    config: PipelineConfig, settings: dict[str, Any], mesh: Mesh | None, leave: int | None
+    config: PipelineConfig,
+    settings: dict[str, Any],
+    places: Places,
+    mesh: Mesh | None,
+    leave: int | None,
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
     ids: dict[str, str] = {}
-    output = Path(config.output)
     for number, stage in enumerate(config.stages, 1):
-        folder = output / stage.name
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         # Any text among the settings may be a path: of an earlier stage's work, known by the id of
         # the making, or of a file, known by its digest.
         texts = set(_texts(settings[stage.name]))
@@ -107,11 +103,11 @@ def _carry_out(
             "inputs": {
                 name: x
                 for name, x in ids.items()
-                if any(Path(text).is_relative_to(output / name) for text in texts)
+                if any(Path(text).is_relative_to(places.path(name)) for text in texts)
             },
             "files": {x: _digest(x) for x in sorted(texts) if os.path.isfile(x)},
         }
-        record = _record(folder, made_from)
+        record = _record(places, stage.name, made_from)
         title = f"stage {number} of {len(config.stages)}: {stage.name}"
         if "result" in record:
             print(f"{title}: done before")
@@ -119,38 +115,41 @@ def _carry_out(
             print(title)
             began = time.perf_counter()
             try:
-                result = _run_stage(stage, folder, config.seed, mesh, leave)
+                result = _run_stage(stage, places, config.seed, mesh, leave)
             except SystemExit as stopped:  # a run that was asked to stop has; its stages have not
                 raise SystemExit(stopped.code or STOPPED) from stopped
             result = plain({**result, "stage_seconds": time.perf_counter() - began})
             record = {**made_from, "id": uuid.uuid4().hex, "result": result}
-            write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
+            places.sign(stage.name, record)
         ids[stage.name], results[stage.name] = record["id"], record["result"]
-    write_atomic(output / "summary.json", json.dumps(results, indent=2) + "\n")
+    places.sum_up(results)
     return results
 
 
 def _run_stage(
-    stage: StageConfig, folder: Path, seed: int, mesh: Mesh | None, leave: int | None
+    stage: StageConfig, places: Places, seed: int, mesh: Mesh | None, leave: int | None
 ) -> dict[str, Any]:
+    if stage.train:
+        return train(stage_run(stage, places.path(stage.name), seed), mesh, leave=leave)
+    folder, found = places.here(stage.name), {}
     if stage.make:
         _maker(stage)(folder, seed, **stage.set)
-        return {}
-    if stage.preferences:
+    elif stage.preferences:
         mesh = mesh or make_mesh(MeshConfig())
         with jax.set_mesh(mesh):
-            return write_pairs(stage.preferences, folder, seed, mesh)
-    if stage.train:
-        return train(stage_run(stage, str(folder), seed), mesh, leave=leave)
-    found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
-    # A run also gets evaluation, diagnosis and page in its own folder.
-    if is_run(model := stage.evaluate):
-        copy = Path(model) / "evaluation.json"
-        with writing(copy):
-            shutil.copy(folder / "evaluation.json", copy)
-        history = read_history(model)
-        save(model, history, examine(history))
-        write_report([model])
+            found = write_pairs(stage.preferences, folder, seed, mesh)
+    else:
+        found = evaluate_model(stage_evaluation(stage, str(folder), seed), mesh)
+        # A run also gets evaluation, diagnosis and page in its own folder.
+        if is_run(model := stage.evaluate):
+            put_beside(model, [folder / "evaluation.json"])
+            place = run_here(model)
+            history = read_history(place)
+            save(place, history, examine(history))
+            page = Path(write_report([model]))
+            if is_url(model):
+                put_beside(model, [place / "diagnosis.json", page])
+    places.send(stage.name)
     return {name: x for name, x in found.items() if name not in ("completions", "best_of_n")}
 
 
@@ -166,7 +165,7 @@ def _maker(stage: StageConfig) -> Callable[..., Any]:
 
 def _settings(stage: StageConfig, config: PipelineConfig) -> dict[str, Any]:
     """All that a stage does, files that it names read, as JSON has it; checked."""
-    folder = str(Path(config.output) / stage.name)
+    folder = below(config.output, stage.name)
     content = dataclasses.asdict(stage) | {"seed": config.seed}
     if stage.make:
         _maker(stage)
@@ -194,23 +193,23 @@ def _digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _record(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
-    """The record of a folder, signed now if it has none; refused if it was made otherwise."""
-    path = folder / RECORD
-    record = _read(path)
+def _record(places: Places, name: str, made_from: dict[str, Any]) -> dict[str, Any]:
+    """The record of a stage, signed now if it has none; refused if it was made otherwise."""
+    record = places.record(name)
     changes = {}
     for part, now in made_from.items():
         before = _as_now(record.get(part, {}), now)
         changes[part] = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
     # Nothing was made yet: what interrupted the stage may be what its new settings mend.
-    if not record or (any(changes.values()) and not _has_made(folder, record, made_from)):
-        write_atomic(path, json.dumps(made_from, indent=2) + "\n")
+    made = places.made(name)
+    if not record or (any(changes.values()) and not _has_made(made, record, made_from)):
+        places.sign(name, made_from)
         return made_from
     for part, names in changes.items():
         if names:
             raise InputError(
-                f"{folder}: was made with other {part} ({', '.join(names)}): choose another "
-                "--output, or remove this folder and those of later stages"
+                f"{places.path(name)}: was made with other {part} ({', '.join(names)}): choose "
+                "another --output, or remove this folder and those of later stages"
             )
     return record
 
@@ -233,27 +232,15 @@ def _as_now(before: Any, now: Any, key: str = "") -> Any:
     return before
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The record at ``path``; empty where there is none."""
-    if not path.exists():
-        return {}
-    remedy = "remove this folder and those of later stages"
-    record = read_object(path, MOST_RECORD, remedy)
-    parts = record.get("settings"), record.get("inputs", {}), record.get("files", {})
-    # What came out is signed.
-    signed = isinstance(record.get("id", ""), str) and ("id" in record or "result" not in record)
-    if not signed or not all(isinstance(part, dict) for part in parts):
-        raise InputError(f"{path}: no record of a stage: {remedy}")
-    return record
+def _has_made(made: list[str], record: dict[str, Any], made_from: dict[str, Any]) -> bool:
+    """Whether the stage of a record has made what would be lost; a run has with a checkpoint.
 
-
-def _has_made(folder: Path, record: dict[str, Any], made_from: dict[str, Any]) -> bool:
-    """Whether the stage of a record has made what would be lost; a run has with a checkpoint."""
+    Args:
+      made: the names of what is in its folder.
+    """
     if "run" in record["settings"] and "run" in made_from["settings"]:
-        made = any(folder.glob("checkpoints/[0-9]*"))
-    else:
-        made = any(path.name not in (RECORD, ".lock") for path in folder.iterdir())
-    return made or "result" in record
+        made = [name for name in made if re.match("checkpoints/[0-9]", name)]
+    return bool(made) or "result" in record
 
 
 Shapes = dict[Path, DecoderConfig | None]
@@ -284,7 +271,7 @@ def check_stages(config: PipelineConfig, done: Collection[str] = ()) -> None:
                 _evaluation(stage, shapes)
         except InputError as error:
             raise InputError(f"stage {stage.name}: {error}") from error
-        shapes[Path(config.output) / stage.name] = shape
+        shapes[Path(below(config.output, stage.name))] = shape
 
 
 def _preferences(wish: PreferencesConfig, shapes: Shapes) -> None:

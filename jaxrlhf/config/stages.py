@@ -13,7 +13,8 @@ from jaxrlhf.config.checks import below_least, check_seed
 from jaxrlhf.config.load import build, locate_config, read
 from jaxrlhf.config.run import Config
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_no_url
+from jaxrlhf.core.files import below
+from jaxrlhf.core.remote import check_url
 from jaxrlhf.core.shown import shown
 
 
@@ -187,7 +188,7 @@ def load_pipeline(path: str | Path, output: str = "", seed: int | None = None) -
     path = locate_config(path)
     config: PipelineConfig = build(PipelineConfig, read(path), str(path))
     output, seed = output or config.output, config.seed if seed is None else seed
-    check_no_url("output", output)
+    check_url("output", output)
     if not 0 <= seed < 2**32:
         raise InputError(f"{path}: seed={seed}: give 0 or more, below {2**32}")
     if not config.stages:
@@ -198,7 +199,7 @@ def load_pipeline(path: str | Path, output: str = "", seed: int | None = None) -
         where = f"{path}: stages.{index}"
         _check(stage, where, folders)
         stages.append(_resolved(stage, path.parent, folders, where))
-        folders[stage.name] = str(Path(output) / stage.name)
+        folders[stage.name] = below(output, stage.name)
     return PipelineConfig(tuple(stages), seed, output)
 
 

@@ -71,6 +71,11 @@ def is_url(path: str | Path) -> bool:
     return re.match(r"[A-Za-z][\w+.-]+:/", str(path)) is not None
 
 
+def below(folder: str, name: str) -> str:
+    """The path, or the URL, of what is called ``name`` in a folder."""
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
+
+
 def check_no_url(field: str, path: str | Path) -> None:
     """Refuse a URL where a folder or file of this machine is wanted.
 

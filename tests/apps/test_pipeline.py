@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import runs
 import yaml
@@ -16,7 +17,9 @@ from targets import Target, contents, untimed
 
 from jaxrlhf.apps.pipeline import _as_now, check_stages, run_pipeline
 from jaxrlhf.config import PipelineConfig, PreferencesConfig, StageConfig, dump, load_pipeline
+from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.run import copying
 from jaxrlhf.run.record import plain
 from jaxrlhf.run.session import lock
 
@@ -330,3 +333,46 @@ def test_records_of_older_versions_are_read_in_todays_words():
     assert _as_now(other, new) != new  # only an algorithm's settings have gone
     assert _as_now({"set": {"a": 1, "b": 2}}, {"set": {"a": 1}}) != {"set": {"a": 1}}
     assert _as_now({"rows": [1, 2]}, {"rows": [1]}) == {"rows": [1, 2]}
+
+
+def rows_of_words(folder, seed):
+    """What the first stage of the next test makes."""
+    rows = [{"prompt": "the", "completion": f"{word} and {word}"} for word in runs.WORDS.split()]
+    runs.write(folder / "rows.jsonl", rows)
+
+
+def test_run_pipeline_by_url_goes_on_on_another_machine(tmp_path, monkeypatch, capsys):
+    """Stages find each other's work by URL; the second machine does what the first has not done."""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    monkeypatch.setattr(copying, "PAUSE", 1000.0)
+    monkeypatch.setattr(remote, "_here", {})
+    (tmp_path / "sft.yaml").write_text(dump(runs.sft(tmp_path, steps=1)))
+    run = {"train": "sft.yaml", "set": {"data.train": "{rows}/rows.jsonl"}}
+    start = {"model": {"path": "{first}"}}
+    stages = [
+        {"name": "rows", "make": "test_pipeline:rows_of_words"},
+        {"name": "first", **run},
+        {"name": "second", "train": "sft.yaml", "set": {**run["set"], **start}},
+    ]
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"stages": stages}))
+    results = []
+    for machine, count in (("one", 2), ("two", 3)):
+        monkeypatch.setenv("HOME", str(tmp_path / machine))
+        config = load_pipeline(path, "memory://bucket/out")
+        config = replace(config, stages=config.stages[:count])
+        results.append(run_pipeline(config, runs.one_device()))
+    told = capsys.readouterr().out
+    assert told.count("done before") == 2
+    assert list(results[1]) == ["rows", "first", "second"]
+    assert results[1]["first"] == plain(results[0]["first"])
+    assert json.loads(store.cat_file("/bucket/out/summary.json")) == plain(results[1])
+    there = {name.removeprefix("/bucket/out/") for name in store.find("/bucket/out")}
+    assert {"rows/rows.jsonl", "first/stage.json", "second/checkpoints/1.whole"} <= there
+    assert not any(name.endswith("lease.json") for name in there)
+    inputs = json.loads(store.cat_file("/bucket/out/second/stage.json"))["inputs"]
+    assert set(inputs) == {"rows", "first"}
+    with pytest.raises(InputError, match=r"memory://bucket/out/rows: was made with other settings"):
+        run_pipeline(replace(config, seed=1))
+    store.store.clear()

@@ -482,5 +482,5 @@ def test_check_refuses_urls_that_nothing_reads(words, field):
     check(load("jaxrlhf:configs/grpo_smollm2.yaml", ["data.train=memory://b/x.jsonl"]))
     with pytest.raises(InputError, match=rf"^{field}=\w+://\S+: nothing reads \w+://"):
         check(load("jaxrlhf:configs/grpo_smollm2.yaml", words))
-    with pytest.raises(InputError, match=r"^output=gs://b: a URL"):
-        load_pipeline("jaxrlhf:configs/pipelines/demo_tiny.yaml", "gs://b")
+    with pytest.raises(InputError, match=r"^output=nope://b: nothing reads \w+://"):
+        load_pipeline("jaxrlhf:configs/pipelines/demo_tiny.yaml", "nope://b")
