@@ -17,8 +17,9 @@
 #   --claim CLAIM    the claim mounted at /runs (jaxrlhf-runs, of launch/gke/storage.yaml)
 #   --dry-run        prints the manifest and applies nothing, wherever it stands on the line
 #
-# IMAGE is built by launch/Dockerfile; write the run below /runs: --output /runs/NAME. kubectl has to
-# point at the cluster, which needs JobSet 0.5 or newer.
+# IMAGE is built by launch/Dockerfile; write the run to a bucket, --output gs://BUCKET/NAME, or
+# below /runs, which --claim mounts: --output /runs/NAME. kubectl has to point at the cluster, which
+# needs JobSet 0.5 or newer.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a host of a TPU slice: what tpu_vm.sh and tpu_gce.sh ask it to do, in the folder above this one.
 #
-#   launch/remote.sh install                            a virtual environment with jaxrlhf[tpu]
+#   launch/remote.sh install                            a virtual environment with jaxrlhf[tpu,gcs]
 #   launch/remote.sh start CONFIG [--dotted.key value …]   train in the background, into run.log
 #   launch/remote.sh stop                               SIGTERM: the run saves a checkpoint and ends
 set -euo pipefail
@@ -22,7 +22,7 @@ install() {
         python=$(command -v python3.11)
     }
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu,gcs]'
 }
 
 start() {

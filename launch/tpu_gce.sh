@@ -145,7 +145,8 @@ start() {
         explain 'what --before asks of every host'
         everywhere tell "$before"
     fi
-    explain 'starts the run on all hosts, in the background; its log is run.log'
+    explain 'starts the run on all hosts, in the background; its log is run.log; each copies its part of an' \
+        'output gs://… there, which outlives the disks of the slice'
     everywhere tell "jaxrlhf/launch/remote.sh start $(quoted "$@")"
 }
 

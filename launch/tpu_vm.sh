@@ -22,9 +22,9 @@
 #   --dry-run          prints the commands and runs none, wherever it stands on the line
 #
 # NAME, ZONE, TYPE and PROJECT may also be variables of these names. The disks of a slice are gone
-# with it: the run's output has to be on a disk that all hosts mount, which --before can do: a command
-# that every host runs before the run starts. The seconds between two looks at the queue are
-# POLL_SECONDS (30).
+# with it: the run's output has to be in a bucket, --output gs://BUCKET/runs/NAME, or on a disk that
+# all hosts mount, which --before can do: a command that every host runs before the run starts. The
+# seconds between two looks at the queue are POLL_SECONDS (30).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -137,7 +137,8 @@ start() {
         explain 'what --before asks of every host'
         on_hosts all "$before"
     fi
-    explain 'starts the run on all hosts, in the background; its log is run.log'
+    explain 'starts the run on all hosts, in the background; its log is run.log; each copies its part of an' \
+        'output gs://… there, which outlives the disks of the slice'
     on_hosts all "jaxrlhf/launch/remote.sh start $(quoted "$@")"
 }
 
