@@ -5,6 +5,7 @@
 # make kills   two hundred kills              ARGS="--kills 50 --target ppo"
 # make growth  memory and open files over 500 iterations
 # make signals SIGTERM and Ctrl-C in every phase of a run
+# make pods    hosts without a common disk, one of which dies
 # make families  a run of each family of models
 # make harness a task of lm-evaluation-harness, from a file to its accuracy
 # make docs-commands  what README and docs/ say to type, carried out
@@ -21,7 +22,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
 
-.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals families harness lint docs docs-commands benchmark clean
+.PHONY: setup setup-demo setup-test demo test fuzz soak kills growth signals pods families harness lint docs docs-commands benchmark clean
 
 setup: setup-test
 setup-test: $(VENV)/.stamp-test
@@ -53,6 +54,9 @@ harness: setup-test
 
 signals: setup-test
 	$(VENV)/bin/python -m pytest -m signals -rP $(ARGS)
+
+pods: setup-test
+	$(VENV)/bin/python -m pytest -m pods tests/run/test_parts_trained.py $(ARGS)
 
 families: setup-test
 	$(VENV)/bin/python -m pytest -m families tests/models/test_family_runs.py $(ARGS)

@@ -113,6 +113,7 @@ class Parts(Copier):
         self._topic = ""
         self._sent: dict[str, Sign] = {}  # of small files
         self._notes: dict[int, Sign] = {}  # of notes there, which the run may amend
+        self._failures = f"parts/failed/{next(Parts._count)}"
         self._elsewhere_failed = 0
 
     def offer(self, step: int) -> None:
@@ -351,12 +352,11 @@ class Parts(Copier):
 
     def _tell_failures(self) -> None:
         """What has failed on the others counts on process 0, whose figures are written down."""
-        topic = "parts/failed"
         if not is_first():
             if self.failed:
-                post(topic, str(self.failed))
+                post(self._failures, str(self.failed))
             return
-        others = sum(int(text) for text in posted(topic).values())
+        others = sum(int(text) for text in posted(self._failures).values())
         self.failed += others - self._elsewhere_failed
         self._elsewhere_failed = others
 

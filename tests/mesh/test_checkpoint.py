@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,6 @@ from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh import checkpoint
 from jaxrlhf.mesh.checkpoint import (
     Checkpoints,
-    _not_orbax_future,
     describe,
     digest,
     kind,
@@ -34,7 +32,6 @@ from jaxrlhf.mesh.checkpoint import (
     named_leaves,
 )
 from jaxrlhf.mesh.notes import steps_in
-from jaxrlhf.mesh.saving import _not_left_over
 
 # A read that fails on a damaged file leaves callbacks behind, which complain as they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -416,29 +413,6 @@ def test_saves_and_failed_saves_hold_nothing(tmp_path, full_disk, monkeypatch):
         assert max(counts[4:]) <= max(counts[:4])
     assert checkpoints.failed == 12
     assert said == []
-
-
-def test_a_failed_save_is_one_line(caplog):
-    """What orbax and tensorstore say of the writes that were under way beside it is left out."""
-    caplog.set_level(logging.DEBUG)
-    for name in ("ocdbt at run/checkpoints/3.orbax-checkpoint-tmp", "a reward of mine"):
-        text = f"Future exception was never retrieved: {name}"
-        record = logging.LogRecord("asyncio", logging.ERROR, "x", 1, text, None, None)
-        assert _not_orbax_future(record) == ("reward" in name)
-
-
-def test_a_failed_read_is_one_line(monkeypatch):
-    """What was under way beside it says 4 kB for each array, which fills a pipe."""
-    said = []
-    monkeypatch.setattr(checkpoint, "_hooks", [said.append])
-    for file in ("site-packages/orbax/x.py", "mine.py"):
-        names = {}
-        exec(compile("async def read(): pass", file, "exec"), names)
-        left = names["read"]()
-        error = Exception("Encountered error while reading array index")
-        _not_left_over(SimpleNamespace(exc_type=Exception, exc_value=error, object=left))
-        left.close()
-        assert bool(said) == (file == "mine.py")
 
 
 def test_save_lost_disk(tmp_path):

@@ -26,6 +26,7 @@ from jaxrlhf.run.speed import TIMED
 
 PROGRAM = """
 import sys
+import shared_store
 from jaxrlhf.config import Config, load, override
 from jaxrlhf.mesh.processes import together
 from jaxrlhf.run.loop import train
@@ -104,12 +105,18 @@ def write_config(config, folder, output):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """folder/NAME/{one,two}: each run by one process with four devices, and by two with two."""
+    """folder/NAME/{one,two}: each run by one process with four devices, and by two with two.
+
+    DPO's two share no folder, and write into a store, which here is one.
+    """
     folder = tmp_path_factory.mktemp("processes")
     configs = {name: config_of(name, folder / name) for name in NAMES}
     asked = folder / "asked"
     paths = [write_config(config, folder / name, "two") for name, config in configs.items()]
-    outputs = finish(two_processes(*paths, ASKED=str(asked)))
+    by_url = replace(configs["dpo"], output="shared://dpo/two")
+    paths[NAMES.index("dpo")].write_text(dump(by_url))
+    places = {"SHARED": str(folder), "HOME": str(folder / "home")}
+    outputs = finish(two_processes(*paths, ASKED=str(asked), **places))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASKED", os.devnull)
         for name, config in configs.items():
