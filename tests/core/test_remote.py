@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from loopback import free_port
+from shared_store import google
 
 from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
@@ -105,6 +105,8 @@ def test_fetch_by_several_at_once_copies_once(store, capsys):
 )
 def test_fetch_says_what_is_wrong_in_one_line(url, message, store, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    # It may have been found before.
+    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)
     with pytest.raises(InputError) as error:
         remote.fetch("model.path", url)
     assert str(error.value).startswith(message)
@@ -132,21 +134,10 @@ def test_marked_are_the_steps_whose_mark_has_come():
 
 def test_files_of_google_cloud_storage_are_read_and_written(tmp_path, store, monkeypatch):
     """By gcsfs, over HTTP, from a fake on the loopback."""
-    server = pytest.importorskip("gcp_storage_emulator.server")
-    # Else it asks by gRPC, which the fake does not speak, what kind of a bucket it is.
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    pytest.importorskip("gcsfs")
-    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon", "project": "p"})
-    port = free_port()
-    fake = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-    fake.start()
-    try:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    with google(monkeypatch):
         fs, root = remote.store("output", "gs://bucket/run")
         (tmp_path / "a").write_bytes(os.urandom(1000))
         remote.put_whole(fs, tmp_path / "a", f"{root}/checkpoints/1/a")
         copy = remote.fetch("model.path", "gs://bucket/run")
         assert (Path(copy) / "checkpoints/1/a").read_bytes() == (tmp_path / "a").read_bytes()
         assert remote.read_text("output", "gs://bucket/run/none") == ""
-    finally:
-        fake.stop()

@@ -138,18 +138,21 @@ def pieces(step):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Folders, and what was said: ``whole`` by two, undisturbed; ``killed``, in the copy of step 3,
-    gone on with by two new machines; ``same``, by the machines of before; ``other``, begun by one
-    process and gone on with by two."""
+    gone on with by two new machines; ``same``, by the machines of before; ``mixed``, by the first
+    of them and a new one; ``other``, begun by one process and gone on with by two."""
     folder = tmp_path_factory.mktemp("parts")
     with pytest.MonkeyPatch.context() as patch:
         alone(patch, folder / "other", folder / "home", 2)
     first = two(f"{folder}/whole:{folder}/homes_whole:", f"{folder}/killed:{folder}/homes:die")
     left = marks(folder / "killed")
     assert left, "\n".join(x for y in first for x in y[1:])
-    shutil.copytree(folder / "killed", folder / "same")
+    for name in ("same", "mixed"):
+        shutil.copytree(folder / "killed", folder / name)
+    shutil.copytree(folder / "homes/0", folder / "homes_mixed/0")
     second = two(
         f"{folder}/killed:{folder}/homes_new:",
         f"{folder}/same:{folder}/homes:",
+        f"{folder}/mixed:{folder}/homes_mixed:",
         f"{folder}/other:{folder}/homes_other:",
     )
     return folder, first, left, second
@@ -176,16 +179,16 @@ def test_two_go_on_bit_for_bit(made):
     assert [status for status, *_ in second] == [0, 0], "\n".join(x for y in second for x in y[1:])
     for _, told, _ in second:
         assert [line for line in told.splitlines() if "begins" in line] == [
-            "begins after 2", "begins after 3", "begins after 2",
+            "begins after 2", "begins after 3", "begins after 2", "begins after 2",
         ]  # fmt: skip
-    for name in ("killed", "same", "other"):
+    for name in ("killed", "same", "mixed", "other"):
         jax.tree.map(np.testing.assert_array_equal, arrays(folder / name), arrays(folder / "whole"))
         assert marks(folder / name) == {"3.whole", "4.whole"}
         assert not (folder / name / "bucket/run/lease.json").exists()
     assert lines(folder / "whole") == [1, 2, 3, 4]
     assert set(lines(folder / "killed")) == {1, 2, 3, 4}
-    # A process brings its own pieces, and what all devices have; of one that wrote alone, all.
-    assert "step 2: 14 of its 20 files" in second[1][2]
+    # All but its note, which was there, and two pieces of each of two arrays.
+    assert "step 2: 17 of its 22 files" in second[1][2]
 
 
 def test_one_goes_on_where_two_were(made, tmp_path, monkeypatch, capsys):
