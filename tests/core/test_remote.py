@@ -106,7 +106,7 @@ def test_fetch_by_several_at_once_copies_once(store, capsys):
 def test_fetch_says_what_is_wrong_in_one_line(url, message, store, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     # It may have been found before.
-    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
     with pytest.raises(InputError) as error:
         remote.fetch("model.path", url)
     assert str(error.value).startswith(message)
