@@ -10,6 +10,9 @@ Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "pieces", "cudnn", "splash"]
 """By what attention over whole rows is computed; see ``ModelConfig.attention``."""
 
+Nf4Product = Literal["auto", "plain"]
+"""By what decoding multiplies by weights of nf4; see ``ModelConfig.nf4_product``."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -179,6 +182,9 @@ class ModelConfig:
     """What weights that nothing trains are kept in: reference, reward models, those under adapters.
     None: as their files have them, or in dtype where that is smaller. int8 and nf4: the linear maps
     of the layers in as many bits (the extra quantise), all else as with None."""
+    nf4_product: Nf4Product = "auto"
+    """In decoding, of frozen_dtype: nf4. auto: on NVIDIA GPUs and TPUs a kernel reads four bits a
+    weight. plain: XLA's products, which write each weight out wide first; so elsewhere."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
     attention: AttentionKernel = "auto"

@@ -149,19 +149,18 @@ def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Arr
     return jax.lax.with_sharding_constraint(x, spec(axes, rules))
 
 
-def _shards(axis: str, rules: Rules = RULES) -> int:
+def shards(axis: str, rules: Rules = RULES) -> int:
+    """Pieces that this axis is split into, by RULES or those given, under the mesh in force; 1
+    without one."""
     mesh, along = jax.sharding.get_abstract_mesh(), rules[axis] or ()
     names = (along,) if isinstance(along, str) else along
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
 row_shards, length_shards, vocab_shards = (
-    partial(_shards, axis) for axis in ("batch", "length", "vocab")
+    partial(shards, axis) for axis in ("batch", "length", "vocab")
 )
-
-
-"""Pieces that this axis is split into, by RULES or those given, under the mesh in force; 1 without
-one."""
+"""``shards`` of these."""
 
 
 def map_pieces(f: Callable[[Any], Any], rows: Any, pieces: int, rules: Rules = RULES) -> Any:
@@ -172,7 +171,7 @@ def map_pieces(f: Callable[[Any], Any], rows: Any, pieces: int, rules: Rules = R
     """
     if pieces == 1:
         return f(rows)
-    shards = row_shards(rules)
+    devices = row_shards(rules)
 
     def hold(x: Array, at: int) -> Array:
         """Rows split over the devices along axis ``at``; the others as they come."""
@@ -183,11 +182,11 @@ def map_pieces(f: Callable[[Any], Any], rows: Any, pieces: int, rules: Rules = R
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
 
     def cut(x: Array) -> Array:
-        x = hold(x.reshape(shards, pieces, -1, *x.shape[1:]), 0)
+        x = hold(x.reshape(devices, pieces, -1, *x.shape[1:]), 0)
         return hold(jnp.moveaxis(x, 1, 0).reshape(pieces, -1, *x.shape[3:]), 1)
 
     def joined(x: Array) -> Array:
-        x = hold(x.reshape(pieces, shards, -1, *x.shape[2:]), 1)
+        x = hold(x.reshape(pieces, devices, -1, *x.shape[2:]), 1)
         return hold(jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:]), 0)
 
     return jax.tree.map(joined, jax.lax.map(f, jax.tree.map(cut, rows)))

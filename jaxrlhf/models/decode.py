@@ -24,7 +24,8 @@ from jaxrlhf.models.attention import attend_next, look_of
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
 from jaxrlhf.models.layers import adapters_of, exact
-from jaxrlhf.models.quantise import any_quantised, in_dtype, is_quantised, laid
+from jaxrlhf.models.nibbles import Nibbles, maker, packed
+from jaxrlhf.models.quantise import KERNELS, any_quantised, in_dtype, is_quantised, laid
 from jaxrlhf.models.replay import compact, joined, where_known
 from jaxrlhf.models.rope import kinds, rotary_angles, windows_of
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
@@ -60,8 +61,9 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
     layer.
 
     They are gathered over fsdp and context here, once. The last norm and the scalar head, which
-    compute in float32, stay so, and what is quantised stays in as many bits. Costs one copy of the
-    weights, split over ``tensor`` alone.
+    compute in float32, stay so, and what is quantised stays in as many bits; nf4 is put as its
+    kernel reads it, where the devices have one. Costs one copy of the weights, split over
+    ``tensor`` alone.
     """
     stacked = params["layers"] if lora is None else merge(params["layers"], lora)
     layers = tuple(_layer(model, stacked, index) for index in range(model.decoder.layers))
@@ -92,8 +94,27 @@ def _layer(model: Model, stacked: Params, index: int | Array) -> Params:
     """One of the stacked layers, of which some may be adapted."""
     layer = jax.tree.map(lambda x: x[index], stacked)
     layer = model.with_gains(in_dtype(layer, model.dtype))
-    apart = bool(adapters_of(layer)) or any_quantised(layer)
-    return layer if apart else _fuse(layer)
+    if any_quantised(layer):
+        return _in_nibbles(model, layer)
+    return layer if adapters_of(layer) else _fuse(layer)
+
+
+def _in_nibbles(model: Model, layer: Params) -> Params:
+    """A layer's quantised maps as a kernel of the devices reads them, where there is one."""
+    by, declared = maker(model.nf4_product), blocks(model.decoder, None).axes
+    if by is None:
+        return layer
+
+    def kernel(part: str, name: str, x: Params) -> Params:
+        names = declared[part][name]["kernel"][1:]
+        return {**x, "kernel": packed(1 + (name == "o"), x["kernel"], names, by)}
+
+    def module(part: str) -> Params:
+        # Experts have products of their own.
+        mapped = KERNELS if "router" not in layer[part] else ()
+        return {n: kernel(part, n, x) if n in mapped else x for n, x in layer[part].items()}
+
+    return {**layer, "attention": module("attention"), "mlp": module("mlp")}
 
 
 _all_layers = jax.jit(lay_out, static_argnums=0)
@@ -117,6 +138,7 @@ def decode_layout(model: Model, mesh: Mesh | AbstractMesh, weights: Weights) -> 
     """Where each array of such ``Weights``, arrays or shapes, lies on a mesh."""
 
     def place(x: Any, names: tuple[str | None, ...]) -> Any:
+        names = x.axes if isinstance(x, Nibbles) else names
         return laid(NamedSharding(mesh, spec(names, DECODE)), x)
 
     return jax.tree.map(place, weights, axes(model, weights), is_leaf=is_quantised)

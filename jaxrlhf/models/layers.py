@@ -21,6 +21,7 @@ from jaxrlhf.config.model import Remat
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import Rules, constrain
 from jaxrlhf.models.attention import capped
+from jaxrlhf.models.nibbles import Nibbles, times
 from jaxrlhf.models.quantise import behind, in_dtype, is_quantised, made, no_slope
 from jaxrlhf.models.rope import Angles, rotate
 
@@ -163,7 +164,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x = _apart(x) if self.lora_scale else x
-        y: Any = product(self.contract, x, in_dtype(self.kernel.get_value(), x.dtype))
+        w = in_dtype(self.kernel.get_value(), x.dtype)
+        y: Any = times(x, w) if isinstance(w, Nibbles) else product(self.contract, x, w)
         if self.lora_scale:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
             change: Any = low_rank(self.contract, _apart(x), a, b)

@@ -69,7 +69,8 @@ def build(config: ModelConfig, head: bool = False) -> Model:
     decoder = config.decoder or read_decoder(config.path, head)
     if config.context is not None:
         decoder = _in_context(decoder, config.context)
-    return Model(decoder, config.dtype, config.lora, config.remat, config.attention)
+    how = {"attention": config.attention, "nf4_product": config.nf4_product}
+    return Model(decoder, config.dtype, config.lora, config.remat, **how)
 
 
 def _in_context(decoder: DecoderConfig, context: int) -> DecoderConfig:

@@ -5,7 +5,8 @@ A layer's products read W ≈ q · scale. int8 has a scale for each output; nf4 
 for each 64 inputs of an output, and 16 levels that hold equal shares of a normal distribution. The
 arrays are qwix's, an extra. A product of int8 multiplies with q, and the scale behind it; of nf4 it
 makes its weight, and its gradient makes it again (``layers.product``, and ``grouped`` of experts),
-so that there is never more than one of them, in the sampler's loop neither.
+so that there is never more than one of them; in the sampler's loop a kernel reads the four bits
+where the devices have one (``nibbles``).
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf.core.errors import InputError, to_install
 from jaxrlhf.core.types import Array, Params
+from jaxrlhf.models.nibbles import Nibbles
 
 KINDS = ("int8", "nf4")
 
@@ -32,8 +34,8 @@ float32, and stay."""
 
 
 def is_quantised(x: Any) -> bool:
-    """Whether a leaf is one of qwix's arrays, which has a weight's shape."""
-    return hasattr(x, "qvalue")
+    """Whether a leaf is one of qwix's arrays, which has a weight's shape, or ``Nibbles``."""
+    return isinstance(x, Nibbles) or hasattr(x, "qvalue")
 
 
 def any_quantised(params: Params) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
-from jaxrlhf.config.model import AttentionKernel, Remat
+from jaxrlhf.config.model import AttentionKernel, Nf4Product, Remat
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
 from jaxrlhf.models.block import Block
@@ -102,6 +102,7 @@ class Model:
     lora: LoraConfig | None = None
     remat: Remat = "none"
     attention: AttentionKernel = "auto"
+    nf4_product: Nf4Product = "auto"
 
     @property
     def routes(self) -> bool:

@@ -257,7 +257,9 @@ def decode_weights(model: Model, mesh: Mesh, params: Params, frozen: Params | No
     def arrange(params: Params, frozen: Any) -> Weights:
         return lay_out(model, *combine_params(params, frozen))
 
-    layout = decode_layout(model, mesh, jax.eval_shape(arrange, params, frozen))
+    # How they lie depends on the devices, which the mesh in force says.
+    with jax.set_mesh(mesh):
+        layout = decode_layout(model, mesh, jax.eval_shape(arrange, params, frozen))
     options = IN_TURN if mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(arrange, out_shardings=layout, compiler_options=options)
 
