@@ -18,7 +18,7 @@ from jaxrlhf.mesh.sharding import DECODE, make_mesh, spec
 from jaxrlhf.models import nibbles
 from jaxrlhf.models.decode import decode_layout, lay_out
 from jaxrlhf.models.nibbles import Nibbles, maker, packed, times, unpacked
-from jaxrlhf.models.quantise import any_quantised, quantised
+from jaxrlhf.models.quantise import is_quantised, quantised
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.programs import decode_weights
 from jaxrlhf.steps.sample import sample
@@ -37,6 +37,16 @@ def weights(ins, outs, by="triton", names=("embed", "mlp")):
 
 def rows(count, ins, dtype="float32"):
     return jnp.asarray(RNG.standard_normal((count, 1, ins)), dtype)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(replace(WIDE, layers=1), lora=LORA)
+
+
+@pytest.fixture(scope="module")
+def small(model):
+    return quantised(model.init(jax.random.key(0)), "nf4")
 
 
 @pytest.fixture
@@ -86,21 +96,20 @@ def test_many_rows_are_multiplied_by_wide_weights(kernel, monkeypatch):
     indirect=["kernel"],
     ids=str,
 )
-def test_the_sampler_draws_the_same_by_a_kernel(kernel, config):
+def test_the_sampler_draws_the_same_by_a_kernel(kernel, config, model, small):
     """On one device, and split over eight, where three tiles of 64 do not divide by two."""
-    model = Model(replace(WIDE, layers=1), lora=LORA)
-    small = quantised(model.init(jax.random.key(0)), "nf4")
     lora = jax.tree.map(lambda x: x + 0.05, model.init_lora(jax.random.key(1)))
     few = SampleConfig(max_new_tokens=3, n=2)
     given = {"prompt_QP": TOKEN[:2, :5], "prompt_mask_QP": FULL[:2, :5], "key": jax.random.key(0)}
 
-    def draw(model):
-        return jax.jit(partial(sample, model, sample_config=few))(small, lora=lora, **given)
+    def draw(model, params, lora):
+        return jax.jit(partial(sample, model, sample_config=few))(params, lora=lora, **given)
 
-    expected = draw(replace(model, nf4_product="plain"))
+    expected = draw(replace(model, nf4_product="plain"), small, lora)
     mesh = make_mesh(config or MeshConfig(data=1), None if config else jax.devices()[:1])
     with jax.set_mesh(mesh):
-        found = draw(model)
+        everywhere = jax.device_put((small, lora), NamedSharding(mesh, PartitionSpec()))
+        found = draw(model, *everywhere)
         laid = jax.eval_shape(partial(lay_out, model), small, lora)
         where = decode_layout(model, mesh, laid).layers[0]
     np.testing.assert_array_equal(found.token_BT, expected.token_BT)
@@ -140,13 +149,12 @@ def test_what_is_packed():
     assert packed(1, whole, ("embed", "mlp"), "triton") is whole
 
 
-def test_the_kernel_is_of_the_devices(monkeypatch):
+def test_the_kernel_is_of_the_devices(model, small, monkeypatch):
     """A CPU has none; NVIDIA GPUs and TPUs have, unless XLA's product is asked for."""
     assert maker("auto") is None
-    model = Model(WIDE)
-    small = quantised(model.init(jax.random.key(0)), "nf4")
-    assert any_quantised(lay_out(model, small).layers[0])
-    assert not isinstance(lay_out(model, small).layers[0]["mlp"]["up"]["kernel"], Nibbles)
+    laid = jax.eval_shape(partial(lay_out, model), small).layers[0]["mlp"]["up"]["kernel"]
+    assert is_quantised(laid)
+    assert not isinstance(laid, Nibbles)
     for kind, expected in (("NVIDIA H100 80GB HBM3", "triton"), ("TPU v5e", "mosaic")):
         monkeypatch.setattr(nibbles, "device_kind", lambda kind=kind: kind)
         assert maker("auto") == expected
@@ -164,10 +172,9 @@ def test_a_kernel_is_lowered_for_devices_that_are_not_here(by, platform):
     assert [("tensor<288x208xui8>" in line) for line in text.split("\n") if call in line] == [True]
 
 
-def test_a_plan_lays_weights_out_for_devices_that_are_not_here(monkeypatch):
+def test_a_plan_lays_weights_out_for_devices_that_are_not_here(model, small, monkeypatch):
     """They are those of the mesh, whatever is in force where the program is made."""
-    model, mesh = Model(WIDE), make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    small = quantised(model.init(jax.random.key(0)), "nf4")
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
     def kind():
         return "cpu" if jax.sharding.get_abstract_mesh().empty else "NVIDIA H100 80GB HBM3"
