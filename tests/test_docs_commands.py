@@ -31,7 +31,7 @@ PROGRAMS = (
 APART = {
     r"make setup|pip install": "installs what this environment has",
     r"make (demo|test)|jaxrlhf demo$": "minutes: a target of its own",
-    r"chat smollm2 --against runs/demo": "of `jaxrlhf demo`",
+    r"chat smollm2 --against runs/demo|runs/demo/reward_model": "of `jaxrlhf demo`",
     r"gcloud |docker |kubectl |sbatch |launch/(tpu_vm|tpu_gce|gke)|gs://": "a cloud, or a cluster",
     r"launch/gpu\.sh|cuda": "a GPU",
     r"jaxrlhf plan |study\.plan": "minutes of compilation, and the extra plan: docs/scale.md",
