@@ -69,8 +69,8 @@ def build(config: ModelConfig, head: bool = False) -> Model:
     decoder = config.decoder or read_decoder(config.path, head)
     if config.context is not None:
         decoder = _in_context(decoder, config.context)
-    how = {"attention": config.attention, "nf4_product": config.nf4_product}
-    return Model(decoder, config.dtype, config.lora, config.remat, **how)
+    attention, few_bits = config.attention, config.nf4_product
+    return Model(decoder, config.dtype, config.lora, config.remat, attention, few_bits)
 
 
 def _in_context(decoder: DecoderConfig, context: int) -> DecoderConfig:

@@ -68,8 +68,10 @@ class Nibbles:
 def maker(wanted: Nf4Product) -> Maker | None:
     """Whose kernel the devices of the mesh in force carry out; None: they have none, or it is not
     ``wanted`` (``model.nf4_product``)."""
-    if INTERPRET or wanted == "plain":
-        return INTERPRET if wanted != "plain" else None
+    if wanted == "plain":
+        return None
+    if INTERPRET:
+        return INTERPRET
     kind = device_kind()
     return "triton" if kind.startswith("NVIDIA") else "mosaic" if kind.startswith("TPU") else None
 

@@ -56,9 +56,9 @@ def kernel(request, monkeypatch):
     return request.param
 
 
-SHAPES = [(64, 16, 1), (576, 208, 5), (1024, 1040, 64)]
-"""Inputs, outputs and rows that no block divides: one tile; nine, in three splits; two blocks of
-columns and a bit."""
+SHAPES = [(64, 16, 1), (576, 208, 5), (1536, 1040, 64)]
+"""Inputs, outputs and rows that no block divides: one tile; nine, in three splits; 24, in three
+blocks of a TPU, and of columns one and a bit."""
 
 
 @pytest.mark.parametrize("kernel", MAKERS, indirect=True)
@@ -145,7 +145,7 @@ def test_what_is_packed():
     assert isinstance(weights(128, 48)[1], Nibbles)
     assert not isinstance(weights(32, 48)[1], Nibbles)
     assert not isinstance(weights(128, 40)[1], Nibbles)
-    whole = qwix.quantize(jnp.ones((128, 48)), "int8", channelwise_axes=[1])
+    whole = qwix.quantize(jnp.ones((64, 48)), "int8", channelwise_axes=[1])
     assert packed(1, whole, ("embed", "mlp"), "triton") is whole
 
 
