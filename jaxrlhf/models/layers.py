@@ -308,9 +308,10 @@ def look_up(size: int, axis: str, dtype: str, table: Array, index: Array) -> Arr
     Args:
       axis: the logical axis that the table's rows are.
     """
-    # Rounded where it lies, so that half as much is sent.
-    narrow = constrain(table.astype(dtype), (axis, "embed"))
-    return constrain(narrow, (axis, None))[index]
+    if table.dtype != dtype:  # rounded where it lies, so that half as much is sent
+        table = constrain(table.astype(dtype), (axis, "embed"))
+    # One that is laid out for decoding is whole already: cut, it would be sent again each token.
+    return constrain(table, (axis, None))[index]
 
 
 def _look_up_forward(

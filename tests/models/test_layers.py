@@ -127,3 +127,16 @@ def test_products_of_one_token_read_an_array_each():
 
 def test_policies_are_those_of_the_config():
     assert set(POLICIES) == set(get_args(Remat))
+
+
+def test_a_table_that_is_whole_is_not_cut_to_be_sent_again():
+    """In a decode loop a TPU's compiler would send it in each step."""
+
+    def cut(kept):
+        table, index = jnp.zeros((64, 32), kept), jnp.zeros((8, 1), jnp.int32)
+        found = jax.make_jaxpr(lambda *given: look_up(64, "vocab", "bfloat16", *given))(table, index)
+        return "spec=P('tensor', ('fsdp'" in str(found)
+
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        assert not cut("bfloat16")  # laid out for decoding
+        assert cut("float32")  # rounded before it is sent
