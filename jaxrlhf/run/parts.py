@@ -107,6 +107,7 @@ class Parts(Copier):
         self._aside = self.folder.with_name(self.folder.name + ".sending")
         self._there: dict[int, str] = {}  # whole steps there at the start → digests of their notes
         self._whole: set[int] = set()  # those there now; process 0 alone knows
+        self._begun: set[int] = set()  # those there without a mark, likewise
         self._taken: int | None = None
         self._newest: int | None = None
         self._sending: _Sending | None = None
@@ -193,22 +194,18 @@ class Parts(Copier):
         said = [json.loads(text) for text in exchange(json.dumps(self._here()))]
         step = unsent(there, said)
         if step is not None:
+            by_first(partial(self._clear, step))
             all_or_none(partial(self._take, step, f"parts/{next(Parts._count)}"))
             jointly(partial(self.finish, None, TRIES))
             self._there[step] = said[0]["steps"][str(step)]
         all_or_none(partial(self._align, bool(said[0]["sent"])))
 
     def _look(self) -> dict[str, Any]:
-        """What the store has: of which run, and the digests of its whole steps' notes.
-
-        What else is there of steps is of copies that were killed, and is deleted.
-        """
+        """What the store has: of which run, and the digests of its whole steps' notes."""
         names = self.store.names()
         whole = self.store.whole(names)
-        begun = {match[1] for x in names if (match := re.match(r"checkpoints/(\d+)[/.]", x))}
-        for step in map(int, begun):
-            if step not in whole:
-                self.store.remove_step(step)
+        found = {match[1] for x in names if (match := re.match(r"checkpoints/(\d+)[/.]", x))}
+        self._begun = {int(step) for step in found} - set(whole)
         run = ""
         with suppress(FileNotFoundError, ValueError):
             run = json.loads(self.store.read(f"checkpoints/{RUN}"))["run"]
@@ -267,17 +264,22 @@ class Parts(Copier):
         self._sent = bring_small(self.store, self._output, names)
 
     def _accepts(self, step: int) -> bool:
-        """Whether a step can be taken now; a damaged one of that number is deleted first."""
+        """Whether a step can be taken now."""
         if self._sending is not None:
             return False
         try:
-            if step in self._whole:
-                self.store.remove_step(step)
-                self._whole.discard(step)
+            self._clear(step)
         except Exception as error:
             log.debug("step %d as it was before: %s", step, error)
             return False
         return True
+
+    def _clear(self, step: int) -> None:
+        """Delete what is there of a step, damaged or of a copy that was killed."""
+        if step in self._whole | self._begun:
+            self.store.remove_step(step)
+            self._whole.discard(step)
+            self._begun.discard(step)
 
     def _take(self, step: int, topic: str) -> None:
         """Hold on to this process's files of a step, which are sent from now on."""
@@ -308,10 +310,9 @@ class Parts(Copier):
         if is_first():
             self._amend()
             # A step that is deleted here makes room there, once a newer one is whole.
-            for step in sorted(self._whole - set(steps_in(self.folder))):
-                if step < max(self._whole):
-                    self.store.remove_step(step)
-                    self._whole.discard(step)
+            for step in sorted((self._whole | self._begun) - set(steps_in(self.folder))):
+                if step < max(self._whole, default=0):
+                    self._clear(step)
             known = {"small": self._sent, "steps": sorted(self._whole)}
             write_atomic(self.folder / SENT, json.dumps(known))
 
