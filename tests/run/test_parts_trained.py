@@ -99,6 +99,7 @@ def pieces(step):
 def arrays(root, monkeypatch):
     """The newest step as one process reads it."""
     monkeypatch.setenv("SHARED", str(root))
+    monkeypatch.setenv("HOME", str(root / "reader"))
     monkeypatch.setattr(remote, "_here", {})
     return load_model(URL)[1]
 
