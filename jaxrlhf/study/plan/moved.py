@@ -130,14 +130,20 @@ def _size(op: Op) -> float:
 
 def _fusion(module: Module, op: Op, given: list[Op]) -> float:
     """What a fusion reads of its operands, and what it writes."""
-    body = module.computations[called(op)[0]]
+    name = called(op)[0]
+    body, handed = module.computations[name], dict[int, int]()
+    # A piece of an exchange, which goes on beside other work: what it has in hand is handed on.
+    if name.startswith("async_collective_fusion"):
+        handed = {int(x): int(of) for x, of in re.findall(r"\{(\d+)\}: \((\d+), \{\}", op.text)}
     parts = _parts(module, body)
     read = {int(x.text): parts[x.name] for x in body.values() if x.opcode == "parameter"}
-    total = sum(read.get(i, 0.0) * _size(x) for i, x in enumerate(given))
+    own = (i for i in range(len(given)) if i not in handed.values())
+    total = sum(read.get(i, 0.0) * _size(given[i]) for i in own)
     root = next((x for x in body.values() if x.root), NOTHING)
     results = [body.get(x, NOTHING) for x in root.operands] if root.opcode == "tuple" else [root]
-    for result, shape in zip(results, op.shapes, strict=False):
-        total += _far(shape, _written(module, body, result, shape.bytes))
+    for place, (result, shape) in enumerate(zip(results, op.shapes, strict=False)):
+        if place not in handed:
+            total += _far(shape, _written(module, body, result, shape.bytes))
     return total
 
 

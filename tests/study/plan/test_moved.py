@@ -58,6 +58,15 @@ StackFrames
   ROOT %changed = f32[8,64]{1,0} negate(%new)
 }
 
+%async_collective_fusion.7 (v0: f32[8,64], v1: f32[16,64], v2: f32[64]) -> (f32[64], …) {
+  %v0 = f32[8,64]{1,0} parameter(0)
+  %v1 = f32[16,64]{1,0} parameter(1)
+  %v2 = f32[64]{0} parameter(2)
+  %less = f32[64]{0} negate(%v2)
+  %all = f32[16,64]{1,0} all-gather(%v0), channel_id=1, dimensions={0}
+  ROOT %both = (f32[64]{0}, f32[8,64]{1,0}, f32[16,64]{1,0}) tuple(%less, %v0, %all)
+}
+
 %body (t: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
   %t = (s32[], f32[8,64]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%t), index=0
@@ -118,13 +127,21 @@ def test_moves_needs_the_trips_of_an_open_loop():
          "copy-start(%done)", 2048),
         ("%m = ((f32[8,64]{1,0:T(8,128)}), f32[2,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
          "slice-start(%done), slice={[0:2], [0:64]}", 512),
+        # a piece of an exchange beside other work: only that work moves anything
+        ("%m = (f32[64], f32[8,64], f32[16,64]) fusion(%done, %wide, %flat), kind=kLoop, "
+         "output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, "
+         "calls=%async_collective_fusion.7", 2 * 256),
         ('%m = f32[8,64]{1,0} custom-call(%done), custom_call_target="ConcatBitcast"', 0),
         ('%m = f32[8,64]{1,0} custom-call(%done), custom_call_target="Other"', 2 * 2048),
         ("%m = f32[8,64]{1,0} bitcast(%done)", 0),
     ],
 )  # fmt: skip
 def test_moves_of_an_instruction(line, size):
-    given = ("%row = f32[1,64]{1,0} bitcast(%done)", "%flat = f32[64]{0} bitcast(%done)")
+    given = (
+        "%row = f32[1,64]{1,0} bitcast(%done)",
+        "%flat = f32[64]{0} bitcast(%done)",
+        "%wide = f32[16,64]{1,0} bitcast(%done)",
+    )
     assert moved(*given, line).get("m", (0, 1)) == (size, 1)
 
 
