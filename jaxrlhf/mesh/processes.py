@@ -73,8 +73,10 @@ def together(config: DistributedConfig) -> Iterator[Watchdog]:
     with Watchdog(limit(config, count), learns) as watchdog, guarded():
         try:
             yield watchdog
-        finally:
+        except SystemExit:  # any other error ends this process, which the others hear at once
             watchdog.leave()
+            raise
+        watchdog.leave()
         if count > 1:
             # Waits for the others, watched and guarded: one that has failed never comes.
             jax.distributed.shutdown()

@@ -202,7 +202,7 @@ class Watchdog:
                 during = f" in {self._phase}" if self._phase else ""
                 others = f"; process {min(gone)} has left" if gone else ""
                 end(
-                    f"{_me()}: no progress for {min(waited, limit):.3g} s{during} "
+                    f"{_me()}: no progress for {round(min(waited, limit), 1):g} s{during} "
                     f"(distributed.watchdog){others}: its stacks are above; all processes end"
                 )
 

@@ -185,6 +185,7 @@ def test_a_program_that_is_made_is_seen_in_the_stack():
         ({"left": [1]}, "", 29, False),
         ({"left": [1]}, "", 31, True),
         ({"left": [1]}, "the end of the run", 31, False),
+        ({}, "evaluation", 1801, True),
     ],
 )
 def test_what_the_others_say_counts(said, phase, waited, ends, monkeypatch, capsys):
@@ -198,7 +199,9 @@ def test_what_the_others_say_counts(said, phase, waited, ends, monkeypatch, caps
     monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
     with pytest.raises(SystemExit) if ends else nullcontext():
         dog._watch()
-    assert ("process 1 has left" in capsys.readouterr().err) == (ends and "left" in said)
+    errors = capsys.readouterr().err
+    assert ("process 1 has left" in errors) == (ends and "left" in said)
+    assert ("no progress for 1800 s in evaluation" in errors) == (phase == "evaluation")
 
 
 def test_watchdog_sleeps_while_fed():
