@@ -23,7 +23,10 @@ MOST_POINTS = 240
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
-"""Space around the plot for the axes' labels, in the units of the drawing."""
+"""Space around the plot for the axes' labels, in the units of the drawing; ``LEFT`` at least."""
+
+DIGIT = 6.6
+"""Width of a character of a label."""
 
 COLOURS = 6
 """Series that the stylesheet has a colour for; more begin again."""
@@ -246,8 +249,9 @@ def chart(curves: Sequence[Series], title: str, x: str, about: Metric | None = N
     points = [point for curve in curves for point in curve.points]
     ends = [p.y + sign * (0 if math.isnan(p.ci) else p.ci) for p in points for sign in (-1, 1)]
     left, right = spread([p.x for p in points], 0.0)
-    across = Scale(0.0 if 0 < left < right / 10 else left, right, LEFT, WIDTH - RIGHT)
     up = Scale(*spread(ends, 0.06), HEIGHT - BOTTOM, TOP)  # SVG counts from the top
+    start = max(LEFT, math.ceil(8 + DIGIT * max(map(len, ticks(up.low, up.high)))))
+    across = Scale(0.0 if 0 < left < right / 10 else left, right, start, WIDTH - RIGHT)
     parts = [*_axes(across, up, x), *(_curve(c, across, up) for c in curves)]
     return Markup(
         '<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {w} {h}" role="img" '
@@ -304,11 +308,11 @@ def _axes(across: Scale, up: Scale, x: str) -> Iterator[Markup]:
     text = Markup('<text class="{}" x="{}" y="{}">{}</text>')
     for label in ticks(up.low, up.high):
         place = up.at(float(label))
-        yield line.format(LEFT, WIDTH - RIGHT, place, place)
-        yield text.format("row", LEFT - 6, place + 4, label)
+        yield line.format(across.start, across.end, place, place)
+        yield text.format("row", across.start - 6, place + 4, label)
     for label in ticks(across.low, across.high, 5):
         yield text.format("column", across.at(float(label)), HEIGHT - BOTTOM + 15, label)
-    yield text.format("column name", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, x)
+    yield text.format("column name", (across.start + across.end) / 2, HEIGHT - 3, x)
 
 
 def _curve(curve: Series, across: Scale, up: Scale) -> Markup:

@@ -1,6 +1,7 @@
 """From records to curves, by hand; and charts: where points lie, what is marked and escaped."""
 
 import math
+import re
 
 import pytest
 
@@ -116,6 +117,16 @@ def test_chart_places_points():
     near = chart([Series("a", [Point(1, 0), Point(31, 1)])], "t", "x")  # from 0: 1/31 of 302
     assert 'points="55.7,176.6 348.0,19.4"' in near
     assert chart([Series("a", [Point(0, math.nan)])], "t", "x") == ""
+
+
+def test_chart_has_room_for_long_labels():
+    drawn = chart([Series("a", [Point(0, 0.0008), Point(1, 0.001)])], "t", "x")
+    rows = re.findall(r'class="row" x="([\d.]+)" y="[\d.]+">([^<]+)<', drawn)
+    assert max(len(label) for _, label in rows) > 5
+    # In 11 px of a sans-serif a digit is 6.4 wide.
+    assert all(float(end) > 6.4 * len(label) for end, label in rows)
+    first = float(re.findall(r'points="([\d.]+),', drawn)[0])
+    assert first == float(rows[0][0]) + 6
 
 
 def test_chart_marks_and_escapes():

@@ -195,6 +195,13 @@ def test_render_shows_a_prompt_at_every_evaluation(folder):
     assert "of a training prompt" in texts
 
 
+def test_render_says_that_a_completion_has_no_text(folder):
+    path = folder / "samples.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"before it"', '" "'), "utf-8")
+    said = [x.strip() for x in Reader(render([read_run(folder)])).texts if x.strip()]
+    assert said[said.index("step 0") + 1] == "(no text)"
+
+
 CHATS = [
     "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n"
     "<|im_start|>assistant\n",
