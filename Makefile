@@ -71,7 +71,6 @@ lint: setup-test
 
 # Strict: a broken link, or a page that the navigation lacks, is an error.
 docs: setup-test
-	$(PIP) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs $(if $(SERVE),serve --dev-addr 127.0.0.1:8001,build --strict)
 
 # Each peer has a virtual environment in .venv-peers/: a few GiB, made at the first call.

@@ -1,7 +1,6 @@
 """What docs/ says runs: its programs, its configs, its commands, the tests that it names; and the
 site is built whole."""
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -121,7 +120,6 @@ def test_the_reference_has_every_public_name():
     assert set(rl.__all__) - modules - listed == {"Model"}  # which is made by build
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="an extra: docs")
 def test_the_site_is_built_without_a_warning(tmp_path):
     words = ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
