@@ -110,6 +110,7 @@ class Session:
         self._long = "setting up"
         self._updating = False
         self._whole: Whole | None = None
+        self._summary: dict[str, Any] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> "Session":
@@ -147,8 +148,11 @@ class Session:
         self.unmeasured = self.host.pop("unmeasured", False)
         all_or_none(self._prepare_folder)
         resumed = self.start if found is not None else None
-        # What a stop has cut short is measured again, and stands there once.
-        due = {self.start} if self.unmeasured else set()
+        self._summary = by_first(self._finished)
+        # What a stop has cut short is measured again, and stands there once; so does the end of a
+        # run that came as far as its last step, and not to its summary.
+        ends = not self.is_left() and self._summary is None and not has_ended(self.host)
+        due = {self.start} if self.unmeasured or ends else set()
         due |= set() if "before" in self.host else {0}
         self.show = self._shown or self._stack.enter_context(announced(config, self.run.mesh))
         # A run that is done, and only asked for once more, has nothing to tell them.
@@ -376,10 +380,9 @@ class Session:
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run with no iteration left; None if there is something to do."""
-        summary = by_first(self._finished)
-        if summary is not None:
+        if self._summary is not None:
             self.show.note(f"nothing to do: all {self.start} iterations are done")
-        return summary
+        return self._summary
 
     def _finished(self) -> dict[str, Any] | None:
         path = self.output / "summary.json"

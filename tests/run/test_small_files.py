@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from jaxrlhf.config import load
+from jaxrlhf.config import EvalConfig, load
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.run import loop
 
@@ -92,3 +92,22 @@ def test_a_full_disk_at_the_end_hides_neither_failure(again, monkeypatch):
     assert "step 3 could not be saved" in str(error.value)
     assert "resumes from step 2" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_an_end_that_is_measured_again_stands_there_once(patience, tmp_path, monkeypatch):
+    """The disk is full between its line and the summary; with patience its line is all there is."""
+    config = runs.reward_model(tmp_path, steps=2, eval=EvalConfig(every=1, patience=patience))
+
+    def full(*_):
+        raise InputError("no room")
+
+    monkeypatch.setattr("jaxrlhf.run.record.write_atomic", full)
+    with pytest.raises(InputError, match="no room"):
+        loop.train(config, runs.one_device())
+    monkeypatch.undo()
+    written = Path(config.output) / "metrics.jsonl"
+    before = written.read_text()
+    assert loop.train(config, runs.one_device())["accuracy_after"] >= 0
+    assert written.read_text() == before
+    assert before.count('{"step": 2, "eval/') == 1
