@@ -80,7 +80,9 @@ class Piece:
 
     def back(self, x_RT: Array) -> Array:
         """A number a token of the packed rows → of the batch's rows, [B, T], 0 on all others."""
-        return _take(x_RT, self.target_BT)
+        # Split as tokens are, and so is its gradient. Of one that is whole on every device, and of
+        # which all columns but the first go on, XLA adds up what pads the split ones.
+        return _take(constrain(x_RT, ("batch", "length")), self.target_BT)
 
 
 def keeps_apart(model: Model) -> bool:

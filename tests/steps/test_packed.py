@@ -180,9 +180,11 @@ def test_rows_that_are_kept_apart(params, monkeypatch):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), got, want)
 
 
-def test_packed_update_on_a_mesh(params):
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"context": 2}, {"context": 4}])
+def test_packed_update_on_a_mesh(sizes, params):
+    """Rows of 16 columns, which context divides, and those that are predicted, 15, it does not."""
     want, _ = step(params, LOSSES["shared"], batch())
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(**sizes))
     with jax.set_mesh(mesh):
         laid = jax.device_put(params, shardings(MODEL.axes(head=True), mesh))
         got, _ = step(laid, LOSSES["shared"], put_rows(batch(), mesh), packed=4)
