@@ -168,12 +168,15 @@ def pipeline(
 @command("eval", "held-out: rewards, KL, best-of-n; of a reward model accuracy: eval RUN", raw=True)
 def evaluate(words: list[str]) -> None:
     """Measure MODEL on held-out prompts, beside what it must beat, and print the figures."""
-    from jaxrlhf.config import parse_evaluate
+    from jaxrlhf.config import check_evaluate, parse_evaluate
 
     wish = parse_evaluate(words)
+    check_evaluate(wish)
     prepare_jax()
+    from jaxrlhf.models.hub import fetch_fields
     from jaxrlhf.models.load import scores_texts
 
+    wish = fetch_fields(wish, "model")
     if scores_texts(wish.model):
         from jaxrlhf.study import reward_bench
 

@@ -61,7 +61,7 @@ class EvaluateConfig:
     seed: int = 0
     """Every draw follows from it."""
     output: str = ""
-    """Folder that evaluation.json is written to; "" = the run's."""
+    """Folder, or its URL, that evaluation.json is written to; "" = the run's."""
 
 
 def check_evaluate(wish: EvaluateConfig) -> None:

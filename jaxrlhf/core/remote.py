@@ -13,14 +13,15 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.core.errors import InputError, refused, to_install
-from jaxrlhf.core.files import is_url, write_atomic, writing
+from jaxrlhf.core.files import check_file, is_url, write_atomic, writing
 from jaxrlhf.core.shown import one_line
 
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
@@ -168,6 +169,55 @@ def read_text(field: str, url: str) -> str:
     fs, path = store(field, url)
     with _asking(field, url):
         return fs.cat_file(path).decode("utf-8", "replace") if fs.isfile(path) else ""
+
+
+def check_target(field: str, path: str) -> None:
+    """See that a file can be written, to a URL too, before the work that it is to hold.
+
+    Raises:
+      InputError: it cannot.
+    """
+    if not is_url(path):
+        check_file(path)
+        return
+    fs, target = store(field, path)
+    # By writing a file: who may read a store need not be one who may write there.
+    probe = f"{target.rpartition('/')[0]}/.writable"
+    with refused(f"{field}={path}: cannot be written", "give another place"):
+        put_bytes(fs, probe, b"")
+    with suppress(Exception):  # who may write need not be one who may delete
+        fs.rm_file(probe)
+
+
+def write_text(field: str, path: str, text: str) -> None:
+    """Write a small file, to a URL too.
+
+    Raises:
+      InputError: it cannot be written; what was to go to a URL is then in a file of this machine.
+    """
+    if not is_url(path):
+        write_atomic(path, text)
+        return
+    try:
+        fs, target = store(field, path)
+        put_bytes(fs, target, text.encode())
+    # Whatever the store's library raises.
+    except Exception as error:
+        kept = Path(tempfile.mkdtemp(prefix="jaxrlhf-")) / path.rpartition("/")[2]
+        write_atomic(kept, text)
+        raise InputError(
+            f"{field}={path}: could not be written ({one_line(error)}): {kept} has it: copy it "
+            "there"
+        ) from None
+
+
+def put_bytes(fs: Any, target: str, content: bytes) -> None:
+    """Write a small file into a store, in one piece; its folder is made where there are any."""
+    try:
+        fs.pipe_file(target, content)
+    except FileNotFoundError:
+        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(target, content)
 
 
 def put_whole(fs: Any, source: str | Path, target: str) -> None:

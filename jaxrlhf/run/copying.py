@@ -71,12 +71,7 @@ class Bucket:
 
     def write(self, name: str, content: Any) -> None:
         """JSON, in one piece."""
-        text = json.dumps(content).encode()
-        try:
-            self.fs.pipe_file(self.path(name), text)
-        except FileNotFoundError:  # of a store with folders
-            self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
-            self.fs.pipe_file(self.path(name), text)
+        remote.put_bytes(self.fs, self.path(name), json.dumps(content).encode())
 
     def put(self, name: str, source: Path) -> None:
         """A file of this machine, under its name there."""

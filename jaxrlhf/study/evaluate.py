@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,8 @@ from jaxrlhf.config import (
     is_on_policy,
 )
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, is_url, write_atomic
+from jaxrlhf.core.files import below
+from jaxrlhf.core.remote import check_target, write_text
 from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.data.batches import held_out_batches
@@ -91,20 +91,20 @@ def evaluate_model(
     if wish.raw:
         raise InputError("raw: a policy continues prompts of text as they are always: leave it out")
     wish = fetch_fields(wish, "model", "reference", "against", "reward_model")
-    if not wish.output and (is_url(wish.model) or not is_run(wish.model)):
+    if not wish.output and not is_run(wish.model):
         raise InputError(
             f"output: missing: {wish.model} is no run's folder: give one for evaluation.json"
         )
     config = config_of(wish.model)
-    path = Path(wish.output or wish.model) / "evaluation.json"
+    path = below(wish.output or wish.model, "evaluation.json")
     if is_first():
-        check_file(path)
+        check_target("output", path)
     mesh = mesh or make_mesh(_mesh_config(wish, config))
     with jax.set_mesh(mesh):
         found = _measure(wish, config, mesh, extract)
     if is_first():
         text = json.dumps(plain(found), indent=1, allow_nan=False)
-        write_atomic(path, text + "\n")
+        write_text("output", path, text + "\n")
     return found
 
 

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ from rich.console import Console
 from jaxrlhf.config import EvaluateConfig, MeshConfig, RewardConfig, check_evaluate
 from jaxrlhf.core import stats
 from jaxrlhf.core.errors import InputError
-from jaxrlhf.core.files import check_file, is_url, write_atomic
+from jaxrlhf.core.files import below
+from jaxrlhf.core.remote import check_target, write_text
 from jaxrlhf.core.shown import visible
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.data.batches import held_out_batches
@@ -31,6 +31,7 @@ from jaxrlhf.data.tokens import Encoded, encode_rows, pad_rows
 from jaxrlhf.mesh.processes import is_first
 from jaxrlhf.mesh.sharding import fetch, make_mesh, put_rows, row_shards, tpu_slices
 from jaxrlhf.models.ends import read_ends
+from jaxrlhf.models.hub import fetch_fields
 from jaxrlhf.models.load import Loader, is_run, tokenizer_path
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
 from jaxrlhf.rewards.models import Scorer, load_scorer
@@ -95,17 +96,19 @@ def measure(wish: EvaluateConfig, mesh: Mesh | None = None) -> dict[str, Any]:
             )
     if not wish.data:
         raise InputError("data: missing: give a file of pairs: prompt, chosen, rejected, subset")
-    if not wish.output and (is_url(wish.model) or not is_run(wish.model)):
+    wish = fetch_fields(wish, "model")
+    if not wish.output and not is_run(wish.model):
         raise InputError(f"output: missing: {wish.model} is no run's folder: give one for {FILE}")
-    path = Path(wish.output or wish.model) / FILE
+    path = below(wish.output or wish.model, FILE)
     if is_first():
-        check_file(path)
+        check_target("output", path)
     axes = {name: getattr(wish, name) or 1 for name in ("fsdp", "tensor", "context")}
     mesh = mesh or make_mesh(MeshConfig(**axes, slices=tpu_slices(jax.devices())))
     with jax.set_mesh(mesh):
         found = {"model": wish.model, "data": wish.data, **_measure(wish, mesh)}
     if is_first():
-        write_atomic(path, json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(plain(found), indent=1, allow_nan=False)
+        write_text("output", path, text + "\n")
     return found
 
 

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from jaxrlhf.config import (
     SFTConfig,
     save,
 )
+from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.stats import maj_at_k, pass_at_k
 from jaxrlhf.data.tokens import load_data
@@ -30,6 +32,7 @@ from jaxrlhf.data.words import goodness
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.rewards.judge import Judge, load_rewards
 from jaxrlhf.run import loop
+from jaxrlhf.run.folder import read_run
 from jaxrlhf.study import evaluate
 from jaxrlhf.study.evaluate import _mesh_config, _new_tokens, _prompts, evaluate_model, shape_of
 
@@ -239,6 +242,55 @@ def test_main_eval(run, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: n=0: must be at least 1\n"
     assert cli.main(["eval", "smollm2", "--output", str(tmp_path)]) == 2
     assert "data: missing" in capsys.readouterr().err
+
+
+@pytest.fixture
+def by_url(run, tmp_path, monkeypatch):
+    """(URL of the run, the store): it has been copied there, and a home has fetched nothing."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    for path in filter(Path.is_file, Path(run.output).rglob("*")):
+        fs.pipe_file(f"/bucket/run/{path.relative_to(run.output)}", path.read_bytes())
+    monkeypatch.setattr(remote, "_here", {})
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield "memory://bucket/run", fs
+    fs.store.clear()
+
+
+def test_figures_of_a_url_stand_beside_the_run(run, found, by_url, monkeypatch, capsys):
+    """At its URL, where a report finds them."""
+    url, fs = by_url
+    monkeypatch.setattr(evaluate, "make_mesh", lambda config: one_device(run))
+    assert cli.main(["eval", url, "--n", "4", "--best-of", "8", "--rows", "16"]) == 0
+    assert "on 5 held-out prompts, 4 each" in capsys.readouterr().out
+    written = json.loads(fs.cat_file("/bucket/run/evaluation.json"))
+    assert written["models"]["policy"] == url
+    assert written["policy"] == pytest.approx(found["policy"])
+    assert read_run(url).evaluation == written
+    assert not any("writable" in name for name in fs.find("/bucket"))
+
+
+def test_figures_that_a_store_does_not_take_are_not_lost(run, by_url, monkeypatch):
+    """Who may not write there learns it before anything is read; else they are in a file here."""
+    url, fs = by_url
+    wish = EvaluateConfig(url, n=4)
+
+    def refuse(fs, path, *_, **__):
+        if path.endswith(refused):
+            raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(type(fs), "pipe_file", refuse)
+    monkeypatch.setattr(evaluate, "_measure", lambda *_: pytest.fail("measured"))
+    refused = ".writable"
+    with pytest.raises(InputError, match=rf"^output={url}/evaluation\.json: cannot be written \("):
+        evaluate_model(wish, one_device(run))
+    monkeypatch.setattr(evaluate, "_measure", lambda *_: {"n": 4})
+    refused = "evaluation.json"
+    with pytest.raises(InputError, match=r"\(.*Forbidden.*\): (\S+) has it") as error:
+        evaluate_model(wish, one_device(run))
+    kept = Path(re.search(r"(/\S+/evaluation\.json) has it", str(error.value))[1])
+    assert json.loads(kept.read_text(encoding="utf-8")) == {"n": 4}
+    shutil.rmtree(kept.parent)
 
 
 def test_train_writes_a_report(run):
