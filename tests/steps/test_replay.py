@@ -17,11 +17,13 @@ from jaxrlhf.config import GRPOConfig, MeshConfig, MoeConfig, PPOConfig, SampleC
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings, take_rows
+from jaxrlhf.models import kernels, transformer
 from jaxrlhf.models.experts import Experts
 from jaxrlhf.models.replay import joined, nobody, unknown
 from jaxrlhf.models.transformer import Model
+from jaxrlhf.steps import packed
 from jaxrlhf.steps.iteration import make_iteration
-from jaxrlhf.steps.sample import replays
+from jaxrlhf.steps.sample import replays, sample
 from jaxrlhf.steps.score import score
 from jaxrlhf.steps.update import critic_loss, make_update, policy_loss
 
@@ -58,6 +60,16 @@ def rows(mixture, weights, rollout):
     return read(weights, None), read(weights, rollout.expert_BTM)
 
 
+@pytest.fixture
+def cudnn(monkeypatch):
+    """cuDNN's order of tokens and its kernel's plain twin; what was asked for."""
+    asked = []
+    for module in (transformer, packed):
+        monkeypatch.setattr(module, "choose", lambda *given, **_: asked.append(given) or "cudnn")
+    monkeypatch.setattr(kernels, "CUDNN", "xla")
+    return asked
+
+
 def read_of(rollout):
     """bool [B, T], tokens that the sampler has read: all but the last of each row."""
     real_BT = np.asarray(rollout.attention_mask_BT) != 0
@@ -80,6 +92,29 @@ def test_what_the_sampler_keeps_is_what_whole_rows_take(mixture, rollout, rows):
 def test_in_float32_it_changes_nothing(rows):
     """Not a bit, of real tokens and of padding."""
     jax.tree.map(np.testing.assert_array_equal, *rows)
+
+
+def test_what_prompts_leave_is_where_their_tokens_are(mixture, weights, rollout, rows, cudnn):
+    """Of a kernel that moves tokens: rows as their routers choose, and the sampler's own."""
+    texts = rollout.token_BT, rollout.attention_mask_BT
+    _, kept = jax.jit(partial(mixture.apply, keep=True))(weights, *texts)
+    real = np.asarray(rollout.attention_mask_BT) != 0
+    np.testing.assert_array_equal(joined(kept.expert)[real], rows[0][1][real])
+    again = partial(sample, mixture, sample_config=DRAW)  # draw_rollout is compiled already
+    drawn = jax.jit(again)(weights, PROMPT, PROMPT_MASK, KEY)
+    assert len(cudnn) > 1
+    np.testing.assert_array_equal(drawn.token_BT, rollout.token_BT)
+    np.testing.assert_array_equal(drawn.expert_BTM, rollout.expert_BTM)
+
+
+def test_a_mesh_that_splits_lengths_keeps_the_same(mixture, weights, rollout):
+    mesh = make_mesh(MeshConfig(data=2, expert=2, context=2))
+    policy = jax.device_put(weights, shardings(mixture.axes(head=True), mesh))
+    with jax.set_mesh(mesh):
+        prompts = put_rows((PROMPT, PROMPT_MASK), mesh)
+        found = draw_rollout(mixture, policy, *prompts, KEY, DRAW)
+    np.testing.assert_array_equal(found.token_BT, rollout.token_BT)
+    np.testing.assert_array_equal(found.expert_BTM, rollout.expert_BTM)
 
 
 def test_slots_keep_the_same(mixture, weights, rollout):
@@ -150,6 +185,20 @@ def forced(mixture, batch, seed):
     return replace(batch, expert_BTM=np.where(known[..., None], expert, 255).astype(np.uint8))
 
 
+@pytest.fixture(scope="module")
+def batches(mixture, batch):
+    return [forced(mixture, batch, seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def steps(mixture, weights, batches):
+    """What a step on either takes away from the weights."""
+    found = learnt(mixture, weights, batches, {"microbatches": 4})
+    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), *found)
+    assert max(jax.tree.leaves(apart)) > 1e-2  # or nothing would be said
+    return found
+
+
 def learnt(mixture, weights, batches, how, mesh=None):
     """What a step on each batch takes away from the weights."""
     tx, loss = optax.sgd(1.0), policy_loss(mixture, ppo(PPOConfig()), first=4, value_coef=0.5)
@@ -165,15 +214,26 @@ def learnt(mixture, weights, batches, how, mesh=None):
     return [jax.tree.map(lambda x, y: x - y, weights, params) for params in after]
 
 
-def test_updates_take_them_however_rows_are_laid(mixture, weights, batch):
-    """In microbatches, and packed over a mesh that splits rows and experts."""
-    mesh = MeshConfig(data=2, expert=2, tensor=2)
-    batches = [forced(mixture, batch, seed) for seed in (1, 2)]
-    expected, other = learnt(mixture, weights, batches, {"microbatches": 4})
-    (found,) = learnt(mixture, weights, batches[:1], {"packed": 4}, mesh)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, expected)
-    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), expected, other)
-    assert max(jax.tree.leaves(apart)) > 1e-2  # or nothing would be said
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [
+        (MeshConfig(data=2, expert=2, tensor=2), {"packed": 4}),
+        (MeshConfig(data=2, expert=2, context=2), {"microbatches": 2}),
+        (MeshConfig(data=1, fsdp=2, context=2, tensor=2), {"packed": 4}),
+    ],
+)
+def test_updates_take_them_however_rows_are_laid(mesh, how, mixture, weights, batches, steps):
+    """In microbatches, packed, over a mesh that splits rows, their length and the experts."""
+    (found,) = learnt(mixture, weights, batches[:1], how, mesh)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, steps[0])
+
+
+@pytest.mark.parametrize("how", [{"microbatches": 2}, {"packed": 4}], ids=str)
+def test_a_kernel_that_moves_tokens_moves_theirs(how, mixture, weights, batches, steps, cudnn):
+    """cuDNN's wants the real tokens of a row first, and takes no packed rows."""
+    (found,) = learnt(mixture, weights, batches[:1], how)
+    assert len(cudnn) > 0
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, steps[0])
 
 
 def test_a_shared_trunk_takes_them_and_a_critic_of_its_own_does_not(mixture, weights, batch):
@@ -212,6 +272,41 @@ def test_an_iteration_scores_again_and_learns_with_them(mixture, weights, rollou
     assert abs(metrics["kl"]) > 0.01  # the reference chooses by itself
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5)
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_ids_of_two_bytes_reach_the_update(slots, decoder, random_weights):
+    """300 experts, from the sampler on. In float32 they change nothing, but for their lower byte
+    alone; tokens that were never read have nobody's, of two bytes too."""
+    moe = MoeConfig(experts=300, per_token=EACH)
+    mixture = Model(replace(decoder, moe=moe, mlp=4, qk_norm=True))
+    weights, tx = random_weights(mixture.shapes(), 3), optax.sgd(1.0)
+    draw = replace(DRAW, slots=slots)
+    rollout = draw_rollout(mixture, weights, PROMPT, PROMPT_MASK, KEY, draw)
+    kept, known = np.asarray(rollout.expert_BTM), read_of(rollout)
+    assert kept.dtype == np.uint16
+    assert (kept[known] < 300).all()
+    assert ((kept[known] > 255).sum(-1) > 0).mean() > 0.3
+    assert (kept[~known] == 65535).all()
+
+    def after(expert_BTM):
+        iteration = make_iteration(
+            mixture,
+            tx,
+            lambda rollout: (rollout.token_BT % 2 * rollout.mask_BT).sum(1),
+            config=GRPOConfig(old_logp="rescore"),
+            sample_config=replace(draw, router_replay=expert_BTM is not None),
+            sampler=lambda *_, **__: replace(rollout, expert_BTM=expert_BTM),
+            donate=False,
+        )
+        state = TrainState.create(weights, tx)
+        return iteration(state, weights, PROMPT, PROMPT_MASK, KEY)[0].params
+
+    expected, found = after(None), after(rollout.expert_BTM)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, expected)
+    cut = after(rollout.expert_BTM % 256)
+    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), cut, expected)
+    assert max(jax.tree.leaves(apart)) > 1e-2
 
 
 def test_it_is_on_in_bfloat16_alone(mixture, model):
