@@ -1,5 +1,6 @@
 """``test_parts`` with runs that learn: ``make pods``. Two processes without a common disk, whose
-output is a URL: what is there after one is killed, and what other numbers make of it."""
+output is a URL: what is there after one is killed, or asked to stop, in the middle of a copy, and
+what other numbers make of it."""
 
 import json
 import os
@@ -25,25 +26,32 @@ from jaxrlhf.run.parts import PIECE
 pytestmark = pytest.mark.pods
 
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, threading, time
 import jax
 import shared_store
 from jaxrlhf.config import Config, load, override
 from jaxrlhf.mesh.processes import together
-from jaxrlhf.run import copying, lease, loop, parts
+from jaxrlhf.run import copying, lease, loop, parts, session as sessions
 from jaxrlhf.run.session import Session
 
-copying.PAUSE, lease.SECONDS = 1000.0, 0.2
+copying.PAUSE, lease.SECONDS, sessions.STOP_SECONDS = 1000.0, 0.2, 4.0
 save, put_all = Session.save, copying.Bucket.put_all
+number, begun, end = jax.process_index, threading.Event(), ""
+SLOW = {"term": 2.0, "stuck": 1000.0}
 
 def saving(session, done):
     save(session, done)
     session.checkpoints.wait()
-    session._mirror.flush()
+    if done < 3 or end not in SLOW:
+        session._mirror.flush()
+    elif number() == 1:
+        assert begun.wait(60)
 
-def dying(store, sources):
-    if any("/3/" in name for name in sources) and jax.process_index() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+def ending(store, sources):
+    if any("/3/" in name for name in sources) and number() == 1 and not begun.is_set():
+        os.kill(os.getpid(), signal.SIGTERM if end in SLOW else signal.SIGKILL)
+        begun.set()
+        time.sleep(SLOW[end])
     put_all(store, sources)
 
 Session.save = saving
@@ -51,11 +59,11 @@ places, flags = sys.argv[1].split(","), sys.argv[2:]
 words = [*flags, "--distributed.heartbeat", "4"]
 with together(override(Config(), words).distributed) as watchdog:
     for place in places:
-        config, shared, homes, die = place.split(":")
+        config, shared, homes, end = place.split(":")
         os.environ["SHARED"] = shared
-        os.environ["HOME"] = f"{homes}/{jax.process_index()}"
-        if die:
-            copying.Bucket.put_all = dying
+        os.environ["HOME"] = f"{homes}/{number()}"
+        if end:
+            copying.Bucket.put_all = ending
         loop.train(load(config), feed=watchdog.feed)
 """
 
@@ -108,7 +116,7 @@ def arrays(root, monkeypatch):
 def made(tmp_path_factory):
     """Folders, and what was said: ``whole`` by two, undisturbed; ``killed``, in the copy of step 3,
     gone on with by two new machines; ``same``, by the machines of before; ``other``, begun by one
-    process and gone on with by two."""
+    process and gone on with by two; ``term``, of which one was asked to stop in that copy."""
     folder = tmp_path_factory.mktemp("parts")
     config = replace(
         runs.sft(folder),
@@ -125,7 +133,7 @@ def made(tmp_path_factory):
         train(replace(config, steps=2), four())
     first = two([
         f"{path}:{folder}/whole:{folder}/homes_whole:",
-        f"{path}:{folder}/killed:{folder}/homes_before:die",
+        f"{path}:{folder}/killed:{folder}/homes_before:kill",
     ])  # fmt: skip
     left = steps(folder / "killed")
     shutil.copytree(folder / "killed", folder / "same")
@@ -133,6 +141,7 @@ def made(tmp_path_factory):
         f"{path}:{folder}/killed:{folder}/homes_new:",
         f"{path}:{folder}/same:{folder}/homes_before:",
         f"{path}:{folder}/other:{folder}/homes_other:",
+        f"{path}:{folder}/term:{folder}/homes_term:term",
     ])  # fmt: skip
     return config, folder, first, left, second
 
@@ -178,3 +187,42 @@ def test_one_process_and_two_take_over_from_each_other(made, monkeypatch, tmp_pa
     train(replace(config, steps=5), four())
     assert [row["step"] for row in lines(folder / "other")] == [1, 2, 3, 4, 5]
     assert steps(folder / "other") == {"4.whole", "5.whole"}
+
+
+@pytest.fixture(scope="module")
+def asked(made):
+    """Of ``term``, whose copy goes on after SIGTERM, and of ``stuck``, whose copy does not: what
+    two said, which steps were there then, and what two new machines said, which went on."""
+    _, folder, _, _, second = made
+    path, left = f"{folder}/config.yaml", {"term": steps(folder / "term")}
+    third = two([
+        f"{path}:{folder}/term:{folder}/homes_term_new:",
+        f"{path}:{folder}/stuck:{folder}/homes_stuck:stuck",
+    ])  # fmt: skip
+    left["stuck"] = steps(folder / "stuck")
+    fourth = two([f"{path}:{folder}/stuck:{folder}/homes_stuck_new:"])
+    return {"term": (second, left["term"], third), "stuck": (third, left["stuck"], fourth)}
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "status", "said"),
+    [
+        ("term", 3, 0, "stopped by SIGTERM after iteration 3, which is saved"),
+        ("stuck", 2, 1, "could not be written (not within"),
+    ],
+)
+def test_stop_in_a_copy_leaves_a_step_that_is_whole(
+    name, step, status, said, made, asked, monkeypatch
+):
+    """The one on its way, if it comes within the seconds that a stop has, else the one before; new
+    machines go on from there, bit for bit."""
+    _, folder, *_ = made
+    ends, left, again = asked[name]
+    everything = "\n".join(text for _, *texts in ends for text in texts)
+    assert [found for found, *_ in ends] == [status] * 2, everything
+    assert said in everything
+    assert max(left) == f"{step}.whole"
+    assert f"resumed after iteration {step} of 4" in again[0][1], again
+    assert lines(folder / name) == lines(folder / "whole")
+    whole, found = (arrays(folder / x, monkeypatch) for x in ("whole", name))
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
