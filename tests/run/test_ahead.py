@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,9 +64,23 @@ KINDS = ["shared", "separate", "lora-rescored", "remax", "online_dpo", "gdpo", "
 SIZES = [(1, 1, 1), (2, 2, 2)]
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [*itertools.product(KINDS, SIZES), ("gkd", (2, 2, 2))])
-def test_arguments_are_those_of_an_iteration(kind, sizes, tmp_path):
-    config = runs.gkd(tmp_path) if kind == "gkd" else configs(tmp_path)[kind]
+class Iterated(NamedTuple):
+    """A run that has done one iteration."""
+
+    called: set[str]
+    stated: set[str]
+    first: Any
+    again: Any
+    after: Any
+
+
+@pytest.fixture(
+    scope="module", params=[*itertools.product(KINDS, SIZES), ("gkd", (2, 2, 2))], ids=str
+)
+def iterated(request, tmp_path_factory):
+    """What its programs were called with is compared on the way, before states are donated."""
+    (kind, sizes), folder = request.param, tmp_path_factory.mktemp("run")
+    config = runs.gkd(folder) if kind == "gkd" else configs(folder)[kind]
     config = replace(config, mesh=MeshConfig(*sizes))
     mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
@@ -76,18 +91,31 @@ def test_arguments_are_those_of_an_iteration(kind, sizes, tmp_path):
         def recorded(name, program):
             def call(*args):
                 called.setdefault(name, args)
-                assert_same(args, stated[name], name)  # now: the state is donated
+                assert_same(args, stated[name], name)
                 return program(*args)
 
             return call
 
         run = fill(plan)
+        first = jax.device_get(run.states["policy"].params)
         heard = {n: recorded(n, p) for n, p in vars(run.programs).items() if p is not None}
         run = replace(run, programs=replace(run.programs, **heard))
         session = Session(run)
         session.host["kl_coef"] = 0.05
-        (loop.distil if kind == "gkd" else loop.iterate)(run, session, 0)
-    assert called.keys() == stated.keys()
+        turn = loop.distil if kind == "gkd" else loop.iterate
+        states, *_ = turn(run, session, 0)
+        again = jax.device_get(start_of(run))
+    return Iterated({*called}, {*stated}, first, again, states["policy"].params)
+
+
+def test_arguments_are_those_of_an_iteration(iterated):
+    assert iterated.called == iterated.stated
+
+
+def test_start_of_is_the_first_state(iterated):
+    jax.tree.map(np.testing.assert_array_equal, iterated.first, iterated.again)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), iterated.first, iterated.after)
+    assert max(jax.tree.leaves(moved)) > 0
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -111,20 +139,6 @@ def test_compile_ahead_compiles_what_is_called(ahead, tmp_path, caplog):
         assert (name in compiled) != ahead, f"{name}: {compiled}"
 
 
-def test_start_of_is_the_first_state(tmp_path):
-    for kind, config in configs(tmp_path).items():
-        mesh = make_mesh(config.mesh, jax.devices()[:1])
-        with jax.set_mesh(mesh):
-            run = setup(config, mesh)
-            first = jax.device_get(run.states["policy"].params)
-            session = Session(run)
-            session.host["kl_coef"] = 0.05
-            states, *_ = loop.iterate(run, session, 0)
-            jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(start_of(run)))
-        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, states["policy"].params)
-        assert max(jax.tree.leaves(moved)) > 0, kind
-
-
 def test_a_process_that_has_nothing_to_do_ends_well(tmp_path):
     """A thread that is stopped within XLA aborts its process: exit status 134 or 139."""
     config = runs.ppo(tmp_path, steps=1)
@@ -138,7 +152,7 @@ def test_a_process_that_has_nothing_to_do_ends_well(tmp_path):
             command, env={**os.environ, **cache}, capture_output=True, text=True, check=False
         )
 
-    assert train().returncode == 0
+    loop.train(config, make_mesh(config.mesh))
     again, refused = train(), train("--seed", "1")
     assert (again.returncode, refused.returncode) == (0, 2), again.stderr + refused.stderr
     assert refused.stderr.startswith("error: ")
