@@ -71,6 +71,8 @@ def check_mesh(
     """
     mesh = resolve_mesh(mesh, devices)
     split = {name: getattr(decoder, name) for name in ("heads", "kv_heads", "mlp", "vocab")}
+    if decoder.full_kv_heads:
+        split["full_kv_heads"] = decoder.full_kv_heads
     weights = ("fsdp", *(name for name in ("expert", "context") if getattr(mesh, name) > 1))
     experts = {"experts": decoder.moe.experts if decoder.moe else 1}
     for axis, pieces, sizes in (

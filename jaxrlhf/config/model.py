@@ -24,9 +24,10 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_context: int = 0
     """Tokens of context that the model was first trained with."""
-    kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"
+    kind: Literal["llama3", "linear", "yarn", "longrope", "proportional"] = "llama3"
     """linear: all frequencies / factor. llama3: the low ones / factor. yarn (arXiv:2309.00071):
-    likewise, by turns over the first context. longrope (arXiv:2402.13753): each by its own."""
+    likewise, by turns over the first context. longrope (arXiv:2402.13753): each by its own.
+    proportional: as linear, and but for the first ``share`` of them they are 0 (Gemma 4)."""
     beta_fast: float = 32.0
     """Of yarn, with the next: turns from which on, and up to which, one is kept, or divided."""
     beta_slow: float = 1.0
@@ -38,6 +39,8 @@ class RopeScaling:
     """Of longrope, what each frequency is divided by where ``context`` is no more than the original
     one; ``long_factors`` where it is more. ``factor`` is then the most that it can be stretched."""
     long_factors: tuple[float, ...] = ()
+    share: float = 1.0
+    """Of proportional: the part of a head's pairs that is turned at all."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,16 @@ class DecoderConfig:
     """Each layer's MLP is a mixture of experts."""
     residual_multiplier: float = 1.0
     """What attention and MLP add is multiplied by it (Granite)."""
+    full_head_dim: int = 0
+    """head_dim of layers without a window (Gemma 4), and with it kv_heads; 0: as the others'."""
+    full_kv_heads: int = 0
+    keys_are_values: bool = False
+    """Layers without a window have no projection of values: they are what keys are before their
+    norm (Gemma 4)."""
+    value_norm: bool = False
+    """A norm on each value head, without a weight (Gemma 4)."""
+    layer_scale: bool = False
+    """What leaves a layer is multiplied by a number of its own, which nothing trains (Gemma 4)."""
 
     @property
     def most_context(self) -> int:

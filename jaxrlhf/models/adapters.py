@@ -86,9 +86,9 @@ def read_adapter(path: str, decoder: DecoderConfig) -> Adapter:
 
         for mapped, keys in _keys(decoder, lora, shapes):
             weight = mapped.weight
-            ins = weight.shape[: _ins(weight)]
-            a = np.zeros((decoder.layers, *ins, lora.rank), np.float32)
-            b = np.zeros((decoder.layers, lora.rank, *weight.shape[len(ins) :]), np.float32)
+            ins, count = weight.shape[: _ins(weight)], len(weight.layers)
+            a = np.zeros((count, *ins, lora.rank), np.float32)
+            b = np.zeros((count, lora.rank, *weight.shape[len(ins) :]), np.float32)
             for layer, key in keys.items():
                 rank = shapes[f"{key}.lora_A.weight"][0]
                 share = _scale(path, key, rank) / scale
@@ -97,7 +97,7 @@ def read_adapter(path: str, decoder: DecoderConfig) -> Adapter:
                 if mapped.turned:
                     out = names.pairs(decoder, weight, out, apart=True)
                 b[layer].reshape(lora.rank, -1)[:rank] = share * out.T
-            parent = weight.path.removeprefix("layers/").rpartition("/")[0]
+            parent = _parent(weight)
             layers |= {f"{parent}/lora_a": a, f"{parent}/lora_b": b}
             if lora.dora:
                 every = [tensor(f"{key}.{VECTOR}") for key in keys.values()]
@@ -110,6 +110,11 @@ def read_adapter(path: str, decoder: DecoderConfig) -> Adapter:
     return Adapter(lora, base_of(path), names.nested(layers), head)
 
 
+def _parent(weight: Weight) -> str:
+    """Where a map's adapters are in the tree of all adapters."""
+    return weight.path.removeprefix("layers/").rpartition("/")[0]
+
+
 def _ins(weight: Weight) -> int:
     """How many axes of a linear map come in."""
     return next(
@@ -118,25 +123,29 @@ def _ins(weight: Weight) -> int:
 
 
 class Map(NamedTuple):
-    """A linear map that layers have."""
+    """A linear map that the layers of one stack have."""
 
+    target: str
+    """The name that targets have here."""
     weight: Weight
     name: str
     """What peft calls it, ``{}`` for the layer."""
     turned: bool
     """Its outputs are in another order in files, as those of queries and keys may be."""
 
-    def key(self, layer: int) -> str:
-        return self.name.format(layer)
+    def by_layer(self) -> list[str]:
+        """Its name in each of its layers."""
+        return [self.name.format(layer) for layer in self.weight.layers]
 
 
-def _maps(decoder: DecoderConfig) -> dict[str, Map]:
-    """The linear maps of layers that take adapters, by the name that targets have here, but for
-    those that share a tensor with others in files."""
+def _maps(decoder: DecoderConfig) -> list[Map]:
+    """The linear maps of layers that take adapters, but for those that share a tensor with others
+    in files."""
     naming = naming_of(decoder)
     shared = {module for modules in naming.fused.values() for module in modules}
-    return {
-        weight.module.split("/")[-1]: Map(
+    return [
+        Map(
+            weight.module.split("/")[-1],
             weight,
             f"{PREFIX}{naming.layer}{naming.names[weight.module]}",
             naming.neighbours and weight.module in names.ROTATED,
@@ -144,7 +153,12 @@ def _maps(decoder: DecoderConfig) -> dict[str, Map]:
         for weight in names.weights(decoder)
         if weight.stacked and weight.path.endswith("kernel") and not weight.experts
         if weight.module not in shared | {"mlp/router"}
-    }
+    ]
+
+
+def _targets(maps: list[Map]) -> list[str]:
+    """Their names, each once."""
+    return list(dict.fromkeys(mapped.target for mapped in maps))
 
 
 def _settings(path: str, decoder: DecoderConfig) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
@@ -158,10 +172,9 @@ def _settings(path: str, decoder: DecoderConfig) -> tuple[LoraConfig, dict[str, 
     maps, known, ranks = _maps(decoder), {f"{PREFIX}score.weight"}, {}
     config = adapter_config(path)
     dora = bool(config.get("use_dora"))
-    for name, mapped in maps.items():
+    for mapped in maps:
         weight = mapped.weight
-        for layer in range(decoder.layers):
-            key = mapped.key(layer)
+        for key in mapped.by_layer():
             pair = [shapes.get(f"{key}.lora_{half}.weight") for half in "AB"]
             known |= {f"{key}.lora_{half}.weight" for half in "AB"}
             if pair == [None, None]:
@@ -172,7 +185,7 @@ def _settings(path: str, decoder: DecoderConfig) -> tuple[LoraConfig, dict[str, 
                     f"{file}: {key}: lora_A and lora_B have shapes {pair}; the base has a map "
                     f"of {list(weight.stored)} there: is it the adapter of this base?"
                 )
-            ranks.setdefault(name, []).append(rank)
+            ranks.setdefault(mapped.target, []).append(rank)
             if dora:
                 known.add(vector := f"{key}.{VECTOR}")
                 if shapes.get(vector) != (weight.stored[0],):
@@ -183,18 +196,19 @@ def _settings(path: str, decoder: DecoderConfig) -> tuple[LoraConfig, dict[str, 
     if extra := sorted(shapes.keys() - known):
         raise InputError(
             f"{file}: {extra[0]} has no place here ({len(extra)} in all): adapters are read of "
-            f"{', '.join(maps)}, and of a reward model's score"
+            f"{', '.join(_targets(maps))}, and of a reward model's score"
         )
     if not ranks:
         raise InputError(f"{file}: it adapts nothing")
-    if dora and (some := [n for n, found in ranks.items() if len(found) < decoder.layers]):
+    every = {name: sum(len(x.by_layer()) for x in maps if x.target == name) for name in ranks}
+    if dora and (some := [n for n, found in ranks.items() if len(found) < every[n]]):
         raise InputError(
-            f"{file}: DoRA of {some[0]} in {len(ranks[some[0]])} of {decoder.layers} layers: the "
+            f"{file}: DoRA of {some[0]} in {len(ranks[some[0]])} of {every[some[0]]} layers: the "
             "magnitudes of the others are not in it: give one that adapts every layer"
         )
     rank = max(map(max, ranks.values()))
     rs, alpha = bool(config.get("use_rslora")), float(config.get("lora_alpha", 8))
-    targets: Any = tuple(name for name in maps if name in ranks)
+    targets: Any = tuple(name for name in _targets(maps) if name in ranks)
     return LoraConfig(rank, alpha, targets, rs, dora=dora), shapes
 
 
@@ -223,10 +237,10 @@ def _refuse_unsupported(path: str) -> None:
 def _keys(
     decoder: DecoderConfig, lora: LoraConfig, shapes: Mapping[str, Any]
 ) -> Iterator[tuple[Map, dict[int, str]]]:
-    """Each target's map, and its names in the layers that have it."""
-    for name, mapped in _maps(decoder).items():
-        keys = {layer: mapped.key(layer) for layer in range(decoder.layers)}
-        if name in lora.targets:
+    """Each target's maps, and their names by the layer of the stack, where it is adapted."""
+    for mapped in _maps(decoder):
+        keys = dict(enumerate(mapped.by_layer()))
+        if mapped.target in lora.targets:
             yield mapped, {i: key for i, key in keys.items() if f"{key}.lora_A.weight" in shapes}
 
 
@@ -254,28 +268,14 @@ def write_adapter(folder: Path, decoder: DecoderConfig, adapter: Adapter, dtype:
     # An MLP without a gate has no adapter of it.
     there = {weight.module.rpartition("/")[2] for weight in names.weights(decoder)}
     targets = [name for name in lora.targets if name in there]
-    lacking = [name for name in targets if name not in maps]
+    lacking = [name for name in targets if name not in _targets(maps)]
     if lacking or naming_of(decoder).transposed:
         raise InputError(
             f"adapters of {', '.join(lacking or targets)}: files of this family have no map "
             "of that name and shape, which peft could adapt: export the whole model"
         )
-    for name in targets:
-        weight = maps[name].weight
-        parent = weight.path.removeprefix("layers/").rpartition("/")[0]
-        a, b = (np.asarray(leaves[f"{parent}/lora_{half}"], np.float32) for half in "ab")
-        for layer in range(decoder.layers):
-            key, out = maps[name].key(layer), b[layer].reshape(lora.rank, -1).T
-            if maps[name].turned:
-                out = names.pairs(decoder, weight, out, apart=False)
-            pair = a[layer].reshape(-1, lora.rank).T, out
-            for half, array in zip("AB", pair, strict=True):
-                held[f"{key}.lora_{half}.weight"] = np.ascontiguousarray(array, dtype)
-            if lora.dora:
-                one = np.asarray(leaves[f"{parent}/{MAGNITUDE}"][layer], np.float32).reshape(-1)
-                if maps[name].turned:
-                    one = names.pairs(decoder, weight, one, apart=False)
-                held[f"{key}.{VECTOR}"] = np.ascontiguousarray(one, dtype)
+    for mapped in (x for x in maps if x.target in targets):
+        held |= _held(decoder, lora, leaves, mapped, dtype)
     if adapter.head is not None:
         held[f"{PREFIX}score.weight"] = np.asarray(adapter.head[None], dtype)
     save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
@@ -292,9 +292,34 @@ def write_adapter(folder: Path, decoder: DecoderConfig, adapter: Adapter, dtype:
         "use_dora": lora.dora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({maps[name].name.rpartition(".")[2] for name in targets}),
+        "target_modules": sorted({x.name.rpartition(".")[2] for x in maps if x.target in targets}),
         "modules_to_save": None if adapter.head is None else ["score"],
         "inference_mode": True,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / ADAPTER).write_text(text, encoding="utf-8")
+
+
+def _held(
+    decoder: DecoderConfig,
+    lora: LoraConfig,
+    leaves: Mapping[str, Any],
+    mapped: Map,
+    dtype: np.dtype,
+) -> dict[str, np.ndarray]:
+    """The tensors of a map's adapters, by the names that files have."""
+    weight, parent, held = mapped.weight, _parent(mapped.weight), {}
+    a, b = (np.asarray(leaves[f"{parent}/lora_{half}"], np.float32) for half in "ab")
+    for layer, key in enumerate(mapped.by_layer()):
+        out = b[layer].reshape(lora.rank, -1).T
+        if mapped.turned:
+            out = names.pairs(decoder, weight, out, apart=False)
+        pair = a[layer].reshape(-1, lora.rank).T, out
+        for half, array in zip("AB", pair, strict=True):
+            held[f"{key}.lora_{half}.weight"] = np.ascontiguousarray(array, dtype)
+        if lora.dora:
+            one = np.asarray(leaves[f"{parent}/{MAGNITUDE}"][layer], np.float32).reshape(-1)
+            if mapped.turned:
+                one = names.pairs(decoder, weight, one, apart=False)
+            held[f"{key}.{VECTOR}"] = np.ascontiguousarray(one, dtype)
+    return held

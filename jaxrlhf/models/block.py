@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
@@ -17,7 +19,8 @@ class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream.
 
     ``serial``, with the norms that ``norms`` says: x += n(attention(n(x))); x += n(mlp(n(x))).
-    Otherwise both read the same: x += attention(n(x)) + mlp(n(x)).
+    Otherwise both read the same: x += attention(n(x)) + mlp(n(x)). With ``layer_scale`` x is then
+    multiplied by a number.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class Block(nnx.Module):
         if c.norms != "before":
             self.attention_out_norm = Norm(embed, c)
             self.mlp_out_norm = Norm(embed, c)
+        if c.layer_scale:
+            self.layer_scale = nnx.Param(jnp.ones((), jnp.float32), axes=())
 
     def __call__(
         self,
@@ -73,4 +78,7 @@ class Block(nnx.Module):
             other = normed("mlp_norm", x) if hasattr(self, "mlp_norm") else read
             added, routed = self.mlp(other, rules, replayed)
             x = plus(x, change + added)
+        if hasattr(self, "layer_scale"):
+            # As in transformers, where it is a buffer: a number that the weights go with.
+            x *= jax.lax.stop_gradient(self.layer_scale[...]).astype(x.dtype)
         return constrain(x, ("batch", "length", "activation"), rules), kept, routed

@@ -58,13 +58,14 @@ def empty_cache(decoder: DecoderConfig, kind: Kind, rows: int, tokens: int) -> t
     """Room for the keys and values of so many new tokens of each row."""
     found = kinds(decoder)
 
-    def blank(slots: int) -> Layer:
-        zeros = jnp.zeros((rows, decoder.kv_heads, slots, decoder.head_dim), kind)
+    def blank(layer: LayerKind) -> Layer:
+        shape = rows, layer.kv_heads, slots_in(layer, tokens), layer.head_dim
+        zeros = jnp.zeros(shape, kind)
         scale = jnp.zeros(zeros.shape[:-1], jnp.float32) if kind == "int8" else None
         both = laid_out(Stored(zeros, scale))
         return both, both
 
-    each = [blank(slots_in(layer, tokens)) for layer in found.all]
+    each = [blank(layer) for layer in found.all]
     return tuple(each[which] for which in found.of_layer)
 
 

@@ -27,7 +27,8 @@ from jaxrlhf.models.layers import adapters_of, exact
 from jaxrlhf.models.nibbles import Nibbles, maker, packed
 from jaxrlhf.models.quantise import KERNELS, any_quantised, in_dtype, is_quantised, laid
 from jaxrlhf.models.replay import compact, joined, where_known
-from jaxrlhf.models.rope import kinds, rotary_angles, windows_of
+from jaxrlhf.models.rope import kinds, layers_of, rotary_angles
+from jaxrlhf.models.stacks import Stack, apart, places, stacks
 from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
 
 
@@ -52,7 +53,7 @@ class Prompts(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def fused(decoder: DecoderConfig) -> Declared:
-    """A layer whose products that read one input are one: q, k and v; gate and up."""
+    """A layer of one stack, whose products that read one input are one: q, k and v; gate and up."""
     return declare(lambda rngs: Block(decoder, rngs, fused=True))
 
 
@@ -66,7 +67,8 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
     ``tensor`` alone.
     """
     stacked = params["layers"] if lora is None else merge(params["layers"], lora)
-    layers = tuple(_layer(model, stacked, index) for index in range(model.decoder.layers))
+    each = apart(model.decoder, stacked)
+    layers = tuple(_layer(model, stack, each[stack.name], i) for stack, i in places(model.decoder))
     found, mesh = Weights(_outer(model, params), layers), jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return found
@@ -80,8 +82,10 @@ def lay_out_soon(model: Model, params: Params) -> Weights:
     """
     if devices_in_mesh() > 1:
         return _all_layers(model, params)
-    indices = range(model.decoder.layers)
-    layers = tuple(_one_layer(model, params["layers"], index) for index in indices)
+    each = apart(model.decoder, params["layers"])
+    layers = tuple(
+        _one_layer(model, stack, each[stack.name], i) for stack, i in places(model.decoder)
+    )
     return Weights(_all_others(model, params), layers)
 
 
@@ -90,18 +94,18 @@ def _outer(model: Model, params: Params) -> Params:
     return {name: x if name in ("norm", "head") else model.cast(x) for name, x in found.items()}
 
 
-def _layer(model: Model, stacked: Params, index: int | Array) -> Params:
-    """One of the stacked layers, of which some may be adapted."""
+def _layer(model: Model, stack: Stack, stacked: Params, index: int | Array) -> Params:
+    """One of the layers of a stack, of which some may be adapted."""
     layer = jax.tree.map(lambda x: x[index], stacked)
     layer = model.with_gains(in_dtype(layer, model.dtype))
     if any_quantised(layer):
-        return _in_nibbles(model, layer)
+        return _in_nibbles(model, stack, layer)
     return layer if adapters_of(layer) else _fuse(layer)
 
 
-def _in_nibbles(model: Model, layer: Params) -> Params:
+def _in_nibbles(model: Model, stack: Stack, layer: Params) -> Params:
     """A layer's quantised maps as a kernel of the devices reads them, where there is one."""
-    by, declared = maker(model.nf4_product), blocks(model.decoder, None).axes
+    by, declared = maker(model.nf4_product), blocks(stack.decoder, None).axes
     if by is None:
         return layer
 
@@ -118,7 +122,7 @@ def _in_nibbles(model: Model, layer: Params) -> Params:
 
 
 _all_layers = jax.jit(lay_out, static_argnums=0)
-_one_layer = jax.jit(_layer, static_argnums=0)
+_one_layer = jax.jit(_layer, static_argnums=(0, 1))
 _all_others = jax.jit(_outer, static_argnums=0)
 
 
@@ -126,11 +130,17 @@ def axes(model: Model, weights: Weights) -> Weights:
     """The logical axes of such ``Weights``, arrays or shapes: the same tree with tuples of names,
     one for all arrays of what is quantised."""
     outer = model.axes("head" in weights.outer)
-    layer = _declared(model, weights).axes
-    if not _is_fused(weights):
-        layer = jax.tree.map(lambda names: names[1:], layer, is_leaf=lambda x: type(x) is tuple)
+
+    def layer(stack: Stack) -> Any:
+        found = _declared(model, stack, weights).axes
+        if _is_fused(weights):
+            return found
+        return jax.tree.map(lambda names: names[1:], found, is_leaf=lambda x: type(x) is tuple)
+
+    each = {stack.name: layer(stack) for stack in stacks(model.decoder)}
     return Weights(
-        {name: x for name, x in outer.items() if name != "layers"}, (layer,) * len(weights.layers)
+        {name: x for name, x in outer.items() if name != "layers"},
+        tuple(each[stack.name] for stack, _ in places(model.decoder)),
     )
 
 
@@ -148,11 +158,11 @@ def _is_fused(weights: Weights) -> bool:
     return "qkv" in weights.layers[0]["attention"]
 
 
-def _declared(model: Model, weights: Weights) -> Declared:
-    """Any layer of such weights, as it is declared."""
+def _declared(model: Model, stack: Stack, weights: Weights) -> Declared:
+    """Any layer of a stack of such weights, as it is declared."""
     if _is_fused(weights):
-        return fused(model.decoder)
-    return blocks(model.decoder, model.lora if adapters_of(weights.layers[0]) else None)
+        return fused(stack.decoder)
+    return blocks(stack.decoder, model.lora if adapters_of(weights.layers[0]) else None)
 
 
 def _fuse(layer: Params) -> Params:
@@ -160,9 +170,9 @@ def _fuse(layer: Params) -> Params:
     attention, mlp = layer["attention"], layer["mlp"]
 
     def every(name: str) -> Array:
-        q, k, v = (attention[part][name] for part in "qkv")
-        q = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
-        return jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+        q, *rest = (attention[part][name] for part in "qkv" if part in attention)
+        q = q.reshape(*q.shape[:-2], rest[0].shape[-2], -1, q.shape[-1])
+        return jnp.concatenate([q, *(x[..., None, :] for x in rest)], axis=-2)
 
     rest = {name: x for name, x in attention.items() if name not in ("q", "k", "v")}
     return {
@@ -204,11 +214,12 @@ def read_prompts(
 
     def read(rows: tuple[Array, Array]) -> tuple[Array, tuple[Layer, ...], Array | None]:
         hidden, kept = model.apply(params, *rows, lora, keep=True)
-        both = [(kept.key[i], kept.value[i]) for i in range(model.decoder.layers)]
+        keys, values = (apart(model.decoder, x) for x in (kept.key, kept.value))
+        both = [(keys[s.name][i], values[s.name][i]) for s, i in places(model.decoder)]
         # Of a layer with a window the last tokens are all that will be looked at.
-        windows = windows_of(model.decoder)
         both = [
-            jax.tree.map(lambda x, w=w: x[:, :, -w:], x) for x, w in zip(both, windows, strict=True)
+            jax.tree.map(lambda x, w=kind.window: x[:, :, -w:], x)
+            for x, kind in zip(both, layers_of(model.decoder), strict=True)
         ]
         layers = tuple((store(key, dtype), store(value, dtype)) for key, value in both)
         expert = where_known(rows[1], joined(kept.expert)) if record else None
@@ -233,7 +244,7 @@ def step(
 
     ``at`` is one number, or one for each row, [B].
     """
-    graph, few_bits = _declared(model, weights).graph, any_quantised(weights.layers[0])
+    few_bits = any_quantised(weights.layers[0])
     outer = model.outer(weights.outer)
     samples = token_B.shape[0] // prompts.mask_QP.shape[0]
     position_B = jnp.repeat(prompts.mask_QP.sum(1), samples) + at
@@ -242,8 +253,8 @@ def step(
     x = outer.embed(token_B[:, None], position_B[:, None], model.dtype)
     x = constrain(x, ("batch", "length", "activation"), DECODE)
     written, taken = [], []
-    for layer, which, *caches in zip(
-        weights.layers, found.of_layer, prompts.layers, cache, strict=True
+    for layer, (stack, _), which, *caches in zip(
+        weights.layers, places(model.decoder), found.of_layer, prompts.layers, cache, strict=True
     ):
 
         def attend(
@@ -267,6 +278,7 @@ def step(
         if few_bits:
             # Else XLA may make what is quantised before the loop, of all layers at once.
             x, layer = jax.lax.optimization_barrier((x, layer))
+        graph = _declared(model, stack, weights).graph
         with exact(model.dtype):
             x, both, routed = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
         written.append(both)

@@ -21,6 +21,7 @@ from jaxrlhf.core.files import check_folder, check_no_url, writing
 from jaxrlhf.core.shown import shown
 from jaxrlhf.models import names
 from jaxrlhf.models.hf_config import (
+    as_written,
     naming_of,
     read_bias,
     read_config,
@@ -237,7 +238,12 @@ def _check(folder: Path, decoder: DecoderConfig, entries: dict[str, Entry], head
         raise InputError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
     extra = entries.keys() - expected.keys()
     # Old exports hold the rotary frequencies and the causal mask, which follow from config.json.
-    extra = {name for name in extra if not name.endswith(_FOLLOWING)}
+    extra = {
+        name
+        for name in extra
+        if not name.endswith(_FOLLOWING)
+        if not name.startswith(naming.left_out)
+    }
     projection, table = (f"{naming.names[x]}.weight" for x in ("unembed", "embed/table"))
     if decoder.tied and projection in extra:
         # Some exports write the tied projection out; it must then say the same.
@@ -327,6 +333,7 @@ def write_hf(
     bias = None
     if head:
         decoder, params, bias = _scored(decoder, params)
+    decoder = as_written(decoder)
     leaves = names.flatten(decoder, params, head)
     config = write_config(decoder, dtype, bias)
     config, ids = _with_ids(config, tokenizer, generation, head)

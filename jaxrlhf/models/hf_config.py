@@ -20,9 +20,8 @@ UNSAID = ("llama", "qwen2", "qwen3", "gemma")
 """Families that a decoder is written as if it names none: the first that has its features."""
 
 REFUSED = dict.fromkeys(
-    ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
-    "Gemma 4 has heads of two sizes, other ones in layers with a window, which one stack of layers "
-    "cannot hold (docs/models.md)",
+    ("gemma4_unified", "gemma4_unified_text"),
+    "Gemma 4 with one decoder for text and pictures (docs/models.md)",
 )
 """Families that people ask for, and why they are not read."""
 
@@ -53,7 +52,21 @@ def read_config(path: Path, head: bool = False) -> DecoderConfig:
         if not architecture.endswith("ForSequenceClassification" if head else family.language):
             kind = "ForSequenceClassification" if head else family.language
             raise InputError(f"{path}: architectures={shown(architecture)}; give a …{kind} model")
-    return _decoder(Said(path, config, family.defaults), family, head)
+    return _decoder(_said(path, config, family), family, head)
+
+
+def _said(path: Path, config: dict[str, Any], family: Family) -> Said:
+    """What a config.json says of its language model."""
+    if not family.inside:
+        return Said(path, config, family.defaults)
+    table = Said(path, config, {}).table_of(family.inside)
+    if not table:
+        raise InputError(f"{path}: {family.inside} is missing: it describes the language model")
+    # Two fields are of the whole.
+    whole = {
+        key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config
+    }
+    return Said(f"{path}: {family.inside}", {**table, **whole}, family.defaults)
 
 
 def _family(path: Path, config: Mapping[str, Any]) -> Family:
@@ -111,6 +124,12 @@ def _decoder(said: Said, family: Family, head: bool) -> DecoderConfig:
             said.only(key, value)
     sizes = {"embed": embed, "layers": layers, "heads": heads, "kv_heads": kv_heads}
     return DecoderConfig(**sizes, head_dim=head_dim, **{**rest, **found})
+
+
+def as_written(decoder: DecoderConfig) -> DecoderConfig:
+    """The decoder whose files an export has: of a family of models that see, its language model."""
+    family = FAMILIES[decoder.family or UNSAID[0]]
+    return replace(decoder, family=family.written) if family.written else decoder
 
 
 def naming_of(decoder: DecoderConfig) -> Naming:
@@ -177,7 +196,7 @@ def write_config(decoder: DecoderConfig, dtype: str, bias: float | None = None) 
     Raises:
       InputError: no family of transformers has this combination of features.
     """
-    head = bias is not None
+    head, decoder = bias is not None, as_written(decoder)
     differences = {}
     for name in [decoder.family] if decoder.family else UNSAID:
         config = _written(decoder, FAMILIES[name], dtype, bias)

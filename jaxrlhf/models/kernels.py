@@ -20,6 +20,7 @@ from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import device_kind, length_shards, row_shards, spec
 from jaxrlhf.models.attention import PLAIN, Look, attend_before, look_of
 from jaxrlhf.models.rope import kinds
+from jaxrlhf.models.stacks import stacks
 
 QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", None, "kv_heads", None)
@@ -38,6 +39,7 @@ def choose(
 
     Args:
       wanted: ``model.attention``.
+      decoder: of one stack.
       packed: rows are of several segments.
 
     Raises:
@@ -53,12 +55,12 @@ def choose(
         "softcap": "cudnn has no cap of scores (attention_softcap)",
         "sinks": "cudnn, as JAX calls it, has no sinks (attention_sinks)",
     }
-    size, cudnn = decoder.head_dim, fitting == "cudnn"
+    cudnn = fitting == "cudnn"
     fits = {
         "devices": device_kind().startswith(("NVIDIA", "TPU")) and wanted in ("auto", fitting),
         "dtype": dtype == "bfloat16",
         "context": length_shards() == 1,
-        "head_dim": (size % 8 == 0 and size <= 128) if cudnn else size % 64 == 0,
+        "head_dim": _fits(decoder.head_dim),
         "packed": not (packed and cudnn),
         "softcap": not (decoder.attention_softcap and cudnn),
         "sinks": not (decoder.attention_sinks and cudnn),
@@ -69,6 +71,32 @@ def choose(
         if not fit:
             raise InputError(f"model.attention={wanted}: {lacks[name]}: set auto or pieces")
     return fitting
+
+
+def choose_each(
+    wanted: AttentionKernel, decoder: DecoderConfig, dtype: str, packed: bool
+) -> dict[str, AttentionKernel]:
+    """``choose`` for each of a decoder's stacks, by its name.
+
+    Where a kernel takes the size of some layers' heads alone (Gemma 4 has 512 numbers in those of
+    layers without a window, 256 in the others), the other layers have pieces, whatever is wanted.
+    """
+    each = stacks(decoder)
+    fits = {stack.name: _fits(stack.decoder.head_dim) for stack in each}
+    some = any(fits.values()) and wanted != "pieces"
+    return {
+        stack.name: choose(
+            wanted if fits[stack.name] or not some else "auto", stack.decoder, dtype, packed
+        )
+        for stack in each
+    }
+
+
+def _fits(head_dim: int) -> bool:
+    """Whether the devices' kernel takes heads of this size."""
+    if device_kind().startswith("NVIDIA"):
+        return head_dim % 8 == 0 and head_dim <= 128
+    return head_dim % 64 == 0
 
 
 def real_first(mask_BT: Array) -> tuple[Array, Array]:

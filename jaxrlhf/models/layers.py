@@ -201,6 +201,13 @@ class Norm(nnx.Module):
         return (y + self.bias[...] if hasattr(self, "bias") else y).astype(x.dtype)
 
 
+def rooted(x: Array, eps: float) -> Array:
+    """x / √(mean x² + eps) over the last axis, in float32: ``Norm`` without a weight."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    return (wide * inverse).astype(x.dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
@@ -210,20 +217,23 @@ class Attention(nnx.Module):
         embed = {"embed": c.embed}
         query = {"heads": c.heads, "head_dim": c.head_dim}
         key = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        self.keys_are_values = c.keys_are_values
         if fused:
             # Of each key head its queries, the key and the value: so it is split as heads are.
-            every = {"kv_heads": c.kv_heads, "group": c.heads // c.kv_heads + 2}
-            every |= {"head_dim": c.head_dim}
+            group = c.heads // c.kv_heads + (1 if c.keys_are_values else 2)
+            every = {"kv_heads": c.kv_heads, "group": group, "head_dim": c.head_dim}
             self.qkv = Linear("qkv", embed, every, rngs, None, c.qkv_bias)
         else:
             self.q = Linear("q", embed, query, rngs, lora, c.qkv_bias)
             self.k = Linear("k", embed, key, rngs, lora, c.qkv_bias)
-            self.v = Linear("v", embed, key, rngs, lora, c.qkv_bias)
+            if not c.keys_are_values:
+                self.v = Linear("v", embed, key, rngs, lora, c.qkv_bias)
         self.o = Linear("o", query, embed, rngs, lora, c.o_bias)
         if c.qk_norm or c.qk_norm_all:
             each = {"head_dim": c.head_dim}
             self.q_norm = Norm(query if c.qk_norm_all else each, c)
             self.k_norm = Norm(key if c.qk_norm_all else each, c)
+        self.value_eps = c.norm_eps if c.value_norm else None
         if c.attention_sinks:
             self.sinks = nnx.Param(jnp.zeros(c.heads, jnp.float32), axes=("heads",))
 
@@ -234,13 +244,16 @@ class Attention(nnx.Module):
     def project(self, x: Array, angles: Angles | None, rules: Rules) -> tuple[Array, Array, Array]:
         """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated by ``angles``."""
         if hasattr(self, "qkv"):
-            every = self.qkv(x)
-            query, key, value = every[..., :-2, :], every[..., -2, :], every[..., -1, :]
+            every, queries = self.qkv(x), -1 if self.keys_are_values else -2
+            query, key, value = every[..., :queries, :], every[..., queries, :], every[..., -1, :]
             query = query.reshape(*x.shape[:-1], -1, key.shape[-1])
         else:
-            query, key, value = self.q(x), self.k(x), self.v(x)
+            query, key = self.q(x), self.k(x)
+            value = key if self.keys_are_values else self.v(x)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.value_eps is not None:
+            value = rooted(value, self.value_eps)
         query = constrain(query, ("batch", "length", "heads", "head_dim"), rules)
         key, value = (
             constrain(y, ("batch", "length", "kv_heads", "head_dim"), rules) for y in (key, value)

@@ -1,9 +1,10 @@
 """Every weight of a decoder: its place in the tree, its shape, and where files have it.
 
-The tree is a nested dict; leaves under ``layers`` are stacked over a leading layer axis. Files
-hold linear maps as [out, in] (``y = W x``), where the tree holds ``x @ kernel`` with heads as axes
-of their own: stored = kernel.reshape(in, out).T. What a tensor of a file is called, and which of a
-layer's weights stand in it, is a ``Naming``.
+The tree is a nested dict; leaves under ``layers`` are stacked over a leading layer axis, of layers
+of several shapes each shape's own (``stacks``). Files hold linear maps as [out, in] (``y = W x``),
+where the tree holds ``x @ kernel`` with heads as axes of their own: stored = kernel.reshape(in,
+out).T. What a tensor of a file is called, and which of a layer's weights stand in it, is a
+``Naming``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxrlhf.config.model import DecoderConfig
 from jaxrlhf.core.errors import InputError
+from jaxrlhf.models.stacks import Stack, stacks
 
 
 class Weight(NamedTuple):
@@ -27,6 +29,10 @@ class Weight(NamedTuple):
     """In files."""
     experts: int = 0
     """Of a mixture: so many of this shape, stacked; most files have each apart."""
+    layers: tuple[int, ...] = ()
+    """The model's layers that it is stacked over; none of what lies outside of them."""
+    within: str = ""
+    """What its path begins with, if it is of layers."""
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -34,68 +40,87 @@ class Weight(NamedTuple):
         return (self.experts, *self.shape) if self.experts else self.shape
 
     @property
+    def full(self) -> tuple[int, ...]:
+        """The shape in the tree, of all layers and experts."""
+        return (len(self.layers), *self.whole) if self.layers else self.whole
+
+    @property
     def stacked(self) -> bool:
-        return self.path.startswith("layers/")
+        return bool(self.layers)
 
     @property
     def module(self) -> str:
         """What has a name in files: "attention/q" of "layers/attention/q/bias"."""
-        path = self.path.removeprefix("layers/")
+        path = self.leaf
         return path if path.startswith("embed/") else path.rpartition("/")[0]
 
     @property
     def leaf(self) -> str:
         """ "attention/q/bias" of "layers/attention/q/bias"."""
-        return self.path.removeprefix("layers/")
+        return self.path.removeprefix(self.within)
 
 
 def weights(c: DecoderConfig, head: bool = False) -> list[Weight]:
     """The weights that a decoder has, in the order of the computation; with ``head``, the scalar
     head's too, but for its bias, for which files have no place."""
-    D, F, V, H = (c.embed,), (c.mlp,), (c.vocab,), (c.head_dim,)
-    N, K = (c.heads, *H), (c.kv_heads, *H)
-    before, after = c.norms != "after", c.norms != "before"
+    D, V = (c.embed,), (c.vocab,)
     found = [Weight("embed/table", V + D, V + D)]
     if c.positions == "learned":
         found.append(Weight("embed/place", (c.context, *D), (c.context, *D)))
+    for stack in stacks(c):
+        found += _of_layers(stack)
+    found += _norm("norm", D, c.norm_bias)
+    if not c.tied:
+        found += _linear("unembed", D, V)
+    if head:
+        found += _linear("head", D, ())
+    return found
+
+
+def _norm(path: str, shape: tuple[int, ...], bias: bool) -> list[Weight]:
+    return [Weight(f"{path}/{x}", shape, (prod(shape),)) for x in ("scale", "bias")[: 1 + bias]]
+
+
+def _linear(
+    path: str, ins: tuple[int, ...], outs: tuple[int, ...], bias: bool = False, experts: int = 0
+) -> list[Weight]:
+    found = [Weight(f"{path}/kernel", ins + outs, (prod(outs), prod(ins)), experts)]
+    return found + [Weight(f"{path}/bias", outs, (prod(outs),), experts)] * bias
+
+
+def _of_layers(stack: Stack) -> list[Weight]:
+    """The weights of layers of one shape."""
+    c = stack.decoder
+    D, F, H = (c.embed,), (c.mlp,), (c.head_dim,)
+    N, K = (c.heads, *H), (c.kv_heads, *H)
+    before, after = c.norms != "after", c.norms != "before"
+    found: list[Weight] = []
 
     def norm(path: str, shape: tuple[int, ...], there: bool, bias: bool = c.norm_bias) -> None:
-        for name in ("scale", "bias")[: there * (1 + bias)]:
-            found.append(Weight(f"{path}/{name}", shape, (prod(shape),)))
+        found.extend(_norm(path, shape, bias) if there else [])
 
     experts = c.moe.experts if c.moe else 0
-
-    def linear(
-        path: str, ins: tuple[int, ...], outs: tuple[int, ...], bias: bool = False, experts: int = 0
-    ) -> None:
-        found.append(Weight(f"{path}/kernel", ins + outs, (prod(outs), prod(ins)), experts))
-        if bias:
-            found.append(Weight(f"{path}/bias", outs, (prod(outs),), experts))
-
-    attention, mlp = "layers/attention", "layers/mlp"
-    norm("layers/attention_norm", D, before)
-    for name, outs in (("q", N), ("k", K), ("v", K)):
-        linear(f"{attention}/{name}", D, outs, c.qkv_bias)
-    linear(f"{attention}/o", N, D, c.o_bias)
+    norm("attention_norm", D, before)
+    for name, outs in (("q", N), ("k", K), ("v", K))[: 2 if c.keys_are_values else 3]:
+        found += _linear(f"attention/{name}", D, outs, c.qkv_bias)
+    found += _linear("attention/o", N, D, c.o_bias)
     if c.attention_sinks:
-        found.append(Weight(f"{attention}/sinks", (c.heads,), (c.heads,)))
+        found.append(Weight("attention/sinks", (c.heads,), (c.heads,)))
     for name, outs in (("q_norm", N), ("k_norm", K)):
         over = outs if c.qk_norm_all else H
-        norm(f"{attention}/{name}", over, c.qk_norm or c.qk_norm_all, False)
-    norm("layers/attention_out_norm", D, after)
-    norm("layers/mlp_norm", D, before and c.block != "one_norm")
+        norm(f"attention/{name}", over, c.qk_norm or c.qk_norm_all, False)
+    norm("attention_out_norm", D, after)
+    norm("mlp_norm", D, before and c.block != "one_norm")
     if experts:
-        linear(f"{mlp}/router", D, (experts,), c.mlp_bias)
+        found += _linear("mlp/router", D, (experts,), c.mlp_bias)
     for name in ("gate", "up")[not c.gated :]:
-        linear(f"{mlp}/{name}", D, F, c.mlp_bias, experts)
-    linear(f"{mlp}/down", F, D, c.mlp_bias, experts)
-    norm("layers/mlp_out_norm", D, after)
-    norm("norm", D, True)
-    if not c.tied:
-        linear("unembed", D, V)
-    if head:
-        linear("head", D, ())
-    return found
+        found += _linear(f"mlp/{name}", D, F, c.mlp_bias, experts)
+    found += _linear("mlp/down", F, D, c.mlp_bias, experts)
+    norm("mlp_out_norm", D, after)
+    if c.layer_scale:
+        found.append(Weight("layer_scale", (), (1,)))
+    within = stack.path
+    return [w._replace(path=within + w.path, layers=stack.layers, within=within) for w in found]
 
 
 class Naming(NamedTuple):
@@ -118,6 +143,9 @@ class Naming(NamedTuple):
     experts_as_one: bool = False
     """A layer's experts stand in one tensor, each [in, out]; what is fused in it takes turns, one
     output each (gpt-oss)."""
+    left_out: tuple[str, ...] = ()
+    """How names begin of tensors that are of other models in the same files: those that see or hear
+    (Gemma 4)."""
 
     def turned(self, weight: Weight) -> bool:
         """Whether a linear map is [in, out]."""
@@ -134,8 +162,8 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     parts: tuple[tuple[Weight, tuple[int, ...]], ...]
-    """The weights in it, each with its layer (0 where there is none) and its expert, if it is one's
-    alone."""
+    """The weights in it, each with which of its layers it is of (0 where there is none), and its
+    expert, if it is one's alone."""
 
 
 def tensors(c: DecoderConfig, naming: Naming, head: bool = False) -> list[Tensor]:
@@ -156,16 +184,16 @@ def tensors(c: DecoderConfig, naming: Naming, head: bool = False) -> list[Tensor
             name, modules = together[module]
             if module != modules[0]:
                 continue
-            paths = (f"layers/{x}/{leaf}" if end else f"layers/{x}" for x in modules)
+            paths = (f"{weight.within}{x}/{leaf}" if end else weight.within + x for x in modules)
             parts = tuple(by_path[path] for path in paths)
         shape = (sum(part.stored[0] for part in parts), *weight.stored[1:])
         shape = shape[::-1] if naming.turned(weight) else shape
         apart = weight.experts if not naming.as_one(weight) else 0
         shape = shape if apart or not weight.experts else (weight.experts, *shape)
-        for layer in range(c.layers if weight.stacked else 1):
+        for number, layer in enumerate(weight.layers or (0,)):
             prefix = naming.layer.format(layer) if weight.stacked else ""
             for expert in range(apart or 1):
-                place = (layer, expert) if apart else (layer,)
+                place = (number, expert) if apart else (number,)
                 each = tuple((part, place) for part in parts)
                 listed.append(Tensor(f"{prefix}{name.format(expert)}{end}", shape, each))
     return listed
@@ -220,8 +248,9 @@ def pairs(c: DecoderConfig, weight: Weight, array: np.ndarray, apart: bool) -> n
     each other, or else side by side; other weights as they are."""
     if weight.module not in ROTATED:
         return array
-    size = c.rotary_dim or c.head_dim
-    heads = array.reshape(-1, c.head_dim, *array.shape[1:])
+    head_dim = weight.shape[-1]
+    size = c.rotary_dim or head_dim
+    heads = array.reshape(-1, head_dim, *array.shape[1:])
     turned, rest = heads[:, :size], heads[:, size:]
     split = (size // 2, 2) if apart else (2, size // 2)
     turned = turned.reshape(-1, *split, *array.shape[1:]).swapaxes(1, 2)
@@ -267,7 +296,7 @@ def flatten(c: DecoderConfig, params: Any, head: bool = False) -> dict[str, Any]
       InputError: if names or shapes are not those of the decoder; names the first difference.
     """
     leaves = dict(leaves_of(params))
-    shapes = {w.path: (c.layers, *w.whole) if w.stacked else w.shape for w in weights(c, head)}
+    shapes = {w.path: w.full for w in weights(c, head)}
     for path in sorted(leaves.keys() | shapes.keys()):
         want = shapes.get(path)
         have = tuple(leaves[path].shape) if path in leaves else None

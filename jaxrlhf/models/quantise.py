@@ -91,8 +91,7 @@ def quantised(params: Params, kind: str) -> Params:
     Raises:
       InputError: qwix is not installed, or inputs of a map do not divide into tiles.
     """
-    layers = params["layers"]
-    return {**params, "layers": {name: _module(x, kind) for name, x in layers.items()}}
+    return {**params, "layers": _quantised(params["layers"], kind)}
 
 
 def quantised_leaf(path: str, weight: Any, kind: str) -> Any:
@@ -102,14 +101,17 @@ def quantised_leaf(path: str, weight: Any, kind: str) -> Any:
     return _quantise(name, weight, kind) if mapped else weight
 
 
-def _module(module: Params, kind: str) -> Params:
-    """attention or mlp, its maps quantised; norms as they are."""
-    return {
-        name: {**x, "kernel": _quantise(name, x["kernel"], kind)}
-        if name in KERNELS and not is_quantised(x["kernel"])
-        else x
-        for name, x in module.items()
-    }
+def _quantised(tree: Params, kind: str) -> Params:
+    """A tree of layers, its maps quantised; norms as they are."""
+
+    def child(name: str, x: Any) -> Any:
+        if name not in KERNELS:
+            return _quantised(x, kind) if isinstance(x, dict) else x
+        if is_quantised(x["kernel"]):
+            return x
+        return {**x, "kernel": _quantise(name, x["kernel"], kind)}
+
+    return {name: child(name, x) for name, x in tree.items()}
 
 
 def _quantise(name: str, weight: Any, kind: str) -> Any:

@@ -1,8 +1,7 @@
 """Where a token stands, how that turns its queries and keys, and what layers differ in.
 
-Layers of one decoder have the same weights' shapes and may still look at rows differently: through
-a window, by other rotary frequencies, or by none. Those are the ``Kind``s of a decoder; most have
-one.
+Layers of one decoder may look at rows differently: through a window, by other rotary frequencies or
+by none, with heads of another size. Those are the ``Kind``s of a decoder; most have one.
 """
 
 import functools
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.config import DecoderConfig, RopeScaling
 from jaxrlhf.core.types import Array
+from jaxrlhf.models.stacks import places
 
 Angles = tuple[Array, Array]
 """cos and sin of the rotary embedding, [B, T, 1, rotated/2], float32."""
@@ -29,6 +29,8 @@ class Kind(NamedTuple):
     rotated: bool
     theta: float
     scaling: RopeScaling | None
+    head_dim: int
+    kv_heads: int
 
 
 class Kinds(NamedTuple):
@@ -44,24 +46,25 @@ class Kinds(NamedTuple):
 def kinds(c: DecoderConfig) -> Kinds:
     """How each layer looks at its rows."""
 
-    def kind(layer: int) -> Kind:
+    def kind(c: DecoderConfig, layer: int) -> Kind:
         window = c.windows[layer % len(c.windows)] if c.windows else 0
         still = bool(c.no_rope) and c.no_rope[layer % len(c.no_rope)]
+        heads = c.head_dim, c.kv_heads
         if still or c.positions == "learned":
-            return Kind(window, False, 0.0, None)
+            return Kind(window, False, 0.0, None, *heads)
         if window and c.window_rope_theta is not None:
-            return Kind(window, True, c.window_rope_theta, None)
-        return Kind(window, True, c.rope_theta, _chosen(c))
+            return Kind(window, True, c.window_rope_theta, None, *heads)
+        return Kind(window, True, c.rope_theta, _chosen(c), *heads)
 
-    layers = [kind(layer) for layer in range(c.layers)]
+    layers = [kind(stack.decoder, layer) for stack, layer in places(c)]
     distinct = tuple(dict.fromkeys(layers))
     return Kinds(distinct, tuple(map(distinct.index, layers)))
 
 
-def windows_of(c: DecoderConfig) -> list[int]:
-    """The window of each layer; 0 where it has none."""
+def layers_of(c: DecoderConfig) -> list[Kind]:
+    """The kind of each layer."""
     found = kinds(c)
-    return [found.all[which].window for which in found.of_layer]
+    return [found.all[which] for which in found.of_layer]
 
 
 def _chosen(c: DecoderConfig) -> RopeScaling | None:
@@ -85,15 +88,10 @@ def positions(mask_BT: Array, segment_BT: Array | None = None) -> Array:
     return jnp.maximum(count_BT, 0)
 
 
-def rotated(c: DecoderConfig) -> int:
-    """Numbers of a head that are turned, in pairs (i, i + half of them)."""
-    return c.rotary_dim or c.head_dim
-
-
 def rotary_angles(position_BT: Array, c: DecoderConfig, kind: Kind) -> Angles:
     """Angle position · theta^(−2i/R) of pair i of R/2 (arXiv:2104.09864), stretched by the kind's
-    scaling; 0 where it has none."""
-    half = rotated(c) // 2
+    scaling; 0 where it has none. The R numbers of a head are in pairs (i, i + R/2)."""
+    half = (c.rotary_dim or kind.head_dim) // 2
     frequency = jnp.zeros(half) if not kind.rotated else _frequencies(half, kind)
     angle = position_BT[..., None, None].astype(jnp.float32) * frequency
     factor = kind.scaling.attention_factor if kind.scaling else 1.0
@@ -102,7 +100,7 @@ def rotary_angles(position_BT: Array, c: DecoderConfig, kind: Kind) -> Angles:
 
 
 def angles_by_kind(position_BT: Array, c: DecoderConfig) -> Callable[[Array], Angles]:
-    """The number of a kind, in a loop over layers → the angles of its layers."""
+    """The number of a kind, in a loop over layers of one stack → the angles of its layers."""
     each = [rotary_angles(position_BT, c, kind) for kind in kinds(c).all]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
     return lambda which: each[0] if len(each) == 1 else jax.tree.map(lambda x: x[which], stacked)
@@ -115,6 +113,9 @@ def _frequencies(half: int, kind: Kind) -> Array:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
+    if scaling.kind == "proportional":
+        turned = jnp.arange(half) < int(2 * half * scaling.share // 2)
+        return jnp.where(turned, frequency / scaling.factor, 0.0)
     if scaling.kind == "longrope":
         return frequency / jnp.array(scaling.factors, jnp.float32)
     keep = _yarn_kept(half, kind, scaling) if scaling.kind == "yarn" else _kept(frequency, scaling)

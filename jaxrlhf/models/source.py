@@ -61,7 +61,7 @@ class Source:
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
         """Of a leaf, layers and experts included."""
-        return (self.decoder.layers, *weight.whole) if weight.stacked else weight.shape
+        return weight.full
 
     def bytes(self) -> int:
         """Of all leaves, as they are kept."""

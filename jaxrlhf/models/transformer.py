@@ -5,6 +5,8 @@ nothing trains them, whose ``layers`` are stacked along a leading axis and run u
 
     {"embed": {"table"}, "layers": {...}, "norm": {"scale"}, "unembed"?: {"kernel"}, "head"?: {...}}
 
+Of layers whose weights differ in shape ``layers`` is a dict of such stacks (``stacks``).
+
 Adapters (LoRA) are a tree of their own beside it; with and without them is the same ``Model``.
 """
 
@@ -25,7 +27,7 @@ from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import KEPT
 from jaxrlhf.models.dora import norms, with_gains, with_magnitudes
 from jaxrlhf.models.experts import Routed, added_up
-from jaxrlhf.models.kernels import attend_rows, choose, real_first, reorder
+from jaxrlhf.models.kernels import attend_rows, choose_each, real_first, reorder
 from jaxrlhf.models.layers import (
     POLICIES,
     Ends,
@@ -35,6 +37,8 @@ from jaxrlhf.models.layers import (
 from jaxrlhf.models.quantise import MAGNITUDE, in_dtype
 from jaxrlhf.models.replay import by_layer, compact
 from jaxrlhf.models.rope import angles_by_kind, kinds, positions
+from jaxrlhf.models.stacks import Stack, apart, by_stack, stacks, together
+from jaxrlhf.models.walk import Body, in_order, of_stack, walk
 
 
 class Declared(NamedTuple):
@@ -63,12 +67,22 @@ def declare(make: Any, layers: int | None = None) -> Declared:
     return Declared(graph, shapes, axes)
 
 
+class Rows(NamedTuple):
+    """Tokens as the layers look at them."""
+
+    mask_BT: Array
+    segment_BT: Array | None
+    position_BT: Array
+    in_place: Callable[[Array], Array]
+    """Puts columns back where they were."""
+
+
 class Kept(NamedTuple):
     """What a pass over whole rows leaves to those who go on with them."""
 
-    key: Array
-    """[L, B, K, T, H], laid out for decoding, like ``value``."""
-    value: Array
+    key: Any
+    """[L, B, K, T, H], laid out for decoding, like ``value``; of several stacks a dict of them."""
+    value: Any
     expert: Array | None
     """[L, B, T, k], those that a mixture's tokens took; see ``replay``."""
 
@@ -76,7 +90,7 @@ class Kept(NamedTuple):
 # Cached: steps that are traced again and again would otherwise build the modules each time.
 @functools.lru_cache(maxsize=64)
 def blocks(decoder: DecoderConfig, lora: LoraConfig | None) -> Declared:
-    """The layers, with or without adapters."""
+    """The layers of one stack, with or without adapters."""
     return declare(lambda rngs: Block(decoder, rngs, lora), decoder.layers)
 
 
@@ -112,9 +126,16 @@ class Model:
     def init(self, key: Array, head: bool = False) -> Params:
         """Random float32 parameters; ``head`` adds the scalar head (zeros)."""
         outer, inner = jax.random.split(key)
-        layer = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(self.decoder, nnx.Rngs(k)))))
         params = nnx.to_pure_dict(nnx.state(Ends(self.decoder, nnx.Rngs(outer), head)))
-        return {**params, "layers": layer(jax.random.split(inner, self.decoder.layers))}
+        keys = jax.random.split(inner, self.decoder.layers)
+
+        def layers(stack: Stack) -> Params:
+            def layer(key: Array) -> Params:
+                return nnx.to_pure_dict(nnx.state(Block(stack.decoder, nnx.Rngs(key))))
+
+            return jax.vmap(layer)(of_stack(stack, keys))
+
+        return {**params, "layers": by_stack(self.decoder, layers)}
 
     def init_head(self, key: Array | None = None) -> Params:
         """A fresh scalar head: zeros for a critic; with a key, kernel ~ N(0, 1/(D+1)) for a reward
@@ -135,12 +156,17 @@ class Model:
           ValueError: DoRA, and no ``params``.
         """
 
-        def layer(key: Array) -> Params:
-            module = Block(self.decoder, nnx.Rngs(key), self.lora)
-            return adapters_of(nnx.to_pure_dict(nnx.state(module)))
+        keys = jax.random.split(key, self.decoder.layers)
 
-        # Mapped, not vmapped, which XLA would compile for 9 s in place of 1.
-        lora = jax.lax.map(layer, jax.random.split(key, self.decoder.layers))
+        def layers(stack: Stack) -> Params:
+            def layer(key: Array) -> Params:
+                module = Block(stack.decoder, nnx.Rngs(key), self.lora)
+                return adapters_of(nnx.to_pure_dict(nnx.state(module)))
+
+            # Mapped, not vmapped, which XLA would compile for 9 s in place of 1.
+            return jax.lax.map(layer, of_stack(stack, keys))
+
+        lora = by_stack(self.decoder, layers)
         if self.lora is None or not self.lora.dora:
             return lora
         if params is None:
@@ -149,20 +175,26 @@ class Model:
 
     def shapes(self, head: bool = False) -> Params:
         """The parameters as ShapeDtypeStructs."""
-        layers = blocks(self.decoder, None).shapes
-        return {**ends(self.decoder, head).shapes, "layers": layers}
+        return {**ends(self.decoder, head).shapes, "layers": self._layers(None).shapes}
 
     def lora_shapes(self) -> Params:
         """The adapters as ShapeDtypeStructs."""
-        return adapters_of(blocks(self.decoder, self.lora).shapes)
+        return adapters_of(self._layers(self.lora).shapes)
 
     def axes(self, head: bool = False) -> Any:
         """The parameters' logical axes: the same tree with tuples of names."""
-        return {**ends(self.decoder, head).axes, "layers": blocks(self.decoder, None).axes}
+        return {**ends(self.decoder, head).axes, "layers": self._layers(None).axes}
 
     def lora_axes(self) -> Any:
         """The adapters' logical axes."""
-        return adapters_of(blocks(self.decoder, self.lora).axes)
+        return adapters_of(self._layers(self.lora).axes)
+
+    def _layers(self, lora: LoraConfig | None) -> Declared:
+        """All layers as they are declared, with or without adapters; each part of it in the form of
+        ``params["layers"]``."""
+        parts = zip(*(blocks(stack.decoder, lora) for stack in stacks(self.decoder)), strict=True)
+        names = [stack.name for stack in stacks(self.decoder)]
+        return Declared(*(together(dict(zip(names, part, strict=True))) for part in parts))
 
     def cast(self, params: Params) -> Params:
         """The parameters in the compute dtype, but for what is quantised; done once a step, master
@@ -202,36 +234,62 @@ class Model:
         for name, asked in {"routers=True": routers, "expert_BTM": expert_BTM is not None}.items():
             if asked and not self.routes:
                 raise ValueError(f"{name}: the model is no mixture of experts")
-        declared = blocks(self.decoder, self.lora if lora is not None else None)
         layers = params["layers"] if lora is None else merge(params["layers"], lora)
-        check_tree(layers, declared.shapes, "layers")
-        outer, which_L = self.outer(params), jnp.array(kinds(self.decoder).of_layer)
-        kernel = choose(self.attention, self.decoder, self.dtype, segment_BT is not None)
+        adapted = self.lora if lora is not None else None
+        check_tree(layers, self._layers(adapted).shapes, "layers")
+        outer, c = self.outer(params), self.decoder
+        chosen = choose_each(self.attention, c, self.dtype, segment_BT is not None)
         columns = token_BT, attention_mask_BT, expert_BTM
-        (token_BT, mask_BT, expert_BTM), in_place = _in_order(kernel, columns)
-        position_BT = positions(mask_BT, segment_BT)
-        x = outer.embed(token_BT, position_BT, self.dtype)
+        (token_BT, mask_BT, expert_BTM), in_place = _in_order("cudnn" in chosen.values(), columns)
+        rows = Rows(mask_BT, segment_BT, positions(mask_BT, segment_BT), in_place)
+        x = outer.embed(token_BT, rows.position_BT, self.dtype)
         x = constrain(x, ("batch", "length", "activation"))
-        angles = angles_by_kind(position_BT, self.decoder)
+        bodies = {
+            stack.name: POLICIES[self.remat](
+                self._body(stack, chosen[stack.name], rows, adapted, keep, routers)
+            )
+            for stack in stacks(c)
+        }
+        # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
+        # is not to make another.
+        layers = apart(c, layers if keep else self.cast(layers))
+        expert_L = None if expert_BTM is None else by_layer(c, expert_BTM)
+        items = {
+            stack.name: (
+                layers[stack.name],
+                jnp.array(kinds(stack.decoder).of_layer),
+                of_stack(stack, expert_L),
+            )
+            for stack in stacks(c)
+        }
+        with exact(self.dtype):
+            x, found = walk(c, bodies, x, items)
+        return in_place(outer.norm(x)), _left(c, found, keep)
+
+    def _body(
+        self,
+        stack: Stack,
+        kernel: AttentionKernel,
+        rows: Rows,
+        lora: LoraConfig | None,
+        keep: bool,
+        routers: bool,
+    ) -> Body:
+        """A layer of a stack: (x, (weights, number of its kind, experts to take)) → (x, what is
+        left of it)."""
+        declared, c = blocks(stack.decoder, lora), stack.decoder
+        angles = angles_by_kind(rows.position_BT, c)
 
         def layer(x: Array, item: tuple[Params, Array, Array | None]) -> tuple[Array, Any]:
             weights, which, replayed = item
-            attend = functools.partial(_attend, kernel, self.decoder, which, mask_BT, segment_BT)
+            attend = functools.partial(_attend, kernel, c, which, rows)
             module = nnx.merge(declared.graph, self.with_gains(self.cast(weights)))
             x, seen, routed = module(x, angles(which), RULES, attend, replayed)
             if keep:
-                return x, _kept(self.decoder, in_place, seen, routed)
-            return x, added_up(routed, mask_BT) if routers else None
+                return x, _kept(c, rows.in_place, seen, routed)
+            return x, added_up(routed, rows.mask_BT) if routers else None
 
-        # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
-        # is not to make another.
-        layers = layers if keep else self.cast(layers)
-        expert_L = None if expert_BTM is None else by_layer(self.decoder, expert_BTM)
-        with exact(self.dtype):
-            x, kept = jax.lax.scan(POLICIES[self.remat](layer), x, (layers, which_L, expert_L))
-        if routers:
-            kept = kept.replace(tokens=kept.tokens[0])
-        return in_place(outer.norm(x)), kept
+        return layer
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """Logits [..., V] of hidden states [..., D], float32."""
@@ -259,12 +317,25 @@ class Model:
         return nnx.merge(declared.graph, outer)
 
 
+def _left(decoder: DecoderConfig, found: dict[str, Any], keep: bool) -> Any:
+    """What the layers of each stack have left, as ``apply`` returns it."""
+    if keep:
+        key, value = (together({name: kept[i] for name, kept in found.items()}) for i in (0, 1))
+        return Kept(key, value, in_order(decoder, {n: kept.expert for n, kept in found.items()}))
+    sums = in_order(decoder, found)
+    return None if sums is None else sums.replace(tokens=sums.tokens[0])
+
+
 def _in_order(
-    kernel: AttentionKernel, columns: tuple[Array, Array, Array | None]
+    first: bool, columns: tuple[Array, Array, Array | None]
 ) -> tuple[tuple[Array, Array, Array | None], Callable[[Array], Array]]:
-    """(tokens, attention mask, experts) as a kernel takes them, and what puts columns back where
-    they were."""
-    if kernel != "cudnn":
+    """(tokens, attention mask, experts) as kernels take them, and what puts columns back where they
+    were.
+
+    Args:
+      first: real tokens are to stand first, as cuDNN wants them.
+    """
+    if not first:
         return columns, lambda x: x
     order_BT, back_BT = real_first(columns[1])
     return jax.tree.map(lambda x: reorder(x, order_BT), columns), lambda x: reorder(x, back_BT)
@@ -274,15 +345,14 @@ def _attend(
     kernel: AttentionKernel,
     decoder: DecoderConfig,
     which: Array,
-    mask_BT: Array,
-    segment_BT: Array | None,
+    rows: Rows,
     query: Array,
     key: Array,
     value: Array,
     sink_N: Array | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """What queries see of whole rows; and the keys and values [B, T, K, H]."""
-    given = query, key, value, mask_BT, segment_BT, sink_N
+    given = query, key, value, rows.mask_BT, rows.segment_BT, sink_N
     return attend_rows(kernel, decoder, which, *given), (key, value)
 
 

@@ -23,7 +23,8 @@ from jaxrlhf.mesh.sharding import DECODE, make_mesh, row_shards
 from jaxrlhf.models.cache import Kind
 from jaxrlhf.models.decode import kind_of
 from jaxrlhf.models.quantise import BYTES
-from jaxrlhf.models.rope import windows_of
+from jaxrlhf.models.rope import layers_of
+from jaxrlhf.models.stacks import stacks
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.run.setup import Run
 from jaxrlhf.steps.slots import decode_steps
@@ -83,17 +84,23 @@ def _quickest(call: Callable[[Array], Array], given: Array, tries: int = 4) -> f
 def matrices(decoder: DecoderConfig, vocab: bool = True) -> int:
     """N: the weights that every token is multiplied with.
 
-    Of a layer D·H·(2N + 2K) + 3·D·F, 2·D·F where the MLP has no gate, and D·V of the projection on
-    the vocabulary, if it is asked for. Of a mixture of experts a token's
-    are counted, and the router's. The embedding is looked up, norms and biases are vectors: neither
-    counts.
+    Of a layer D·H·(2N + 2K) + 3·D·F, D·H·(2N + K) where keys are values, 2·D·F where the MLP has no
+    gate, and D·V of the projection on the vocabulary, if it is asked for. Of a mixture of experts a
+    token's are counted, and the router's. The embedding is looked up, norms and biases are vectors:
+    neither counts.
     """
-    c = decoder
+    return sum(_layers(stack.decoder) for stack in stacks(decoder)) + (
+        vocab * decoder.embed * decoder.vocab
+    )
+
+
+def _layers(c: DecoderConfig) -> int:
+    """Of layers of one shape."""
     mlp = (2 + c.gated) * c.mlp
     if c.moe is not None:
         mlp = c.moe.experts + c.moe.per_token * mlp
-    layer = c.embed * (2 * c.head_dim * (c.heads + c.kv_heads) + mlp)
-    return c.layers * layer + vocab * c.embed * c.vocab
+    keys = c.kv_heads * (1 if c.keys_are_values else 2)
+    return c.layers * c.embed * (c.head_dim * (2 * c.heads + keys) + mlp)
 
 
 def adapters(model: Model) -> int:
@@ -112,8 +119,8 @@ def forward_flops(model: Model, length: float, vocab: bool = True) -> float:
       vocab: whether the token is projected on the vocabulary.
     """
     c = model.decoder
-    seen = sum(min(window or length, length) for window in windows_of(c))
-    attention = 4 * c.heads * c.head_dim * seen
+    seen = sum(min(kind.window or length, length) * kind.head_dim for kind in layers_of(c))
+    attention = 4 * c.heads * seen
     return 2 * (matrices(c, vocab) + adapters(model)) + attention
 
 
@@ -162,8 +169,11 @@ def decode_bytes(
     layers = matrices(c, vocab=False)
     others = matrices(c) - layers + adapters(model)
     weights = copies * (layers * BYTES.get(base or "", size) + others * size)
-    vector = c.head_dim * jnp.dtype(kind).itemsize + 4 * (kind == "int8")
-    return steps * weights + slots * 2 * c.layers * c.kv_heads * vector
+    each = [
+        x.kv_heads * (x.head_dim * jnp.dtype(kind).itemsize + 4 * (kind == "int8"))
+        for x in layers_of(c)
+    ]
+    return steps * weights + slots * 2 * sum(each)
 
 
 def read(batch: AnyBatch) -> dict[str, Any]:

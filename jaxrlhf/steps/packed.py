@@ -30,7 +30,7 @@ from jaxrlhf.mesh.sharding import (
     split_last,
     split_rows,
 )
-from jaxrlhf.models.kernels import choose
+from jaxrlhf.models.kernels import choose_each
 from jaxrlhf.models.replay import nobody
 from jaxrlhf.models.transformer import Model
 
@@ -88,7 +88,8 @@ class Piece:
 def keeps_apart(model: Model) -> bool:
     """Whether a model's rows are not packed on the devices at hand, only moved to the left, the
     longest first: where its attention would lose the kernel that keeps scores out of memory."""
-    return choose(model.attention, model.decoder, model.dtype, packed=False) == "cudnn"
+    chosen = choose_each(model.attention, model.decoder, model.dtype, packed=False)
+    return "cudnn" in chosen.values()
 
 
 def pack(attention_mask_BT: Array, most: int | None = None, apart: bool = False) -> Packing:

@@ -24,7 +24,7 @@ from jaxrlhf.models.cache import empty_cache, slots_of
 from jaxrlhf.models.decode import lay_out, read_prompts, step
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.hf import read_hf, write_hf
-from jaxrlhf.models.hf_config import naming_of, read_config
+from jaxrlhf.models.hf_config import as_written, naming_of, read_config
 from jaxrlhf.models.load import build, check_context
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.score import score
@@ -39,6 +39,24 @@ YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 16}
 NEAR = {"rope_type": "default", "rope_theta": 50.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
+FULL = "full_attention"
+GEMMA4 = {
+    "num_hidden_layers": 7,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "sliding_window": WINDOW,
+    "layer_types": [*["sliding_attention", "sliding_attention", "full_attention"] * 2, FULL],
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1000.0,
+        },
+        "sliding_attention": NEAR,
+    },
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 5.0,
+}  # fmt: skip
+"""Its layers repeat, and then there is one that does not."""
 CASES = {
     "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama yarn": ("llama", {"rope_parameters": {**YARN, "beta_fast": 8.0, "truncate": False}}),
@@ -91,6 +109,20 @@ CASES = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
                 "sliding_attention": NEAR,
             },
+        },
+    ),
+    "gemma4": ("gemma4_text", {**GEMMA4, "attention_k_eq_v": True}),
+    "gemma4 values": ("gemma4_text", {**GEMMA4, "final_logit_softcapping": None}),
+    "gemma4 folder": (
+        "gemma4",
+        {
+            "text_config": {
+                **SHAPE,
+                **GEMMA4,
+                "attention_k_eq_v": True,
+                "model_type": "gemma4_text",
+                "pad_token_id": 0,
+            }
         },
     ),
     "olmo2": ("olmo2", {}),
@@ -168,6 +200,8 @@ def theirs(family, own):
     """transformers' own model, of random weights: norms and biases too, which start at 1 and 0."""
     shape = {key: x for key, x in SHAPE.items() if family != "gpt2" or "_token_id" in key}
     shape["vocab_size"] = VOCAB
+    if "text_config" in own:
+        shape = {"vision_config": None, "audio_config": None}
     if family == "gpt_neox":
         shape.pop("num_key_value_heads")
     torch.manual_seed(0)
@@ -175,6 +209,9 @@ def theirs(family, own):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
+    for name, number in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            torch.nn.init.uniform_(number, 0.7, 1.3)
     return model
 
 
@@ -223,6 +260,9 @@ def test_gradient_equals_torch(case, tmp_path):
     torch_logp(model, mask_BT).sum().backward()
     for weight in model.parameters():
         weight.data = weight.grad
+    for name, number in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            number.zero_()  # nothing trains it
     model.save_pretrained(tmp_path)  # under the names of files
     slopes = load_file(tmp_path / "model.safetensors")
     found = jax.jit(jax.grad(lambda params: our_logp(decoder, params, mask_BT).sum()))(params)
@@ -259,7 +299,7 @@ def test_export_is_what_was_read(case, tmp_path, tiny_tokenizer):
     model, _, decoder, params = case
     write_hf(tmp_path / "out", decoder, params, tiny_tokenizer)
     again, back = read_hf(tmp_path / "out")
-    assert (again, again.family) == (decoder, decoder.family)
+    assert (again, again.family) == (decoder, as_written(decoder).family)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"

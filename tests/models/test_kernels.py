@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models import kernels, transformer
+from jaxrlhf.models import kernels
 from jaxrlhf.models.attention import attend_before
 from jaxrlhf.models.kernels import (
     attend_cudnn,
@@ -143,7 +143,7 @@ def test_model_with_kernels_equals_that_with_pieces(
         return (hidden * slope).sum(), (hidden * mask[..., None], kept)
 
     expected = jax.jit(jax.grad(total, has_aux=True))(params)
-    monkeypatch.setattr(transformer, "choose", lambda *_: kernel)
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernel)
     found = jax.jit(jax.grad(total, has_aux=True))(params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
 

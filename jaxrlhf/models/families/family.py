@@ -121,6 +121,11 @@ class Family(NamedTuple):
     "none": it has none."""
     language: str = "ForCausalLM"
     """How its class of language models ends."""
+    inside: str = ""
+    """The object of config.json that describes the language model, where it is one of several."""
+    written: str = ""
+    """The family that exports are of, where that is another: of a model that sees, its language
+    model's."""
 
 
 FIELDS = {
@@ -151,9 +156,9 @@ LLAMA = {
 """``Weight.module`` → what a Llama's files call it."""
 
 
-def naming(names: Mapping[str, str] | None = None, **how: Any) -> Naming:
-    """Llama's names, but for these."""
-    return Naming("model.layers.{}.", {**LLAMA, **(names or {})}, **how)
+def naming(names: Mapping[str, str] | None = None, within: str = "model.", **how: Any) -> Naming:
+    """Llama's names, but for these; ``within`` begins those of layers."""
+    return Naming(f"{within}layers.{{}}.", {**LLAMA, **(names or {})}, **how)
 
 
 def windows(said: Said, kinds: Sequence[str], window: Any) -> tuple[int, ...]:

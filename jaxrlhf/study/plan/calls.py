@@ -19,7 +19,7 @@ from jaxrlhf.data.tokens import Encoded
 from jaxrlhf.mesh.sharding import DECODE, RULES, at_hand, few_rows_layout, on_host, spec
 from jaxrlhf.models.cache import KEPT, slots_in
 from jaxrlhf.models.decode import Weights, kind_of
-from jaxrlhf.models.rope import kinds
+from jaxrlhf.models.rope import layers_of
 from jaxrlhf.rewards.models import Member, packed_reward, packed_scores
 from jaxrlhf.run.ahead import arguments, decoding, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
@@ -274,24 +274,23 @@ def cache_bytes(run: Run, rows: int) -> float:
     """The KV cache of a sampler's rows."""
     c, sample = run.model.decoder, run.config.sample
     kind, shards = kind_of(run.model, sample), _shards(run)
-    # of int8 also a float32 a vector
-    size = 2 * (jnp.dtype(kind).itemsize + (4 / c.head_dim if kind == "int8" else 0))
     # of prompts, each once where they divide over the devices, and of the tokens since
     prompts = rows // sample.n if rows // sample.n % shards == 0 else rows
     at_once = rows_at_a_time(run.config, rows)
     # a slot that is filled again has a copy of its prompt
     copies = at_once if at_once < rows else 0
-    found, width, numbers = kinds(c), run.config.data.max_prompt_tokens, 0
-    for which in found.of_layer:
-        layer = found.all[which]
+    width, total = run.config.data.max_prompt_tokens, 0.0
+    for layer in layers_of(c):
+        # of int8 also a float32 a vector
+        size = 2 * (jnp.dtype(kind).itemsize + (4 / layer.head_dim if kind == "int8" else 0))
         parts = (
             (prompts + copies, min(width, layer.window or width)),
             (at_once, slots_in(layer, sample.max_new_tokens - 1)),
         )
         for count, slots in parts:
-            shape = (count, c.kv_heads, slots, c.head_dim)
-            numbers += _decoding(run, SimpleNamespace(shape=shape), KEPT)
-    return float(size * numbers)
+            shape = (count, layer.kv_heads, slots, layer.head_dim)
+            total += size * _decoding(run, SimpleNamespace(shape=shape), KEPT)
+    return float(total)
 
 
 def _shards(run: Run) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.models.decode import kind_of
-from jaxrlhf.models.rope import windows_of
+from jaxrlhf.models.rope import Kind, layers_of
 from jaxrlhf.run.setup import Run
 from jaxrlhf.study.plan.calls import Call, arguments_by_kind, kinds_of, on_device, rows_at_a_time
 
@@ -74,9 +74,12 @@ def activations(run: Run, tokens: float) -> float:
     over tensor.
     """
     c = run.model.decoder
-    split = (2 * c.heads + 2 * c.kv_heads) * c.head_dim + (1 + c.gated) * c.mlp
-    each = 2 * c.embed + split / run.mesh.shape["tensor"]
-    return tokens * c.layers * each * np.dtype(run.model.dtype).itemsize
+    split = sum(
+        2 * (c.heads + kind.kv_heads) * kind.head_dim + (1 + c.gated) * c.mlp
+        for kind in layers_of(c)
+    )
+    every = 2 * c.layers * c.embed + split / run.mesh.shape["tensor"]
+    return tokens * every * np.dtype(run.model.dtype).itemsize
 
 
 def _token(run: Run, call: Call, copy: float, trips: int) -> float:
@@ -91,17 +94,17 @@ def _token(run: Run, call: Call, copy: float, trips: int) -> float:
     length = min(trips + 1, sample.max_new_tokens)
     width = run.config.data.max_prompt_tokens
 
-    def slots(window: int) -> float:
-        """Of a layer, filled on average."""
-        most = window or max(width, length)
-        return prompts * min(width, most) + rows * min(length / 2, most)
+    kind, size = kind_of(run.model, sample), np.dtype(run.model.dtype).itemsize
 
-    heads = c.kv_heads / run.mesh.shape["tensor"]
-    size = np.dtype(run.model.dtype).itemsize
-    kind = kind_of(run.model, sample)
-    # of int8 also a float32 a vector
-    vector = c.head_dim * np.dtype(kind).itemsize + (4 if kind == "int8" else 0)
-    cache = 2 * sum(map(slots, windows_of(c))) / shards * heads * vector
+    def filled(layer: Kind) -> float:
+        """Bytes of a layer's keys, on average."""
+        most = layer.window or max(width, length)
+        slots = prompts * min(width, most) + rows * min(length / 2, most)
+        # of int8 also a float32 a vector
+        vector = layer.head_dim * np.dtype(kind).itemsize + (4 if kind == "int8" else 0)
+        return slots * layer.kv_heads * vector
+
+    cache = 2 * sum(map(filled, layers_of(c))) / shards / run.mesh.shape["tensor"]
     table = 0.0 if c.tied else c.vocab * c.embed * size / run.mesh.shape["tensor"]
     return copy - table + cache
 
