@@ -163,7 +163,10 @@ def _said(path: str) -> Iterator[tuple[str, list[int], list[str]]]:
         for name in (GENERATION, "config.json"):
             if os.path.isfile(found := Path(local(path)) / name):
                 said = read_object(found)
-                ids = _ids(f"{found}: eos_token_id", said.get("eos_token_id"))
+                # Of a model that sees it may stand in what describes its language model.
+                inside = said.get("text_config") if said.get("eos_token_id") is None else None
+                eos = inside.get("eos_token_id") if isinstance(inside, dict) else None
+                ids = _ids(f"{found}: eos_token_id", said.get("eos_token_id", eos))
                 texts = said.get("stop_strings") if name == GENERATION else None
                 yield f"{found}: eos_token_id", ids, _strings(f"{found}: stop_strings", texts)
 
