@@ -83,7 +83,9 @@ def test_layers_without_a_type_are_five_with_a_window_and_one_without(tmp_path):
         not window for window in found.windows
     ]
     assert (found.heads, found.kv_heads) == (8, 4)
-    assert (found.head_dim, found.full_head_dim) == (theirs.head_dim, 512)
+    each = [layer.head_dim for layer in theirs.per_layer_config]
+    assert each == [256 if window else 512 for window in found.windows]
+    assert (found.head_dim, found.full_head_dim) == (256, 512)
     assert (found.full_kv_heads, found.keys_are_values) == (0, False)
     assert (found.rope_scaling, found.context) == (DECODER.rope_scaling, 131_072)
 
@@ -94,9 +96,10 @@ def test_layers_without_a_type_are_five_with_a_window_and_one_without(tmp_path):
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
         ({"hidden_activation": "silu"}, "hidden_activation='silu'"),
         ({"num_global_key_value_heads": 5}, "num_attention_heads=32; 5 do not divide it"),
-        ({"per_layer_config": {"5": {"head_dim": 512}}}, "per_layer_config.11={}; only full"),
+        ({"per_layer_config": {"5": {"head_dim": 512}}}, "per_layer_config.11=None; only full"),
         ({"per_layer_config": {"0": {"head_dim": 512}}}, "per_layer_config.0={"),
         ({"per_layer_config": {"5": {"window": 2}}}, "per_layer_config.5={'window': 2}"),
+        ({"per_layer_config": {"65": {"head_dim": 2}}}, "per_layer_config.65={'head_dim': 2}; the"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "proportional",
@@ -174,12 +177,12 @@ def test_an_adapter_of_peft_comes_in_and_goes_out(case, settings, tmp_path):
         if "lora_magnitude" in name:
             weight.data *= 1 + 0.3 * torch.rand_like(weight)
         elif "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.2)
+            torch.nn.init.normal_(weight, std=0.4)
     model.save_pretrained(tmp_path / "adapter")
     expected = torch_logp(model.eval(), MASKS["left"]).detach().numpy()
     network = Loader(make_mesh(MeshConfig(), jax.devices()[:1])).trained(str(tmp_path / "adapter"))
     found = np.asarray(_logp(network))
-    assert np.abs(found - _logp(replace(network, lora=None))).max() > 0.5
+    assert np.abs(found - _logp(replace(network, lora=None))).max() > 0.3
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
     decoder = network.model.decoder

@@ -29,7 +29,7 @@ from jaxrlhf.steps.score import score
 TWO = DecoderConfig(
     vocab=48, embed=32, layers=7, heads=4, kv_heads=2, head_dim=8, mlp=40, context=64,
     windows=(6, 6, 0), full_head_dim=16, full_kv_heads=1, keys_are_values=True, qk_norm=True,
-    value_norm=True, layer_scale=True, window_rope_theta=50.0,
+    value_norm=True, layer_scale=True, window_rope_theta=50.0, norms="both", family="gemma4_text",
 )  # fmt: skip
 """Full layers are numbers 2 and 5."""
 LORA = LoraConfig(rank=2)

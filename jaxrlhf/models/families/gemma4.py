@@ -107,16 +107,8 @@ def _full_heads(said: Said, kinds: list[str]) -> dict[str, Any]:
     count = said.get("num_global_key_value_heads")
     if same:
         own["num_key_value_heads"] = count
-    each = said.table_of("per_layer_config")
-    if each:
-        full = next((each.get(str(i), {}) for i, kind in enumerate(kinds) if kind == FULL), {})
-        for i, kind in enumerate(kinds):
-            here = each.get(str(i), {})
-            if here != (full if kind == FULL else {}) or not set(here) <= set(usual):
-                raise said.wrong(
-                    f"per_layer_config.{i}", here, "only full layers may differ, all alike"
-                )
-        own = full
+    if each := said.table_of("per_layer_config"):
+        own = _alike(said, each, kinds)
     named = {"full_head_dim": "head_dim", "full_kv_heads": "num_key_value_heads"}
     found = {
         ours: said.as_number(theirs, own[theirs])
@@ -127,6 +119,22 @@ def _full_heads(said: Said, kinds: list[str]) -> dict[str, Any]:
     if heads % found.get("full_kv_heads", 1):
         raise said.wrong("num_attention_heads", heads, f"{found['full_kv_heads']} do not divide it")
     return {**found, "keys_are_values": same}
+
+
+def _alike(said: Said, each: Mapping[str, Any], kinds: list[str]) -> Mapping[str, Any]:
+    """What ``per_layer_config`` says of full layers."""
+    # Numbers of layers, as texts that may begin with zeros.
+    given = {key.lstrip("0") or "0": here for key, here in each.items()}
+    full = given.get(str(kinds.index(FULL)))
+    for i, kind in enumerate(kinds):
+        here = given.pop(str(i), None)
+        named = isinstance(here, dict) and set(here) <= {"head_dim", "num_key_value_heads"}
+        if here != (full if kind == FULL else None) or not (named or here is None):
+            raise said.wrong(f"per_layer_config.{i}", here, "only full layers differ, all alike")
+    if given:
+        key, here = next(iter(given.items()))
+        raise said.wrong(f"per_layer_config.{key}", here, "there is no such layer")
+    return full or {}
 
 
 def write(c: DecoderConfig) -> dict[str, Any]:
