@@ -23,6 +23,7 @@ from flax import struct
 
 from jaxrlhf.core.types import Array, Batch, Outputs, TokenBatch
 from jaxrlhf.mesh.sharding import (
+    budget,
     constrain,
     length_shards,
     platform,
@@ -39,6 +40,10 @@ TOKENS_AT_ONCE = {"cpu": 512}
 nearly empty."""
 
 TOKENS_AT_ONCE_ELSEWHERE = 8192
+
+NUMBERS_A_TOKEN = 2**15
+"""Float32 numbers that a token takes while one is scored: what a layer of 8B parameters holds of it
+at once; see ``budget``."""
 
 
 class PackedRows(NamedTuple):
@@ -105,7 +110,7 @@ def pack(attention_mask_BT: Array, most: int | None = None, apart: bool = False)
     """
     chex.assert_rank(attention_mask_BT, 2)
     count, width = attention_mask_BT.shape
-    pieces, rows = pieces_for(count, width, most)
+    pieces, rows = pieces_for(count, width, most, apart)
     # Small, and each device needs it whole to find its own rows' places.
     real_BT = constrain(attention_mask_BT, (None, None)) != 0
     row_B, start_B = first_fit(real_BT.sum(1, dtype=jnp.int32), width, apart)
@@ -124,15 +129,24 @@ def pack(attention_mask_BT: Array, most: int | None = None, apart: bool = False)
     )
 
 
-def pieces_for(count: int, width: int, most: int | None = None) -> tuple[int, int]:
+def pieces_for(
+    count: int, width: int, most: int | None = None, apart: bool = False
+) -> tuple[int, int]:
     """(I, R) for rows of any length: I pieces, were all of them full, of R packed rows.
 
     R is as few as keep the devices busy, the same number on each of those that rows are split over;
-    not more than ``most``, nor than ``count`` rows need.
+    not more than ``most``, nor than ``count`` rows need. Rows ``apart`` fill all pieces, however
+    short they are: where ``most`` is not given there are as few as fit in a device's memory, of
+    equally many rows, since weights that are split are gathered anew for each.
     """
     shards = row_shards()
-    busy = TOKENS_AT_ONCE.get(platform(), TOKENS_AT_ONCE_ELSEWHERE) * length_shards()
-    each = min(-(-busy // width), -(-count // shards))
+    busy = TOKENS_AT_ONCE.get(platform(), TOKENS_AT_ONCE_ELSEWHERE)
+    if apart and most is None:
+        busy = budget(busy * NUMBERS_A_TOKEN, 1 / 16) // NUMBERS_A_TOKEN
+    each, own = -(-busy * length_shards() // width), -(-count // shards)
+    if apart and most is None:
+        each = -(-own // -(-own // each))
+    each = min(each, own)
     rows = shards * max(1, each if most is None else min(each, most // shards))
     return -(-count // rows), rows
 

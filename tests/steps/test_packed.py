@@ -14,11 +14,12 @@ from jaxrlhf.config import GRPOConfig, GSPOConfig, MeshConfig, PPOConfig
 from jaxrlhf.core import masked
 from jaxrlhf.core.types import Batch, TrainState
 from jaxrlhf.data.packing import first_fit_decreasing
+from jaxrlhf.mesh import sharding
 from jaxrlhf.mesh.sharding import make_mesh, put_rows, shardings
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.rewards.models import packed_reward, packed_scores
 from jaxrlhf.steps import packed, pieces
-from jaxrlhf.steps.packed import first_fit, in_pieces, pack
+from jaxrlhf.steps.packed import first_fit, in_pieces, pack, pieces_for
 from jaxrlhf.steps.score import forward, reward, score, token_scores, value
 from jaxrlhf.steps.update import critic_loss, make_update, policy_loss
 
@@ -178,6 +179,22 @@ def test_rows_that_are_kept_apart(params, monkeypatch):
     monkeypatch.setattr(pieces, "keeps_apart", lambda model: True)
     got, _ = step(params, LOSSES["shared"], batch(), packed=2, model=MODEL)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), got, want)
+
+
+def test_rows_kept_apart_are_scored_in_few_pieces(monkeypatch):
+    """As many as fit in memory, of one size: weights are gathered for each. An update has as many
+    as its microbatches say, and packed rows, which may leave the last piece empty, more."""
+    monkeypatch.setitem(packed.TOKENS_AT_ONCE, "cpu", 8192)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=8))):
+        assert pieces_for(128, 2048, apart=True) == (4, 32)
+        monkeypatch.setattr(sharding, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+        assert pieces_for(128, 2048, apart=True) == (1, 128)
+        assert pieces_for(320, 2048, apart=True) == (3, 112)  # 18 rows a device fit: not 144
+        assert pieces_for(128, 2**20, apart=True) == (16, 8)
+        assert pieces_for(128, 2048) == (4, 32)
+        assert pieces_for(128, 2048, most=16, apart=True) == (8, 16)
+        monkeypatch.setattr(sharding, "device_kind", lambda: "NVIDIA GeForce RTX 4090")
+        assert pieces_for(128, 2048, apart=True) == (3, 48)  # 6 rows a device fit
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"context": 2}, {"context": 4}])

@@ -26,7 +26,7 @@ from jaxrlhf.run.feed import host_batch
 from jaxrlhf.run.setup import Run
 from jaxrlhf.steps.columns import pieces_for as column_pieces
 from jaxrlhf.steps.divergence import Taught
-from jaxrlhf.steps.packed import pieces_for
+from jaxrlhf.steps.packed import keeps_apart, pieces_for
 from jaxrlhf.steps.sample import LONG
 from jaxrlhf.study.plan.hlo import Loops
 
@@ -147,7 +147,7 @@ def _loops(run: Run, token_BT: Any, wanted: int, most: int | None = None, of: in
       of: networks whose logits are computed together.
     """
     *count, width = token_BT.shape
-    pieces, rows = pieces_for(math.prod(count), width, most)
+    pieces, rows = pieces_for(math.prod(count), width, most, keeps_apart(run.model))
     columns = column_pieces(rows, width - 1, of * run.model.decoder.vocab, some=True)
     inner = -(-wanted // -(-(width - 1) // columns))
     return Loops((pieces,) if pieces > 1 else (), inner)
