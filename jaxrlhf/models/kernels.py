@@ -136,6 +136,11 @@ def attend_rows(
         window = jnp.array(windows)[which] if len(distinct) > 1 else distinct[0]
         return attend_before(query, key, value, mask_BT, segment_BT, window, look, sink_N)
 
+    if kernel == "cudnn":
+        # What depends on the mask alone, JAX would compute before the loop over layers: masks and
+        # zeros as wide as queries, which each layer would read. No layer has a number below 0.
+        mask_BT = jnp.where(jnp.asarray(which) >= 0, mask_BT, 0)
+
     def through(window: int) -> Any:
         if kernel == "cudnn":
             return partial(attend_cudnn, window=window, look=look)
@@ -159,7 +164,7 @@ def attend_cudnn(
 
     def device(query: Array, key: Array, value: Array, real: Array) -> Array:
         # What the kernel leaves where no token is real is not for the gradient to see.
-        query, key, value = (jnp.where(real, x, 0) for x in (query, key, value))
+        query, key, value = (_where(real, x) for x in (query, key, value))
         lengths = jnp.maximum(real.sum((1, 2, 3), dtype=jnp.int32), 1)
         seen = jax.nn.dot_product_attention(
             query,
@@ -172,9 +177,28 @@ def attend_cudnn(
             key_value_seq_lengths=lengths,
             implementation=CUDNN,  # type: ignore[arg-type]
         )
-        return jnp.where(real, seen, 0)
+        return _where(real, seen)
 
     return _on_each_device(device, *given)[:, :tokens]
+
+
+@jax.custom_vjp
+def _where(real: Array, x: Array) -> Array:
+    """x where ``real`` [B, T, 1, 1], elsewhere 0. For its gradient ``real`` is kept as it is: JAX's
+    own would keep one as wide as x, of every layer."""
+    # A zero that hangs on real stays in the loop over layers with it; XLA sees that it is one.
+    return jnp.where(real, x, jnp.where(real, 0, 0).astype(x.dtype))
+
+
+def _where_forward(real: Array, x: Array) -> tuple[Array, Array]:
+    return _where(real, x), real
+
+
+def _where_backward(real: Array, dy: Array) -> tuple[None, Array]:
+    return None, _where(real, dy)
+
+
+_where.defvjp(_where_forward, _where_backward)
 
 
 def attend_splash(

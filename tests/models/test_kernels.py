@@ -148,6 +148,25 @@ def test_model_with_kernels_equals_that_with_pieces(
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_masks_of_layers_are_never_as_wide_as_queries(remat, model, on_cpu, monkeypatch):
+    """Neither in front of the loop over layers, where JAX puts what is alike in all of them, nor
+    kept for the loop backwards."""
+    monkeypatch.setattr(transformer, "choose", lambda *_: "cudnn")
+    # The kernel keeps scores to itself, and with them the masks that its plain twin makes.
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda query, *_, **__: query)
+    model, rows = replace(model, remat=remat), (jax.ShapeDtypeStruct((3, 12), jnp.int32),) * 2
+    slope = jax.grad(lambda params, *rows: model.apply(params, *rows)[0].sum())
+    found = jax.make_jaxpr(slope)(model.shapes(), *rows)
+    scans = [x for x in found.jaxpr.eqns if x.primitive.name == "scan"]
+    assert len(scans) == 2
+    masks = [x.aval for scan in scans for x in (*scan.invars, *scan.outvars)]
+    layers = model.decoder.layers
+    assert all(x.size <= layers * 3 * 12 for x in masks if x.dtype == bool)
+    consts = [x.aval for scan in scans for x in scan.invars[: scan.params["num_consts"]]]
+    assert not [x for x in consts if x.ndim == 4 and x.shape[2] > 1]
+
+
 def test_real_first_keeps_the_order():
     order, back = real_first(jnp.array([[0, 1, 0, 1, 1]]))
     np.testing.assert_array_equal(order, [[1, 3, 4, 0, 2]])
