@@ -9,7 +9,6 @@ caches whole, for every token.
 A prompt is read once, and its keys and values are shared by all of its samples.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,19 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from jaxrlhf.config import DecoderConfig, SampleConfig
+from jaxrlhf.config import SampleConfig
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, constrain, devices_in_mesh, map_pieces, spec
 from jaxrlhf.models.attention import attend_next, look_of
-from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
+from jaxrlhf.models.declared import Declared, blocks, fuse, fused
 from jaxrlhf.models.layers import adapters_of, exact
 from jaxrlhf.models.nibbles import Nibbles, maker, packed
 from jaxrlhf.models.quantise import KERNELS, any_quantised, in_dtype, is_quantised, laid
 from jaxrlhf.models.replay import compact, joined, where_known
 from jaxrlhf.models.rope import kinds, layers_of, rotary_angles
 from jaxrlhf.models.stacks import Stack, apart, places, stacks
-from jaxrlhf.models.transformer import Declared, Model, blocks, declare, merge
+from jaxrlhf.models.transformer import Model, merge
 
 
 class Weights(NamedTuple):
@@ -49,12 +48,6 @@ class Prompts(NamedTuple):
     """1 on real tokens."""
     expert_QPM: Array | None = None
     """The experts that a mixture's tokens took, where they are asked for; see ``replay``."""
-
-
-@functools.lru_cache(maxsize=64)
-def fused(decoder: DecoderConfig) -> Declared:
-    """A layer of one stack, whose products that read one input are one: q, k and v; gate and up."""
-    return declare(lambda rngs: Block(decoder, rngs, fused=True))
 
 
 def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights:
@@ -100,7 +93,7 @@ def _layer(model: Model, stack: Stack, stacked: Params, index: int | Array) -> P
     layer = model.with_gains(in_dtype(layer, model.dtype))
     if any_quantised(layer):
         return _in_nibbles(model, stack, layer)
-    return layer if adapters_of(layer) else _fuse(layer)
+    return layer if adapters_of(layer) else fuse(layer)
 
 
 def _in_nibbles(model: Model, stack: Stack, layer: Params) -> Params:
@@ -163,31 +156,6 @@ def _declared(model: Model, stack: Stack, weights: Weights) -> Declared:
     if _is_fused(weights):
         return fused(stack.decoder)
     return blocks(stack.decoder, model.lora if adapters_of(weights.layers[0]) else None)
-
-
-def _fuse(layer: Params) -> Params:
-    """A layer's weights with q, k, v and gate, up joined, as ``fused`` declares them."""
-    attention, mlp = layer["attention"], layer["mlp"]
-
-    def every(name: str) -> Array:
-        q, *rest = (attention[part][name] for part in "qkv" if part in attention)
-        q = q.reshape(*q.shape[:-2], rest[0].shape[-2], -1, q.shape[-1])
-        return jnp.concatenate([q, *(x[..., None, :] for x in rest)], axis=-2)
-
-    rest = {name: x for name, x in attention.items() if name not in ("q", "k", "v")}
-    return {
-        **layer,
-        "attention": {**rest, "qkv": {name: every(name) for name in attention["q"]}},
-        "mlp": _fused_mlp(mlp),
-    }
-
-
-def _fused_mlp(mlp: Params) -> Params:
-    if "gate" not in mlp or "router" in mlp:
-        return mlp
-    # A kernel [D, F] or a bias [F]: F stays last.
-    both = {name: jnp.stack([mlp["gate"][name], x], axis=-2) for name, x in mlp["up"].items()}
-    return {"gate_up": both, "down": mlp["down"]}
 
 
 def kind_of(model: Model, config: SampleConfig) -> Kind:

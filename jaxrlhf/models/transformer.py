@@ -22,9 +22,10 @@ from flax import nnx
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import AttentionKernel, Nf4Product, Remat
 from jaxrlhf.core.types import Array, Params
-from jaxrlhf.mesh.sharding import DECODE, RULES, constrain
+from jaxrlhf.mesh.sharding import DECODE, RULES, constrain, platform, shards
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.cache import KEPT
+from jaxrlhf.models.declared import Declared, blocks, ends, fuse, fused
 from jaxrlhf.models.dora import norms, with_gains, with_magnitudes
 from jaxrlhf.models.experts import Routed, added_up
 from jaxrlhf.models.kernels import attend_rows, choose_each, real_first, reorder
@@ -34,37 +35,11 @@ from jaxrlhf.models.layers import (
     adapters_of,
     exact,
 )
-from jaxrlhf.models.quantise import MAGNITUDE, in_dtype
+from jaxrlhf.models.quantise import MAGNITUDE, any_quantised, in_dtype
 from jaxrlhf.models.replay import by_layer, compact
 from jaxrlhf.models.rope import angles_by_kind, kinds, positions
 from jaxrlhf.models.stacks import Stack, apart, by_stack, stacks, together
 from jaxrlhf.models.walk import Body, in_order, of_stack, walk
-
-
-class Declared(NamedTuple):
-    """A module as NNX declares it: its graph, and the shapes and axes of its weights."""
-
-    graph: Any
-    shapes: Params
-    axes: Any
-
-
-def declare(make: Any, layers: int | None = None) -> Declared:
-    """The structure of ``make(rngs)``, without computing a weight.
-
-    With ``layers``, shapes and axes are those of as many, stacked; the graph is that of one.
-    """
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    axes = jax.tree.map(
-        lambda v: v.get_metadata()["axes"], state, is_leaf=lambda v: isinstance(v, nnx.Variable)
-    )
-    shapes, axes = nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
-    if layers is not None:
-        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((layers, *s.shape), s.dtype), shapes)
-        axes = jax.tree.map(
-            lambda names: ("layers", *names), axes, is_leaf=lambda names: isinstance(names, tuple)
-        )
-    return Declared(graph, shapes, axes)
 
 
 class Rows(NamedTuple):
@@ -85,19 +60,6 @@ class Kept(NamedTuple):
     value: Any
     expert: Array | None
     """[L, B, T, k], those that a mixture's tokens took; see ``replay``."""
-
-
-# Cached: steps that are traced again and again would otherwise build the modules each time.
-@functools.lru_cache(maxsize=64)
-def blocks(decoder: DecoderConfig, lora: LoraConfig | None) -> Declared:
-    """The layers of one stack, with or without adapters."""
-    return declare(lambda rngs: Block(decoder, rngs, lora), decoder.layers)
-
-
-@functools.lru_cache(maxsize=64)
-def ends(decoder: DecoderConfig, head: bool) -> Declared:
-    """Embedding, last norm, output projection, and the scalar head if asked for."""
-    return declare(lambda rngs: Ends(decoder, rngs, head))
 
 
 def merge(left: Params, right: Params) -> Params:
@@ -239,15 +201,14 @@ class Model:
         check_tree(layers, self._layers(adapted).shapes, "layers")
         outer, c = self.outer(params), self.decoder
         chosen = choose_each(self.attention, c, self.dtype, segment_BT is not None)
+        fuses = lora is None and not keep and _fuses(layers)
         columns = token_BT, attention_mask_BT, expert_BTM
         (token_BT, mask_BT, expert_BTM), in_place = _in_order("cudnn" in chosen.values(), columns)
         rows = Rows(mask_BT, segment_BT, positions(mask_BT, segment_BT), in_place)
         x = outer.embed(token_BT, rows.position_BT, self.dtype)
         x = constrain(x, ("batch", "length", "activation"))
         bodies = {
-            stack.name: POLICIES[self.remat](
-                self._body(stack, chosen[stack.name], rows, adapted, keep, routers)
-            )
+            stack.name: self._body(stack, chosen[stack.name], rows, adapted, keep, routers, fuses)
             for stack in stacks(c)
         }
         # Cast at once for a gradient, which reads them again; what decodes has a copy already, and
@@ -274,22 +235,38 @@ class Model:
         lora: LoraConfig | None,
         keep: bool,
         routers: bool,
+        fuses: bool,
     ) -> Body:
         """A layer of a stack: (x, (weights, number of its kind, experts to take)) → (x, what is
         left of it)."""
-        declared, c = blocks(stack.decoder, lora), stack.decoder
-        angles = angles_by_kind(rows.position_BT, c)
+        c, angles = stack.decoder, angles_by_kind(rows.position_BT, stack.decoder)
+        module = self._module(stack, lora, fuses)
 
         def layer(x: Array, item: tuple[Params, Array, Array | None]) -> tuple[Array, Any]:
             weights, which, replayed = item
             attend = functools.partial(_attend, kernel, c, which, rows)
-            module = nnx.merge(declared.graph, self.with_gains(self.cast(weights)))
-            x, seen, routed = module(x, angles(which), RULES, attend, replayed)
+            x, seen, routed = module(weights)(x, angles(which), RULES, attend, replayed)
             if keep:
                 return x, _kept(c, rows.in_place, seen, routed)
             return x, added_up(routed, rows.mask_BT) if routers else None
 
-        return layer
+        return POLICIES[self.remat](layer)
+
+    def _module(
+        self, stack: Stack, lora: LoraConfig | None, fuses: bool
+    ) -> Callable[[Params], Any]:
+        """A layer's weights → its module; see ``_fuses``."""
+        if not fuses:
+            graph = blocks(stack.decoder, lora).graph
+            return lambda layer: nnx.merge(graph, self.with_gains(self.cast(layer)))
+        together = fused(stack.decoder)
+
+        def merged(layer: Params) -> Any:
+            # Split as before: what is sent to the other devices is then one array.
+            joined = jax.tree.map(constrain, fuse(self.cast(layer)), together.axes)
+            return nnx.merge(together.graph, joined)
+
+        return merged
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """Logits [..., V] of hidden states [..., D], float32."""
@@ -324,6 +301,12 @@ def _left(decoder: DecoderConfig, found: dict[str, Any], keep: bool) -> Any:
         return Kept(key, value, in_order(decoder, {n: kept.expert for n, kept in found.items()}))
     sums = in_order(decoder, found)
     return None if sums is None else sums.replace(tokens=sums.tokens[0])
+
+
+def _fuses(layers: Params) -> bool:
+    """Whether whole rows are read by fused layers: on GPUs that gather each layer's weights, where
+    what is joined is a device's own part. If weights lie whole, that would copy all of them."""
+    return platform() == "gpu" and shards("embed") > 1 and not any_quantised(layers)
 
 
 def _in_order(

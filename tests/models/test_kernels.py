@@ -152,7 +152,7 @@ def test_model_with_kernels_equals_that_with_pieces(
 def test_masks_of_layers_are_never_as_wide_as_queries(remat, model, on_cpu, monkeypatch):
     """Neither in front of the loop over layers, where JAX puts what is alike in all of them, nor
     kept for the loop backwards."""
-    monkeypatch.setattr(transformer, "choose", lambda *_: "cudnn")
+    monkeypatch.setattr(kernels, "choose", lambda *_: "cudnn")
     # The kernel keeps scores to itself, and with them the masks that its plain twin makes.
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda query, *_, **__: query)
     model, rows = replace(model, remat=remat), (jax.ShapeDtypeStruct((3, 12), jnp.int32),) * 2

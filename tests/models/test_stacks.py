@@ -16,7 +16,8 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import kernels, names
 from jaxrlhf.models.cache import empty_cache
-from jaxrlhf.models.decode import axes, fused, lay_out, lay_out_soon, read_prompts, step
+from jaxrlhf.models.declared import fused
+from jaxrlhf.models.decode import axes, lay_out, lay_out_soon, read_prompts, step
 from jaxrlhf.models.kernels import choose_each
 from jaxrlhf.models.quantise import is_quantised, quantised
 from jaxrlhf.models.rope import layers_of

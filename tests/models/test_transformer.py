@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.config import LoraConfig, RopeScaling
-from jaxrlhf.mesh.sharding import RULES
+from jaxrlhf.config import LoraConfig, MeshConfig, RopeScaling
+from jaxrlhf.mesh.sharding import RULES, make_mesh, shardings
+from jaxrlhf.models import transformer
+from jaxrlhf.models.declared import fuse
 from jaxrlhf.models.transformer import Model, merge_lora
 
 T = 10
@@ -38,6 +40,30 @@ def flat(tree):
             tree, is_leaf=lambda x: isinstance(x, tuple)
         )
     }
+
+
+@pytest.mark.parametrize("changes", [{}, *VARIANTS.values()], ids=["plain", *VARIANTS])
+def test_fused_layers_equal_others(changes, decoder, monkeypatch):
+    """What GPUs read whose weights are split, forwards and backwards, on eight devices."""
+    model, mesh = Model(replace(decoder, **changes), remat="full"), make_mesh(MeshConfig(2, 2, 2))
+    slope = jax.random.normal(KEY, (4, T, decoder.embed))
+
+    @jax.jit
+    def found(params):
+        def total(params):
+            hidden = model.apply(params, jnp.tile(TOKEN[:2], (2, 1)), jnp.ones((4, T)))[0]
+            return (hidden * slope).sum(), hidden
+
+        return jax.grad(total, has_aux=True)(params)
+
+    params = model.init(KEY)
+    expected, seen = found(params), []
+    monkeypatch.setattr(transformer, "platform", lambda: "gpu")
+    monkeypatch.setattr(transformer, "fuse", lambda layer: seen.append(1) or fuse(layer))
+    with jax.set_mesh(mesh):
+        got = found(jax.device_put(params, shardings(model.axes(), mesh)))
+    assert seen
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), got, expected)
 
 
 # Rows
