@@ -136,11 +136,6 @@ def attend_rows(
         window = jnp.array(windows)[which] if len(distinct) > 1 else distinct[0]
         return attend_before(query, key, value, mask_BT, segment_BT, window, look, sink_N)
 
-    if kernel == "cudnn":
-        # What depends on the mask alone, JAX would compute before the loop over layers: masks and
-        # zeros as wide as queries, which each layer would read. No layer has a number below 0.
-        mask_BT = jnp.where(jnp.asarray(which) >= 0, mask_BT, 0)
-
     def through(window: int) -> Any:
         if kernel == "cudnn":
             return partial(attend_cudnn, window=window, look=look)
@@ -184,10 +179,12 @@ def attend_cudnn(
 
 @jax.custom_vjp
 def _where(real: Array, x: Array) -> Array:
-    """x where ``real`` [B, T, 1, 1], elsewhere 0. For its gradient ``real`` is kept as it is: JAX's
-    own would keep one as wide as x, of every layer."""
-    # A zero that hangs on real stays in the loop over layers with it; XLA sees that it is one.
-    return jnp.where(real, x, jnp.where(real, 0, 0).astype(x.dtype))
+    """x where ``real`` [B, T, 1, 1], elsewhere 0; for its gradient ``real`` is kept as narrow.
+
+    JAX sees one operation. Of the parts of ``where`` it would compute those that are alike in all
+    layers, a mask and a zero as wide as x, in front of the loop over them, which reads both.
+    """
+    return jnp.where(real, x, 0)
 
 
 def _where_forward(real: Array, x: Array) -> tuple[Array, Array]:
