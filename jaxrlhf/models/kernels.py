@@ -182,9 +182,10 @@ def _where(real: Array, x: Array) -> Array:
     """x where ``real`` [B, T, 1, 1], elsewhere 0; for its gradient ``real`` is kept as narrow.
 
     JAX sees one operation. Of the parts of ``where`` it would compute those that are alike in all
-    layers, a mask and a zero as wide as x, in front of the loop over them, which reads both.
+    layers, a mask and zeros as wide as x, in front of the loop over them, which reads both.
     """
-    return jnp.where(real, x, 0)
+    # A 0 that does not hang on an argument would be such a part yet.
+    return jnp.where(real, x, jnp.where(real, 0, 0).astype(x.dtype))
 
 
 def _where_forward(real: Array, x: Array) -> tuple[Array, Array]:
