@@ -69,8 +69,8 @@ def made(x: Any, dtype: Any) -> Array:
 
 def behind(contract: int, x: Any) -> Array | None:
     """The scale of each output [out…] of a kernel [in…, out…] with ``contract`` axes that come in;
-    None where it depends on inputs too, or there is none."""
-    if not is_quantised(x) or max(x.scale.shape[:contract]) > 1:
+    None where it depends on inputs too, or there is none, or levels are no whole numbers (nf4)."""
+    if not is_quantised(x) or x.qvalue.dtype == jnp.uint4 or max(x.scale.shape[:contract]) > 1:
         return None
     return x.scale.reshape(x.scale.shape[contract:])
 
