@@ -194,12 +194,14 @@ class Copier(ABC):
 
     Attributes:
       failed: rounds that have failed.
+      late: the last copy has not come in time, and is not to be waited for again.
     """
 
     def __init__(self, url: str, folder: Path, holds: bool):
         self.store, self.folder = Bucket(url), folder
         self.url = self.store.url
         self.failed = 0
+        self.late = False
         self._problem = ""
         self.lease = Lease(
             self.url,
@@ -252,7 +254,8 @@ class Copier(ABC):
         last = threading.Thread(target=self._finish, args=(tries,), name="mirror", daemon=True)
         last.start()
         last.join(seconds)
-        late = f"not within {seconds} s" if last.is_alive() else ""
+        self.late = last.is_alive()
+        late = f"not within {seconds} s" if self.late else ""
         self.check()
         if problem := late or self._problem:
             raise InputError(
@@ -264,7 +267,7 @@ class Copier(ABC):
         """Stop copying, and give the lease back."""
         self._over.set()
         self._awake.set()
-        if self._thread.ident is not None:
+        if self._thread.ident is not None and not self.late:
             self._thread.join(ERROR_SECONDS)  # what is being copied may take long
         if self.lease is not None:
             self.lease.give_back()

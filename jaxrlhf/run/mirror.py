@@ -182,9 +182,10 @@ def mirrored(output: str) -> Iterator[Copier | NoMirror]:
         try:
             yield copier
         except Exception:
-            # An error's own words are the ones to be seen.
-            with suppress(InputError):
-                copier.finish(copying.ERROR_SECONDS)
+            # An error's own words are the ones to be seen, while there is time to say them.
+            if not copier.late:
+                with suppress(InputError):
+                    copier.finish(copying.ERROR_SECONDS)
             raise
         else:
             copier.flush(tries=copying.TRIES)

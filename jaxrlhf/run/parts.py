@@ -138,11 +138,20 @@ class Parts(Copier):
     def flush(self, seconds: float | None = None, tries: tuple[float, ...] = ()) -> None:
         """As of ``Copier``: what is on its way, and what has been offered since."""
         until = None if seconds is None else time.monotonic() + seconds
-        jointly(partial(self.finish, seconds, tries))
+        self._finish_all(seconds, tries)
         if self._newest is not None and self._newest != self._taken:
             self.offer(self._newest)
             left = None if until is None else max(0.1, until - time.monotonic())
-            jointly(partial(self.finish, left, tries))
+            self._finish_all(left, tries)
+
+    def _finish_all(self, seconds: float | None, tries: tuple[float, ...]) -> None:
+        """``finish`` on all processes."""
+        try:
+            jointly(partial(self.finish, seconds, tries))
+        except Exception:
+            # What lacks then is another's part, which does not come.
+            self.late |= self._sending is not None and not self._problem
+            raise
 
     def bring(self, step: int, wanted: Mapping[str, Any]) -> None:
         """Bring the files of a step that hold what this process's devices will, and are not here.

@@ -116,6 +116,10 @@ class Two:
         for process in self.processes:
             process.start()
 
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
     def outputs(self):
         return [log.read_text(encoding="utf-8") for log in self.logs]
 
@@ -253,8 +257,9 @@ def begun(folder, path, checkpoints):
     running = Two(folder, path, ASKED=os.devnull)
     until = time.monotonic() + 240
     while newest(checkpoints) == before:
-        assert time.monotonic() < until
-        assert running.processes[0].exitcode is None, running.outputs()
+        if time.monotonic() > until or running.processes[0].exitcode is not None:
+            running.kill()
+            raise AssertionError(running.outputs())
         time.sleep(0.2)
     return running
 

@@ -208,7 +208,7 @@ def asked(made):
     ("name", "step", "status", "said"),
     [
         ("term", 3, 0, "stopped by SIGTERM after iteration 3, which is saved"),
-        ("stuck", 2, 1, "could not be written (not within"),
+        ("stuck", 2, 2, "could not be written (not within"),
     ],
 )
 def test_stop_in_a_copy_leaves_a_step_that_is_whole(
