@@ -197,7 +197,7 @@ def test_rows_kept_apart_are_scored_in_few_pieces(monkeypatch):
         assert pieces_for(128, 2048, apart=True) == (3, 48)  # 6 rows a device fit
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"context": 2}, {"context": 4}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"context": 2}])
 def test_packed_update_on_a_mesh(sizes, params):
     """Rows of 16 columns, which context divides, and those that are predicted, 15, it does not."""
     want, _ = step(params, LOSSES["shared"], batch())
