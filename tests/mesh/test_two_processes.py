@@ -1,8 +1,6 @@
 """Two processes with two devices each train as one with four does, save, stop, are killed and
 resume together."""
 
-import atexit
-import faulthandler
 import json
 import os
 import shutil
@@ -18,36 +16,27 @@ import jax
 import numpy as np
 import pytest
 import runs
-import shared_store  # noqa: F401 (shared://)
 from loopback import free_port, told
-from targets import nursery
 
-from jaxrlhf.config import (
-    CheckpointConfig,
-    Config,
-    EvalConfig,
-    MeshConfig,
-    RewardConfig,
-    dump,
-    load,
-    override,
-)
-from jaxrlhf.mesh.processes import together
+from jaxrlhf.config import CheckpointConfig, EvalConfig, MeshConfig, RewardConfig, dump
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models.load import Loader
 from jaxrlhf.run.loop import train
 from jaxrlhf.run.speed import TIMED
 
+PROGRAM = """
+import sys
+import shared_store
+from jaxrlhf.config import Config, load, override
+from jaxrlhf.mesh.processes import together
+from jaxrlhf.run.loop import train
 
-def program(port, process, *paths):
-    """One of two processes, which trains what these configs say."""
-    words = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", process]
-    with together(override(Config(), words).distributed) as watchdog:
-        for path in paths:
-            train(load(path), feed=watchdog.feed)
-
-
-PROGRAM = "import sys; from test_two_processes import program; program(*sys.argv[1:])"
+port, process, *paths = sys.argv[1:]
+words = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", process]
+with together(override(Config(), words).distributed) as watchdog:
+    for path in paths:
+        train(load(path), feed=watchdog.feed)
+"""
 
 NAMES = ("sft", "reward_model", "ppo", "grpo", "dpo")
 
@@ -59,83 +48,34 @@ def goodness_of_own(prompts, completions, **columns):
     return [sum(word in runs.WORDS.split()[:6] for word in text.split()) for text in completions]
 
 
-def flags():
-    return os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-
-
-def two_from_nothing(path):
-    """``program`` on a config by two interpreters; their outputs. They must end well."""
-    places = ":".join(str(folder) for folder in Path(__file__).parents[:3])
-    variables = {"XLA_FLAGS": flags(), "PYTHONPATH": places, "PYTHONFAULTHANDLER": "1"}
+def two_processes(*paths, **variables):
+    """PROGRAM on these configs, twice; both processes."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    path = ":".join(str(folder) for folder in Path(__file__).parents[:3])
     port = str(free_port())
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(i), str(path)],
-            env=os.environ | variables,
+            [sys.executable, "-c", PROGRAM, port, str(i), *map(str, paths)],
+            env=os.environ
+            | {"XLA_FLAGS": flags, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+            | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for i in range(2)
     ]
+
+
+def finish(processes, seconds=600):
+    """Their outputs; they must end well."""
     try:
-        outputs = [output for output, _ in told(processes, 200)]
+        outputs = [output for output, _ in told(processes, seconds)]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     return outputs
-
-
-def forked(log, variables, *words):
-    """``program`` in a process that has been forked from one which has imported everything."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    faulthandler.enable()
-    os.environ.update(variables)
-    try:
-        program(*words)
-    finally:
-        atexit._run_exitfuncs()  # which such a process leaves out
-
-
-class Two:
-    """``program`` on these configs by two processes, which write into a folder what they say.
-
-    They cost no imports: see ``targets``.
-    """
-
-    def __init__(self, folder, *paths, **variables):
-        self.logs = [folder / f"{i}.log" for i in range(2)]
-        given, port = {"XLA_FLAGS": flags(), **variables}, str(free_port())
-        self.processes = [
-            nursery().Process(target=forked, args=(log, given, port, str(i), *map(str, paths)))
-            for i, log in enumerate(self.logs)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-
-    def outputs(self):
-        return [log.read_text(encoding="utf-8") for log in self.logs]
-
-    def finish(self, seconds=600):
-        """Their outputs; they must end well."""
-        until = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, until - time.monotonic()))
-        hung = [process for process in self.processes if process.exitcode is None]
-        for process in hung:
-            os.kill(process.pid, signal.SIGABRT)  # faulthandler says where it is
-            process.join(10)
-            process.kill()
-        assert not hung, self.outputs()
-        assert [process.exitcode for process in self.processes] == [0, 0], self.outputs()
-        return self.outputs()
 
 
 def logged(folder):
@@ -176,7 +116,7 @@ def both(tmp_path_factory):
     by_url = replace(configs["dpo"], output="shared://dpo/two")
     paths[NAMES.index("dpo")].write_text(dump(by_url))
     places = {"SHARED": str(folder), "HOME": str(folder / "home")}
-    outputs = Two(folder, *paths, ASKED=str(asked), **places).finish()
+    outputs = finish(two_processes(*paths, ASKED=str(asked), **places))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASKED", os.devnull)
         for name, config in configs.items():
@@ -227,7 +167,7 @@ def test_files_damaged_for_one_process_are_passed_over_by_both(both, tmp_path):
     for path in of_the_second:
         os.truncate(path, path.stat().st_size // 2)
     config = replace(config_of("sft", tmp_path / "sft"), steps=4)
-    outputs = two_from_nothing(write_config(config, tmp_path, "two"))
+    outputs = finish(two_processes(write_config(config, tmp_path, "two")), seconds=200)
     assert all("checkpoints/3 is DAMAGED" in output for output in outputs)
     assert not any("Exception ignored" in output for output in outputs)
     assert "another process has failed" in outputs[0]
@@ -251,15 +191,14 @@ def newest(checkpoints):
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def begun(folder, path, checkpoints):
+def begun(path, checkpoints):
     """Two processes that train, once they have saved a step."""
     before = newest(checkpoints)
-    running = Two(folder, path, ASKED=os.devnull)
+    running = two_processes(path, ASKED=os.devnull)
     until = time.monotonic() + 240
     while newest(checkpoints) == before:
-        if time.monotonic() > until or running.processes[0].exitcode is not None:
-            running.kill()
-            raise AssertionError(running.outputs())
+        assert time.monotonic() < until
+        assert running[0].poll() is None, running[0].communicate()[0]
         time.sleep(0.2)
     return running
 
@@ -269,14 +208,13 @@ def test_killed_or_stopped_one_ends_both_and_a_restart_resumes(tmp_path):
     folder = tmp_path / "ppo"
     path = write_config(replace(config_of("ppo", folder), steps=1000), folder, "two")
     checkpoints = folder / "two" / "checkpoints"
-    first, second = begun(tmp_path, path, checkpoints).processes
-    second.kill()
-    first.join(40)
-    assert first.exitcode not in (0, None)
+    running = begun(path, checkpoints)
+    running[1].kill()
+    assert running[0].wait(40) not in (0, None)
     saved = newest(checkpoints)
-    running = begun(tmp_path, path, checkpoints)
-    os.kill(running.processes[1].pid, signal.SIGTERM)
-    outputs = running.finish(60)
+    running = begun(path, checkpoints)
+    running[1].send_signal(signal.SIGTERM)
+    outputs = finish(running, 60)
     assert f"resumed after iteration {saved} of 1000" in outputs[0]
     last = logged(folder / "two")[-1]["step"]
     assert f"stopped by SIGTERM after iteration {last}, which is saved" in outputs[0]

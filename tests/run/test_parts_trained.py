@@ -205,21 +205,20 @@ def asked(made):
 
 
 @pytest.mark.parametrize(
-    ("name", "step", "status", "said"),
+    ("name", "step", "said"),
     [
-        ("term", 3, 0, "stopped by SIGTERM after iteration 3, which is saved"),
-        ("stuck", 2, 2, "could not be written (not within"),
+        ("term", 3, "stopped by SIGTERM after iteration 3, which is saved"),
+        ("stuck", 2, "could not be written (not within"),
     ],
 )
-def test_stop_in_a_copy_leaves_a_step_that_is_whole(
-    name, step, status, said, made, asked, monkeypatch
-):
+def test_stop_in_a_copy_leaves_a_step_that_is_whole(name, step, said, made, asked, monkeypatch):
     """The one on its way, if it comes within the seconds that a stop has, else the one before; new
     machines go on from there, bit for bit."""
     _, folder, *_ = made
     ends, left, again = asked[name]
     everything = "\n".join(text for _, *texts in ends for text in texts)
-    assert [found for found, *_ in ends] == [status] * 2, everything
+    # Above 0: none was aborted because another had gone.
+    assert all(x > 0 if name == "stuck" else x == 0 for x, *_ in ends), everything
     assert said in everything
     assert max(left) == f"{step}.whole"
     assert f"resumed after iteration {step} of 4" in again[0][1], again

@@ -22,6 +22,7 @@ from jaxrlhf.config import (
     MeshConfig,
     RewardConfig,
     SFTConfig,
+    dump,
     save,
 )
 from jaxrlhf.core import remote
@@ -244,50 +245,54 @@ def test_main_eval(run, tmp_path, capsys, monkeypatch):
     assert "data: missing" in capsys.readouterr().err
 
 
+URL = "memory://bucket/run"
+
+
 @pytest.fixture
-def by_url(run, tmp_path, monkeypatch):
-    """(URL of the run, the store): it has been copied there, and a home has fetched nothing."""
+def store(tmp_path, monkeypatch):
+    """memory://, empty, and a home that has fetched nothing."""
     fs = fsspec.filesystem("memory")
     fs.store.clear()
-    for path in filter(Path.is_file, Path(run.output).rglob("*")):
-        fs.pipe_file(f"/bucket/run/{path.relative_to(run.output)}", path.read_bytes())
     monkeypatch.setattr(remote, "_here", {})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    yield "memory://bucket/run", fs
+    yield fs
     fs.store.clear()
 
 
-def test_figures_of_a_url_stand_beside_the_run(run, found, by_url, monkeypatch, capsys):
+def test_figures_of_a_url_stand_beside_the_run(run, found, store, monkeypatch, capsys):
     """At its URL, where a report finds them."""
-    url, fs = by_url
+    for path in filter(Path.is_file, Path(run.output).rglob("*")):
+        store.pipe_file(f"/bucket/run/{path.relative_to(run.output)}", path.read_bytes())
     monkeypatch.setattr(evaluate, "make_mesh", lambda config: one_device(run))
-    assert cli.main(["eval", url, "--n", "4", "--best-of", "8", "--rows", "16"]) == 0
+    assert cli.main(["eval", URL, "--n", "4", "--best-of", "8", "--rows", "16"]) == 0
     assert "on 5 held-out prompts, 4 each" in capsys.readouterr().out
-    written = json.loads(fs.cat_file("/bucket/run/evaluation.json"))
-    assert written["models"]["policy"] == url
+    written = json.loads(store.cat_file("/bucket/run/evaluation.json"))
+    assert written["models"]["policy"] == URL
     assert written["policy"] == pytest.approx(found["policy"])
-    assert read_run(url).evaluation == written
-    assert not any("writable" in name for name in fs.find("/bucket"))
+    assert read_run(URL).evaluation == written
+    assert not any("writable" in name for name in store.find("/bucket"))
 
 
-def test_figures_that_a_store_does_not_take_are_not_lost(run, by_url, monkeypatch):
-    """Who may not write there learns it before anything is read; else they are in a file here."""
-    url, fs = by_url
-    wish = EvaluateConfig(url, n=4)
+def test_figures_that_a_store_does_not_take_are_not_lost(store, tmp_path, monkeypatch):
+    """Who may not write there learns it before anything is measured; else they are in a file."""
+    config = runs.ppo(tmp_path)
+    store.pipe_file("/bucket/run/config.yaml", dump(config).encode())
+    store.pipe_file("/bucket/run/checkpoints/1/state", b"")
+    wish = EvaluateConfig(URL, n=4)
 
     def refuse(fs, path, *_, **__):
         if path.endswith(refused):
             raise PermissionError("Forbidden")
 
-    monkeypatch.setattr(type(fs), "pipe_file", refuse)
+    monkeypatch.setattr(type(store), "pipe_file", refuse)
     monkeypatch.setattr(evaluate, "_measure", lambda *_: pytest.fail("measured"))
     refused = ".writable"
-    with pytest.raises(InputError, match=rf"^output={url}/evaluation\.json: cannot be written \("):
-        evaluate_model(wish, one_device(run))
+    with pytest.raises(InputError, match=rf"^output={URL}/evaluation\.json: cannot be written \("):
+        evaluate_model(wish, one_device(config))
     monkeypatch.setattr(evaluate, "_measure", lambda *_: {"n": 4})
     refused = "evaluation.json"
     with pytest.raises(InputError, match=r"\(.*Forbidden.*\): (\S+) has it") as error:
-        evaluate_model(wish, one_device(run))
+        evaluate_model(wish, one_device(config))
     kept = Path(re.search(r"(/\S+/evaluation\.json) has it", str(error.value))[1])
     assert json.loads(kept.read_text(encoding="utf-8")) == {"n": 4}
     shutil.rmtree(kept.parent)
