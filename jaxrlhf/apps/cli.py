@@ -11,6 +11,7 @@ from jaxrlhf.apps import on_runs, others  # noqa: F401 (they enter their command
 from jaxrlhf.apps.shell import (
     COMMANDS,
     beyond_locale,
+    end_soon,
     importable,
     never_refuse,
     no_devices,
@@ -30,10 +31,22 @@ def main(words: Sequence[str] | None = None) -> int:
       The exit status: 0, 2 after bad input (one line ``error: …`` on stderr), 130 after Ctrl-C.
     """
     # In a test, or another program, the interpreter is not this command's to change.
-    if words is None:
-        settle()
-        never_refuse(sys.stdout)
-        words = sys.argv[1:]
+    if words is not None:
+        return _main(words)
+    settle()
+    never_refuse(sys.stdout)
+    status = 1  # of what no line is made of
+    try:
+        status = _main(sys.argv[1:])
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        end_soon(status)
+    return status
+
+
+def _main(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2

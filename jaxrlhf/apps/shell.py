@@ -8,6 +8,7 @@ import io
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -70,6 +71,28 @@ def settle() -> None:
     sys.setswitchinterval(TURN)
     # What is imported and traced stays: the collector would go through it again and again.
     gc.set_threshold(YOUNG, 10, 10)
+
+
+ENDING = 30.0
+"""Seconds that a process of the command's may take to end, once the command has."""
+
+
+def end_soon(status: int) -> None:
+    """See that this process ends with the status of its command, which has done all that it has to.
+
+    The interpreter waits for every thread that is left; one of a library's may wait for ever, as
+    was seen where a full disk had cut a save short.
+    """
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(status)
+
+    timer = threading.Timer(ENDING, leave)
+    timer.daemon = True
+    timer.start()
 
 
 def prepare_jax() -> None:

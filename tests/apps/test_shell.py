@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from command import run
 
 from jaxrlhf.apps import shell
@@ -46,6 +47,19 @@ def test_only_a_process_of_its_own_is_settled():
     )
     last = run(code=code).stdout.splitlines()[-1]
     assert last == f"{shell.TURN} {shell.YOUNG}"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("word", "status"), [("--version", 0), ("no such command", 2)])
+def test_a_thread_that_never_ends_holds_no_command_up(word, status):
+    code = (
+        "import sys, threading; from jaxrlhf.apps import cli, shell; shell.ENDING = 0.2;"
+        "threading.Thread(target=threading.Event().wait).start();"
+        f"sys.argv[1:] = [{word!r}]; sys.exit(cli.main())"
+    )
+    done = run(code=code)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
 
 
 def test_prepare_jax_is_read_by_jax(tmp_path):
