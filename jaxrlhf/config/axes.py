@@ -70,20 +70,7 @@ def check_mesh(
       InputError: the first size that an axis does not divide, as ``heads=9 % tensor=2``.
     """
     mesh = resolve_mesh(mesh, devices)
-    split = {name: getattr(decoder, name) for name in ("heads", "kv_heads", "mlp", "vocab")}
-    if decoder.full_kv_heads:
-        split["full_kv_heads"] = decoder.full_kv_heads
-    weights = ("fsdp", *(name for name in ("expert", "context") if getattr(mesh, name) > 1))
-    experts = {"experts": decoder.moe.experts if decoder.moe else 1}
-    for axis, pieces, sizes in (
-        ("tensor", mesh.tensor, split),
-        ("expert", mesh.expert, experts),
-        (
-            "·".join(weights),
-            math.prod(sizes_of(mesh)[x] for x in weights),
-            {"embed": decoder.embed},
-        ),
-    ):
+    for axis, pieces, sizes in _laid_out(mesh, decoder):
         # What would divide is said, so that nobody has to search for it.
         whole = math.gcd(*sizes.values(), devices)
         fits = ", ".join(str(size) for size in range(1, whole + 1) if whole % size == 0)
@@ -107,6 +94,26 @@ def check_mesh(
             "device has slots of its own: give a multiple"
         )
     return mesh
+
+
+def _laid_out(
+    mesh: MeshConfig, decoder: DecoderConfig
+) -> Iterator[tuple[str, int, dict[str, int]]]:
+    """(axes, in how many pieces they split, sizes of the decoder that these have to divide)."""
+    moe = decoder.moe
+    split = {name: getattr(decoder, name) for name in ("heads", "kv_heads", "mlp", "vocab")}
+    some = {
+        "full_kv_heads": decoder.full_kv_heads,
+        "moe.beside": moe.beside if moe else 0,
+        "shared_mlp": decoder.shared_mlp,
+    }
+    yield "tensor", mesh.tensor, split | {name: size for name, size in some.items() if size}
+    yield "expert", mesh.expert, {"experts": moe.experts if moe else 1}
+    weights = ("fsdp", *(name for name in ("expert", "context") if getattr(mesh, name) > 1))
+    embedded = {"embed": decoder.embed}
+    if decoder.layer_embed:
+        embedded["layers·layer_embed"] = decoder.layers * decoder.layer_embed
+    yield "·".join(weights), math.prod(sizes_of(mesh)[x] for x in weights), embedded
 
 
 def axes_problems(mesh: MeshConfig) -> Iterator[str]:

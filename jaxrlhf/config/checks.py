@@ -16,6 +16,7 @@ from jaxrlhf.config.algorithms import (
     ReinforceConfig,
 )
 from jaxrlhf.config.axes import axes_problems
+from jaxrlhf.config.decoder import decoder_problems
 from jaxrlhf.config.model import CriticConfig, ReferenceConfig
 from jaxrlhf.config.offline import (
     DPOConfig,
@@ -106,7 +107,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "algorithm.missing_eos_penalty algorithm.overlong_buffer algorithm.min_gap "
         "algorithm.margin algorithm.sft_coef algorithm.desirable_weight "
         "algorithm.undesirable_weight model.decoder.windows model.decoder.rotary_dim "
-        "model.decoder.full_head_dim model.decoder.full_kv_heads "
+        "model.decoder.full_head_dim model.decoder.full_kv_heads model.decoder.shared_kv_layers "
+        "model.decoder.shared_mlp model.decoder.layer_embed model.decoder.moe.beside "
         "model.decoder.attention_softcap model.decoder.logit_softcap",
     ),
     (
@@ -205,24 +207,7 @@ def _model(config: Config) -> Iterator[str]:
             yield f"model.context={model.context}: model.decoder.context says it: leave it out"
         if not model.tokenizer:
             yield "model.tokenizer: missing: a fresh decoder needs one, such as words:TEXT"
-        for name in ("kv_heads", "full_kv_heads"):
-            if (count := getattr(decoder, name)) and decoder.heads % count:
-                yield (
-                    f"model.decoder: heads={decoder.heads} % {name}={count} is not 0: "
-                    "each key/value head serves the same number of query heads"
-                )
-        if (moe := decoder.moe) and moe.per_token > moe.experts:
-            yield f"model.decoder.moe.per_token={moe.per_token}: there are experts={moe.experts}"
-        if not decoder.gated and (moe or decoder.activation == "clamped"):
-            what = "moe: experts have" if moe else "activation=clamped: it needs"
-            yield f"model.decoder.{what} a gate: leave out gated"
-        size = decoder.rotary_dim or decoder.head_dim
-        if size % 2 or size > decoder.head_dim:
-            name = "rotary_dim" if decoder.rotary_dim else "head_dim"
-            what = f"must be even, for rotary positions, and at most head_dim={decoder.head_dim}"
-            yield f"model.decoder.{name}={size}: {what}"
-        if decoder.full_head_dim % 2:
-            yield f"model.decoder.full_head_dim={decoder.full_head_dim}: must be even"
+        yield from decoder_problems(decoder)
     if model.lora is not None and not model.lora.targets:
         yield "model.lora.targets: empty: name at least one of q, k, v, o, gate, up, down"
 

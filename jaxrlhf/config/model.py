@@ -52,6 +52,10 @@ class MoeConfig:
     """Experts that a token takes: the likeliest of its router."""
     normalise: bool = True
     """Their weights add up to 1 (Mixtral, Qwen3); else they are their probabilities (OLMoE)."""
+    beside: int = 0
+    """Beside the experts lies an MLP so wide: what each makes has a norm of its own, and is added.
+    The router then reads what goes through the layers, by a norm without a weight and a scale, and
+    an expert's weight is multiplied by a number of its own (Gemma 4); 0: none."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,14 @@ class DecoderConfig:
     """A norm on each value head, without a weight (Gemma 4)."""
     layer_scale: bool = False
     """What leaves a layer is multiplied by a number of its own, which nothing trains (Gemma 4)."""
+    shared_kv_layers: int = 0
+    """So many last layers have no keys and values: they look at those of the last layer before them
+    that has a window as they do, or none (Gemma 4 E2B)."""
+    shared_mlp: int = 0
+    """mlp of these layers; 0: as the others'."""
+    layer_embed: int = 0
+    """Each layer also reads an embedding of its own of the token, of so many numbers, through a
+    gate (Gemma 4 E2B); 0: none."""
 
     @property
     def most_context(self) -> int:

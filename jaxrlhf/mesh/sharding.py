@@ -41,6 +41,7 @@ RULES: Rules = {
     "vocab": "tensor",
     "positions": None,
     "head_dim": None,
+    "layer_embed": None,
     "layers": None,
     "rank": None,
     "length": "context",

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 from safetensors import safe_open
@@ -122,6 +122,10 @@ def _ins(weight: Weight) -> int:
     )
 
 
+TARGETS = get_args(get_args(get_type_hints(LoraConfig)["targets"])[0])
+"""What adapters can be of."""
+
+
 class Map(NamedTuple):
     """A linear map that the layers of one stack have."""
 
@@ -152,7 +156,7 @@ def _maps(decoder: DecoderConfig) -> list[Map]:
         )
         for weight in names.weights(decoder)
         if weight.stacked and weight.path.endswith("kernel") and not weight.experts
-        if weight.module not in shared | {"mlp/router"}
+        if weight.module not in shared and weight.module.split("/")[-1] in TARGETS
     ]
 
 

@@ -11,6 +11,7 @@ from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import DECODE, constrain
 from jaxrlhf.models.rope import Kind as LayerKind
 from jaxrlhf.models.rope import kinds
+from jaxrlhf.models.stacks import own_caches
 
 KEPT = ("batch", "kv_heads", "slots", "head_dim")
 """Keys and values as decoding reads them: the tokens of a head lie together."""
@@ -55,7 +56,7 @@ def slots_in(kind: LayerKind, tokens: int) -> int:
 
 
 def empty_cache(decoder: DecoderConfig, kind: Kind, rows: int, tokens: int) -> tuple[Layer, ...]:
-    """Room for the keys and values of so many new tokens of each row."""
+    """Room for the keys and values of so many new tokens of each row, a layer that has some."""
     found = kinds(decoder)
 
     def blank(layer: LayerKind) -> Layer:
@@ -66,7 +67,7 @@ def empty_cache(decoder: DecoderConfig, kind: Kind, rows: int, tokens: int) -> t
         return both, both
 
     each = [blank(layer) for layer in found.all]
-    return tuple(each[which] for which in found.of_layer)
+    return tuple(each[which] for which in found.of_layer[: own_caches(decoder)])
 
 
 def grow(decoder: DecoderConfig, cache: tuple[Layer, ...], tokens: int) -> tuple[Layer, ...]:
@@ -75,7 +76,7 @@ def grow(decoder: DecoderConfig, cache: tuple[Layer, ...], tokens: int) -> tuple
     A ring that grows has not come round yet: it is of the size of its window from then on.
     """
     found, wider = kinds(decoder), []
-    for which, layer in zip(found.of_layer, cache, strict=True):
+    for which, layer in zip(found.of_layer[: own_caches(decoder)], cache, strict=True):
         more = max(slots_in(found.all[which], tokens) - layer[0].x.shape[2], 0)
         width = ((0, 0), (0, 0), (0, more), (0, 0))
         padded = jax.tree.map(lambda x, w=width: jnp.pad(x, w[: x.ndim]), layer)

@@ -61,6 +61,8 @@ def ends(decoder: DecoderConfig, head: bool) -> Declared:
 def fuse(layer: Params) -> Params:
     """A layer's weights with q, k, v and gate, up joined, as ``fused`` declares them."""
     attention, mlp = layer["attention"], layer["mlp"]
+    if "k" not in attention:  # it shares those of another layer
+        return {**layer, "mlp": _fused_mlp(mlp)}
 
     def every(name: str) -> Array:
         q, *rest = (attention[part][name] for part in "qkv" if part in attention)

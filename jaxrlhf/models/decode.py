@@ -9,6 +9,7 @@ caches whole, for every token.
 A prompt is read once, and its keys and values are shared by all of its samples.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxrlhf.config import SampleConfig
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, constrain, devices_in_mesh, map_pieces, spec
-from jaxrlhf.models.attention import attend_next, look_of
+from jaxrlhf.models.attention import Look, attend_next, look_of
 from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
 from jaxrlhf.models.declared import Declared, blocks, fuse, fused
 from jaxrlhf.models.layers import adapters_of, exact
@@ -27,8 +28,8 @@ from jaxrlhf.models.nibbles import Nibbles, maker, packed
 from jaxrlhf.models.quantise import KERNELS, any_quantised, in_dtype, is_quantised, laid
 from jaxrlhf.models.replay import compact, joined, where_known
 from jaxrlhf.models.rope import kinds, layers_of, rotary_angles
-from jaxrlhf.models.stacks import Stack, apart, places, stacks
-from jaxrlhf.models.transformer import Model, merge
+from jaxrlhf.models.stacks import Stack, apart, caches, own_caches, places, stacks
+from jaxrlhf.models.transformer import WIDE, Model, merge
 
 
 class Weights(NamedTuple):
@@ -44,6 +45,7 @@ class Prompts(NamedTuple):
     """What the samples of prompts share."""
 
     layers: tuple[Layer, ...]
+    """Of each that has keys and values of its own."""
     mask_QP: Array
     """1 on real tokens."""
     expert_QPM: Array | None = None
@@ -84,7 +86,7 @@ def lay_out_soon(model: Model, params: Params) -> Weights:
 
 def _outer(model: Model, params: Params) -> Params:
     found = {name: x for name, x in params.items() if name != "layers"}
-    return {name: x if name in ("norm", "head") else model.cast(x) for name, x in found.items()}
+    return {name: x if name in WIDE else model.cast(x) for name, x in found.items()}
 
 
 def _layer(model: Model, stack: Stack, stacked: Params, index: int | Array) -> Params:
@@ -183,11 +185,12 @@ def read_prompts(
     def read(rows: tuple[Array, Array]) -> tuple[Array, tuple[Layer, ...], Array | None]:
         hidden, kept = model.apply(params, *rows, lora, keep=True)
         keys, values = (apart(model.decoder, x) for x in (kept.key, kept.value))
-        both = [(keys[s.name][i], values[s.name][i]) for s, i in places(model.decoder)]
+        own = places(model.decoder)[: own_caches(model.decoder)]
+        both = [(keys[s.name][i], values[s.name][i]) for s, i in own]
         # Of a layer with a window the last tokens are all that will be looked at.
         both = [
             jax.tree.map(lambda x, w=kind.window: x[:, :, -w:], x)
-            for x, kind in zip(both, layers_of(model.decoder), strict=True)
+            for x, kind in zip(both, layers_of(model.decoder), strict=False)
         ]
         layers = tuple((store(key, dtype), store(value, dtype)) for key, value in both)
         expert = where_known(rows[1], joined(kept.expert)) if record else None
@@ -197,6 +200,31 @@ def read_prompts(
 
     hidden, layers, expert = map_pieces(read, (token_QP, mask_QP), pieces, DECODE)
     return hidden, Prompts(layers, mask_QP, expert)
+
+
+def _attend(
+    prompt: Layer,
+    mask_QP: Array,
+    cache: Layer,
+    at: Array,
+    window: int,
+    look: Look,
+    query: Array,
+    key: Array | None,
+    value: Array | None,
+    sink_N: Array | None,
+) -> tuple[Array, Layer]:
+    """What new tokens see, [B, 1, N, H], and the cache with them; it is another layer's, and they
+    are in it already, where there is no key and value."""
+    if key is not None and value is not None:
+        # Written, in place, before it is read: else XLA would read a copy, and write another.
+        keys, values = cache
+        cache = (
+            write(keys, jnp.swapaxes(key, 1, 2), at),
+            write(values, jnp.swapaxes(value, 1, 2), at),
+        )
+    seen = attend_next(query[:, 0], prompt, mask_QP, cache, at, window, look, sink_N)
+    return seen[:, None], cache
 
 
 def step(
@@ -219,37 +247,28 @@ def step(
     found, look = kinds(model.decoder), look_of(model.decoder)
     angles = [rotary_angles(position_B[:, None], model.decoder, kind) for kind in found.all]
     x = outer.embed(token_B[:, None], position_B[:, None], model.dtype)
+    own = outer.beside(x, token_B[:, None])
+    if own is not None:
+        own = constrain(own, ("batch", "length", None, None), DECODE)
     x = constrain(x, ("batch", "length", "activation"), DECODE)
-    written, taken = [], []
-    for layer, (stack, _), which, *caches in zip(
-        weights.layers, places(model.decoder), found.of_layer, prompts.layers, cache, strict=True
-    ):
-
-        def attend(
-            query: Array,
-            key: Array,
-            value: Array,
-            sink_N: Array | None,
-            caches: list[Layer] = caches,
-            window: int = found.all[which].window,
-        ) -> tuple[Array, Any]:
-            prompt, before = caches
-            # Written, in place, before it is read: else XLA would read a copy, and write another.
-            keys, values = before
-            since = (
-                write(keys, jnp.swapaxes(key, 1, 2), at),
-                write(values, jnp.swapaxes(value, 1, 2), at),
-            )
-            there = prompt, prompts.mask_QP, since, at
-            return attend_next(query[:, 0], *there, window, look, sink_N)[:, None], since
-
+    written: list[Layer] = []
+    taken: list[Array] = []
+    of_layer = zip(
+        weights.layers, places(model.decoder), found.of_layer, caches(model.decoder), strict=True
+    )
+    for number, (layer, (stack, _), which, source) in enumerate(of_layer):
+        before = cache[number] if source == number else written[source]
+        there = prompts.layers[source], prompts.mask_QP, before, at
+        attend = functools.partial(_attend, *there, found.all[which].window, look)
         if few_bits:
             # Else XLA may make what is quantised before the loop, of all layers at once.
             x, layer = jax.lax.optimization_barrier((x, layer))
         graph = _declared(model, stack, weights).graph
         with exact(model.dtype):
-            x, both, routed = nnx.merge(graph, layer)(x, angles[which], DECODE, attend)
-        written.append(both)
+            beside = None if own is None else own[:, :, number]
+            module = nnx.merge(graph, layer)
+            x, since, routed = module(x, angles[which], DECODE, attend, own=beside)
+        written += [since] if source == number else []
         taken += [] if routed is None else [compact(model.decoder, routed.expert[:, 0])]
     expert_BM = joined(jnp.stack(taken)) if taken else None
     return outer.norm(x[:, 0]), tuple(written), expert_BM

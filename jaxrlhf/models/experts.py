@@ -20,7 +20,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, RouterSums
 from jaxrlhf.mesh.sharding import Rules, platform, row_shards, spec
 from jaxrlhf.models.grouped import grouped
-from jaxrlhf.models.layers import Linear, exact, gated, normal
+from jaxrlhf.models.layers import Linear, exact, gated, normal, rooted
 from jaxrlhf.models.quantise import in_dtype, is_quantised, laid, made
 
 
@@ -81,7 +81,9 @@ class Experts(nnx.Module):
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None):
         assert c.moe is not None
-        if lora and (names := {"gate", "up", "down"} & set(lora.targets)):
+        # Beside experts they are of the MLP.
+        own = set() if c.moe.beside else {"gate", "up", "down"}
+        if lora and (names := own & set(lora.targets)):
             raise InputError(
                 f"model.lora.targets: {', '.join(sorted(names))}: experts take no adapters: give "
                 "[q, k, v, o]"
@@ -90,13 +92,24 @@ class Experts(nnx.Module):
         embed, hidden = {"expert_embed": c.embed}, {"mlp": c.mlp}
         count, bias = c.moe.experts, c.mlp_bias
         self.router = Linear("router", {"embed": c.embed}, {"router": count}, rngs, None, bias)
+        if c.moe.beside:
+            self.eps = c.norm_eps
+            self.router_scale = nnx.Param(jnp.ones(c.embed, jnp.float32), axes=("embed",))
+            self.expert_scale = nnx.Param(jnp.ones(count, jnp.float32), axes=("router",))
         self.gate = Expert(count, embed, hidden, rngs, bias)
         self.up = Expert(count, embed, hidden, rngs, bias)
         self.down = Expert(count, hidden, embed, rngs, bias)
 
     def route(self, x: Array, replayed: Array | None = None) -> Routed:
         """The k likeliest experts of softmax(x·W), or those that are to be taken again, with their
-        probabilities, which are made to add up to 1 where ``moe.normalise`` says so."""
+        probabilities, which are made to add up to 1 where ``moe.normalise`` says so.
+
+        With ``moe.beside`` it is softmax((x / rms x · scale / √D)·W), and each probability is then
+        multiplied by its expert's number.
+        """
+        if hasattr(self, "router_scale"):
+            size = x.shape[-1] ** -0.5
+            x = rooted(x, self.eps) * self.router_scale[...].astype(x.dtype) * size
         logits = self.router(x).astype(jnp.float32)
         chance = jax.nn.softmax(logits, axis=-1)
         weight, expert = jax.lax.top_k(chance, self.moe.per_token)
@@ -105,18 +118,25 @@ class Experts(nnx.Module):
             weight = jnp.take_along_axis(chance, expert, axis=-1)
         if self.moe.normalise:
             weight /= weight.sum(-1, keepdims=True)
+        if hasattr(self, "expert_scale"):
+            weight *= self.expert_scale[...].astype(jnp.float32)[expert]
         return Routed(expert, weight, logits)
 
     def __call__(
-        self, x: Array, rules: Rules, replayed: Array | None = None
+        self,
+        x: Array,
+        rules: Rules,
+        replayed: Array | None = None,
+        routing: Array | None = None,
     ) -> tuple[Array, Routed]:
         """x [B, T, D] → [B, T, D], and how it was routed.
 
-        ``replayed`` are the experts [B, T, k] that tokens are to take; see ``replay``.
+        ``replayed`` are the experts [B, T, k] that tokens are to take; see ``replay``; ``routing``
+        is what the router reads, if that is not x.
         """
         parts = self.gate, self.up, self.down
         maps = tuple(part.read(x.dtype) for part in parts)
-        routed = self.route(x, replayed)
+        routed = self.route(x if routing is None else routing, replayed)
         expert, weight, where = routed.expert, routed.weight, platform()
         if jax.sharding.get_abstract_mesh().empty:
             return self._some(x, expert, weight, maps, first=0, where=where), routed

@@ -30,6 +30,7 @@ from jaxrlhf.models.hf_config import (
 )
 from jaxrlhf.models.mxfp4 import BLOCK, Packed, whole_shape
 from jaxrlhf.models.source import Later, Source, dtype_of, weight_reader
+from jaxrlhf.models.stacks import own_caches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -243,7 +244,7 @@ def _check(folder: Path, decoder: DecoderConfig, entries: dict[str, Entry], head
         for name in extra
         if not name.endswith(_FOLLOWING)
         if not name.startswith(naming.left_out)
-    }
+    } - _unread(decoder, naming)
     projection, table = (f"{naming.names[x]}.weight" for x in ("unembed", "embed/table"))
     if decoder.tied and projection in extra:
         # Some exports write the tied projection out; it must then say the same.
@@ -271,6 +272,16 @@ def _check(folder: Path, decoder: DecoderConfig, entries: dict[str, Entry], head
                 f"{folder}: {name} has dtype {entry.dtype}; read are {', '.join(_DTYPES)}: "
                 "save an unquantised copy"
             )
+
+
+def _unread(decoder: DecoderConfig, naming: names.Naming) -> set[str]:
+    """Keys and values of layers that look at those of others, which files may have all the same."""
+    mapped = [naming.names.get(f"attention/{part}") for part in ("k", "v", "k_norm")]
+    return {
+        f"{naming.layer.format(layer)}{name}.weight"
+        for layer in range(own_caches(decoder), decoder.layers)
+        for name in mapped
+    }
 
 
 def _equal(left: Any, right: Any, rows: int = 4096) -> bool:

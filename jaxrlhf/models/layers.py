@@ -217,22 +217,24 @@ class Attention(nnx.Module):
         embed = {"embed": c.embed}
         query = {"heads": c.heads, "head_dim": c.head_dim}
         key = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        self.keys_are_values = c.keys_are_values
-        if fused:
+        self.keys_are_values, self.shares = c.keys_are_values, bool(c.shared_kv_layers)
+        if fused and not self.shares:
             # Of each key head its queries, the key and the value: so it is split as heads are.
             group = c.heads // c.kv_heads + (1 if c.keys_are_values else 2)
             every = {"kv_heads": c.kv_heads, "group": group, "head_dim": c.head_dim}
             self.qkv = Linear("qkv", embed, every, rngs, None, c.qkv_bias)
         else:
             self.q = Linear("q", embed, query, rngs, lora, c.qkv_bias)
-            self.k = Linear("k", embed, key, rngs, lora, c.qkv_bias)
-            if not c.keys_are_values:
+            if not self.shares:
+                self.k = Linear("k", embed, key, rngs, lora, c.qkv_bias)
+            if not (self.shares or c.keys_are_values):
                 self.v = Linear("v", embed, key, rngs, lora, c.qkv_bias)
         self.o = Linear("o", query, embed, rngs, lora, c.o_bias)
         if c.qk_norm or c.qk_norm_all:
             each = {"head_dim": c.head_dim}
             self.q_norm = Norm(query if c.qk_norm_all else each, c)
-            self.k_norm = Norm(key if c.qk_norm_all else each, c)
+            if not self.shares:
+                self.k_norm = Norm(key if c.qk_norm_all else each, c)
         self.value_eps = c.norm_eps if c.value_norm else None
         if c.attention_sinks:
             self.sinks = nnx.Param(jnp.zeros(c.heads, jnp.float32), axes=("heads",))
@@ -241,8 +243,15 @@ class Attention(nnx.Module):
         """The score of nothing that each head has, [N], if the decoder has them."""
         return self.sinks[...] if hasattr(self, "sinks") else None
 
-    def project(self, x: Array, angles: Angles | None, rules: Rules) -> tuple[Array, Array, Array]:
-        """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated by ``angles``."""
+    def project(
+        self, x: Array, angles: Angles | None, rules: Rules
+    ) -> tuple[Array, Array | None, Array | None]:
+        """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], rotated by ``angles``; of
+        layers that share those of others the query alone."""
+        if self.shares:
+            query = self.q_norm(self.q(x)) if hasattr(self, "q_norm") else self.q(x)
+            query = constrain(query, ("batch", "length", "heads", "head_dim"), rules)
+            return query if angles is None else rotate(query, angles), None, None
         if hasattr(self, "qkv"):
             every, queries = self.qkv(x), -1 if self.keys_are_values else -2
             query, key, value = every[..., :queries, :], every[..., queries, :], every[..., -1, :]
@@ -378,6 +387,33 @@ class Embed(nnx.Module):
         return x + look_up(place.shape[0], "positions", dtype, place, position)
 
 
+class LayerEmbed(nnx.Module):
+    """What each layer reads of a token beside what goes through, [B, T, L, P]: an embedding of its
+    own, times √P, and what a linear map makes of the embedding that goes in.
+
+    (n(x·W / √D) + table[token]·√P) / √2, where n is a norm, which lies beside it since it computes
+    in float32.
+    """
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        self.layers, self.size, self.embed = c.layers, c.layer_embed, c.embed
+        wide = c.layers * c.layer_embed
+        table = normal(rngs, (c.vocab, wide), c.layer_embed)
+        self.table = nnx.Param(table, axes=("vocab", "embed"))
+        kernel = normal(rngs, (c.embed, c.layers, c.layer_embed), c.embed)
+        self.kernel = nnx.Param(kernel, axes=("embed", None, "layer_embed"))
+
+    def __call__(self, x: Array, token: Array, norm: Norm) -> Array:
+        table = self.table[...]
+        own: Any = look_up(table.shape[0], "vocab", str(x.dtype), table, token)
+        own = own.reshape(*token.shape, self.layers, self.size)
+        own *= jnp.asarray(self.size**0.5, x.dtype)
+        w = in_dtype(self.kernel.get_value(), x.dtype)
+        with exact(x.dtype):
+            made: Any = product(1, x, w)
+        return (norm(made * self.embed**-0.5) + own) * 2**-0.5
+
+
 class Unembed(nnx.Module):
     """Output projection of models whose embedding is not tied to it, float32 [D, V]."""
 
@@ -404,10 +440,19 @@ class Ends(nnx.Module):
         self.embed = Embed(c, rngs)
         self.norm = Norm({"embed": c.embed}, c)
         self.tied, self.scale, self.cap = c.tied, c.logit_scale, c.logit_softcap
+        if c.layer_embed:
+            self.each_layer = LayerEmbed(c, rngs)
+            self.each_norm = Norm({"layer_embed": c.layer_embed}, c)
         if not c.tied:
             self.unembed = Unembed(c, rngs)
         if head:
             self.head = Head(c)
+
+    def beside(self, x: Array, token: Array) -> Array | None:
+        """What each layer reads beside, [B, T, L, P], of embeddings [B, T, D]; None: nothing."""
+        if not hasattr(self, "each_layer"):
+            return None
+        return self.each_layer(x, token, self.each_norm)
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] → logits [..., V], float32."""

@@ -56,7 +56,7 @@ from jaxrlhf.models.read import (
 )
 from jaxrlhf.models.source import Source
 from jaxrlhf.models.tokenizer import check_vocab, load_tokenizer
-from jaxrlhf.models.transformer import Model, combine_params, merge_lora
+from jaxrlhf.models.transformer import WIDE, Model, combine_params, merge_lora
 
 
 def build(config: ModelConfig, head: bool = False) -> Model:
@@ -189,9 +189,7 @@ class Loader:
                 self.cast[key] = params["layers"], small
             params = {**params, "layers": self.cast[key][1]}
         params = {
-            name: child
-            if name in ("norm", "head")
-            else jax.tree.map(kept, child, is_leaf=is_quantised)
+            name: child if name in WIDE else jax.tree.map(kept, child, is_leaf=is_quantised)
             for name, child in params.items()
         }
         return replace(network, params=params)

@@ -67,6 +67,11 @@ def weights(c: DecoderConfig, head: bool = False) -> list[Weight]:
     found = [Weight("embed/table", V + D, V + D)]
     if c.positions == "learned":
         found.append(Weight("embed/place", (c.context, *D), (c.context, *D)))
+    if c.layer_embed:
+        wide = c.layers * c.layer_embed
+        found.append(Weight("each_layer/table", (c.vocab, wide), (c.vocab, wide)))
+        found += _linear("each_layer", D, (c.layers, c.layer_embed))
+        found += _norm("each_norm", (c.layer_embed,), False)
     for stack in stacks(c):
         found += _of_layers(stack)
     found += _norm("norm", D, c.norm_bias)
@@ -101,22 +106,40 @@ def _of_layers(stack: Stack) -> list[Weight]:
 
     experts = c.moe.experts if c.moe else 0
     norm("attention_norm", D, before)
-    for name, outs in (("q", N), ("k", K), ("v", K))[: 2 if c.keys_are_values else 3]:
+    own = 1 if c.shared_kv_layers else 2 if c.keys_are_values else 3
+    for name, outs in (("q", N), ("k", K), ("v", K))[:own]:
         found += _linear(f"attention/{name}", D, outs, c.qkv_bias)
     found += _linear("attention/o", N, D, c.o_bias)
     if c.attention_sinks:
         found.append(Weight("attention/sinks", (c.heads,), (c.heads,)))
-    for name, outs in (("q_norm", N), ("k_norm", K)):
+    for name, outs in (("q_norm", N), ("k_norm", K))[:own]:
         over = outs if c.qk_norm_all else H
         norm(f"attention/{name}", over, c.qk_norm or c.qk_norm_all, False)
     norm("attention_out_norm", D, after)
     norm("mlp_norm", D, before and c.block != "one_norm")
-    if experts:
-        found += _linear("mlp/router", D, (experts,), c.mlp_bias)
-    for name in ("gate", "up")[not c.gated :]:
-        found += _linear(f"mlp/{name}", D, F, c.mlp_bias, experts)
-    found += _linear("mlp/down", F, D, c.mlp_bias, experts)
+
+    def mlp(path: str, F: tuple[int, ...], experts: int) -> None:
+        for name in ("gate", "up")[not c.gated :]:
+            found.extend(_linear(f"{path}/{name}", D, F, c.mlp_bias, experts))
+        found.extend(_linear(f"{path}/down", F, D, c.mlp_bias, experts))
+
+    if c.moe and c.moe.beside:
+        mlp("mlp", (c.moe.beside,), 0)
+        norm("beside_norm", D, True)
+        norm("experts_norm", D, True)
+        found.append(Weight("experts/router_scale", D, D))
+        found += _linear("experts/router", D, (experts,), c.mlp_bias)
+        found.append(Weight("experts/expert_scale", (experts,), (experts,)))
+        mlp("experts", F, experts)
+        norm("experts_out_norm", D, True)
+    else:
+        found += _linear("mlp/router", D, (experts,), c.mlp_bias) if experts else []
+        mlp("mlp", F, experts)
     norm("mlp_out_norm", D, after)
+    if c.layer_embed:
+        found += _linear("own_gate", D, (c.layer_embed,))
+        found += _linear("own_out", (c.layer_embed,), D)
+        norm("own_norm", D, True, False)
     if c.layer_scale:
         found.append(Weight("layer_scale", (), (1,)))
     within = stack.path
@@ -143,13 +166,17 @@ class Naming(NamedTuple):
     experts_as_one: bool = False
     """A layer's experts stand in one tensor, each [in, out]; what is fused in it takes turns, one
     output each (gpt-oss)."""
+    experts_out_first: bool = False
+    """Of these, each is [out, in], and what is fused in it stands one after the other (Gemma 4)."""
     left_out: tuple[str, ...] = ()
     """How names begin of tensors that are of other models in the same files: those that see or hear
     (Gemma 4)."""
 
     def turned(self, weight: Weight) -> bool:
         """Whether a linear map is [in, out]."""
-        return (self.transposed and weight.stacked) or self.as_one(weight)
+        if self.as_one(weight):
+            return not self.experts_out_first
+        return self.transposed and weight.stacked
 
     def as_one(self, weight: Weight) -> bool:
         """Whether a weight is one of many in its tensor, as those of other experts are."""
@@ -210,7 +237,7 @@ def cut(c: DecoderConfig, naming: Naming, tensor: Tensor, array: np.ndarray) -> 
         array = array.T
     if len(parts) == 1:
         found = [array]
-    elif naming.as_one(parts[0]):
+    elif naming.as_one(parts[0]) and not naming.experts_out_first:
         found = [array[i :: len(parts)] for i in range(len(parts))]
     elif naming.by_head:
         heads = array.reshape(c.heads, len(parts), -1, *array.shape[1:])
@@ -229,7 +256,7 @@ def joined(c: DecoderConfig, naming: Naming, tensor: Tensor, found: list[np.ndar
         found = [pairs(c, *both, apart=False) for both in zip(parts, found, strict=True)]
     if len(parts) == 1:
         array = found[0]
-    elif naming.as_one(parts[0]):
+    elif naming.as_one(parts[0]) and not naming.experts_out_first:
         array = np.stack(found, axis=1).reshape(-1, *found[0].shape[1:])
     elif naming.by_head:
         heads = [x.reshape(c.heads, 1, -1, *x.shape[1:]) for x in found]

@@ -23,6 +23,8 @@ class Stack(NamedTuple):
     """Of these layers alone, all of one shape."""
     layers: tuple[int, ...]
     """Their numbers in the model."""
+    reads: str = ""
+    """The stack whose last layer's keys and values they look at, if they have none."""
 
     @property
     def path(self) -> str:
@@ -35,8 +37,8 @@ def _window(c: DecoderConfig, layer: int) -> int:
 
 
 def _of(c: DecoderConfig, layers: tuple[int, ...]) -> DecoderConfig:
-    """The decoder of these layers, which all have a window, or none."""
-    full = not _window(c, layers[0])
+    """The decoder of these layers, which are alike in having a window, and in sharing keys."""
+    full, shares = not _window(c, layers[0]), layers[0] >= own_caches(c)
     return replace(
         c,
         layers=len(layers),
@@ -47,21 +49,48 @@ def _of(c: DecoderConfig, layers: tuple[int, ...]) -> DecoderConfig:
         full_head_dim=0,
         full_kv_heads=0,
         keys_are_values=full and c.keys_are_values,
+        shared_kv_layers=len(layers) if shares else 0,
+        mlp=c.shared_mlp if shares and c.shared_mlp else c.mlp,
+        shared_mlp=0,
     )
+
+
+def own_caches(c: DecoderConfig) -> int:
+    """How many layers have keys and values of their own: the first ones."""
+    return c.layers - c.shared_kv_layers
+
+
+@functools.lru_cache(maxsize=64)
+def caches(c: DecoderConfig) -> tuple[int, ...]:
+    """Of each layer the number of that whose keys and values it looks at: its own, as a rule."""
+    own = range(own_caches(c))
+    near = [bool(_window(c, layer)) for layer in range(c.layers)]
+    last = {kind: max(i for i in own if near[i] == kind) for kind in {near[i] for i in own}}
+    return tuple(i if i in own else last[near[i]] for i in range(c.layers))
 
 
 @functools.lru_cache(maxsize=64)
 def stacks(c: DecoderConfig) -> tuple[Stack, ...]:
     """The stacks of a decoder, that of its first layer first."""
     every = tuple(range(c.layers))
-    if not (c.full_head_dim or c.full_kv_heads or c.keys_are_values):
+    if not (c.full_head_dim or c.full_kv_heads or c.keys_are_values or c.shared_kv_layers):
+        return (Stack("", c, every),)
+    own = own_caches(c)
+    if not own:  # a stack's own decoder
         return (Stack("", c, every),)
     kinds = ["window" if _window(c, layer) else "full" for layer in every]
+    kinds = [kind if i < own else f"{kind}_shared" for i, kind in enumerate(kinds)]
     groups = {name: tuple(i for i in every if kinds[i] == name) for name in dict.fromkeys(kinds)}
     alone = len(groups) == 1
     return tuple(
-        Stack("" if alone else name, _of(c, layers), layers) for name, layers in groups.items()
+        Stack("" if alone else name, _of(c, layers), layers, _reads(name))
+        for name, layers in groups.items()
     )
+
+
+def _reads(name: str) -> str:
+    kind, _, shared = name.partition("_")
+    return kind if shared else ""
 
 
 @functools.lru_cache(maxsize=64)

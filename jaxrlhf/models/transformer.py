@@ -41,6 +41,9 @@ from jaxrlhf.models.rope import angles_by_kind, kinds, positions
 from jaxrlhf.models.stacks import Stack, apart, by_stack, stacks, together
 from jaxrlhf.models.walk import Body, in_order, of_stack, walk
 
+WIDE = ("norm", "head", "each_norm")
+"""What of the parameters beside the layers computes in float32, and stays so."""
+
 
 class Rows(NamedTuple):
     """Tokens as the layers look at them."""
@@ -206,6 +209,7 @@ class Model:
         (token_BT, mask_BT, expert_BTM), in_place = _in_order("cudnn" in chosen.values(), columns)
         rows = Rows(mask_BT, segment_BT, positions(mask_BT, segment_BT), in_place)
         x = outer.embed(token_BT, rows.position_BT, self.dtype)
+        own_L = _own(outer, x, token_BT)
         x = constrain(x, ("batch", "length", "activation"))
         bodies = {
             stack.name: self._body(stack, chosen[stack.name], rows, adapted, keep, routers, fuses)
@@ -215,16 +219,13 @@ class Model:
         # is not to make another.
         layers = apart(c, layers if keep else self.cast(layers))
         expert_L = None if expert_BTM is None else by_layer(c, expert_BTM)
+        which = {s.name: jnp.array(kinds(s.decoder).of_layer) for s in stacks(c)}
         items = {
-            stack.name: (
-                layers[stack.name],
-                jnp.array(kinds(stack.decoder).of_layer),
-                of_stack(stack, expert_L),
-            )
-            for stack in stacks(c)
+            s.name: (layers[s.name], which[s.name], *of_stack(s, (expert_L, own_L)))
+            for s in stacks(c)
         }
         with exact(self.dtype):
-            x, found = walk(c, bodies, x, items)
+            (x, _), found = walk(c, bodies, (x, _unseen(c, x)), items)
         return in_place(outer.norm(x)), _left(c, found, keep)
 
     def _body(
@@ -237,18 +238,20 @@ class Model:
         routers: bool,
         fuses: bool,
     ) -> Body:
-        """A layer of a stack: (x, (weights, number of its kind, experts to take)) → (x, what is
-        left of it)."""
+        """A layer of a stack: ((x, keys and values that others look at), (weights, number of its
+        kind, experts to take, its own embeddings)) → (the same of the next layer, what is left)."""
         c, angles = stack.decoder, angles_by_kind(rows.position_BT, stack.decoder)
         module = self._module(stack, lora, fuses)
 
-        def layer(x: Array, item: tuple[Params, Array, Array | None]) -> tuple[Array, Any]:
-            weights, which, replayed = item
-            attend = functools.partial(_attend, kernel, c, which, rows)
-            x, seen, routed = module(weights)(x, angles(which), RULES, attend, replayed)
+        def layer(carry: tuple[Array, Seen], item: Any) -> tuple[tuple[Array, Seen], Any]:
+            (x, others), (weights, which, replayed, own) = carry, item
+            attend = functools.partial(_attend, kernel, c, which, rows, others.get(stack.reads))
+            x, seen, routed = module(weights)(x, angles(which), RULES, attend, replayed, own)
+            if stack.name in others:
+                others = {**others, stack.name: seen}
             if keep:
-                return x, _kept(c, rows.in_place, seen, routed)
-            return x, added_up(routed, rows.mask_BT) if routers else None
+                return (x, others), _kept(c, rows.in_place, seen, routed)
+            return (x, others), added_up(routed, rows.mask_BT) if routers else None
 
         return POLICIES[self.remat](layer)
 
@@ -294,6 +297,30 @@ class Model:
         return nnx.merge(declared.graph, outer)
 
 
+def _own(outer: Any, x: Array, token_BT: Array) -> Array | None:
+    """What each layer reads beside its input, [L, B, T, P]; None: nothing."""
+    own = outer.beside(x, token_BT)
+    if own is None:
+        return None
+    return constrain(jnp.moveaxis(own, 2, 0), (None, "batch", "length", None))
+
+
+Seen = dict[str, tuple[Array, Array]]
+"""Keys and values [B, T, K, H] of the last layer so far of each stack that others look at."""
+
+
+def _unseen(decoder: DecoderConfig, x: Array) -> Seen:
+    """Before the first layer, whose input is x: zeros, which nothing looks at."""
+
+    def none(c: DecoderConfig) -> Array:
+        zeros = jnp.zeros((*x.shape[:2], c.kv_heads, c.head_dim), x.dtype)
+        return constrain(zeros, ("batch", "length", "kv_heads", "head_dim"))
+
+    read = {stack.reads for stack in stacks(decoder) if stack.reads}
+    each = {stack.name: none(stack.decoder) for stack in stacks(decoder) if stack.name in read}
+    return {name: (zeros, zeros) for name, zeros in each.items()}
+
+
 def _left(decoder: DecoderConfig, found: dict[str, Any], keep: bool) -> Any:
     """What the layers of each stack have left, as ``apply`` returns it."""
     if keep:
@@ -329,12 +356,21 @@ def _attend(
     decoder: DecoderConfig,
     which: Array,
     rows: Rows,
+    others: tuple[Array, Array] | None,
     query: Array,
-    key: Array,
-    value: Array,
+    key: Array | None,
+    value: Array | None,
     sink_N: Array | None,
-) -> tuple[Array, tuple[Array, Array]]:
-    """What queries see of whole rows; and the keys and values [B, T, K, H]."""
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """What queries see of whole rows; and the keys and values [B, T, K, H], if they are the layer's
+    own.
+
+    Args:
+      others: those of another layer, which it looks at.
+    """
+    if key is None or value is None:
+        assert others is not None
+        return attend_rows(kernel, decoder, which, query, *others, *rows[:2], sink_N), None
     given = query, key, value, rows.mask_BT, rows.segment_BT, sink_N
     return attend_rows(kernel, decoder, which, *given), (key, value)
 
@@ -342,13 +378,17 @@ def _attend(
 def _kept(
     decoder: DecoderConfig,
     in_place: Callable[[Array], Array],
-    seen: tuple[Array, Array],
+    seen: tuple[Array, Array] | None,
     routed: Routed | None,
 ) -> Kept:
-    """``Kept`` of one layer."""
+    """``Kept`` of one layer, None in the place of keys and values that are not its own."""
     key, value = (
-        constrain(jnp.swapaxes(in_place(x), 1, 2), KEPT, DECODE)  # as decoding reads them
-        for x in seen
+        (
+            constrain(jnp.swapaxes(in_place(x), 1, 2), KEPT, DECODE)  # as decoding reads them
+            for x in seen
+        )
+        if seen
+        else (None, None)
     )
     expert = None if routed is None else in_place(compact(decoder, routed.expert))
     return Kept(key, value, expert)

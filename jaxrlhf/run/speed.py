@@ -84,23 +84,24 @@ def _quickest(call: Callable[[Array], Array], given: Array, tries: int = 4) -> f
 def matrices(decoder: DecoderConfig, vocab: bool = True) -> int:
     """N: the weights that every token is multiplied with.
 
-    Of a layer D·H·(2N + 2K) + 3·D·F, D·H·(2N + K) where keys are values, 2·D·F where the MLP has no
-    gate, and D·V of the projection on the vocabulary, if it is asked for. Of a mixture of experts a
-    token's are counted, and the router's. The embedding is looked up, norms and biases are vectors:
-    neither counts.
+    Of a layer D·H·(2N + 2K) + 3·D·F, D·H·(2N + K) where keys are values, 2·D·H·N where they are
+    another layer's, 2·D·F where the MLP has no gate, 3·D·P of ``layer_embed``; and D·V of the
+    projection on the vocabulary, if it is asked for. Of a mixture of experts a token's are counted,
+    and the router's. The embedding is looked up, norms and biases are vectors: neither counts.
     """
-    return sum(_layers(stack.decoder) for stack in stacks(decoder)) + (
-        vocab * decoder.embed * decoder.vocab
-    )
+    c = decoder
+    others = c.layers * c.layer_embed + vocab * c.vocab
+    return sum(_layers(stack.decoder) for stack in stacks(c)) + c.embed * others
 
 
 def _layers(c: DecoderConfig) -> int:
     """Of layers of one shape."""
     mlp = (2 + c.gated) * c.mlp
     if c.moe is not None:
-        mlp = c.moe.experts + c.moe.per_token * mlp
-    keys = c.kv_heads * (1 if c.keys_are_values else 2)
-    return c.layers * c.embed * (c.head_dim * (2 * c.heads + keys) + mlp)
+        mlp = c.moe.experts + c.moe.per_token * mlp + (2 + c.gated) * c.moe.beside
+    keys = 0 if c.shared_kv_layers else c.kv_heads * (1 if c.keys_are_values else 2)
+    layer = c.head_dim * (2 * c.heads + keys) + mlp + 2 * c.layer_embed
+    return c.layers * c.embed * layer
 
 
 def adapters(model: Model) -> int:

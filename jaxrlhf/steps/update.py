@@ -336,7 +336,7 @@ def keep_state_in(dtype: str, tx: optax.GradientTransformation) -> optax.Gradien
 def decays(params: Params) -> Any:
     """True for the weights that decay: not for norms, biases, sinks, heads and magnitudes, nor for
     what nothing trains."""
-    spared = ("scale", "bias", "sinks", "layer_scale", MAGNITUDE)
+    spared = ("scale", "bias", "sinks", "layer_scale", "router_scale", "expert_scale", MAGNITUDE)
 
     def leaf(path: Any, _: Any) -> bool:
         names = [getattr(entry, "key", "") for entry in path]

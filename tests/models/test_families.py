@@ -39,14 +39,15 @@ YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 16}
 NEAR = {"rope_type": "default", "rope_theta": 50.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
-FULL = "full_attention"
+FULL, NEAR_KIND = "full_attention", "sliding_attention"
 GEMMA4 = {
     "num_hidden_layers": 7,
     "head_dim": 8,
     "global_head_dim": 16,
-    "num_global_key_value_heads": 1,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
     "sliding_window": WINDOW,
-    "layer_types": [*["sliding_attention", "sliding_attention", "full_attention"] * 2, FULL],
+    "layer_types": [*[NEAR_KIND, NEAR_KIND, FULL] * 2, FULL],
     "rope_parameters": {
         "full_attention": {
             "rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1000.0,
@@ -113,6 +114,29 @@ CASES = {
     ),
     "gemma4": ("gemma4_text", {**GEMMA4, "attention_k_eq_v": True}),
     "gemma4 values": ("gemma4_text", {**GEMMA4, "final_logit_softcapping": None}),
+    "gemma4 shared": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 9,
+            "layer_types": [*[NEAR_KIND, NEAR_KIND, FULL] * 3],
+            "hidden_size_per_layer_input": 12,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 4,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4 experts": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
     "gemma4 folder": (
         "gemma4",
         {

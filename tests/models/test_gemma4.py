@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from safetensors.numpy import load_file, save_file
 from test_families import CASES, MASKS, TOKEN, our_logp, theirs, torch_logp
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4VisionConfig
 
@@ -94,6 +95,7 @@ def test_layers_without_a_type_are_five_with_a_window_and_one_without(tmp_path):
     ("changes", "message"),
     [
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
+        ({"layer_types": ["full_attention"] * 2}, "'2 of them'; num_hidden_layers=60"),
         ({"hidden_activation": "silu"}, "hidden_activation='silu'"),
         ({"num_global_key_value_heads": 5}, "num_attention_heads=32; 5 do not divide it"),
         ({"per_layer_config": {"5": {"head_dim": 512}}}, "per_layer_config.11=None; only full"),
@@ -101,6 +103,16 @@ def test_layers_without_a_type_are_five_with_a_window_and_one_without(tmp_path):
         ({"per_layer_config": {"5": {"window": 2}}}, "per_layer_config.5={'window': 2}"),
         ({"per_layer_config": {"65": {"head_dim": 2}}}, "per_layer_config.65={'head_dim': 2}; the"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 9}, "it must be vocab_s"),
+        ({"num_kv_shared_layers": 58}, "num_kv_shared_layers=58; none before them"),
+        ({"num_kv_shared_layers": 60}, "num_kv_shared_layers=60; none before them"),
+        ({"enable_moe_block": True}, "num_experts=None"),
+        (
+            {"enable_moe_block": True, "num_experts": 2, "top_k_experts": 3,
+             "moe_intermediate_size": 8},
+            "top_k_experts=3; there are num_experts=2",
+        ),
+        ({"enable_moe_block": True, "use_double_wide_mlp": True}, "use_double_wide_mlp=True"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "proportional",
                                                     "partial_rotary_factor": 1.5}}},
@@ -151,6 +163,24 @@ def test_towers_are_left_out(tmp_path):
     whole.model.extra = torch.nn.Parameter(torch.ones(2))
     whole.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"model\.extra has no place in the model"):
+        read_hf(tmp_path)
+
+
+def test_keys_of_layers_that_share_may_be_in_files(tmp_path):
+    """transformers leaves them out when it writes, the first folders have them."""
+    theirs(*CASES["gemma4 shared"]).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    assert not any("layers.8.self_attn.k" in name for name in held)
+    extra = {"k_proj": (32, 32), "v_proj": (32, 32), "k_norm": (8,)}
+    for name, shape in extra.items():
+        held[f"model.layers.8.self_attn.{name}.weight"] = np.ones(shape, np.float32)
+    save_file(held, file, {"format": "pt"})
+    decoder, _ = read_hf(tmp_path)
+    assert (decoder.shared_kv_layers, decoder.shared_mlp, decoder.layer_embed) == (4, 80, 12)
+    held["model.layers.8.self_attn.sinks"] = np.ones(4, np.float32)
+    save_file(held, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.8\.self_attn\.sinks has no place"):
         read_hf(tmp_path)
 
 

@@ -12,6 +12,7 @@ import pytest
 import qwix
 
 from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig
+from jaxrlhf.config.model import MoeConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import kernels, names
@@ -19,9 +20,10 @@ from jaxrlhf.models.cache import empty_cache
 from jaxrlhf.models.declared import fused
 from jaxrlhf.models.decode import axes, lay_out, lay_out_soon, read_prompts, step
 from jaxrlhf.models.kernels import choose_each
-from jaxrlhf.models.quantise import is_quantised, quantised
+from jaxrlhf.models.quantise import KERNELS, is_quantised, quantised
+from jaxrlhf.models.replay import joined
 from jaxrlhf.models.rope import layers_of
-from jaxrlhf.models.stacks import Pass, passes, places, stacks
+from jaxrlhf.models.stacks import Pass, caches, passes, places, stacks
 from jaxrlhf.models.transformer import Model, merge_lora
 from jaxrlhf.models.walk import in_order, walk
 from jaxrlhf.run.speed import decode_bytes, forward_flops, matrices
@@ -33,19 +35,32 @@ TWO = DecoderConfig(
     value_norm=True, layer_scale=True, window_rope_theta=50.0, norms="both", family="gemma4_text",
 )  # fmt: skip
 """Full layers are numbers 2 and 5."""
-LORA = LoraConfig(rank=2)
+SHARED = replace(
+    TWO, layers=9, shared_kv_layers=4, shared_mlp=56, layer_embed=12, keys_are_values=False
+)
+"""Layers 5 to 8: full, two with a window, full; they look at those of numbers 2 and 4."""
+EXPERTS = replace(TWO, mlp=24, moe=MoeConfig(4, 2, beside=40))
+LORA = LoraConfig(rank=2, alpha=1.0)
 TOKEN = jnp.array(np.random.default_rng(0).integers(0, 48, (3, 12)))
 MASK = jnp.array([[1] * 12, [0] * 4 + [1] * 8, [0] * 2 + [1] * 10])
 
 
-@pytest.fixture(scope="module")
-def model():
-    return Model(TWO, lora=LORA)
+SHAPES = {"two": TWO, "shared": SHARED, "experts": EXPERTS}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request):
+    return Model(SHAPES[request.param], lora=LORA)
 
 
 @pytest.fixture(scope="module")
-def params(random_params):
-    return jax.tree.map(jnp.asarray, random_params(TWO))
+def params(model, random_params):
+    """Random, scales around 1, so that no layer makes next to nothing of its input."""
+
+    def leaf(path, x):
+        return jnp.asarray(x + 1 if "scale" in str(path[-1]) else x)
+
+    return jax.tree_util.tree_map_with_path(leaf, random_params(model.decoder))
 
 
 def moved(model, params):
@@ -106,6 +121,32 @@ def test_each_stack_is_a_decoder_of_its_own():
     assert stacks(plain)[0].decoder is plain
 
 
+def test_layers_that_share_look_at_the_last_of_their_kind():
+    found = {stack.name: stack for stack in stacks(SHARED)}
+    assert list(found) == ["window", "full", "full_shared", "window_shared"]
+    assert found["full_shared"].layers == (5, 8)
+    assert found["window_shared"].reads == "window"
+    assert [s.decoder.mlp for s in found.values()] == [40, 40, 56, 56]
+    assert caches(SHARED) == (0, 1, 2, 3, 4, 2, 4, 4, 2)
+    assert caches(TWO) == tuple(range(7))
+
+
+def test_what_routers_do_is_in_the_order_of_the_layers(random_params):
+    """Their sums, and the experts that tokens took, which are taken again."""
+    params = jax.tree.map(jnp.asarray, random_params(EXPERTS))
+    model = Model(EXPERTS)
+    _, sums = model.apply(params, TOKEN, MASK, routers=True)
+    first, kept = model.apply(params, TOKEN, MASK, keep=True)
+    count_LE = np.stack([(np.bincount(x[MASK != 0].ravel(), minlength=4)) for x in kept.expert])
+    np.testing.assert_array_equal(sums.chosen_LE, count_LE)
+    again, _ = model.apply(params, TOKEN, MASK, expert_BTM=joined(kept.expert))
+    np.testing.assert_allclose(again, first, atol=1e-6)
+    full = jnp.full_like(kept.expert, 0).at[..., 1].set(1)
+    forced, same = model.apply(params, TOKEN, MASK, keep=True, expert_BTM=joined(full))
+    np.testing.assert_array_equal(same.expert, full)
+    assert np.abs(forced - first).max() > 0.1
+
+
 def test_walk_takes_the_layers_in_their_order():
     """Each notes its number, and what it was given."""
 
@@ -137,19 +178,21 @@ def test_trees_are_what_is_declared(model, params, lora):
     shapes = partial(jax.tree.map, lambda x: x.shape)
     assert shapes(model.init(jax.random.key(0))) == shapes(model.shapes()) == shapes(params)
     assert shapes(lora) == shapes(model.lora_shapes())
-    assert set(lora["full"]["attention"]) == {"q", "k", "o"}  # values have no map
+    none_of_v = {"q", "k", "o"} if model.decoder.keys_are_values else {"q", "k", "v", "o"}
+    assert set(lora["full"]["attention"]) == none_of_v
     for found, wanted in ((model.axes(), model.shapes()), (model.lora_axes(), lora)):
         ranks = jax.tree.map(lambda x, names: x.ndim == len(names), wanted, found)
         assert all(jax.tree.leaves(ranks))
-    names.flatten(TWO, params)
+    names.flatten(model.decoder, params)
     weights = jax.eval_shape(partial(lay_out, model), params)
-    for (stack, _), layer in zip(places(TWO), weights.layers, strict=True):
+    for (stack, _), layer in zip(places(model.decoder), weights.layers, strict=True):
         assert shapes(layer) == shapes(fused(stack.decoder).shapes)
     ranks = jax.tree.map(lambda x, names: x.ndim == len(names), weights, axes(model, weights))
     assert all(jax.tree.leaves(ranks))
-    assert {layer[0].x.shape[1::2] for layer in empty_cache(TWO, "float32", 3, 9)} == {
-        (2, 8), (1, 16),
-    }  # fmt: skip
+    cache = empty_cache(model.decoder, "float32", 3, 9)
+    own = [(1, 16) if layer in (2, 5) else (2, 8) for layer in range(7)]
+    own = own[:5] if model.decoder.shared_kv_layers else own
+    assert [layer[0].x.shape[1::2] for layer in cache] == own
     soon = lay_out_soon(model, params)
     jax.tree.map(np.testing.assert_array_equal, soon, jax.jit(partial(lay_out, model))(params))
 
@@ -166,10 +209,14 @@ def stepwise(model, params, lora=None):
     return jnp.stack(found, 1)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_adapters_of_each_stack(dora, params):
+@pytest.mark.parametrize(
+    ("model", "dora"),
+    [("two", False), ("two", True), ("shared", False), ("experts", False)],
+    indirect=["model"],
+)
+def test_adapters_of_each_stack(dora, model, params):
     """Beside the weights, merged into them, and a token at a time."""
-    model = Model(TWO, lora=replace(LORA, dora=dora))
+    model = replace(model, lora=replace(LORA, dora=dora))
     lora = moved(model, params)
     plain = score(model, params, TOKEN, MASK)
     found = score(model, params, TOKEN, MASK, lora=lora)
@@ -180,11 +227,17 @@ def test_adapters_of_each_stack(dora, params):
     np.testing.assert_allclose(stepwise(model, params, lora), whole[:, 4:], atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("two", "int8"), ("two", "nf4"), ("shared", "int8"), ("experts", "int8")],
+    indirect=["model"],
+)
 def test_few_bits_of_each_stack(kind, model, params, lora):
     """Under adapters: what the levels stand for is what is computed with, whole and by steps."""
     small = quantised(params, kind)
-    assert sum(map(is_quantised, jax.tree.leaves(small, is_leaf=is_quantised))) == 7 + 6
+    mapped = [path.split("/")[-2] for path, _ in names.leaves_of(params) if "kernel" in path]
+    count = sum(name in KERNELS for name in mapped)
+    assert sum(map(is_quantised, jax.tree.leaves(small, is_leaf=is_quantised))) == count
     restored = jax.tree.map(
         lambda x: qwix.dequantize(x) if is_quantised(x) else x, small, is_leaf=is_quantised
     )
@@ -194,12 +247,17 @@ def test_few_bits_of_each_stack(kind, model, params, lora):
     np.testing.assert_allclose(stepwise(model, small, lora), by_steps, atol=2e-5)
 
 
-def test_weights_and_caches_are_counted_by_shape(model, params):
+def test_matrices_are_all_kernels(model, params):
+    """Of four experts a token takes two."""
+    sizes = {path: x.size for path, x in names.leaves_of(params) if path.endswith("kernel")}
+    experts = sum(x for path, x in sizes.items() if "/experts/" in path and "router" not in path)
+    assert matrices(model.decoder, vocab=False) == sum(sizes.values()) - experts // 2
+    assert matrices(model.decoder) - matrices(model.decoder, vocab=False) == 32 * 48
+
+
+def test_caches_are_counted_by_shape():
     """By hand: of seven layers five have heads of 8, two of 16 and no values of their own."""
-    kernels_of = [x.size for path, x in names.leaves_of(params) if path.endswith("kernel")]
-    assert matrices(TWO, vocab=False) == sum(kernels_of)
-    assert matrices(TWO) == sum(kernels_of) + 32 * 48
-    alone = replace(model, lora=None)
+    alone = Model(TWO)
     seen = forward_flops(alone, 20.0) - 2 * matrices(TWO)
     assert seen == 4 * 4 * (5 * 8 * 6 + 2 * 16 * 20)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -7,7 +7,7 @@ the first of them. Of a folder of the model that sees and hears, the language mo
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrlhf.config.model import DecoderConfig, RopeScaling
+from jaxrlhf.config.model import DecoderConfig, MoeConfig, RopeScaling
 from jaxrlhf.models.families.family import (
     Family,
     Said,
@@ -31,14 +31,17 @@ def read(said: Said) -> dict[str, Any]:
             said.get("use_bidirectional_attention"),
             "tokens of a text look back alone",
         )
-    _refuse_unread(said)
     layers = said.number("num_hidden_layers")
     kinds = said.texts("layer_types") or [NEAR if (i + 1) % 6 else FULL for i in range(layers)]
+    if len(kinds) != layers:
+        raise said.wrong("layer_types", f"{len(kinds)} of them", f"num_hidden_layers={layers}")
     kinds = [*kinds[:-1], FULL]  # the last one always, as in transformers
     cap, bias = said.get("final_logit_softcapping"), said.flag("attention_bias")
     return {
         **_rope(said),
         **_full_heads(said, kinds),
+        **_smaller(said, kinds),
+        **_experts(said),
         "windows": windows(said, kinds, said.get("sliding_window")),
         "logit_softcap": 0.0
         if cap is None
@@ -55,19 +58,42 @@ def read(said: Said) -> dict[str, Any]:
     }
 
 
-def _refuse_unread(said: Said) -> None:
-    """What the smaller models and the mixture have beside."""
-    wanted = {
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
-        "enable_moe_block": False,
-    }
-    for name, value in wanted.items():
-        found = said.left_out(name, _DEFAULTS.get(name))
-        if found is not None and found != value:
-            raise said.wrong(name, found, f"it is not supported, only {value!r}")
-    for name in ("use_double_wide_mlp", "num_experts", "top_k_experts", "moe_intermediate_size"):
+def _smaller(said: Said, kinds: list[str]) -> dict[str, Any]:
+    """What E2B and E4B have beside: an embedding for each layer, and keys that are shared."""
+    own, shared = (
+        said.left_out(name, _DEFAULTS[name]) or 0
+        for name in ("hidden_size_per_layer_input", "num_kv_shared_layers")
+    )
+    found = {}
+    if own:
+        found["layer_embed"] = said.as_number("hidden_size_per_layer_input", own)
+        vocab = said.number("vocab_size_per_layer_input", 262_144)
+        if vocab != said.number("vocab_size"):
+            raise said.wrong("vocab_size_per_layer_input", vocab, "it must be vocab_size")
+    if shared:
+        count = said.as_number("num_kv_shared_layers", shared)
+        if not set(kinds[-count:]) <= set(kinds[: max(len(kinds) - count, 0)]):
+            raise said.wrong("num_kv_shared_layers", count, "none before them is of their type")
+        found["shared_kv_layers"] = count
+        if said.flag("use_double_wide_mlp"):
+            found["shared_mlp"] = 2 * said.number("intermediate_size")
+    for name in ("use_double_wide_mlp", "vocab_size_per_layer_input"):
         said.get(name)  # of these alone
+    return found
+
+
+def _experts(said: Said) -> dict[str, Any]:
+    """What the mixture has beside: experts, next to an MLP."""
+    names = ("num_experts", "top_k_experts", "moe_intermediate_size")
+    if not said.flag("enable_moe_block"):
+        said.asked.update(names)
+        return {}
+    if said.flag("use_double_wide_mlp"):
+        raise said.wrong("use_double_wide_mlp", True, "it is not supported of a mixture")
+    count, each, wide = (said.number(name) for name in names)
+    if each > count:
+        raise said.wrong("top_k_experts", each, f"there are num_experts={count}")
+    return {"mlp": wide, "moe": MoeConfig(count, each, True, said.number("intermediate_size"))}
 
 
 def _rope(said: Said) -> dict[str, Any]:
@@ -153,9 +179,30 @@ def write(c: DecoderConfig) -> dict[str, Any]:
         "attention_k_eq_v": c.keys_are_values,
         "final_logit_softcapping": c.logit_softcap or None,
         "attention_bias": c.qkv_bias,
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
-        "enable_moe_block": False,
+        "hidden_size_per_layer_input": c.layer_embed,
+        "vocab_size_per_layer_input": c.vocab,
+        "num_kv_shared_layers": c.shared_kv_layers,
+        "use_double_wide_mlp": bool(c.shared_mlp),
+        "enable_moe_block": c.moe is not None,
+        **_said_of_experts(c),
+    }
+
+
+def _said_of_experts(c: DecoderConfig) -> dict[str, Any]:
+    if c.moe is None:
+        return {}
+    count, wide = {"num_experts": c.moe.experts, "top_k_experts": c.moe.per_token}, c.mlp
+    return {**count, "moe_intermediate_size": wide, "intermediate_size": c.moe.beside or wide}
+
+
+def _beside(within: str) -> dict[str, str]:
+    """Names of what lies beside the layers."""
+    return {
+        "embed/table": f"{within}embed_tokens",
+        "each_layer/table": f"{within}embed_tokens_per_layer.weight",
+        "each_layer/kernel": f"{within}per_layer_model_projection.weight",
+        "each_norm": f"{within}per_layer_projection_norm",
+        "norm": f"{within}norm",
     }
 
 
@@ -164,14 +211,27 @@ _NAMES = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
     "layer_scale": "layer_scalar",
+    "own_gate": "per_layer_input_gate",
+    "own_out": "per_layer_projection",
+    "own_norm": "post_per_layer_input_norm",
+    "beside_norm": "post_feedforward_layernorm_1",
+    "experts_norm": "pre_feedforward_layernorm_2",
+    "experts_out_norm": "post_feedforward_layernorm_2",
+    "experts/router": "router.proj",
+    "experts/router_scale": "router.scale",
+    "experts/expert_scale": "router.per_expert_scale",
+    "experts/down/kernel": "experts.down_proj",
+    **_beside("model."),
+}
+_HOW: dict[str, Any] = {
+    "fused": {"experts.gate_up_proj": ("experts/gate/kernel", "experts/up/kernel")},
+    "experts_as_one": True,
+    "experts_out_first": True,
 }
 _INSIDE = naming(
-    {
-        **_NAMES,
-        "embed/table": "model.language_model.embed_tokens",
-        "norm": "model.language_model.norm",
-    },
+    {**_NAMES, **_beside("model.language_model.")},
     within="model.language_model.",
+    **_HOW,
     left_out=(
         "model.vision_tower.",
         "model.audio_tower.",
@@ -186,7 +246,7 @@ _DEFAULTS = {
 }  # fmt: skip
 
 FAMILIES = [
-    Family("gemma4_text", "Gemma4", read, write, naming(_NAMES), _DEFAULTS, scored="none"),
+    Family("gemma4_text", "Gemma4", read, write, naming(_NAMES, **_HOW), _DEFAULTS, scored="none"),
     Family(
         "gemma4",
         "Gemma4",

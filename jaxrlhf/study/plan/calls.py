@@ -20,6 +20,7 @@ from jaxrlhf.mesh.sharding import DECODE, RULES, at_hand, few_rows_layout, on_ho
 from jaxrlhf.models.cache import KEPT, slots_in
 from jaxrlhf.models.decode import Weights, kind_of
 from jaxrlhf.models.rope import layers_of
+from jaxrlhf.models.stacks import own_caches
 from jaxrlhf.rewards.models import Member, packed_reward, packed_scores
 from jaxrlhf.run.ahead import arguments, decoding, on, on_rows, shapes
 from jaxrlhf.run.feed import host_batch
@@ -280,7 +281,7 @@ def cache_bytes(run: Run, rows: int) -> float:
     # a slot that is filled again has a copy of its prompt
     copies = at_once if at_once < rows else 0
     width, total = run.config.data.max_prompt_tokens, 0.0
-    for layer in layers_of(c):
+    for layer in layers_of(c)[: own_caches(c)]:
         # of int8 also a float32 a vector
         size = 2 * (jnp.dtype(kind).itemsize + (4 / layer.head_dim if kind == "int8" else 0))
         parts = (

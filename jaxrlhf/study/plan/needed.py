@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.models.decode import kind_of
 from jaxrlhf.models.rope import Kind, layers_of
+from jaxrlhf.models.stacks import places
 from jaxrlhf.run.setup import Run
 from jaxrlhf.study.plan.calls import Call, arguments_by_kind, kinds_of, on_device, rows_at_a_time
 
@@ -74,17 +75,19 @@ def activations(run: Run, tokens: float) -> float:
     over tensor.
     """
     c = run.model.decoder
-    split = sum(
-        2 * (c.heads + kind.kv_heads) * kind.head_dim + (1 + c.gated) * c.mlp
-        for kind in layers_of(c)
-    )
+    split = 0
+    for stack, _ in places(c):
+        d = stack.decoder
+        keys = 0 if d.shared_kv_layers else d.kv_heads
+        wide = d.mlp + (d.moe.beside if d.moe else 0)
+        split += 2 * (d.heads + keys) * d.head_dim + (1 + d.gated) * wide
     every = 2 * c.layers * c.embed + split / run.mesh.shape["tensor"]
     return tokens * every * np.dtype(run.model.dtype).itemsize
 
 
 def _token(run: Run, call: Call, copy: float, trips: int) -> float:
-    """Bytes of a trip: the weights in decode layout but for the table that is looked up, and the
-    cache as far as it is filled."""
+    """Bytes of a trip: the weights in decode layout but for what is looked up, and the cache as far
+    as it is filled."""
     c, sample = run.model.decoder, run.config.sample
     shards = run.mesh.size // run.mesh.shape["tensor"]
     rows = rows_at_a_time(run.config, call.responses)
@@ -105,7 +108,8 @@ def _token(run: Run, call: Call, copy: float, trips: int) -> float:
         return slots * layer.kv_heads * vector
 
     cache = 2 * sum(map(filled, layers_of(c))) / shards / run.mesh.shape["tensor"]
-    table = 0.0 if c.tied else c.vocab * c.embed * size / run.mesh.shape["tensor"]
+    looked_up = c.layers * c.layer_embed + (0 if c.tied else c.embed)
+    table = c.vocab * looked_up * size / run.mesh.shape["tensor"]
     return copy - table + cache
 
 
@@ -117,6 +121,7 @@ def _weights(run: Run, call: Call) -> float:
         names = jax.tree_util.keystr(path)
         # a table is looked up, not multiplied by, unless it is the projection too
         looked_up = "['embed']" in names and not run.model.decoder.tied
+        looked_up |= "['each_layer']['table']" in names
         quantised = names.endswith((".qvalue", ".scale"))
         if kind == "parameters" and not looked_up and not quantised:
             total += math.prod(np.shape(x)) / _split(x, "tensor")
