@@ -77,7 +77,7 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
         raise InputError(f"{path}: model_type={shown(name)}: {REFUSED[name]}: take another")
     also = ""
     if isinstance(name, str) and isinstance(config.get("text_config"), dict):
-        also = "; of models that see, save the language model alone (its text_config)"
+        also = "; of models that see, save the language model (text_config)"
     raise InputError(f"{path}: model_type={shown(name)}; supported are {', '.join(FAMILIES)}{also}")
 
 
