@@ -81,10 +81,13 @@ def end_soon(status: int) -> None:
     """See that this process ends with the status of its command, which has done all that it has to.
 
     The interpreter waits for every thread that is left; one of a library's may wait for ever, as
-    was seen where a full disk had cut a save short.
+    was seen where a full disk had cut a save short. Those that are left are named on stderr.
     """
 
     def leave() -> None:
+        left = [x.name for x in threading.enumerate() if not x.daemon and x.name != "MainThread"]
+        with suppress(Exception):
+            print(f"ended {ENDING:g} s after all was done; still there: {left}", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()

@@ -185,12 +185,12 @@ def read_prompts(
     def read(rows: tuple[Array, Array]) -> tuple[Array, tuple[Layer, ...], Array | None]:
         hidden, kept = model.apply(params, *rows, lora, keep=True)
         keys, values = (apart(model.decoder, x) for x in (kept.key, kept.value))
-        own = places(model.decoder)[: own_caches(model.decoder)]
-        both = [(keys[s.name][i], values[s.name][i]) for s, i in own]
+        own = own_caches(model.decoder)
+        both = [(keys[s.name][i], values[s.name][i]) for s, i in places(model.decoder)[:own]]
         # Of a layer with a window the last tokens are all that will be looked at.
         both = [
             jax.tree.map(lambda x, w=kind.window: x[:, :, -w:], x)
-            for x, kind in zip(both, layers_of(model.decoder), strict=False)
+            for x, kind in zip(both, layers_of(model.decoder)[:own], strict=True)
         ]
         layers = tuple((store(key, dtype), store(value, dtype)) for key, value in both)
         expert = where_known(rows[1], joined(kept.expert)) if record else None

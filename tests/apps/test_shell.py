@@ -54,11 +54,12 @@ def test_only_a_process_of_its_own_is_settled():
 def test_a_thread_that_never_ends_holds_no_command_up(word, status):
     code = (
         "import sys, threading; from jaxrlhf.apps import cli, shell; shell.ENDING = 0.2;"
-        "threading.Thread(target=threading.Event().wait).start();"
+        "threading.Thread(target=threading.Event().wait, name='a save').start();"
         f"sys.argv[1:] = [{word!r}]; sys.exit(cli.main())"
     )
     done = run(code=code)
     assert done.returncode == status
+    assert "still there: ['a save']" in done.stderr
     assert "Traceback" not in done.stderr
 
 
