@@ -25,12 +25,14 @@ os.environ["XLA_FLAGS"] = (  # after the first, they only shorten compilation, m
 os.environ["HF_HUB_OFFLINE"] = "1"  # what is missing here is not looked for there
 os.environ["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
+from jaxrlhf.core import remote
 from jaxrlhf.core.types import Batch
 from jaxrlhf.models.transformer import Model
 
@@ -43,6 +45,18 @@ def pytest_collection_modifyitems(items):
     """Files with long tests first, so that no worker is left alone with one at the end."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """memory://, empty; and a home that has fetched nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(remote, "_here", {})
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield fs
+    fs.store.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,25 +5,12 @@ import sys
 import threading
 from pathlib import Path
 
-import fsspec
 import pytest
 from shared_store import google
 
 from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.rows import read_rows
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    """memory://, empty; and a home that has fetched nothing."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(remote, "_here", {})
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    yield fs
-    fs.store.clear()
 
 
 def test_rows_by_url_are_those_of_the_file_and_errors_name_the_url(store, capsys):

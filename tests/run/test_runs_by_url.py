@@ -2,25 +2,13 @@
 
 from pathlib import Path
 
-import fsspec
 import pytest
 from test_report import write_run
 
 from jaxrlhf.apps.cli import main
-from jaxrlhf.core import remote
 from jaxrlhf.run.folder import read_run
 
 URL = "memory://bucket/runs/ppo"
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    monkeypatch.setattr(remote, "_here", {})
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    yield fs
-    fs.store.clear()
 
 
 def put_run(store, folder, url=URL, **changes):

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import jax
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from jaxrlhf.config import (
     dump,
     save,
 )
-from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.stats import maj_at_k, pass_at_k
 from jaxrlhf.data.tokens import load_data
@@ -246,17 +244,6 @@ def test_main_eval(run, tmp_path, capsys, monkeypatch):
 
 
 URL = "memory://bucket/run"
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    """memory://, empty, and a home that has fetched nothing."""
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    monkeypatch.setattr(remote, "_here", {})
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    yield fs
-    fs.store.clear()
 
 
 def test_figures_of_a_url_stand_beside_the_run(run, found, store, monkeypatch, capsys):

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import runs
@@ -14,7 +13,6 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from jaxrlhf.apps import cli
 from jaxrlhf.config import EvaluateConfig
-from jaxrlhf.core import remote
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.data.chat import PLAIN
 from jaxrlhf.study import reward_bench
@@ -96,22 +94,17 @@ def test_the_command_agrees_with_transformers(judge, tmp_path, capsys):
     assert re.search(r"Chat +[\d.]+ ± [\d.]+ +10 *\n", out)
 
 
-def test_figures_of_a_reward_model_by_url(judge, tmp_path, monkeypatch, capsys):
+def test_figures_of_a_reward_model_by_url(judge, store, tmp_path, capsys):
     """So is where they go; what is no run has no place of its own for them."""
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
     for path in filter(Path.is_file, Path(judge[0]).rglob("*")):
-        fs.pipe_file(f"/bucket/judge/{path.name}", path.read_bytes())
-    monkeypatch.setattr(remote, "_here", {})
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        store.pipe_file(f"/bucket/judge/{path.name}", path.read_bytes())
     pairs = runs.write(tmp_path / "pairs.jsonl", rows())
     words = ["eval", "memory://bucket/judge", "--data", pairs, "--rows", "4"]
     assert cli.main(words) == 2
     assert "memory://bucket/judge is no run's folder" in capsys.readouterr().err
     assert cli.main([*words, "--output", "memory://bucket/figures"]) == 0
-    there = json.loads(fs.cat_file(f"/bucket/figures/{reward_bench.FILE}"))
+    there = json.loads(store.cat_file(f"/bucket/figures/{reward_bench.FILE}"))
     assert there["pairs"] == 14
-    fs.store.clear()
 
 
 def test_text_becomes_a_chat_unless_raw(tmp_path):
