@@ -31,6 +31,7 @@ with together(config) as watchdog:
                 case "raise": raise ZeroDivisionError("on purpose")
                 case "sleep": time.sleep(1000)
                 case "kill": os.kill(os.getpid(), signal.SIGKILL)
+                case "term": os.kill(os.getpid(), signal.SIGTERM)  # to which nobody listens
                 case "stop": os.kill(os.getpid(), signal.SIGSTOP)
                 case "leave": break
         float(add(x))

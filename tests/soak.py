@@ -46,8 +46,8 @@ from targets import (
     run,
 )
 
-LONG = 600
-"""Seconds after which a launch counts as hung."""
+LONG, PATIENCE = 600, 60
+"""Seconds after which a launch counts as hung, and which the end may take after a signal."""
 
 DISK = 48
 """MiB of the disk."""
@@ -235,7 +235,10 @@ def launch(target: Target, out: Path, fault: str, before: Before, soak: Soak) ->
     began = time.monotonic()
     wait(started, soak.tally, f"{target.name} after {fault or 'nothing'}")
     if fault in ("kill", "term", "interrupt"):
-        soak.tally.slowest = max(soak.tally.slowest, time.monotonic() - began)
+        took = time.monotonic() - began
+        soak.tally.slowest = max(soak.tally.slowest, took)
+        if took > PATIENCE:
+            soak.tally.complain(f"{target.name}: {took:.0f} s from {fault} to the end")
     if fault == "kill at a save" and all(x.exitcode != -signal.SIGKILL for x in started):
         fault = ""
     return fault, is_done(out) and not any(x.exitcode for x in started)

@@ -105,6 +105,8 @@ def initialise(config: DistributedConfig) -> int:
     if alone:
         return 1
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler takes a SIGTERM in, and nobody asks it: until ``Signals`` listens it was lost.
+    jax.config.update("jax_enable_preemption_service", False)
     named, given = f"a process of {found or 'a TPU slice'}", {}
     if where:
         _refuse_busy_port(where)

@@ -42,6 +42,7 @@ def test_alone_neither_does_anything():
             ("ZeroDivisionError: on purpose", "process 1 of 2: failed; all processes end"),
         ),
         pytest.param("kill", -signal.SIGKILL, (), marks=pytest.mark.slow),
+        ("term", -signal.SIGTERM, ()),
         pytest.param("leave", None, (), marks=pytest.mark.slow),
         pytest.param(
             "sleep",
