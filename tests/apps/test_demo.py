@@ -3,15 +3,31 @@
 import json
 
 import pytest
-from command import run
+from command import one_device, run
+
+SEEDS = (0, 1)
+
+CODE = """
+import sys
+from jaxrlhf.apps.cli import main
+folder, *seeds = sys.argv[1:]
+sys.exit(max(main(["demo", "--tiny", "--seed", x, "--output", f"{folder}/{x}"]) for x in seeds))
+"""
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_demo_tiny_raises_the_reward(seed, tmp_path):
-    words = ["demo", "--tiny", "--seed", str(seed), "--output", str(tmp_path / "demo")]
-    done = run(*words, XLA_FLAGS="")
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """(folder, what was printed): of each seed a demo, one after the other in one process."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run(str(folder), *map(str, SEEDS), code=CODE, XLA_FLAGS=one_device())
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "demo/summary.json").read_text())
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_demo_tiny_raises_the_reward(seed, demos):
+    folder, printed = demos
+    summary = json.loads((folder / str(seed) / "summary.json").read_text(encoding="utf-8"))
     assert summary["gold_after"] - summary["gold_before"] > 0.4
     assert summary["gold_rise"] - summary["gold_rise_ci"] > 0.3
     assert summary["proxy_after"] > summary["proxy_before"]
@@ -19,4 +35,4 @@ def test_demo_tiny_raises_the_reward(seed, tmp_path):
     assert 0 < summary["kl_nats"] < 12
     assert summary["tokens_per_second"] > 0
     assert {"pairs", "reward_model/update", "ppo/sample"} <= set(summary["seconds"])
-    assert "gold measure" in done.stdout
+    assert printed.count("gold measure   ") == len(SEEDS)

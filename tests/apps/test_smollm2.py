@@ -79,7 +79,7 @@ def test_smollm2_learns_alike_on_a_mesh_of_four(tmp_path):
     config = load("configs/ppo_smollm2_sentiment.yaml", ["--output", str(tmp_path)])
     config = replace(
         config,
-        data=replace(config.data, eval="", batch_size=8),
+        data=replace(config.data, eval="", batch_size=4),
         eval=EvalConfig(),
         sample=replace(config.sample, n=2, max_new_tokens=8),
     )

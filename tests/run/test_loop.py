@@ -1,6 +1,7 @@
 """The loops: runs that resume bit-equal, dynamic sampling, minibatches, evaluations, summaries."""
 
 import json
+import os
 import signal
 import time
 from dataclasses import replace
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from command import start
 from runs import one_device, trained
+from targets import Target
 
 from jaxrlhf.config import (
     DAPOConfig,
@@ -319,14 +320,17 @@ def test_train_finished_takes_no_summary_of_a_shorter_run(tmp_path):
 
 
 def launch(config, folder):
+    """The command in a process of its own; what it says is added to out.log."""
     path = folder / "config_of_run.yaml"
     save(config, path)
-    return start("train", str(path), XLA_FLAGS="", HOME=str(folder))
+    (process,) = Target("run", lambda _: ["train", str(path)]).launch(folder / "out")
+    return process
 
 
 def wait_for_steps(output, count):
     metrics = Path(output) / "metrics.jsonl"
-    for _ in range(1200):
+    until = time.monotonic() + 240
+    while time.monotonic() < until:
         if metrics.exists() and metrics.read_text().count("\n") >= count:
             return
         time.sleep(0.05)
@@ -338,12 +342,13 @@ def test_train_interrupted_goes_on_where_it_was(how, tmp_path):
     config = runs.ppo(
         tmp_path, steps=60, checkpoint=replace(runs.ppo(tmp_path).checkpoint, every=5)
     )
-    process = launch(config, tmp_path)
+    process, log = launch(config, tmp_path), tmp_path / "out.log"
     wait_for_steps(config.output, 22)
-    process.send_signal(how)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == (0 if how == signal.SIGTERM else -9), out
-    out = launch(config, tmp_path).communicate(timeout=120)[0]
+    os.kill(process.pid, how)
+    process.join(120)
+    assert process.exitcode == (0 if how == signal.SIGTERM else -9), log.read_text()
+    launch(config, tmp_path).join(120)
+    out = log.read_text()
     assert "resumed after iteration" in out, out
     resumed = int(out.split("resumed after iteration ")[1].split()[0])
     # a SIGKILL may come while iteration 20 is still being written

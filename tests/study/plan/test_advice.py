@@ -6,13 +6,15 @@ It asks for neither data nor weights. Candidates are listed without being compil
 import json
 import os
 import re
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import runs
+from command import run
 
 from jaxrlhf.apps import cli
 from jaxrlhf.config import MeshConfig, check_mesh, dump, rows_at_once
@@ -113,15 +115,11 @@ def test_plan_needs_a_topology(capsys):
 
 
 def plan(path, *words):
-    code = "import sys; from jaxrlhf.apps.cli import main; sys.exit(main(['plan', *sys.argv[1:]]))"
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.run(
-        [sys.executable, "-c", code, path, "--topology", "cpu:2", *words],
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
+    """The command, here."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ):
+        status = cli.main(["plan", path, "--topology", "cpu:2", *words])
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture
@@ -133,7 +131,9 @@ def path(tmp_path):
 
 
 def test_plan_prints_json(path):
-    result = plan(path, "--json", "--optim.microbatches", "2")
+    """In a process of its own, which asks for the devices."""
+    words = ["plan", path, "--topology", "cpu:2", "--json", "--optim.microbatches", "2"]
+    result = run(*words, XLA_FLAGS="--xla_backend_optimization_level=0")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert (found["devices"], found["mesh"]["data"], found["fits"]) == (2, 2, True)
