@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import one_device
 from test_rooms import ROOMS
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def test_readme_research_example_runs():
     """In a process of its own, on one device, as a reader would."""
     done = subprocess.run(
         [sys.executable, "-c", example("import jaxrlhf as rl") + CHECKS],
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": one_device()},
         capture_output=True,
         text=True,
         check=False,
