@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -33,16 +34,17 @@ from jaxrlhf.steps import draw as draws
 ITERATIONS = 5
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 MESHES = {
-    "tensor 2": MeshConfig(data=1, tensor=2),
-    "fsdp 4": MeshConfig(data=1, fsdp=4),
-    "context 4": MeshConfig(data=1, context=4),
-    "data 8": MeshConfig(data=8),
-    "fsdp 2, tensor 2, context 2": MeshConfig(data=1, fsdp=2, tensor=2, context=2),
+    "fsdp 4": (MeshConfig(data=1, fsdp=4), 13),
+    "context 4": (MeshConfig(data=1, context=4), 13),
+    "context 2, which divides": (MeshConfig(data=1, context=2), 12),
+    "data 8": (MeshConfig(data=8), 13),
+    "fsdp 2, tensor 2, context 2": (MeshConfig(data=1, fsdp=2, tensor=2, context=2), 13),
 }
+"""Of each the tokens of a row: no axis divides 13."""
 
 
-def config_of(folder):
-    """PPO on rows of 13 tokens, which no axis divides; all that two epochs of it need is there.
+def config_of(folder, width):
+    """PPO on rows of ``width`` tokens; all that two epochs of it need is there.
 
     Adam's eps is above the rounding of a gradient: near 0 it would make a step of any size, with
     the sign of the rounding, out of a gradient that is rounding alone.
@@ -51,16 +53,16 @@ def config_of(folder):
         runs.ppo(folder),
         algorithm=PPOConfig(minibatches=1, epochs=2, value_coef=0.5, entropy_coef=0.01),
         model=ModelConfig(decoder=replace(runs.DECODER, vocab=20), tokenizer=f"words:{runs.WORDS}"),
-        sample=SampleConfig(max_new_tokens=9, n=2),
+        sample=SampleConfig(max_new_tokens=width - 4, n=2),
         optim=OptimConfig(learning_rate=1e-2, eps=1e-3),
         steps=ITERATIONS,
     )
 
 
-def run_on(folder, mesh_config):
+def run_on(folder, mesh_config, width):
     """(tokens of each iteration, parameters before and after), on as many devices as it takes."""
     sizes = (mesh_config.data, mesh_config.fsdp, mesh_config.tensor, mesh_config.context)
-    config = replace(config_of(folder), mesh=mesh_config)
+    config = replace(config_of(folder, width), mesh=mesh_config)
     mesh = make_mesh(mesh_config, jax.devices()[: math.prod(sizes)])
     tokens = []
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
@@ -80,7 +82,8 @@ def run_on(folder, mesh_config):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run_on(tmp_path_factory.mktemp("alone"), MeshConfig(data=1))
+    """The run of a width on one device."""
+    return cache(lambda width: run_on(tmp_path_factory.mktemp("x"), MeshConfig(data=1), width))
 
 
 def head_as_one(params):
@@ -92,19 +95,21 @@ def head_as_one(params):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_run_is_the_same_on_every_mesh(name, alone, tmp_path):
-    tokens, _, params = run_on(tmp_path, MESHES[name])
-    np.testing.assert_array_equal(tokens, alone[0])
+    mesh_config, width = MESHES[name]
+    tokens, _, params = run_on(tmp_path, mesh_config, width)
+    expected_tokens, _, expected_params = alone(width)
+    np.testing.assert_array_equal(tokens, expected_tokens)
 
     def compare(path, found, expected):
         gap = np.abs(found - expected).max() / np.abs(expected).max()
         assert gap <= 1e-5, jax.tree_util.keystr(path)
 
-    jax.tree_util.tree_map_with_path(compare, head_as_one(params), head_as_one(alone[2]))
+    jax.tree_util.tree_map_with_path(compare, head_as_one(params), head_as_one(expected_params))
 
 
 def test_the_run_learns(alone):
     """All that is compared above has moved, by far more than it may differ."""
-    tokens, start, end = alone
+    tokens, start, end = alone(13)
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max() / np.abs(y).max(), start, end)
     assert min(jax.tree.leaves(moved)) > 1e-3
     assert (tokens[0] != tokens[-1]).any()
