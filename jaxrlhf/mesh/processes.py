@@ -33,7 +33,7 @@ from jaxrlhf.config import Config, DistributedConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.messages import exchange, post, posted, withdraw
 from jaxrlhf.mesh.signals import Stop
-from jaxrlhf.mesh.watchdog import GRACE, Watchdog, deadline, end, guarded
+from jaxrlhf.mesh.watchdog import GRACE, ElsewhereError, Watchdog, deadline, end, guarded
 
 PARTS = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -104,9 +104,7 @@ def initialise(config: DistributedConfig) -> int:
     alone = where.processes == 1 if where else not (found or _may_have_tpu())
     if alone:
         return 1
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its handler takes a SIGTERM in, and nobody asks it: until ``Signals`` listens it was lost.
-    jax.config.update("jax_enable_preemption_service", False)
+    _settings()
     named, given = f"a process of {found or 'a TPU slice'}", {}
     if where:
         _refuse_busy_port(where)
@@ -150,6 +148,13 @@ def initialise(config: DistributedConfig) -> int:
         flush=True,
     )
     return count
+
+
+def _settings() -> None:
+    """Those of JAX that count once processes join."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler would take a SIGTERM in that comes before ``Signals`` listens, and nobody asks it.
+    jax.config.update("jax_enable_preemption_service", False)
 
 
 def _meet() -> None:
@@ -284,7 +289,7 @@ def all_or_none(work: Callable[[], Any]) -> Any:
 
     Raises:
       Exception: whatever it raised here.
-      ValueError: it failed on another process, which the message names with the reason.
+      ElsewhereError: it failed on another process, which the message names with the reason.
       Stop: it failed on none, and was stopped on at least one.
     """
     if jax.process_count() == 1:
@@ -440,10 +445,10 @@ def _said(error: BaseException | None) -> str:
 
 
 def _refuse(said: Mapping[int, str]) -> None:
-    """Raise ValueError for the first process that has failed."""
+    """Raise an error for the first process that has failed."""
     for process, text in sorted(said.items()):
         if text:
-            raise ValueError(f"another process has failed: process {process}: {text}")
+            raise ElsewhereError(f"another process has failed: process {process}: {text}")
 
 
 def pace(tree: Any) -> Any:

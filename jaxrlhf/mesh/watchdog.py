@@ -41,6 +41,10 @@ GRACE = 5
 """Seconds after which what is meant to end a process ends it in a rougher way."""
 
 
+class ElsewhereError(ValueError):
+    """Another process has failed; it says itself with what."""
+
+
 def end(message: str, status: int = FAILED) -> NoReturn:
     """Say why, and end this process without waiting for any other."""
     print(message, file=sys.stderr)
@@ -69,6 +73,8 @@ def guarded() -> Iterator[None]:
             if jax.process_index() == 0:
                 time.sleep(FAREWELL)
             end(f"error: {_me()}: {error}", 2)
+        if isinstance(error, ElsewhereError):
+            end(f"{_me()}: {error}")
         if isinstance(error, CUT) and any(x in str(error) for x in LOST):
             reason = " ".join(str(error).split())[:200]
             end(f"{_me()}: another process has gone or is late ({reason}); see what it said")

@@ -91,6 +91,15 @@ def test_a_lost_process_is_said_in_a_line(monkeypatch, capsys):
         assert ("process 0 of 1: another process has gone or is late (UNKNOWN: " in said) == lost
 
 
+def test_what_another_process_says_of_its_failure_is_said_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="13"), guarded():
+        raise watchdog.ElsewhereError("another process has failed: process 0: no such file")
+    said = "process 0 of 1: another process has failed: process 0: no such file\n"
+    assert capsys.readouterr().err == said
+
+
 def test_watchdog_ends_what_holds_the_interpreter():
     done = python(
         "import re\n"
