@@ -34,7 +34,7 @@ demo: setup-demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/jaxrlhf demo $(ARGS)
 
 test: setup-test
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40 $(ARGS)
 
 # Ten thousand damaged files a reader, half an hour on one core; ARGS="--inputs 500 -k gguf": some.
 fuzz: setup-test
