@@ -232,13 +232,15 @@ def launch(target: Target, out: Path, fault: str, before: Before, soak: Soak) ->
             strike(fault, struck, out, soak.small, chance.uniform(0.5, 3))
         else:
             fault = ""
-    began = time.monotonic()
-    wait(started, soak.tally, f"{target.name} after {fault or 'nothing'}")
     if fault in ("kill", "term", "interrupt"):
+        # Its own end alone: one that has not joined the others yet is waited for, for 300 s.
+        began = time.monotonic()
+        struck.join(LONG)
         took = time.monotonic() - began
         soak.tally.slowest = max(soak.tally.slowest, took)
         if took > PATIENCE:
             soak.tally.complain(f"{target.name}: {took:.0f} s from {fault} to the end")
+    wait(started, soak.tally, f"{target.name} after {fault or 'nothing'}")
     if fault == "kill at a save" and all(x.exitcode != -signal.SIGKILL for x in started):
         fault = ""
     return fault, is_done(out) and not any(x.exitcode for x in started)
