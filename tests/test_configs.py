@@ -37,11 +37,11 @@ JUDGES = ["listwise_reward_model", "pointwise_reward_model", "process_reward_mod
 LEARNERS = [n for n in NAMES if n not in ("sft", "reward_model", "ppo", "gkd", *JUDGES)]
 
 SEVERAL = ("a2c", "rloo", "grpo", "dpo", "kto", "listwise_reward_model")
-"""One of each family of losses learns from two seeds, the others from one."""
+"""One of each family of losses learns from three seeds, the others from one."""
 
 
 def seeded(names):
-    return [(name, seed) for name in names for seed in (range(2) if name in SEVERAL else [0])]
+    return [(name, seed) for name in names for seed in (range(3) if name in SEVERAL else [0])]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -32,7 +32,7 @@ assert metrics["score"] == rollout.mask_BT.sum(1).mean()
 
 @pytest.mark.slow
 def test_readme_research_example_runs():
-    """In a process of its own, on one device, as a reader would."""
+    """In a process of its own, on one device, as a reader's, but for what shortens compilation."""
     done = subprocess.run(
         [sys.executable, "-c", example("import jaxrlhf as rl") + CHECKS],
         env={**os.environ, "XLA_FLAGS": one_device()},

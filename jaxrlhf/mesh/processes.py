@@ -445,7 +445,7 @@ def _said(error: BaseException | None) -> str:
 
 
 def _refuse(said: Mapping[int, str]) -> None:
-    """Raise an error for the first process that has failed."""
+    """Raise ElsewhereError for the first process that has failed."""
     for process, text in sorted(said.items()):
         if text:
             raise ElsewhereError(f"another process has failed: process {process}: {text}")

@@ -5,7 +5,7 @@ import json
 import pytest
 from command import one_device, run
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 CODE = """
 import sys

@@ -86,7 +86,7 @@ def first_layers(count, folder):
 @pytest.mark.slow
 def test_smollm2_learns_alike_on_a_mesh_of_four(tmp_path):
     """One iteration of PPO with adapters on 2 × 2 × 1, beside the same on one device, by its first
-    six layers: all thirty take four times as long, and are of one kind.
+    six layers: all thirty take twice as long, and are of one kind.
 
     It draws the same tokens, with the log-probs that a forward of the whole text gives them.
     """
