@@ -1,6 +1,7 @@
 """The modules of a decoder as NNX declares them, without computing a weight."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.models.block import Block
 from jaxrlhf.models.layers import Ends
+from jaxrlhf.models.turned import Turned
 
 
 class Declared(NamedTuple):
@@ -59,27 +61,38 @@ def ends(decoder: DecoderConfig, head: bool) -> Declared:
 
 
 def fuse(layer: Params) -> Params:
-    """A layer's weights with q, k, v and gate, up joined, as ``fused`` declares them."""
+    """A layer's weights with q, k, v and gate, up joined, as ``fused`` declares them; arrays, or
+    kernels that are ``Turned``."""
     attention, mlp = layer["attention"], layer["mlp"]
-    if "k" not in attention:  # it shares those of another layer
-        return {**layer, "mlp": _fused_mlp(mlp)}
-
-    def every(name: str) -> Array:
-        q, *rest = (attention[part][name] for part in "qkv" if part in attention)
-        q = q.reshape(*q.shape[:-2], rest[0].shape[-2], -1, q.shape[-1])
-        return jnp.concatenate([q, *(x[..., None, :] for x in rest)], axis=-2)
-
-    rest = {name: x for name, x in attention.items() if name not in ("q", "k", "v")}
-    return {
-        **layer,
-        "attention": {**rest, "qkv": {name: every(name) for name in attention["q"]}},
-        "mlp": _fused_mlp(mlp),
-    }
+    if "k" in attention:  # else it shares those of another layer
+        parts = [attention[name] for name in "qkv" if name in attention]
+        rest = {name: x for name, x in attention.items() if name not in ("q", "k", "v")}
+        attention = {**rest, "qkv": _joined(_beside, parts)}
+    if "gate" in mlp and "router" not in mlp:
+        mlp = {"gate_up": _joined(_paired, [mlp["gate"], mlp["up"]]), "down": mlp["down"]}
+    return {**layer, "attention": attention, "mlp": mlp}
 
 
-def _fused_mlp(mlp: Params) -> Params:
-    if "gate" not in mlp or "router" in mlp:
-        return mlp
-    # A kernel [D, F] or a bias [F]: F stays last.
-    both = {name: jnp.stack([mlp["gate"][name], x], axis=-2) for name, x in mlp["up"].items()}
-    return {"gate_up": both, "down": mlp["down"]}
+def _joined(join: Callable[..., Array], maps: list[Params]) -> Params:
+    """Linear maps that read one input as one, by how their outputs are joined."""
+    found = {}
+    for name in maps[0]:
+        parts = [one[name] for one in maps]
+        if name == "bias":
+            found[name] = join(*parts)
+        elif isinstance(parts[0], Turned):
+            found[name] = Turned(jax.vmap(join, -1, -1)(*(part.x for part in parts)), 1)
+        else:
+            found[name] = jax.vmap(join)(*parts)
+    return found
+
+
+def _beside(query: Array, *rest: Array) -> Array:
+    """Of each key head [K, H] its queries, of [N, H], and itself: [K, G + …, H]."""
+    query = query.reshape(rest[0].shape[0], -1, query.shape[-1])
+    return jnp.concatenate([query, *(x[:, None] for x in rest)], axis=1)
+
+
+def _paired(gate: Array, up: Array) -> Array:
+    """[2, F]."""
+    return jnp.stack([gate, up])

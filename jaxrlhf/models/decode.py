@@ -10,6 +10,7 @@ A prompt is read once, and its keys and values are shared by all of its samples.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from jaxrlhf.models.replay import compact, joined, where_known
 from jaxrlhf.models.rope import kinds, layers_of, rotary_angles
 from jaxrlhf.models.stacks import Stack, apart, caches, own_caches, places, stacks
 from jaxrlhf.models.transformer import WIDE, Model, merge
+from jaxrlhf.models.turned import Turned, turn, turned, turns
 
 
 class Weights(NamedTuple):
@@ -86,7 +88,10 @@ def lay_out_soon(model: Model, params: Params) -> Weights:
 
 def _outer(model: Model, params: Params) -> Params:
     found = {name: x for name, x in params.items() if name != "layers"}
-    return {name: x if name in WIDE else model.cast(x) for name, x in found.items()}
+    found = {name: x if name in WIDE else model.cast(x) for name, x in found.items()}
+    if "unembed" in found and turns():
+        found["unembed"] = {"kernel": turn(1, found["unembed"]["kernel"])}
+    return found
 
 
 def _layer(model: Model, stack: Stack, stacked: Params, index: int | Array) -> Params:
@@ -95,6 +100,8 @@ def _layer(model: Model, stack: Stack, stacked: Params, index: int | Array) -> P
     layer = model.with_gains(in_dtype(layer, model.dtype))
     if any_quantised(layer):
         return _in_nibbles(model, stack, layer)
+    if turns():
+        layer = _with_kernels(layer, lambda part, name, x: turn(1 + (name == "o"), x))
     return layer if adapters_of(layer) else fuse(layer)
 
 
@@ -104,14 +111,22 @@ def _in_nibbles(model: Model, stack: Stack, layer: Params) -> Params:
     if by is None:
         return layer
 
-    def kernel(part: str, name: str, x: Params) -> Params:
-        names = declared[part][name]["kernel"][1:]
-        return {**x, "kernel": packed(1 + (name == "o"), x["kernel"], names, by)}
+    def kernel(part: str, name: str, x: Any) -> Any:
+        return packed(1 + (name == "o"), x, declared[part][name]["kernel"][1:], by)
+
+    return _with_kernels(layer, kernel)
+
+
+def _with_kernels(layer: Params, change: Callable[[str, str, Any], Any]) -> Params:
+    """A layer with another kernel for each linear map of attention and MLP: ``change(part, name,
+    kernel)``. Experts have products of their own."""
 
     def module(part: str) -> Params:
-        # Experts have products of their own.
         mapped = KERNELS if "router" not in layer[part] else ()
-        return {n: kernel(part, n, x) if n in mapped else x for n, x in layer[part].items()}
+        return {
+            name: {**x, "kernel": change(part, name, x["kernel"])} if name in mapped else x
+            for name, x in layer[part].items()
+        }
 
     return {**layer, "attention": module("attention"), "mlp": module("mlp")}
 
@@ -133,10 +148,18 @@ def axes(model: Model, weights: Weights) -> Weights:
         return jax.tree.map(lambda names: names[1:], found, is_leaf=lambda x: type(x) is tuple)
 
     each = {stack.name: layer(stack) for stack in stacks(model.decoder)}
-    return Weights(
+    found = Weights(
         {name: x for name, x in outer.items() if name != "layers"},
         tuple(each[stack.name] for stack, _ in places(model.decoder)),
     )
+
+    def named(x: Any, names: tuple[str | None, ...]) -> Any:
+        return Turned(turned(names, x.contract), x.contract) if isinstance(x, Turned) else names
+
+    def whole(x: Any) -> bool:
+        return isinstance(x, Turned) or is_quantised(x)
+
+    return jax.tree.map(named, weights, found, is_leaf=whole)
 
 
 def decode_layout(model: Model, mesh: Mesh | AbstractMesh, weights: Weights) -> Weights:

@@ -24,6 +24,7 @@ from jaxrlhf.models.attention import capped
 from jaxrlhf.models.nibbles import Nibbles, times
 from jaxrlhf.models.quantise import behind, in_dtype, is_quantised, made, no_slope
 from jaxrlhf.models.rope import Angles, rotate
+from jaxrlhf.models.turned import Turned, times_turned, turns
 
 
 def exact(dtype: Any) -> AbstractContextManager[Any]:
@@ -130,6 +131,13 @@ def _apart(x: Array) -> Array:
     return jax.lax.optimization_barrier(x) if x.shape[1] == 1 else x
 
 
+def _mapped(contract: int, x: Array, w: Any) -> Array:
+    """x·W of a kernel as it is, or laid out for decoding."""
+    if isinstance(w, Nibbles):
+        return times(x, w)
+    return times_turned(x, w) if isinstance(w, Turned) else product(contract, x, w)
+
+
 class Linear(nnx.Module):
     """x·W (+ bias) (+ lora.scale·x·A·B), contracting the last axes of x with the first of W.
 
@@ -165,7 +173,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = _apart(x) if self.lora_scale else x
         w = in_dtype(self.kernel.get_value(), x.dtype)
-        y: Any = times(x, w) if isinstance(w, Nibbles) else product(self.contract, x, w)
+        y: Any = _mapped(self.contract, x, w)
         if self.lora_scale:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
             change: Any = low_rank(self.contract, _apart(x), a, b)
@@ -352,11 +360,13 @@ def _look_up_backward(
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def to_vocab(x: Array, weight: Array, axis: int) -> Array:
+def to_vocab(x: Array, weight: Any, axis: int) -> Array:
     """Logits: x [..., D] · a weight whose ``axis`` is D → [..., V], summed and given in float32."""
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
-    weight, wide = weight.astype(x.dtype), jnp.float32
+    weight, wide = in_dtype(weight, x.dtype), jnp.float32
     with exact(x.dtype):
+        if isinstance(weight, Turned):
+            return times_turned(x, weight, wide)
         return jax.lax.dot_general(x, weight, dims, preferred_element_type=wide)
 
 
@@ -455,12 +465,17 @@ class Ends(nnx.Module):
         return self.each_layer(x, token, self.each_norm)
 
     def logits(self, x: Array) -> Array:
-        """Hidden states [..., D] → logits [..., V], float32."""
-        return shaped(to_vocab(x, *self.projection()), self.scale, self.cap)
+        """Hidden states [..., D] of a few rows → logits [..., V], float32."""
+        weight, axis = self.projection()
+        if axis == 1 and turns():
+            weight = Turned(weight, 1)
+        return shaped(to_vocab(x, weight, axis), self.scale, self.cap)
 
-    def projection(self) -> tuple[Array, int]:
+    def projection(self) -> tuple[Any, int]:
         """The output projection, and which of its axes is D."""
-        return (self.embed.table[...], 1) if self.tied else (self.unembed.kernel[...], 0)
+        if self.tied:
+            return self.embed.table[...], 1
+        return self.unembed.kernel.get_value(), 0
 
 
 # A scan's forward and backward loops share nothing as it is, so nothing must be kept from merging.

@@ -1,0 +1,68 @@
+"""Weights as a CPU multiplies a few rows by them: their outputs first.
+
+Of the two sides of a product XLA's library for CPUs copies the right into blocks before it
+multiplies, and reads the left where it lies. Of a product of few rows the copy of the weight is
+most of the work: so the weight stands on the left, the inputs of an output beside each other, and
+the rows on the right.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.core.types import Array
+from jaxrlhf.mesh.sharding import platform
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Turned:
+    """A kernel [in…, out…] as [out…, in…]."""
+
+    x: Any
+    """The array, or what is said of it."""
+    contract: int = field(metadata={"static": True})
+    """How many axes come in."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's, [in…, out…]."""
+        return turned_back(self.x.shape, self.contract)
+
+    @property
+    def dtype(self) -> Any:
+        """The array's."""
+        return self.x.dtype
+
+
+def turned_back(each: tuple[Any, ...], contract: int) -> tuple[Any, ...]:
+    """What is said of the axes [out…, in…] as [in…, out…]."""
+    return each[-contract:] + each[:-contract]
+
+
+def turned(each: tuple[Any, ...], contract: int) -> tuple[Any, ...]:
+    """What is said of the axes [in…, out…] as [out…, in…]."""
+    return each[contract:] + each[:contract]
+
+
+def turns() -> bool:
+    """Whether the devices of the mesh in force are to read weights so, of a few rows."""
+    return platform() == "cpu"
+
+
+def turn(contract: int, kernel: Array) -> Turned:
+    """A kernel [in…, out…] of which ``contract`` axes come in."""
+    return Turned(jnp.transpose(kernel, turned(tuple(range(kernel.ndim)), contract)), contract)
+
+
+def times_turned(x: Array, w: Turned, dtype: Any = None) -> Array:
+    """x·W: x [rows…, in…] → [rows…, out…], in x's dtype or another."""
+    rows = x.ndim - w.contract
+    over = tuple(range(-w.contract, 0))
+    kernel_over = tuple(axis % w.x.ndim for axis in over)
+    dims = (kernel_over, tuple(axis % x.ndim for axis in over)), ((), ())
+    y = jax.lax.dot_general(w.x, x, dims, preferred_element_type=dtype or x.dtype)
+    # Else XLA would see a product the other way round, and make that of it.
+    return jnp.transpose(jax.lax.optimization_barrier(y), turned_back(tuple(range(y.ndim)), rows))

@@ -1,0 +1,47 @@
+"""Products of a few rows with weights whose outputs stand first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.models.turned import Turned, times_turned, turn, turned, turned_back
+
+
+def drawn(*shape, seed=0):
+    return jnp.array(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("rows", [(), (5,), (5, 1), (2, 3)])
+@pytest.mark.parametrize(("ins", "outs"), [((8,), (12,)), ((8,), (2, 5, 3)), ((2, 4), (6,))])
+def test_it_is_the_product(rows, ins, outs):
+    x, kernel = drawn(*rows, *ins), drawn(*ins, *outs, seed=1)
+    w = turn(len(ins), kernel)
+    assert (w.x.shape, w.shape, w.dtype) == (outs + ins, ins + outs, jnp.float32)
+    found = times_turned(x, w)
+    np.testing.assert_allclose(found, jnp.tensordot(x, kernel, len(ins)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_sum_is_taken_in_the_dtype_that_is_asked_for():
+    x, kernel = drawn(4, 256).astype("bfloat16"), drawn(256, 3, seed=1).astype("bfloat16")
+    found = times_turned(x, turn(1, kernel), jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+    assert times_turned(x, turn(1, kernel)).dtype == jnp.bfloat16
+
+
+def test_axes_are_turned_and_turned_back():
+    names = "heads", "head_dim", "embed"
+    assert turned(names, 2) == ("embed", "heads", "head_dim")
+    assert turned_back(turned(names, 2), 2) == names
+
+
+def test_the_weight_is_the_left_side_of_the_compiled_product():
+    """Its result has outputs first: XLA has not put the sides back, and copies no weight."""
+    rows, ins, outs = 16, 64, 96
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, ins), (outs, ins))]
+    call = jax.jit(lambda x, w: times_turned(x, Turned(w, 1))).lower(*shapes).compile()
+    made = [line.split(" = ")[1] for line in call.as_text().splitlines() if "dot(" in line]
+    assert made
+    assert all(line.startswith(f"f32[{outs},{rows}]") for line in made), made
