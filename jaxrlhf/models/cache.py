@@ -84,11 +84,29 @@ def grow(decoder: DecoderConfig, cache: tuple[Layer, ...], tokens: int) -> tuple
     return tuple(wider)
 
 
+def closed(caches: Any) -> Any:
+    """Caches as loops hand them on: of a single row without the axis of rows.
+
+    With it XLA's compiler for CPUs writes a token's keys and values into a copy, and that twice.
+    """
+    return jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, caches)
+
+
+def opened(caches: Any) -> Any:
+    """The caches of at least one layer with their axis of rows."""
+    if jax.tree.leaves(caches)[0].ndim == len(KEPT):
+        return caches
+    return jax.tree.map(lambda x: x[None], caches)
+
+
 def write(old: Stored, new: Array, at: Array) -> Stored:
-    """A cache with token ``at``, [B, K, 1, H], in its slot of the ring; one, or one a row, [B]."""
-    at = at % old.x.shape[2]
-    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1 if at.ndim else 2)
+    """A cache, closed or not, with token ``at``, [B, K, 1, H], in its slot of the ring; one, or one
+    a row, [B]."""
+    slots = old.x.ndim - 2
+    at = at % old.x.shape[slots]
+    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=slots - at.ndim)
     put = jax.vmap(update) if at.ndim else update
+    new = new if old.x.ndim == new.ndim else new[0]
     return jax.tree.map(lambda x, y: put(x, y, at), old, store(new, old.x.dtype.name))
 
 

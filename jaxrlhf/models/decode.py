@@ -22,7 +22,7 @@ from jaxrlhf.config import SampleConfig
 from jaxrlhf.core.types import Array, Params
 from jaxrlhf.mesh.sharding import DECODE, constrain, devices_in_mesh, map_pieces, spec
 from jaxrlhf.models.attention import Look, attend_next, look_of
-from jaxrlhf.models.cache import Kind, Layer, laid_out, store, write
+from jaxrlhf.models.cache import Kind, Layer, laid_out, opened, store, write
 from jaxrlhf.models.declared import Declared, blocks, fuse, fused
 from jaxrlhf.models.layers import adapters_of, exact
 from jaxrlhf.models.nibbles import Nibbles, maker, packed
@@ -246,7 +246,8 @@ def _attend(
             write(keys, jnp.swapaxes(key, 1, 2), at),
             write(values, jnp.swapaxes(value, 1, 2), at),
         )
-    seen = attend_next(query[:, 0], prompt, mask_QP, cache, at, window, look, sink_N)
+    since = opened(cache)
+    seen = attend_next(query[:, 0], prompt, mask_QP, since, at, window, look, sink_N)
     return seen[:, None], cache
 
 
@@ -261,7 +262,7 @@ def step(
     """Hidden states [B, D] of each row's new token number ``at``, the caches with it, and the
     experts [B, M] that it took in a mixture; see ``replay``.
 
-    ``at`` is one number, or one for each row, [B].
+    ``at`` is one number, or one for each row, [B]; of one row, whose caches are ``closed``, one.
     """
     few_bits = any_quantised(weights.layers[0])
     outer = model.outer(weights.outer)
