@@ -12,6 +12,7 @@ from jaxrlhf.mesh.sharding import DECODE, constrain
 from jaxrlhf.models.rope import Kind as LayerKind
 from jaxrlhf.models.rope import kinds
 from jaxrlhf.models.stacks import own_caches
+from jaxrlhf.models.turned import turns
 
 KEPT = ("batch", "kv_heads", "slots", "head_dim")
 """Keys and values as decoding reads them: the tokens of a head lie together."""
@@ -112,7 +113,13 @@ def write(old: Stored, new: Array, at: Array) -> Stored:
 
 def scores(query: Array, keys: Stored) -> Array:
     """q·k of M queries [B, K, M, H] a head, float32 [B, K, M, S]."""
-    found = _product("bkmh,bksh->bkms", query, keys.x.astype(query.dtype))
+    x = keys.x.astype(query.dtype)
+    if turns():
+        # Keys on the left, where a CPU reads them as they lie; see ``turned``.
+        found = jax.lax.optimization_barrier(_product("bksh,bkmh->bksm", x, query))
+        found = jnp.swapaxes(found, 2, 3)
+    else:
+        found = _product("bkmh,bksh->bkms", query, x)
     return found if keys.scale is None else found * keys.scale[:, :, None]
 
 
