@@ -24,7 +24,7 @@ from jaxrlhf.models.attention import capped
 from jaxrlhf.models.nibbles import Nibbles, times
 from jaxrlhf.models.quantise import behind, in_dtype, is_quantised, made, no_slope
 from jaxrlhf.models.rope import Angles, rotate
-from jaxrlhf.models.turned import Turned, times_turned, turns
+from jaxrlhf.models.turned import FEW, Turned, times_turned, turns
 
 
 def exact(dtype: Any) -> AbstractContextManager[Any]:
@@ -465,9 +465,9 @@ class Ends(nnx.Module):
         return self.each_layer(x, token, self.each_norm)
 
     def logits(self, x: Array) -> Array:
-        """Hidden states [..., D] of a few rows → logits [..., V], float32."""
+        """Hidden states [..., D] → logits [..., V], float32."""
         weight, axis = self.projection()
-        if axis == 1 and turns():
+        if axis == 1 and turns() and math.prod(x.shape[:-1]) <= FEW:
             weight = Turned(weight, 1)
         return shaped(to_vocab(x, weight, axis), self.scale, self.cap)
 

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import platform
 
+FEW = 32
+"""Rows up to which that saves more than it takes to turn a result of many outputs around."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

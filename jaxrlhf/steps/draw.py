@@ -89,21 +89,25 @@ def _token(
     logits_BV = logits_BV / config.temperature
     allowed_BV = truncate(forbid(logits_BV, config), config)
     t_B = jnp.broadcast_to(t, key_B.shape)
-    token_B = draw(jax.vmap(jax.random.fold_in)(key_B, t_B), allowed_BV)
-    return token_B, log_prob(logits_BV, token_B), log_prob(allowed_BV, token_B)
+    token_B, mass_B = draw(jax.vmap(jax.random.fold_in)(key_B, t_B), allowed_BV)
+    sample_logp_B = log_prob(allowed_BV, token_B, mass_B)
+    if allowed_BV is logits_BV:
+        return token_B, sample_logp_B, sample_logp_B
+    return token_B, log_prob(logits_BV, token_B), sample_logp_B
 
 
-def log_prob(logits_BV: Array, token_B: Array) -> Array:
-    """log softmax(logits)[token], float32 [B], without a second [B, V] array."""
+def log_prob(logits_BV: Array, token_B: Array, mass_B: Array | None = None) -> Array:
+    """log softmax(logits)[token], float32 [B], without a second [B, V] array; ``mass_B`` is the
+    logsumexp of the logits where that is known."""
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
+    return chosen_B - (jax.nn.logsumexp(logits_BV, axis=1) if mass_B is None else mass_B)
 
 
 BLOCK = 256
 """Tokens that share one Gumbel variable at the first level of a draw."""
 
 
-def draw(key_B: Array, logits_BV: Array) -> Array:
+def draw(key_B: Array, logits_BV: Array) -> tuple[Array, Array]:
     """One token a row with Pr(v) ∝ exp(logits_v), by the Gumbel-max trick on two levels.
 
     argmax_j [logsumexp(block j) + Gumbel_j] is an exact draw of a block of 256 tokens, and
@@ -119,7 +123,7 @@ def draw(key_B: Array, logits_BV: Array) -> Array:
       logits_BV: float32 [B, V], unnormalised; −inf forbids a token.
 
     Returns:
-      int32 [B].
+      int32 [B]; and the logsumexp of the logits, [B].
     """
     chex.assert_rank(logits_BV, 2)
     width = logits_BV.shape[1]
@@ -141,7 +145,8 @@ def draw(key_B: Array, logits_BV: Array) -> Array:
     chosen_BV = constrain(chosen_BV, ("batch", None), DECODE)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (BLOCK,)))(inner_B)
     token_B = jnp.argmax(chosen_BV + noise_BV, axis=1)
-    return (block_B * BLOCK + token_B).astype(jnp.int32)
+    token_B = (block_B * BLOCK + token_B).astype(jnp.int32)
+    return token_B, jax.nn.logsumexp(mass_BJ, axis=1)
 
 
 def forbid(logits_BV: Array, config: SampleConfig) -> Array:

@@ -24,7 +24,7 @@ def many(logits, seed, config=PLAIN):
     """DRAWS tokens from one row of logits."""
     allowed = truncate(logits[None], config)
     keys = jax.random.split(jax.random.key(seed), DRAWS)
-    return jax.vmap(lambda key: draw(key[None], allowed)[0])(keys)
+    return jax.vmap(lambda key: draw(key[None], allowed)[0][0])(keys)
 
 
 def exact(logits, top_k=0, top_p=1.0, min_p=0.0):
@@ -93,7 +93,7 @@ def test_draw_only_one_allowed(token):
 
 def test_draw_rows_have_their_own_keys():
     logits = jnp.zeros((64, VOCAB))
-    draws = jax.jit(draw)
+    draws = jax.jit(lambda *x: draw(*x)[0])
     same = draws(jnp.broadcast_to(jax.random.key(0), 64), logits)
     assert len(set(same.tolist())) == 1
     rows = draws(jax.random.split(jax.random.key(0), 64), logits)
@@ -154,11 +154,23 @@ def test_draw_with_the_vocabulary_split(tensor):
     """Neither 2 nor 4 divides its two blocks as they lie: 150 and 75 tokens a device."""
     key_B = jax.random.split(jax.random.key(3), 64)
     logits_BV = jnp.tile(jnp.array(LOGITS), (64, 1))
-    expected = draw(key_B, logits_BV)
+    expected, mass_B = draw(key_B, logits_BV)
     with jax.set_mesh(make_mesh(MeshConfig(tensor=tensor))):
         found = jax.jit(lambda *x: draw(*x))(key_B, logits_BV)  # not one that was traced without
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found[0], expected)
+    np.testing.assert_allclose(found[1], mass_B, rtol=1e-6)
     assert len(set(expected.tolist())) > 20
+
+
+def test_draw_knows_the_mass_of_what_is_allowed():
+    """With a last block that is not full, and tokens that are forbidden, a whole block of them."""
+    logits_BV = jnp.array(np.random.default_rng(1).normal(0, 3, (5, 3 * BLOCK + 7)), jnp.float32)
+    logits_BV = logits_BV.at[:2, BLOCK : 2 * BLOCK].set(-jnp.inf).at[3, ::2].set(-jnp.inf)
+    token_B, mass_B = draw(jax.random.split(jax.random.key(0), 5), logits_BV)
+    exact = np.log(np.exp(np.asarray(logits_BV, np.float64)).sum(1))
+    np.testing.assert_allclose(mass_B, exact, rtol=1e-6)
+    expected = log_prob(logits_BV, token_B)
+    np.testing.assert_allclose(log_prob(logits_BV, token_B, mass_B), expected, atol=2e-6)
 
 
 def test_log_prob_hand_computed():
