@@ -40,7 +40,8 @@ class Weights(NamedTuple):
     outer: Params
     """Embedding, last norm, projection, and head."""
     layers: tuple[Params, ...]
-    """Those of each layer, with its adapters; fused where it has none and nothing is quantised."""
+    """Those of each layer, with its adapters; fused where it has none and nothing is quantised; on
+    CPUs linear maps are ``Turned``."""
 
 
 class Prompts(NamedTuple):
@@ -60,8 +61,8 @@ def lay_out(model: Model, params: Params, lora: Params | None = None) -> Weights
 
     They are gathered over fsdp and context here, once. The last norm and the scalar head, which
     compute in float32, stay so, and what is quantised stays in as many bits; nf4 is put as its
-    kernel reads it, where the devices have one. Costs one copy of the weights, split over
-    ``tensor`` alone.
+    kernel reads it, where the devices have one. On CPUs linear maps and the output projection have
+    their outputs first. Costs one copy of the weights, split over ``tensor`` alone.
     """
     stacked = params["layers"] if lora is None else merge(params["layers"], lora)
     each = apart(model.decoder, stacked)
