@@ -230,6 +230,19 @@ def test_sample_over_caches_that_grow_is_the_same(model, params, generate, monke
     np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache", ["model", "int8"])
+def test_a_row_alone_is_as_it_is_among_others(model, params, monkeypatch, cache):
+    """Its caches have no axis of rows, and grow; of the fourth prompt, in 20 tokens."""
+    config = replace(RICH, n=1, max_new_tokens=20, stop=(), cache=cache)
+    together = draw_rollout(model, params, PROMPT, PROMPT_MASK, KEY, config)
+    monkeypatch.setattr(sampling, "LONG", 20)
+    draw = jax.jit(lambda *given: sample(model, *given, config, row_B=jnp.array([3])))
+    alone = draw(params, PROMPT[3:], PROMPT_MASK[3:], KEY)
+    assert alone.mask_BT.sum() == 20  # both loops
+    np.testing.assert_array_equal(alone.token_BT[0], together.token_BT[3])
+    np.testing.assert_allclose(alone.logp_BT[0], together.logp_BT[3], atol=1e-5)
+
+
 @pytest.mark.parametrize("prompts", [4, 2], ids=["prompts divide", "only rows divide"])
 def test_sample_same_tokens_on_eight_devices(model, params, prompts):
     config = replace(WARM, n=8 // prompts)
