@@ -57,7 +57,8 @@ def slots_in(kind: LayerKind, tokens: int) -> int:
 
 
 def empty_cache(decoder: DecoderConfig, kind: Kind, rows: int, tokens: int) -> tuple[Layer, ...]:
-    """Room for the keys and values of so many new tokens of each row, a layer that has some."""
+    """Room for the keys and values of so many new tokens of each row, a layer that has some; as
+    loops hand it on (``closed``)."""
     found = kinds(decoder)
 
     def blank(layer: LayerKind) -> Layer:
@@ -65,7 +66,7 @@ def empty_cache(decoder: DecoderConfig, kind: Kind, rows: int, tokens: int) -> t
         zeros = jnp.zeros(shape, kind)
         scale = jnp.zeros(zeros.shape[:-1], jnp.float32) if kind == "int8" else None
         both = laid_out(Stored(zeros, scale))
-        return both, both
+        return closed((both, both))
 
     each = [blank(layer) for layer in found.all]
     return tuple(each[which] for which in found.of_layer[: own_caches(decoder)])
@@ -78,37 +79,56 @@ def grow(decoder: DecoderConfig, cache: tuple[Layer, ...], tokens: int) -> tuple
     """
     found, wider = kinds(decoder), []
     for which, layer in zip(found.of_layer[: own_caches(decoder)], cache, strict=True):
-        more = max(slots_in(found.all[which], tokens) - layer[0].x.shape[2], 0)
+        kind = found.all[which]
+        more = max(slots_in(kind, tokens) - layer[0].x.shape[-2], 0)
         width = ((0, 0), (0, 0), (0, more), (0, 0))
-        padded = jax.tree.map(lambda x, w=width: jnp.pad(x, w[: x.ndim]), layer)
-        wider.append(laid_out(padded) if more else layer)
+        whole = opened(layer, kind.kv_heads)
+        padded = jax.tree.map(lambda x, w=width: jnp.pad(x, w[: x.ndim]), whole)
+        wider.append(closed(laid_out(padded)) if more else layer)
     return tuple(wider)
 
 
-def closed(caches: Any) -> Any:
-    """Caches as loops hand them on: of a single row without the axis of rows.
+def closed(layer: Layer) -> Layer:
+    """A cache as loops hand it on: of one row, or of one head, without that axis.
 
-    With it XLA's compiler for CPUs writes a token's keys and values into a copy, and that twice.
+    Around a product XLA drops axes of length one. If they came back for the next token, its
+    compiler for CPUs would write this one's keys and values twice, each time into a copy. Of int8
+    it is the other way round: there the axis keeps what widens a cache out of what writes it.
     """
-    return jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, caches)
+
+    def few(stored: Stored) -> Stored:
+        if stored.scale is not None:
+            return stored
+        x = stored.x
+        return Stored(x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:]), None)
+
+    keys, values = layer
+    return few(keys), few(values)
 
 
-def opened(caches: Any) -> Any:
-    """The caches of at least one layer with their axis of rows."""
-    if jax.tree.leaves(caches)[0].ndim == len(KEPT):
-        return caches
-    return jax.tree.map(lambda x: x[None], caches)
+def opened(layer: Layer, kv_heads: int) -> Layer:
+    """A cache, closed or not, with its axes of rows and heads: [B, K, S, H], scales [B, K, S]."""
+
+    def whole(stored: Stored) -> Stored:
+        slots = stored.x.ndim - 2
+        return jax.tree.map(lambda x: x.reshape(-1, kv_heads, *x.shape[slots:]), stored)
+
+    keys, values = layer
+    return whole(keys), whole(values)
 
 
 def write(old: Stored, new: Array, at: Array) -> Stored:
     """A cache, closed or not, with token ``at``, [B, K, 1, H], in its slot of the ring; one, or one
     a row, [B]."""
     slots = old.x.ndim - 2
-    at = at % old.x.shape[slots]
+    at = (at[0] if at.shape == (1,) else at) % old.x.shape[slots]
     update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=slots - at.ndim)
     put = jax.vmap(update) if at.ndim else update
-    new = new if old.x.ndim == new.ndim else new[0]
-    return jax.tree.map(lambda x, y: put(x, y, at), old, store(new, old.x.dtype.name))
+
+    def one(x: Array, y: Array) -> Array:
+        return put(x, y.reshape(*x.shape[:slots], 1, *x.shape[slots + 1 :]), at)
+
+    return jax.tree.map(one, old, store(new, old.x.dtype.name))
 
 
 def scores(query: Array, keys: Stored) -> Array:

@@ -247,7 +247,7 @@ def _attend(
             write(keys, jnp.swapaxes(key, 1, 2), at),
             write(values, jnp.swapaxes(value, 1, 2), at),
         )
-    since = opened(cache)
+    since = opened(cache, prompt[0].x.shape[1])
     seen = attend_next(query[:, 0], prompt, mask_QP, since, at, window, look, sink_N)
     return seen[:, None], cache
 
@@ -263,7 +263,7 @@ def step(
     """Hidden states [B, D] of each row's new token number ``at``, the caches with it, and the
     experts [B, M] that it took in a mixture; see ``replay``.
 
-    ``at`` is one number, or one for each row, [B]; of one row, whose caches are ``closed``, one.
+    ``at`` is one number, or one for each row, [B].
     """
     few_bits = any_quantised(weights.layers[0])
     outer = model.outer(weights.outer)

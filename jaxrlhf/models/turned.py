@@ -62,10 +62,8 @@ def turn(contract: int, kernel: Array) -> Turned:
 
 def times_turned(x: Array, w: Turned, dtype: Any = None) -> Array:
     """x·W: x [rows…, in…] → [rows…, out…], in x's dtype or another."""
-    rows = x.ndim - w.contract
     over = tuple(range(-w.contract, 0))
-    kernel_over = tuple(axis % w.x.ndim for axis in over)
-    dims = (kernel_over, tuple(axis % x.ndim for axis in over)), ((), ())
-    y = jax.lax.dot_general(w.x, x, dims, preferred_element_type=dtype or x.dtype)
+    y = jnp.tensordot(w.x, x, (over, over), preferred_element_type=dtype or x.dtype)
     # Else XLA would see a product the other way round, and make that of it.
-    return jnp.transpose(jax.lax.optimization_barrier(y), turned_back(tuple(range(y.ndim)), rows))
+    y = jax.lax.optimization_barrier(y)
+    return jnp.transpose(y, turned_back(tuple(range(y.ndim)), x.ndim - w.contract))

@@ -10,7 +10,7 @@ from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, Params, Rollout, StopTable
 from jaxrlhf.mesh.sharding import DECODE, constrain, platform, row_shards
-from jaxrlhf.models.cache import closed, empty_cache, grow, opened
+from jaxrlhf.models.cache import empty_cache, grow
 from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out, read_prompts, step
 from jaxrlhf.models.replay import unknown, where_known
 from jaxrlhf.models.transformer import Model
@@ -176,7 +176,7 @@ def _decode(
         "done_B": jnp.zeros(rows, bool),
         "hidden_BD": hidden_BD,
         # The last token drawn is never looked at.
-        "cache": closed(empty_cache(model.decoder, kind_of(model, config), rows, stages[0] - 1)),
+        "cache": empty_cache(model.decoder, kind_of(model, config), rows, stages[0] - 1),
         **_blank(model, config, rows, value),
         "read_B": None if stops is None else jnp.zeros(rows, jnp.int32),
     }
@@ -190,8 +190,7 @@ def _decode(
     carry = drawn(start)
     # A step reads all of its caches: as long as responses are short, so are they.
     for most in stages:
-        cache = grow(model.decoder, opened(carry["cache"]), most - 1)
-        carry = loop({**carry, "cache": closed(cache)}, most)
+        carry = loop({**carry, "cache": grow(model.decoder, carry["cache"], most - 1)}, most)
     return carry
 
 

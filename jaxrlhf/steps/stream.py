@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrlhf.config import SampleConfig, check_sample
 from jaxrlhf.core.types import Array, Params, StopTable
-from jaxrlhf.models.cache import Layer, closed, empty_cache
+from jaxrlhf.models.cache import Layer, empty_cache
 from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out_soon, read_prompts, step
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import Drawn, choose
@@ -24,7 +24,6 @@ class State(NamedTuple):
 
     prompts: Prompts
     cache: tuple[Layer, ...]
-    """``closed``."""
     token_B: Array
     """The last token, [1]."""
     t: Array
@@ -92,7 +91,7 @@ def _first(
     kind = kind_of(model, config)
     hidden_BD, prompts = read_prompts(model, params, prompt_1P, mask_1P, kind=kind)
     read_B = None if stops is None else jnp.zeros(1, jnp.int32)
-    cache = closed(empty_cache(model.decoder, kind, 1, config.max_new_tokens - 1))
+    cache = empty_cache(model.decoder, kind, 1, config.max_new_tokens - 1)
     t = jnp.zeros((), jnp.int32)
     found = choose(model, weights, hidden_BD, key_B, t, read_B, config, False, stops)
     return found, State(prompts, cache, found.token_B, t + 1, found.read_B)

@@ -75,9 +75,8 @@ def test_lay_out_is_what_it_declares(model, params, lora, adapted):
     ranks = jax.tree.map(lambda x, axes: len(axes) == x.ndim, weights, names)
     assert all(jax.tree.leaves(ranks))
     if not adapted:
-        layer = jax.tree.leaves(weights.layers[0], is_leaf=lambda x: isinstance(x, Turned))
-        declared = jax.tree.leaves(fused(model.decoder).shapes)
-        assert [x.shape for x in layer] == [x.shape for x in declared]
+        shapes = partial(jax.tree.map, lambda x: x.shape, is_leaf=lambda x: isinstance(x, Turned))
+        assert shapes(weights.layers[0]) == shapes(fused(model.decoder).shapes)
     wide = {name for name, x in weights.outer.items() if jax.tree.leaves(x)[0].dtype == "float32"}
     assert wide == {"norm", "head"}
     assert {x.dtype for x in jax.tree.leaves(weights.layers)} == {jnp.dtype("bfloat16")}
@@ -96,6 +95,22 @@ def test_lay_out_gathers_over_all_but_tensor(model, params):
     share = kernel.x.sharding.shard_shape(kernel.x.shape)
     assert share == (c.kv_heads // 2, group, c.head_dim, c.embed)
     assert DECODE["group"] is DECODE["pair"] is None
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("rows", [3, 1])
+def test_a_step_copies_no_cache(decoder, random_weights, rows, kv_heads):
+    """As a CPU's compiler has it, a token is written where it lies: also of one row or head."""
+    model = Model(replace(decoder, kv_heads=kv_heads))
+    params = random_weights(model.shapes(), 2)
+    weights = lay_out(model, params)
+    _, prompts = read_prompts(model, params, TOKEN[:rows, :P], MASK[:rows, :P])
+    cache = empty_cache(model.decoder, "float32", rows, 40)
+    call = jax.jit(partial(step, model), donate_argnums=2)
+    text = call.lower(weights, prompts, cache, TOKEN[:rows, P], 5).compile().as_text()
+    shape = f"40,{model.decoder.head_dim}]"
+    assert shape in text
+    assert not [x for x in text.splitlines() if " copy(" in x and shape in x.split(" copy(")[0]]
 
 
 @pytest.mark.parametrize(("kind", "most"), [("bfloat16", 0.05), ("int8", 0.1)])

@@ -25,6 +25,7 @@ from jaxrlhf.models.replay import joined
 from jaxrlhf.models.rope import layers_of
 from jaxrlhf.models.stacks import Pass, caches, passes, places, stacks
 from jaxrlhf.models.transformer import Model, merge_lora
+from jaxrlhf.models.turned import Turned
 from jaxrlhf.models.walk import in_order, walk
 from jaxrlhf.run.speed import decode_bytes, forward_flops, matrices
 from jaxrlhf.steps.score import score
@@ -175,7 +176,7 @@ def test_what_is_compiled_does_not_grow_with_depth():
 
 def test_trees_are_what_is_declared(model, params, lora):
     """Weights, adapters, axes, names in files, and what decoding reads."""
-    shapes = partial(jax.tree.map, lambda x: x.shape)
+    shapes = partial(jax.tree.map, lambda x: x.shape, is_leaf=lambda x: isinstance(x, Turned))
     assert shapes(model.init(jax.random.key(0))) == shapes(model.shapes()) == shapes(params)
     assert shapes(lora) == shapes(model.lora_shapes())
     none_of_v = {"q", "k", "o"} if model.decoder.keys_are_values else {"q", "k", "v", "o"}

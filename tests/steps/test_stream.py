@@ -47,19 +47,6 @@ def test_stream_ends_with_a_stop_string(model, params):
     assert len(found) < CONFIG.max_new_tokens
 
 
-def test_a_token_copies_no_cache(model, params):
-    """As compiled, keys and values are written where they lie, also of one row."""
-    given = jnp.array([PROMPT]), jnp.ones((1, 3), jnp.int32)
-    key_B, config = jax.random.split(jax.random.key(0), 1), replace(CONFIG, max_new_tokens=40)
-    weights = lay_out(model, params)
-    _, state = streaming._first(model, params, weights, *given, key_B, config, None)
-    text = streaming._next.lower(model, weights, state, key_B, config, None).compile().as_text()
-    shape = ",".join(map(str, state.cache[0][0].x.shape))
-    assert f"f32[{shape}]" in text
-    made = [line.split(" = ")[1] for line in text.splitlines() if " copy(" in line]
-    assert not [line for line in made if f"{shape}]" in line]
-
-
 def test_stream_refuses_what_does_not_fit(model, params):
     config = replace(CONFIG, max_new_tokens=model.decoder.context)
     with pytest.raises(ValueError, match="context"):
