@@ -24,7 +24,7 @@ from jaxrlhf.models.attention import capped
 from jaxrlhf.models.nibbles import Nibbles, times
 from jaxrlhf.models.quantise import behind, in_dtype, is_quantised, made, no_slope
 from jaxrlhf.models.rope import Angles, rotate
-from jaxrlhf.models.turned import FEW, Turned, times_turned, turns
+from jaxrlhf.models.turned import Turned, times_turned, turns
 
 
 def exact(dtype: Any) -> AbstractContextManager[Any]:
@@ -467,7 +467,7 @@ class Ends(nnx.Module):
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] → logits [..., V], float32."""
         weight, axis = self.projection()
-        if axis == 1 and turns() and math.prod(x.shape[:-1]) <= FEW:
+        if axis == 1 and turns():
             weight = Turned(weight, 1)
         return shaped(to_vocab(x, weight, axis), self.scale, self.cap)
 

@@ -6,6 +6,7 @@ most of the work: so the weight stands on the left, the inputs of an output besi
 the rows on the right.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import platform
 
 FEW = 32
-"""Rows up to which that saves more than it takes to turn a result of many outputs around."""
+"""Rows up to which that is quicker, with the result turned around (benchmarks/few_rows.py)."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +64,10 @@ def turn(contract: int, kernel: Array) -> Turned:
 def times_turned(x: Array, w: Turned, dtype: Any = None) -> Array:
     """x·W: x [rows…, in…] → [rows…, out…], in x's dtype or another."""
     over = tuple(range(-w.contract, 0))
-    y = jnp.tensordot(w.x, x, (over, over), preferred_element_type=dtype or x.dtype)
+    rows, dtype = x.shape[: -w.contract], dtype or x.dtype
+    if math.prod(rows) > FEW:
+        return jnp.tensordot(x, w.x, (over, over), preferred_element_type=dtype)
+    y = jnp.tensordot(w.x, x, (over, over), preferred_element_type=dtype)
     # Else XLA would see a product the other way round, and make that of it.
     y = jax.lax.optimization_barrier(y)
-    return jnp.transpose(y, turned_back(tuple(range(y.ndim)), x.ndim - w.contract))
+    return jnp.transpose(y, turned_back(tuple(range(y.ndim)), len(rows)))

@@ -16,7 +16,7 @@ from jaxrlhf.config.model import MoeConfig
 from jaxrlhf.core.errors import InputError
 from jaxrlhf.mesh.sharding import make_mesh
 from jaxrlhf.models import kernels, names
-from jaxrlhf.models.cache import empty_cache
+from jaxrlhf.models.cache import empty_cache, opened
 from jaxrlhf.models.declared import fused
 from jaxrlhf.models.decode import axes, lay_out, lay_out_soon, read_prompts, step
 from jaxrlhf.models.kernels import choose_each
@@ -193,7 +193,10 @@ def test_trees_are_what_is_declared(model, params, lora):
     cache = empty_cache(model.decoder, "float32", 3, 9)
     own = [(1, 16) if layer in (2, 5) else (2, 8) for layer in range(7)]
     own = own[:5] if model.decoder.shared_kv_layers else own
-    assert [layer[0].x.shape[1::2] for layer in cache] == own
+    for (heads, width), layer in zip(own, cache, strict=True):
+        slots = 16 if width == 16 else 8  # a ring of its window of 6
+        shape = 3, heads, slots, width
+        assert [x.shape for x in jax.tree.leaves(opened(layer, heads))] == [shape, shape]
     soon = lay_out_soon(model, params)
     jax.tree.map(np.testing.assert_array_equal, soon, jax.jit(partial(lay_out, model))(params))
 

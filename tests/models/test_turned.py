@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models.turned import Turned, times_turned, turn, turned, turned_back
+from jaxrlhf.models.turned import FEW, Turned, times_turned, turn, turned, turned_back
 
 
 def drawn(*shape, seed=0):
     return jnp.array(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("rows", [(), (5,), (5, 1), (2, 3)])
+@pytest.mark.parametrize("rows", [(), (5,), (5, 1), (2, 3), (9, 4)])
 @pytest.mark.parametrize(("ins", "outs"), [((8,), (12,)), ((8,), (2, 5, 3)), ((2, 4), (6,))])
 def test_it_is_the_product(rows, ins, outs):
     x, kernel = drawn(*rows, *ins), drawn(*ins, *outs, seed=1)
@@ -37,11 +37,11 @@ def test_axes_are_turned_and_turned_back():
     assert turned_back(turned(names, 2), 2) == names
 
 
-def test_the_weight_is_the_left_side_of_the_compiled_product():
+@pytest.mark.parametrize(("rows", "made"), [(16, "96,16"), (FEW + 1, f"{FEW + 1},96")])
+def test_of_few_rows_the_weight_is_the_left_side_of_the_compiled_product(rows, made):
     """Its result has outputs first: XLA has not put the sides back, and copies no weight."""
-    rows, ins, outs = 16, 64, 96
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, ins), (outs, ins))]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 64), (96, 64))]
     call = jax.jit(lambda x, w: times_turned(x, Turned(w, 1))).lower(*shapes).compile()
-    made = [line.split(" = ")[1] for line in call.as_text().splitlines() if "dot(" in line]
-    assert made
-    assert all(line.startswith(f"f32[{outs},{rows}]") for line in made), made
+    found = [line.split(" = ")[1] for line in call.as_text().splitlines() if "dot(" in line]
+    assert found
+    assert all(line.startswith(f"f32[{made}]") for line in found), found
