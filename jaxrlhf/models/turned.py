@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import platform
+from jaxrlhf.mesh.sharding import devices_in_mesh, platform
 
 FEW = 32
 """Rows up to which that is quicker, with the result turned around (benchmarks/few_rows.py)."""
@@ -63,10 +63,13 @@ def turn(contract: int, kernel: Array) -> Turned:
 
 def times_turned(x: Array, w: Turned, dtype: Any = None) -> Array:
     """x·W: x [rows…, in…] → [rows…, out…], in x's dtype or another."""
-    over = tuple(range(-w.contract, 0))
     rows, dtype = x.shape[: -w.contract], dtype or x.dtype
-    if math.prod(rows) > FEW:
-        return jnp.tensordot(x, w.x, (over, over), preferred_element_type=dtype)
+    outs = w.x.shape[: -w.contract]
+    if math.prod(rows) > FEW and devices_in_mesh() == 1:
+        # As two matrices: of a weight with more axes XLA would make a copy, for each product.
+        x, matrix = x.reshape(math.prod(rows), -1), w.x.reshape(math.prod(outs), -1)
+        return jnp.einsum("ri,oi->ro", x, matrix, preferred_element_type=dtype).reshape(rows + outs)
+    over = tuple(range(-w.contract, 0))
     y = jnp.tensordot(w.x, x, (over, over), preferred_element_type=dtype)
     # Else XLA would see a product the other way round, and make that of it.
     y = jax.lax.optimization_barrier(y)
