@@ -20,9 +20,15 @@ from jaxrlhf.steps.slots import decode_in_slots
 TOKENS_READ = 4096
 """Tokens of prompts that keep a GPU or TPU busy, and are read at once."""
 
+CACHED = 512
+"""Tokens of prompts that a CPU reads at once: what a layer makes of them stays in its caches."""
+
 LONG = 1024
 """New tokens from which on decoding has two loops, the first over caches of half the length. More
 loops read less yet, and each is a program to compile."""
+
+MANY = 8192
+"""New tokens of all rows from which on it has two on a CPU, whose memory is slow beside it."""
 
 
 def sample(
@@ -126,11 +132,21 @@ def _read(
 
 def _pieces(prompts: int, width: int, slots: int) -> int:
     """Pieces that a device reads its prompts in: what is read at once also takes memory."""
+    counts = [n for n in range(1, prompts + 1) if prompts % n == 0]
     at_once = slots or prompts
     if platform() != "cpu":
         at_once = min(at_once, max(TOKENS_READ // width, 1))
-    # The fewest that divide them.
-    return next(n for n in range(1, prompts + 1) if prompts % n == 0 and prompts // n <= at_once)
+    # The fewest that divide them; but a CPU gains by more, as long as none is small.
+    fewest = next(n for n in counts if prompts // n <= at_once)
+    if platform() != "cpu":
+        return fewest
+    return max(fewest, *(n for n in counts if prompts // n * width >= CACHED), 1)
+
+
+def stages_of(rows: int, new: int) -> tuple[int, ...]:
+    """The tokens that there are after each loop of decoding."""
+    many = platform() == "cpu" and rows * new >= MANY
+    return (new // 2, new) if new >= (2 if many else LONG) else (new,)
 
 
 def _decode(
@@ -144,8 +160,8 @@ def _decode(
     stops: StopTable | None,
 ) -> dict[str, Any]:
     """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
-    rows, new = hidden_BD.shape[0], config.max_new_tokens
-    stages = (new // 2, new) if new >= LONG else (new,)
+    rows = hidden_BD.shape[0]
+    stages = stages_of(rows, config.max_new_tokens)
 
     def drawn(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""

@@ -230,6 +230,23 @@ def test_sample_over_caches_that_grow_is_the_same(model, params, generate, monke
     np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=1e-5)
 
 
+def test_loops_over_shorter_caches_where_they_pay():
+    """Of a number of tokens, or of a number of rows on a CPU; all tokens are drawn in them."""
+    assert sampling.stages_of(1, 1024) == (512, 1024)
+    assert sampling.stages_of(64, 128) == (64, 128)
+    assert sampling.stages_of(63, 128) == (128,)
+    assert sampling.stages_of(10**6, 1) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "width", "slots", "pieces"),
+    [(64, 64, 0, 8), (64, 64, 4, 16), (17, 64, 0, 1), (4, 512, 0, 4), (2, 8, 0, 1), (6, 8, 2, 3)],
+)
+def test_prompts_are_read_by_as_many_tokens_as_a_cpu_keeps(prompts, width, slots, pieces):
+    """The most pieces that divide them and are not small, and none of more prompts than slots."""
+    assert sampling._pieces(prompts, width, slots) == pieces
+
+
 @pytest.mark.parametrize("cache", ["model", "int8"])
 def test_a_row_alone_is_as_it_is_among_others(model, params, monkeypatch, cache):
     """Its caches have no axis of rows, and grow; of the fourth prompt, in 20 tokens."""

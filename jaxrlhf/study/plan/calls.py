@@ -28,7 +28,7 @@ from jaxrlhf.run.setup import Run
 from jaxrlhf.steps.columns import pieces_for as column_pieces
 from jaxrlhf.steps.divergence import Taught
 from jaxrlhf.steps.packed import keeps_apart, pieces_for
-from jaxrlhf.steps.sample import LONG
+from jaxrlhf.steps.sample import stages_of
 from jaxrlhf.study.plan.hlo import Loops
 
 
@@ -207,15 +207,15 @@ def rows_at_a_time(config: Config, responses: int) -> int:
 
 
 def decode_loops(config: Config, responses: int, trips: int) -> Loops:
-    """Those of a sampler: one; of many new tokens two, one after the other; of slots that are
+    """Those of a sampler: one, or two, one after the other (``stages_of``); of slots that are
     filled again one within another, which ends whenever a row does."""
-    new = config.sample.max_new_tokens
     if rows_at_a_time(config, responses) < responses:
         inside = -(-trips // responses)
         return Loops((round(trips / max(inside, 1)),), inside)
-    if new < LONG:
+    *before, _ = stages_of(responses, config.sample.max_new_tokens)
+    if not before:
         return Loops((trips,))
-    first = min(trips, new // 2 - 1)
+    first = min(trips, before[0] - 1)
     return Loops((first, trips - first))
 
 
