@@ -200,7 +200,8 @@ class Checkpoints:
                 self._sweep()
                 own = self._elsewhere is not None
                 self._meeting = Meeting() if jax.process_count() > 1 and not own else None
-                manager = jointly(partial(writer, self.folder, self._keep, self._meeting, own))
+                how = self.folder, self._keep, leaves, self._meeting, own
+                manager = jointly(partial(writer, *how))
             self._manager = manager
             to_save = ocp.args.Composite(**items)
             jointly(partial(manager.save, step, args=to_save, force=True))

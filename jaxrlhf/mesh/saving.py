@@ -7,6 +7,7 @@ by side are the step as one process would have written it.
 """
 
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,11 +39,14 @@ BARRIER_SECONDS = 600
 """Seconds that a process waits in a save for another one that does not come."""
 
 
-def writer(folder: Path, keep: int, meeting: Meeting | None, own: bool) -> ocp.CheckpointManager:
+def writer(
+    folder: Path, keep: int, leaves: Mapping[str, jax.Array], meeting: Meeting | None, own: bool
+) -> ocp.CheckpointManager:
     """Writes checkpoints.
 
     Args:
       keep: the newest that stay.
+      leaves: such arrays as will be saved.
       meeting: how its threads wait for those of other processes; None: it has none to wait for.
       own: whether the folder is this process's own, and others have theirs.
     """
@@ -70,13 +74,23 @@ def writer(folder: Path, keep: int, meeting: Meeting | None, own: bool) -> ocp.C
         lightweight_initialize=True,
     )
     quieten()
-    if not own:
-        return ocp.CheckpointManager(folder, options=options)
+    # What is being written is copied: not all at once. orbax refuses a piece that is not less.
+    at_once = 1 + 2 * max(map(_piece, leaves.values()), default=0) // 10**9
+    arrays = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=at_once,
+        use_ocdbt=not own,
+        multiprocessing_options=among,
+    )
     handlers = {
-        "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=among),
+        "state": arrays,
         "host": ocp.JsonCheckpointHandler(multiprocessing_options=among),
     }
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _piece(x: jax.Array) -> int:
+    """Bytes of an array that a device holds."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def quieten() -> None:

@@ -173,6 +173,23 @@ def test_save_donated_afterwards(tmp_path):
         shutil.rmtree(tmp_path / str(2 - step))
 
 
+def test_save_more_than_is_written_at_once(tmp_path):
+    """An array of 1.1 GB is saved; others wait for their turn, and are donated meanwhile."""
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {f"other{i}": jnp.full(2**24, float(i)) for i in range(8)}
+    state["large"] = jnp.zeros(275_000_000)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    with Checkpoints(tmp_path, KEEP3) as checkpoints:
+        checkpoints.save(1, state, {})
+        state = bump(bump(state))
+        checkpoints.wait()
+    del state
+    found = load(tmp_path, abstract)[1]
+    for name, x in found.items():
+        wanted = 0.0 if name == "large" else float(name[-1])
+        assert float(x.min()) == float(x.max()) == wanted
+
+
 def test_amend_replaces_the_numbers_alone(tmp_path, monkeypatch):
     def full(*_):
         raise InputError("x: cannot be written")
