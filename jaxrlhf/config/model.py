@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "elementwise", "dots", "full"]
 """How much of a layer is computed again in the backward pass, from nothing to all of it."""
 
 AttentionKernel = Literal["auto", "pieces", "cudnn", "splash"]
@@ -217,9 +217,10 @@ class ModelConfig:
     in memory; bfloat16 alone, rows not split by mesh.context, and with cudnn not packed, nor
     with softcap or sinks. pieces: some queries at a time. auto: the devices' kernel where it fits,
     else pieces."""
-    remat: Remat = "none"
-    """What the backward pass computes again instead of keeping it, for memory. none: nothing. dots:
-    all of a layer but its products with weights. full: whole layers, for a third more time."""
+    remat: Remat = "elementwise"
+    """What the backward pass computes again instead of keeping it, for memory. none: nothing.
+    elementwise: all of a layer but its products and attention, which takes no more time than to
+    keep it. dots: attention too. full: whole layers, for a third more time."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
@@ -20,7 +21,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, RouterSums
 from jaxrlhf.mesh.sharding import Rules, platform, row_shards, spec
 from jaxrlhf.models.grouped import grouped
-from jaxrlhf.models.layers import Linear, exact, gated, normal, rooted
+from jaxrlhf.models.layers import COSTLY, Linear, exact, gated, normal, rooted
 from jaxrlhf.models.quantise import in_dtype, is_quantised, laid, made
 
 
@@ -197,7 +198,7 @@ class Experts(nnx.Module):
         def product(rows: Array, kernel: Any, bias: Array | None) -> Array:
             # Rows after the last group are those of other devices' experts; of them it makes zeros.
             expected = -(-len(rows) * count // self.moe.experts)
-            y = grouped(where, rows, kernel, sizes, expected)
+            y = checkpoint_name(grouped(where, rows, kernel, sizes, expected), COSTLY)
             if bias is None:
                 return y
             # In float32, in which its gradient is then a sum over the rows of an expert.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.config.model import AttentionKernel, Nf4Product, Remat
@@ -30,6 +31,7 @@ from jaxrlhf.models.dora import norms, with_gains, with_magnitudes
 from jaxrlhf.models.experts import Routed, added_up
 from jaxrlhf.models.kernels import attend_rows, choose_each, real_first, reorder
 from jaxrlhf.models.layers import (
+    COSTLY,
     POLICIES,
     Ends,
     adapters_of,
@@ -79,7 +81,7 @@ class Model:
     dtype: str = "float32"
     """What the layers compute in; float32 or bfloat16."""
     lora: LoraConfig | None = None
-    remat: Remat = "none"
+    remat: Remat = "elementwise"
     attention: AttentionKernel = "auto"
     nf4_product: Nf4Product = "auto"
 
@@ -368,11 +370,14 @@ def _attend(
     Args:
       others: those of another layer, which it looks at.
     """
+    own = None
     if key is None or value is None:
         assert others is not None
-        return attend_rows(kernel, decoder, which, query, *others, *rows[:2], sink_N), None
+        key, value = others
+    else:
+        own = key, value
     given = query, key, value, rows.mask_BT, rows.segment_BT, sink_N
-    return attend_rows(kernel, decoder, which, *given), (key, value)
+    return checkpoint_name(attend_rows(kernel, decoder, which, *given), COSTLY), own
 
 
 def _kept(

@@ -148,6 +148,19 @@ def test_model_with_kernels_equals_that_with_pieces(
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
 
 
+def test_kernels_are_not_called_again_for_a_gradient(model, on_cpu, monkeypatch):
+    """Where elementwise operations alone are computed twice; with ``dots`` attention is too."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "splash")
+    rows = (jax.ShapeDtypeStruct((3, 12), jnp.int32),) * 2
+
+    def calls(remat):
+        network = replace(model, remat=remat)
+        slope = jax.grad(lambda params, *rows: network.apply(params, *rows)[0].sum())
+        return str(jax.make_jaxpr(slope)(model.shapes(), *rows)).count("pallas_call[")
+
+    assert calls("elementwise") == calls("none") < calls("dots")
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_masks_of_layers_are_never_as_wide_as_queries(remat, model, on_cpu, monkeypatch):
     """Neither in front of the loop over layers, where JAX puts what is alike in all of them, nor
