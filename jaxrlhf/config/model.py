@@ -219,8 +219,8 @@ class ModelConfig:
     else pieces."""
     remat: Remat = "elementwise"
     """What the backward pass computes again instead of keeping it, for memory. none: nothing.
-    elementwise: all of a layer but its products and attention, which takes no more time than to
-    keep it. dots: attention too. full: whole layers, for a third more time."""
+    elementwise: all of a layer but its products with weights and what attention gives, which takes
+    no more time than to keep it. dots: attention too. full: whole layers, for a third more time."""
 
 
 @dataclass(frozen=True)

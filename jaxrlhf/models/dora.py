@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.core.types import Array, Params
+from jaxrlhf.models.layers import SMALL
 from jaxrlhf.models.quantise import MAGNITUDE, made
 
 
@@ -25,7 +27,8 @@ def with_gains(scale: float, tree: Params) -> Params:
         a, b = (tree[f"lora_{half}"].astype(jnp.float32) for half in "ab")
         with jax.default_matmul_precision("highest"):
             turned = made(tree["kernel"], jnp.float32) + scale * jnp.tensordot(a, b, 1)
-        norm = jax.lax.stop_gradient(norms(turned, a.ndim - 1))
+        # Kept in place of A·B, which is as large as the weight.
+        norm = checkpoint_name(jax.lax.stop_gradient(norms(turned, a.ndim - 1)), SMALL)
         return {**tree, MAGNITUDE: tree[MAGNITUDE].astype(jnp.float32) / norm}
     return {k: with_gains(scale, x) if isinstance(x, dict) else x for k, x in tree.items()}
 

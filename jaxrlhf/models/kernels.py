@@ -19,6 +19,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import device_kind, length_shards, row_shards, spec
 from jaxrlhf.models.attention import PLAIN, Look, attend_before, look_of
+from jaxrlhf.models.layers import COSTLY
 from jaxrlhf.models.rope import kinds
 from jaxrlhf.models.stacks import stacks
 
@@ -245,6 +246,7 @@ def _splash_kernel(tokens: int, heads: int, window: int, softcap: float) -> Any:
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=COSTLY,
         interpret=INTERPRET,
     )
 

@@ -377,7 +377,9 @@ def _attend(
     else:
         own = key, value
     given = query, key, value, rows.mask_BT, rows.segment_BT, sink_N
-    return checkpoint_name(attend_rows(kernel, decoder, which, *given), COSTLY), own
+    seen = attend_rows(kernel, decoder, which, *given)
+    # What a kernel gives is kept already, with what its gradient needs beside it.
+    return checkpoint_name(seen, COSTLY) if kernel == "pieces" else seen, own
 
 
 def _kept(

@@ -117,3 +117,16 @@ def test_on_a_mesh_it_is_the_same(dora, weights, turned):
     with jax.set_mesh(mesh):
         found = logits(dora, laid, TOKEN, FULL, lora)
     np.testing.assert_allclose(found, logits(dora, weights, TOKEN, FULL, turned), atol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["elementwise", "dots"])
+def test_a_gradient_keeps_no_product_of_adapters(dora, weights, turned, remat):
+    """It is as large as the weight, and the norm made of it is a number an output."""
+
+    def stacked(remat):
+        network = replace(dora, remat=remat)
+        slope = jax.grad(lambda lora: score(network, weights, TOKEN, FULL, lora=lora).sum())
+        shape = weights["layers"]["mlp"]["down"]["kernel"].shape
+        return str(jax.make_jaxpr(slope)(turned)).count(f"f32[{','.join(map(str, shape))}]")
+
+    assert 0 < stacked(remat) <= stacked("none")
