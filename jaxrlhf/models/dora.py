@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.core.types import Array, Params
-from jaxrlhf.models.layers import SMALL
 from jaxrlhf.models.quantise import MAGNITUDE, made
+from jaxrlhf.models.remat import SMALL
 
 
 def with_gains(scale: float, tree: Params) -> Params:

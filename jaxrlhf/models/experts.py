@@ -21,8 +21,9 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array, RouterSums
 from jaxrlhf.mesh.sharding import Rules, platform, row_shards, spec
 from jaxrlhf.models.grouped import grouped
-from jaxrlhf.models.layers import COSTLY, Linear, exact, gated, normal, rooted
+from jaxrlhf.models.layers import Linear, exact, gated, normal, rooted
 from jaxrlhf.models.quantise import in_dtype, is_quantised, laid, made
+from jaxrlhf.models.remat import COSTLY
 
 
 class Routed(NamedTuple):

@@ -19,7 +19,7 @@ from jaxrlhf.core.errors import InputError
 from jaxrlhf.core.types import Array
 from jaxrlhf.mesh.sharding import device_kind, length_shards, row_shards, spec
 from jaxrlhf.models.attention import PLAIN, Look, attend_before, look_of
-from jaxrlhf.models.layers import COSTLY
+from jaxrlhf.models.remat import COSTLY
 from jaxrlhf.models.rope import kinds
 from jaxrlhf.models.stacks import stacks
 

@@ -31,13 +31,12 @@ from jaxrlhf.models.dora import norms, with_gains, with_magnitudes
 from jaxrlhf.models.experts import Routed, added_up
 from jaxrlhf.models.kernels import attend_rows, choose_each, real_first, reorder
 from jaxrlhf.models.layers import (
-    COSTLY,
-    POLICIES,
     Ends,
     adapters_of,
     exact,
 )
 from jaxrlhf.models.quantise import MAGNITUDE, any_quantised, in_dtype
+from jaxrlhf.models.remat import COSTLY, POLICIES
 from jaxrlhf.models.replay import by_layer, compact
 from jaxrlhf.models.rope import angles_by_kind, kinds, positions
 from jaxrlhf.models.stacks import Stack, apart, by_stack, stacks, together

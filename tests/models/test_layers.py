@@ -14,7 +14,8 @@ from flax import nnx
 from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models.layers import POLICIES, Linear, look_up
+from jaxrlhf.models.layers import Linear, look_up
+from jaxrlhf.models.remat import POLICIES
 from jaxrlhf.models.rope import positions
 from jaxrlhf.models.transformer import Model
 
