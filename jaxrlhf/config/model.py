@@ -220,7 +220,7 @@ class ModelConfig:
     remat: Remat = "elementwise"
     """What the backward pass computes again instead of keeping it, for memory. none: nothing.
     elementwise: all of a layer but its products with weights and what attention gives, which takes
-    no more time than to keep it. dots: attention too. full: whole layers, for a third more time."""
+    about as long as keeping it. dots: attention too. full: whole layers, for a third more time."""
 
 
 @dataclass(frozen=True)

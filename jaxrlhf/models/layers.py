@@ -2,8 +2,7 @@
 
 Every module holds float32 weights with their axes as metadata and computes in the dtype of its
 input. Einsum letters are the axis key of core/types.py. From the inside out: linear maps with
-low-rank adapters, norms, attention and MLP, what lies before and after the blocks of both, and what
-a backward pass keeps of a block.
+low-rank adapters, norms, attention and MLP, and what lies before and after the blocks of both.
 """
 
 import functools

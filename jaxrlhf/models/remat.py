@@ -41,7 +41,7 @@ POLICIES: dict[Remat, Callable[[Any], Any]] = {
 ``none`` keeps every array that a gradient needs. ``full`` keeps the layer's input alone
 (arXiv:1604.06174). ``dots`` keeps the products with weights too, so that the second forward pass is
 norms, activations and attention. ``elementwise`` keeps what attention gives as well, and what a
-mixture's experts do: all else takes less time to compute again than to write and to read, and is
+mixture's experts do: all else takes about as long to compute again as to write and to read, and is
 more than half of what ``none`` keeps (benchmarks/RESULTS.md). Of attention by XLA's products the
 scores are computed twice, as kernels for it do.
 """

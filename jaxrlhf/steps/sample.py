@@ -132,15 +132,13 @@ def _read(
 
 def _pieces(prompts: int, width: int, slots: int) -> int:
     """Pieces that a device reads its prompts in: what is read at once also takes memory."""
-    counts = [n for n in range(1, prompts + 1) if prompts % n == 0]
-    at_once = slots or prompts
-    if platform() != "cpu":
+    on_cpu, at_once = platform() == "cpu", slots or prompts
+    if not on_cpu:
         at_once = min(at_once, max(TOKENS_READ // width, 1))
-    # The fewest that divide them; but a CPU gains by more, as long as none is small.
+    counts = [n for n in range(1, prompts + 1) if prompts % n == 0]
     fewest = next(n for n in counts if prompts // n <= at_once)
-    if platform() != "cpu":
-        return fewest
-    return max(fewest, *(n for n in counts if prompts // n * width >= CACHED), 1)
+    # A CPU gains by more, as long as none is small.
+    return max([fewest, *(n for n in counts if on_cpu and prompts // n * width >= CACHED)])
 
 
 def stages_of(rows: int, new: int) -> tuple[int, ...]:

@@ -45,3 +45,13 @@ def test_of_few_rows_the_weight_is_the_left_side_of_the_compiled_product(rows, m
     found = [line.split(" = ")[1] for line in call.as_text().splitlines() if "dot(" in line]
     assert found
     assert all(line.startswith(f"f32[{made}]") for line in found), found
+
+
+def test_a_weight_of_several_axes_is_copied_for_no_product():
+    """Of many rows, as of few: nothing has its inputs first."""
+    for rows in (16, FEW + 1):
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 64), (2, 48, 64))]
+        call = jax.jit(lambda x, w: times_turned(x, Turned(w, 1))).lower(*shapes).compile()
+        text = call.as_text()
+        assert "dot(" in text
+        assert not [shape for shape in ("f32[64,96]", "f32[64,2,48]") if shape in text]
