@@ -23,6 +23,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from memory import forget_peak, occupied
 from tiny_models import byte_level, rigged_folder, sentencepiece, unigram
 
 from jaxrlhf.config import DataConfig, load
@@ -461,13 +462,6 @@ def model(tmp_path):
     return Folder(tmp_path / "model")
 
 
-def occupied(kind):
-    """Bytes that this process has in memory (VmRSS) or had at most (VmHWM); 0 if nobody says."""
-    path = Path("/proc/self/status")
-    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)), 0)
-
-
 class HangError(BaseException):
     """No Exception, so that no reader takes it for the fault of a file."""
 
@@ -486,8 +480,7 @@ def check(read, path, content):
 def timed(read, path, content):
     """Read a file: seconds of processor time."""
     path.write_bytes(content)
-    with contextlib.suppress(OSError):  # the most so far begins again
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    forget_peak()
     before, began = occupied("VmRSS"), time.process_time()
     signal.setitimer(signal.ITIMER_VIRTUAL, 10 * SECONDS)
     try:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from memory import forget_peak, occupied
 from targets import nursery
 
 from jaxrlhf.config import CheckpointConfig
@@ -121,6 +122,16 @@ def test_kind_and_describe():
     x = jnp.ones((2, 3), jnp.bfloat16)
     assert kind(x) == kind(jax.ShapeDtypeStruct(x.shape, x.dtype)) == "bfloat16[2, 3]"
     assert describe({"x": x}) == {"x": {"kind": "bfloat16[2, 3]", "digest": 0x3F80 * 36}}
+
+
+def test_describing_takes_little_memory():
+    """Not as much as the state, as while all digests are added up at once."""
+    leaves = {f"x{i}": jnp.full((4_000_000,), float(i)) for i in range(24)}
+    jax.block_until_ready(leaves)
+    forget_peak()
+    before = occupied("VmRSS")
+    describe(leaves)
+    assert occupied("VmHWM") - before < sum(x.nbytes for x in leaves.values()) / 3
 
 
 # Saved and restored

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from memory import occupied
 
 from jaxrlhf.config import CheckpointConfig, EvalConfig, RewardConfig
 from jaxrlhf.run.loop import train
@@ -43,9 +44,7 @@ def children():
 
 def held():
     """Bytes in memory, open files, threads, and processes that this one has started."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    memory = pages * os.sysconf("SC_PAGE_SIZE")
-    return memory, len(os.listdir("/proc/self/fd")), threading.active_count(), children()
+    return occupied("VmRSS"), len(os.listdir("/proc/self/fd")), threading.active_count(), children()
 
 
 @pytest.mark.parametrize("name", ["ppo", "sft"])
