@@ -28,7 +28,7 @@ from jaxrlhf.models.layers import adapters_of, exact
 from jaxrlhf.models.nibbles import Nibbles, maker, packed
 from jaxrlhf.models.quantise import KERNELS, any_quantised, in_dtype, is_quantised, laid
 from jaxrlhf.models.replay import compact, joined, where_known
-from jaxrlhf.models.rope import kinds, layers_of, rotary_angles
+from jaxrlhf.models.rope import Angles, kinds, layers_of, rotary_angles
 from jaxrlhf.models.stacks import Stack, apart, caches, own_caches, places, stacks
 from jaxrlhf.models.transformer import WIDE, Model, merge
 from jaxrlhf.models.turned import Turned, turn, turned, turns
@@ -259,18 +259,23 @@ def step(
     cache: tuple[Layer, ...],
     token_B: Array,
     at: Array,
+    tables: tuple[Angles, ...] | None = None,
 ) -> tuple[Array, tuple[Layer, ...], Array | None]:
     """Hidden states [B, D] of each row's new token number ``at``, the caches with it, and the
     experts [B, M] that it took in a mixture; see ``replay``.
 
-    ``at`` is one number, or one for each row, [B].
+    ``at`` is one number, or one for each row, [B]. ``tables`` are ``angle_tables`` of as many
+    positions as rows may have, for a loop: computed here, CPUs compute them anew in each layer.
     """
     few_bits = any_quantised(weights.layers[0])
     outer = model.outer(weights.outer)
     samples = token_B.shape[0] // prompts.mask_QP.shape[0]
     position_B = jnp.repeat(prompts.mask_QP.sum(1), samples) + at
     found, look = kinds(model.decoder), look_of(model.decoder)
-    angles = [rotary_angles(position_B[:, None], model.decoder, kind) for kind in found.all]
+    if tables is None:
+        angles = [rotary_angles(position_B[:, None], model.decoder, kind) for kind in found.all]
+    else:
+        angles = jax.tree.map(lambda x: jnp.take(x, position_B, axis=0, mode="clip"), tables)
     x = outer.embed(token_B[:, None], position_B[:, None], model.dtype)
     own = outer.beside(x, token_B[:, None])
     if own is not None:

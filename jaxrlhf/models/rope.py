@@ -99,6 +99,12 @@ def rotary_angles(position_BT: Array, c: DecoderConfig, kind: Kind) -> Angles:
     return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
 
+def angle_tables(positions: int, c: DecoderConfig) -> tuple[Angles, ...]:
+    """The angles of positions 0, 1, …, [positions, 1, 1, rotated/2], for each of ``kinds``."""
+    each = jnp.arange(positions)[:, None]
+    return tuple(rotary_angles(each, c, kind) for kind in kinds(c).all)
+
+
 def angles_by_kind(position_BT: Array, c: DecoderConfig) -> Callable[[Array], Angles]:
     """The number of a kind, in a loop over layers of one stack → the angles of its layers."""
     each = [rotary_angles(position_BT, c, kind) for kind in kinds(c).all]

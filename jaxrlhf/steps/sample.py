@@ -13,6 +13,7 @@ from jaxrlhf.mesh.sharding import DECODE, constrain, platform, row_shards
 from jaxrlhf.models.cache import empty_cache, grow
 from jaxrlhf.models.decode import Prompts, Weights, kind_of, lay_out, read_prompts, step
 from jaxrlhf.models.replay import unknown, where_known
+from jaxrlhf.models.rope import angle_tables
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import choose, columns_of
 from jaxrlhf.steps.slots import decode_in_slots
@@ -160,6 +161,7 @@ def _decode(
     """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
     rows = hidden_BD.shape[0]
     stages = stages_of(rows, config.max_new_tokens)
+    tables = angle_tables(prompts.mask_QP.shape[1] + config.max_new_tokens, model.decoder)
 
     def drawn(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
@@ -179,7 +181,8 @@ def _decode(
         # The cache has the tokens before the one just drawn.
         t = carry["t"] - 1
         token_B = jax.lax.dynamic_index_in_dim(carry["token_BN"], t, 1, keepdims=False)
-        hidden_BD, cache, expert_BM = step(model, weights, prompts, carry["cache"], token_B, t)
+        given = prompts, carry["cache"], token_B, t, tables
+        hidden_BD, cache, expert_BM = step(model, weights, *given)
         more: dict[str, Any] = {"hidden_BD": hidden_BD, "cache": cache}
         if "expert_BNM" in carry:
             more["expert_BNM"] = _recorded(carry, expert_BM, t)

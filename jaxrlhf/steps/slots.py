@@ -21,6 +21,7 @@ from jaxrlhf.mesh.sharding import DECODE, constrain, row_shards
 from jaxrlhf.models.cache import KEPT, Layer, empty_cache, laid_out
 from jaxrlhf.models.decode import Prompts, Weights, kind_of, step
 from jaxrlhf.models.replay import unknown
+from jaxrlhf.models.rope import angle_tables
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.steps.draw import Drawn, choose, columns_of
 
@@ -88,10 +89,11 @@ def decode_in_slots(
     drawn = partial(_drawn, model, weights, config, value, stops)
     queue = _queue(drawn, hidden_BD, prompts, key_B, slots, new)
     rows = queue.row_XR.shape[1]
+    tables = angle_tables(prompts.mask_QP.shape[1] + new, model.decoder)
 
     def extend(now: Slots) -> Slots:
         """Run the policy on the tokens just drawn, then draw the next."""
-        given = _joined(now.token_XS), _joined(now.t_XS - 1)
+        given = _joined(now.token_XS), _joined(now.t_XS - 1), tables
         hidden_BD, cache, expert_BM = step(model, weights, now.prompts, now.cache, *given)
         found = drawn(hidden_BD, _take(queue.key_XR, now.row_XS), now.t_XS, now.read_XS)
         over_XS = found.ended_B | (now.t_XS + 1 == new)

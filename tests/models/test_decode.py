@@ -21,6 +21,7 @@ from jaxrlhf.models.decode import (
     read_prompts,
     step,
 )
+from jaxrlhf.models.rope import angle_tables
 from jaxrlhf.models.transformer import Model
 from jaxrlhf.models.turned import Turned
 
@@ -30,16 +31,18 @@ MASK = FULL.at[1, :3].set(0)  # a prompt of one token
 MORE = jnp.array(np.random.default_rng(5).integers(0, 300, (3 * SAMPLES, NEW)), jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("model", "kind"))
-def stepwise(model, params, lora=None, kind="float32"):
+@partial(jax.jit, static_argnames=("model", "kind", "prepared"))
+def stepwise(model, params, lora=None, kind="float32", prepared=True):
     """Logits of the prompts' last tokens and of the new ones, two continuations a prompt."""
+    tables = angle_tables(P + NEW, model.decoder) if prepared else None
     weights = lay_out(model, params, lora)
     hidden, prompts = read_prompts(model, params, TOKEN[:, :P], MASK[:, :P], lora, kind=kind)
     found = [jnp.repeat(hidden, SAMPLES, axis=0)]
     cache = empty_cache(model.decoder, kind, 3 * SAMPLES, NEW)  # three slots are never used
     assert cache[0][0].x.shape[2] == slots_of(NEW) == 8
     for at in range(NEW):
-        hidden, cache, _ = step(model, weights, prompts, cache, MORE[:, at], jnp.array(at))
+        given = cache, MORE[:, at], jnp.array(at), tables
+        hidden, cache, _ = step(model, weights, prompts, *given)
         found.append(hidden)
     return model.logits(weights.outer, jnp.stack(found, axis=1))
 
@@ -95,6 +98,17 @@ def test_lay_out_gathers_over_all_but_tensor(model, params):
     share = kernel.x.sharding.shard_shape(kernel.x.shape)
     assert share == (c.kv_heads // 2, group, c.head_dim, c.embed)
     assert DECODE["group"] is DECODE["pair"] is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"windows": (3, 0), "window_rope_theta": 50.0}])
+def test_step_over_tables_is_step_without(decoder, random_weights, changes):
+    """Layers of two kinds have tables of their own."""
+    model = Model(replace(decoder, **changes))
+    params = random_weights(model.shapes(), 2)
+    expected = whole(model, params)
+    for prepared in (True, False):
+        found = stepwise(model, params, prepared=prepared)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxrlhf.config import MeshConfig, SampleConfig
 from jaxrlhf.core.types import StopTable
@@ -298,6 +299,27 @@ def test_sample_with_weights_laid_out_before_is_the_same(generate, model, params
 def test_sample_refuses(generate, change, message):
     with pytest.raises(ValueError, match=message):
         generate(replace(WARM, **change))
+
+
+def equations(jaxpr):
+    """Each, with those of the loops and calls in it."""
+    for x in jaxpr.eqns:
+        yield x
+        for inner in jaxprs_in_params(x.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_no_step_computes_angles(model, params, slots):
+    """A CPU would compute the cosines in each layer anew."""
+    config = replace(GREEDY, slots=slots)
+    draw = partial(sample, model, sample_config=config)
+    found = list(equations(jax.make_jaxpr(draw)(params, PROMPT, PROMPT_MASK, KEY).jaxpr))
+    steps = [x.params["body_jaxpr"].jaxpr for x in found if x.primitive.name == "while"]
+    inside = {x.primitive.name for body in steps for x in equations(body)}
+    assert "dot_general" in inside
+    assert "cos" in {x.primitive.name for x in found}
+    assert "cos" not in inside
 
 
 def test_sample_fills_the_context(model, params):
