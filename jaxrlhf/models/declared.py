@@ -74,25 +74,26 @@ def fuse(layer: Params) -> Params:
 
 
 def _joined(join: Callable[..., Array], maps: list[Params]) -> Params:
-    """Linear maps that read one input as one, by how their outputs are joined."""
+    """Linear maps that read one input as one: ``join(axis, *maps)``, with the axis that tells them
+    apart. Not mapped over the inputs, which would turn each weight around."""
     found = {}
     for name in maps[0]:
         parts = [one[name] for one in maps]
-        if name == "bias":
-            found[name] = join(*parts)
-        elif isinstance(parts[0], Turned):
-            found[name] = Turned(jax.vmap(join, -1, -1)(*(part.x for part in parts)), 1)
+        if isinstance(parts[0], Turned):
+            found[name] = Turned(join(-3, *(part.x for part in parts)), 1)
         else:
-            found[name] = jax.vmap(join)(*parts)
+            found[name] = join(-2, *parts)
     return found
 
 
-def _beside(query: Array, *rest: Array) -> Array:
-    """Of each key head [K, H] its queries, of [N, H], and itself: [K, G + …, H]."""
-    query = query.reshape(rest[0].shape[0], -1, query.shape[-1])
-    return jnp.concatenate([query, *(x[:, None] for x in rest)], axis=1)
+def _beside(axis: int, query: Array, *rest: Array) -> Array:
+    """Of each of K heads of keys its queries, of N heads, and itself: N → K, G + …."""
+    at = query.ndim + axis
+    shape = *query.shape[:at], rest[0].shape[at], -1, *query.shape[at + 1 :]
+    each = query.reshape(shape), *(jnp.expand_dims(x, at + 1) for x in rest)
+    return jnp.concatenate(each, axis=at + 1)
 
 
-def _paired(gate: Array, up: Array) -> Array:
-    """[2, F]."""
-    return jnp.stack([gate, up])
+def _paired(axis: int, gate: Array, up: Array) -> Array:
+    """F → 2, F."""
+    return jnp.stack([gate, up], axis=axis)

@@ -11,6 +11,7 @@ from test_transformer import FULL, TOKEN, VARIANTS, logits
 
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.mesh.sharding import DECODE, make_mesh, shardings
+from jaxrlhf.models import decode
 from jaxrlhf.models.cache import empty_cache, slots_of
 from jaxrlhf.models.decode import (
     axes,
@@ -83,6 +84,15 @@ def test_lay_out_is_what_it_declares(model, params, lora, adapted):
     wide = {name for name, x in weights.outer.items() if jax.tree.leaves(x)[0].dtype == "float32"}
     assert wide == {"norm", "head"}
     assert {x.dtype for x in jax.tree.leaves(weights.layers)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_joining_turns_no_weight_around(model, params, turned, monkeypatch):
+    """Beside those that CPUs are to read turned: of a weight that is, GPUs keep more copies."""
+    monkeypatch.setattr(decode, "turns", lambda: turned)
+    text = str(jax.make_jaxpr(lambda x: lay_out(model, x))(params))
+    assert text.count("concatenate[") >= model.decoder.layers
+    assert text.count("transpose[") == turned * 7 * model.decoder.layers
 
 
 def test_lay_out_gathers_over_all_but_tensor(model, params):
