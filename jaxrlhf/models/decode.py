@@ -270,7 +270,7 @@ def step(
     few_bits = any_quantised(weights.layers[0])
     outer = model.outer(weights.outer)
     samples = token_B.shape[0] // prompts.mask_QP.shape[0]
-    position_B = jnp.repeat(prompts.mask_QP.sum(1), samples) + at
+    position_B = jnp.repeat(prompts.mask_QP.sum(1).astype(jnp.int32), samples) + at
     found, look = kinds(model.decoder), look_of(model.decoder)
     if tables is None:
         angles = [rotary_angles(position_B[:, None], model.decoder, kind) for kind in found.all]

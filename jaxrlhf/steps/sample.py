@@ -161,7 +161,7 @@ def _decode(
     """Draw, run the policy on what was drawn, draw, … until all rows have ended; [B, N] columns."""
     rows = hidden_BD.shape[0]
     stages = stages_of(rows, config.max_new_tokens)
-    tables = angle_tables(prompts.mask_QP.shape[1] + config.max_new_tokens, model.decoder)
+    table = angle_tables(prompts.mask_QP.shape[1] + config.max_new_tokens, model.decoder)
 
     def drawn(carry: dict[str, Any]) -> dict[str, Any]:
         """Draw the t-th token of every row that has not ended, from the last hidden state."""
@@ -181,9 +181,8 @@ def _decode(
         # The cache has the tokens before the one just drawn.
         t = carry["t"] - 1
         token_B = jax.lax.dynamic_index_in_dim(carry["token_BN"], t, 1, keepdims=False)
-        given = prompts, carry["cache"], token_B, t, tables
-        hidden_BD, cache, expert_BM = step(model, weights, *given)
-        more: dict[str, Any] = {"hidden_BD": hidden_BD, "cache": cache}
+        last_BD, cache, expert_BM = step(model, weights, prompts, carry["cache"], token_B, t, table)
+        more: dict[str, Any] = {"hidden_BD": last_BD, "cache": cache}
         if "expert_BNM" in carry:
             more["expert_BNM"] = _recorded(carry, expert_BM, t)
         return drawn({**carry, **more})

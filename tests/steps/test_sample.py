@@ -301,6 +301,11 @@ def test_sample_refuses(generate, change, message):
         generate(replace(WARM, **change))
 
 
+def test_masks_may_be_floats(generate):
+    found = generate(GREEDY, mask=PROMPT_MASK.astype(jnp.float32))
+    np.testing.assert_array_equal(responses(found), responses(generate(GREEDY)))
+
+
 def equations(jaxpr):
     """Each, with those of the loops and calls in it."""
     for x in jaxpr.eqns:
