@@ -17,8 +17,9 @@ from jaxrlhf.models.turned import turns
 KEPT = ("batch", "kv_heads", "slots", "head_dim")
 """Keys and values as decoding reads them: the tokens of a head lie together."""
 
-FEW = 3
-"""Queries a head up to which CPUs mix values quicker by adding up than by products."""
+QUERIES = 3
+"""Of a head, up to which CPUs mix the values of several rows quicker by adding up than by a product
+of each row and head (benchmarks/RESULTS.md)."""
 
 Kind = str
 """What they are kept in: float32, bfloat16 or int8."""
@@ -150,7 +151,7 @@ def mixed(weight: Array, values: Stored, dtype: Any) -> Array:
     """Σ_s weight·v of M queries a head, [B, K, M, S] → float32 [B, K, M, H], read in ``dtype``."""
     weight = weight if values.scale is None else weight * values.scale[:, :, None]
     weight, x = weight.astype(dtype), values.x.astype(dtype)
-    if turns() and weight.shape[0] > 1 and weight.shape[2] <= FEW:
+    if turns() and weight.shape[0] > 1 and weight.shape[2] <= QUERIES:
         weight, x = weight.astype(jnp.float32), x.astype(jnp.float32)
         return (weight[..., None] * x[:, :, None]).sum(3)
     return _product("bkms,bksh->bkmh", weight, x)

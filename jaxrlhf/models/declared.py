@@ -87,7 +87,8 @@ def _joined(join: Callable[..., Array], maps: list[Params]) -> Params:
 
 
 def _beside(axis: int, query: Array, *rest: Array) -> Array:
-    """Of each of K heads of keys its queries, of N heads, and itself: N → K, G + …."""
+    """Of each head of keys its queries and itself: [..., N, …], [..., K, …] → [..., K, G + …, …],
+    N = K·G at ``axis``."""
     at = query.ndim + axis
     shape = *query.shape[:at], rest[0].shape[at], -1, *query.shape[at + 1 :]
     each = query.reshape(shape), *(jnp.expand_dims(x, at + 1) for x in rest)
@@ -95,5 +96,5 @@ def _beside(axis: int, query: Array, *rest: Array) -> Array:
 
 
 def _paired(axis: int, gate: Array, up: Array) -> Array:
-    """F → 2, F."""
+    """[..., F, …] twice → [..., 2, F, …], 2 at ``axis``."""
     return jnp.stack([gate, up], axis=axis)

@@ -264,8 +264,9 @@ def step(
     """Hidden states [B, D] of each row's new token number ``at``, the caches with it, and the
     experts [B, M] that it took in a mixture; see ``replay``.
 
-    ``at`` is one number, or one for each row, [B]. ``tables`` are ``angle_tables`` of as many
-    positions as rows may have, for a loop: computed here, CPUs compute them anew in each layer.
+    ``at`` is one number, or one for each row, [B]. ``tables`` are ``angle_tables`` of at least as
+    many positions as rows have with this token; None: angles are computed here, which in a loop
+    CPUs do anew for each layer.
     """
     few_bits = any_quantised(weights.layers[0])
     outer = model.outer(weights.outer)

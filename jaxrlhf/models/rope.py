@@ -100,7 +100,8 @@ def rotary_angles(position_BT: Array, c: DecoderConfig, kind: Kind) -> Angles:
 
 
 def angle_tables(positions: int, c: DecoderConfig) -> tuple[Angles, ...]:
-    """The angles of positions 0, 1, …, [positions, 1, 1, rotated/2], for each of ``kinds``."""
+    """The angles of positions 0 to ``positions`` − 1, for each of ``kinds``: cos and sin
+    [positions, 1, 1, rotated/2], float32."""
     each = jnp.arange(positions)[:, None]
     return tuple(rotary_angles(each, c, kind) for kind in kinds(c).all)
 
