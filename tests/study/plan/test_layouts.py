@@ -143,13 +143,13 @@ def test_decode_loop_gathers_neither_weights_nor_logits(modules):
 
 
 def test_weights_gathered_in_the_decode_loop_would_be_found(tmp_path, monkeypatch):
-    def late(model, weights, *rest):
+    def late(model, weights, prompts, layers, token_B, at, tables):
         """Each step lays the weights out anew; what does not change, XLA would move out."""
-        changing = jax.tree.map(lambda x: jax.numpy.where(rest[-1] >= 0, x, 0), weights)
+        changing = jax.tree.map(lambda x: jax.numpy.where(at >= 0, x, 0), weights)
         names = decode.axes(model, weights)
         for rules in (RULES, DECODE):
             changing = jax.tree.map(partial(constrain, rules=rules), changing, names)
-        return decode.step(model, changing, *rest)
+        return decode.step(model, changing, prompts, layers, token_B, at, tables)
 
     monkeypatch.setattr(sampling, "step", late)
     with broken(tmp_path, MESHES[-1], decode, "DECODE", RULES) as (module, _):
