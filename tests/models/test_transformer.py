@@ -63,7 +63,11 @@ def test_fused_layers_equal_others(changes, decoder, monkeypatch):
     with jax.set_mesh(mesh):
         got = found(jax.device_put(params, shardings(model.axes(), mesh)))
     assert seen
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), got, expected)
+
+    def close(x, y):  # float32 rounds sums by their largest terms: the gradients reach 103
+        np.testing.assert_allclose(x, y, rtol=0, atol=4e-6 * np.abs(y).max())
+
+    jax.tree.map(close, got, expected)
 
 
 # Rows
