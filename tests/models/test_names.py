@@ -40,14 +40,14 @@ def test_a_kernel_computes_what_the_stored_matrix_does(tiny):
         return stored.setdefault(tensor.name, x)
 
     attention = tree_of(tiny, NAMING, read)["layers"]["attention"]
-    x_D = rng.standard_normal(tiny.embed).astype(np.float32)
+    x_D = rng.standard_normal(tiny.embed)  # float64: no processor rounds much
     for layer in range(tiny.layers):
         query_NH = np.einsum("D,DNH->NH", x_D, attention["q"]["kernel"][layer])
         flat = stored[f"model.layers.{layer}.self_attn.q_proj.weight"] @ x_D
-        np.testing.assert_allclose(query_NH.reshape(-1), flat, atol=1e-5)
+        np.testing.assert_allclose(query_NH.reshape(-1), flat, rtol=1e-9, atol=1e-9)
         out_D = np.einsum("NH,NHD->D", query_NH, attention["o"]["kernel"][layer])
         flat = stored[f"model.layers.{layer}.self_attn.o_proj.weight"] @ query_NH.reshape(-1)
-        np.testing.assert_allclose(out_D, flat, atol=1e-5)
+        np.testing.assert_allclose(out_D, flat, rtol=1e-9, atol=1e-9)
 
 
 def test_stored_is_the_inverse_of_reading(tiny, random_params):

@@ -122,9 +122,9 @@ def test_in_pieces_says_what_padded_rows_say(sizes, params):
         reward(MODEL, params, token_BT, real_BT),
     ]
     for x, y in zip(jax.device_get(got), jax.device_get(want), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-6)
+        np.testing.assert_allclose(x, y, atol=5e-6)
     each = token_scores(MODEL, params, token_BT, real_BT) * real_BT
-    np.testing.assert_allclose(scores, each, atol=2e-6)
+    np.testing.assert_allclose(scores, each, atol=5e-6)
 
 
 PPO = ppo(PPOConfig(entropy_coef=0.01, minibatches=1))
@@ -169,7 +169,7 @@ def test_rows_that_are_kept_apart(params, monkeypatch):
 
     got = jax.jit(partial(in_pieces, logp, most=2, first=P, apart=True))(token_BT, real_BT)
     want = score(MODEL, params, token_BT, real_BT, 0.7, first=P)
-    np.testing.assert_allclose(got, want, atol=2e-6)
+    np.testing.assert_allclose(got, want, atol=5e-6)
     assert set(seen) == {None}
     row_B, start_B = map(np.asarray, first_fit(real_BT.sum(1), T, apart=True))
     assert sorted(row_B) == list(range(B))
