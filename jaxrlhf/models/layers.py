@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import Rules, constrain
+from jaxrlhf.mesh.sharding import Rules, constrain, devices_in_mesh
 from jaxrlhf.models.attention import capped
 from jaxrlhf.models.nibbles import Nibbles, times
 from jaxrlhf.models.quantise import behind, in_dtype, is_quantised, made, no_slope
@@ -63,12 +63,25 @@ def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Any]
     over = tuple(range(len(rows), dy.ndim)), outs
     with exact(x.dtype):
         if not is_quantised(w):
+            if devices_in_mesh() == 1:
+                return _of_matrices(contract, x, w, dy)
             dx = jnp.tensordot(dy, w.astype(x.dtype), over)
             return dx, jnp.tensordot(x, dy, (rows, rows))
         if (scale := behind(contract, w)) is None:
             return jnp.tensordot(dy, made(w, x.dtype), over), no_slope(w)
         scaled = (dy.astype(jnp.float32) * scale).astype(x.dtype)
         return jnp.tensordot(scaled, w.qvalue.astype(x.dtype), over), no_slope(w)
+
+
+def _of_matrices(contract: int, x: Array, w: Array, dy: Array) -> tuple[Array, Array]:
+    """dy·Wᵀ and xᵀ·dy, as products of two axes each. Of factors that have more, CPUs write a copy,
+    turned around, before they multiply."""
+    ins = math.prod(w.shape[:contract])
+    x_RI, w_IO, dy_RO = (
+        y.reshape(-1, n) for y, n in ((x, ins), (w, w.size // ins), (dy, w.size // ins))
+    )
+    dx = jnp.einsum("ro,io->ri", dy_RO, w_IO.astype(x.dtype)).reshape(x.shape)
+    return dx, jnp.einsum("ri,ro->io", x_RI, dy_RO).reshape(w.shape)
 
 
 product.defvjp(_product_forward, _product_backward)
