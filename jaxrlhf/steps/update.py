@@ -24,6 +24,7 @@ from jaxrlhf.core.types import (
     TokenBatch,
     TrainState,
 )
+from jaxrlhf.mesh.sharding import devices_in_mesh, platform
 from jaxrlhf.models.quantise import MAGNITUDE
 from jaxrlhf.models.transformer import Model, combine_params
 from jaxrlhf.steps.balance import (
@@ -449,13 +450,20 @@ def apply_gradients(
     # One bad gradient through Adam would leave NaN in its moments for ever.
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    found = optax.apply_updates(state.params, updates), opt_state
-    # Chosen number by number, so that each stands where the old one stood: of a branch XLA would
-    # write all of parameters and optimizer a second time.
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), found, (state.params, state.opt_state)
-    )
+    def stepped(old: Any) -> Any:
+        updates, opt_state = tx.update(grads, old[1], old[0])
+        return optax.apply_updates(old[0], updates), opt_state
+
+    old = state.params, state.opt_state
+    if platform() == "cpu" and devices_in_mesh() == 1:
+        # Else a CPU copies the moments: it computes them with the parameters and for themselves.
+        params, opt_state = jax.lax.cond(finite, stepped, lambda old: old, old)
+    else:
+        # Number by number, so that each stands where the old one stood: of a branch other devices
+        # write all of parameters and optimizer a second time.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), stepped(old), old
+        )
     taken = finite.astype(jnp.int32)
     state = TrainState(
         params=params,
