@@ -1,6 +1,7 @@
 """The embedding and its gradient, where positions start, and what remat keeps: the same loss and
 gradient, from less."""
 
+import re
 from dataclasses import replace
 from functools import cache, partial
 from typing import get_args
@@ -14,7 +15,8 @@ from flax import nnx
 from jaxrlhf.config import DecoderConfig, LoraConfig, MeshConfig
 from jaxrlhf.config.model import Remat
 from jaxrlhf.mesh.sharding import make_mesh
-from jaxrlhf.models.layers import Linear, look_up
+from jaxrlhf.models import layers
+from jaxrlhf.models.layers import Linear, look_up, product
 from jaxrlhf.models.remat import POLICIES
 from jaxrlhf.models.rope import positions
 from jaxrlhf.models.transformer import Model
@@ -125,6 +127,30 @@ def test_products_of_one_token_read_an_array_each():
     assert product is not low_rank
     product, low_rank = read(3)
     assert product is low_rank
+
+
+@pytest.mark.parametrize("contract", [1, 2])
+def test_a_gradient_turns_no_factor_around(contract, monkeypatch):
+    """On one device; on several, whose rows are not joined, it is the same gradient."""
+    sizes = ((2, 16, 24), (24, 3, 8)) if contract == 1 else ((2, 16, 3, 8), (3, 8, 24))
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = (jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=False))
+    slope = jax.random.normal(keys[2], (2, 16, *w.shape[contract:]))
+
+    def compiled():
+        def gradient(x, w):  # what made the factors is turned around with them
+            return jax.vjp(partial(product, contract), jnp.sin(x), w)[1](jnp.cos(slope))
+
+        return jax.jit(gradient).lower(x, w).compile()
+
+    one = compiled()
+    monkeypatch.setattr(layers, "devices_in_mesh", lambda: 8)
+    several = compiled()
+    turned = [re.findall(r"= \S+ transpose\(", each.as_text()) for each in (one, several)]
+    assert turned[0] == []
+    assert turned[1]  # or nothing is counted
+    for found, expected in zip(one(x, w), several(x, w), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_policies_are_those_of_the_config():

@@ -1,6 +1,8 @@
 """Losses joined to a model, and one optimizer step: gradients, splits, skipped steps, layouts."""
 
 import math
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -319,7 +321,14 @@ def test_make_update_never_donates_the_frozen_weights():
 # Gradients that are not finite
 
 
-def test_make_update_skips_what_is_not_finite():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_make_update_skips_what_is_not_finite(devices):
+    """In a branch, which one CPU takes, and number by number."""
+    with jax.set_mesh(make_mesh(MeshConfig())) if devices > 1 else nullcontext():
+        skips()
+
+
+def skips():
     tx = make_optimizer(OptimConfig(learning_rate=0.1))
 
     def loss(params, frozen, x):
@@ -346,6 +355,19 @@ def test_make_update_skips_what_is_not_finite():
     state, metrics = update(state, good, fine)
     assert checksum(state.params) != before[:1]
     assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (2, 0, 0)
+
+
+def test_make_update_copies_no_moment():
+    """What a CPU would compute twice, with the parameters and for itself, it copied first."""
+    tx, kernel = make_optimizer(OptimConfig()), jnp.ones((48, 80))
+
+    def loss(params, frozen, x):
+        return (params["kernel"] * x).sum(), {}
+
+    state = start({"kernel": kernel}, tx)
+    text = make_update(tx, loss).lower(state, kernel).compile().as_text()
+    assert "f32[48,80]" in text
+    assert not re.findall(r"= f32\[48,80\]\S* copy\(", text)
 
 
 def test_policy_loss_microbatches_change_nothing(model, params, lora, batch):
