@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxrlhf.config import DecoderConfig, LoraConfig
 from jaxrlhf.core.types import Array
-from jaxrlhf.mesh.sharding import Rules, constrain, devices_in_mesh
+from jaxrlhf.mesh.sharding import Rules, constrain, devices_in_mesh, platform
 from jaxrlhf.models.attention import capped
 from jaxrlhf.models.nibbles import Nibbles, times
 from jaxrlhf.models.quantise import behind, in_dtype, is_quantised, made, no_slope
@@ -63,7 +63,7 @@ def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Any]
     over = tuple(range(len(rows), dy.ndim)), outs
     with exact(x.dtype):
         if not is_quantised(w):
-            if devices_in_mesh() == 1:
+            if platform() == "cpu" and devices_in_mesh() == 1:
                 return _of_matrices(contract, x, w, dy)
             dx = jnp.tensordot(dy, w.astype(x.dtype), over)
             return dx, jnp.tensordot(x, dy, (rows, rows))
