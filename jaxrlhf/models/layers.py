@@ -74,8 +74,8 @@ def _product_backward(contract: int, saved: Any, dy: Array) -> tuple[Array, Any]
 
 
 def _of_matrices(contract: int, x: Array, w: Array, dy: Array) -> tuple[Array, Array]:
-    """dy·Wᵀ and xᵀ·dy, as products of two axes each. Of factors that have more, CPUs write a copy,
-    turned around, before they multiply."""
+    """dy·Wᵀ and xᵀ·dy in the shapes of x and W, as products of two axes each. Of factors that have
+    more, CPUs write a copy, turned around, before they multiply."""
     ins = math.prod(w.shape[:contract])
     x_RI, w_IO, dy_RO = (
         y.reshape(-1, n) for y, n in ((x, ins), (w, w.size // ins), (dy, w.size // ins))

@@ -329,6 +329,7 @@ def test_make_update_skips_what_is_not_finite(devices):
 
 
 def skips():
+    """After a good step, four that are not finite change nothing, and another good one is taken."""
     tx = make_optimizer(OptimConfig(learning_rate=0.1))
 
     def loss(params, frozen, x):
